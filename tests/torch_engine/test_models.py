@@ -1,0 +1,136 @@
+"""Every family against Transformers on tiny random checkpoints: logits and greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import FAMILIES, tiny_checkpoint
+from torch_engine.engine import build_step
+from torch_engine.families import UnsupportedModel, load_spec
+from torch_engine.request import GenerationRequest
+from torch_engine.scheduler import Chunk
+from torch_engine.sequence import Sequence
+
+LENGTHS = (1, 3, 9, 33, 50)
+NEW_TOKENS = 12
+
+VARIANTS = {
+    **{family: {"family": family} for family in FAMILIES},
+    "mistral-window": {"family": "mistral", "sliding_window": 8},
+    "qwen2-window": {
+        "family": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+    },
+    "llama-bias": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-tied": {"family": "llama", "tie_word_embeddings": True},
+    "llama3-rope": {
+        "family": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    },
+    "linear-rope": {
+        "family": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "yarn-rope": {
+        "family": "qwen2",
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def reference(model_dir: Path, dtype: torch.dtype) -> AutoModelForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.inference_mode()
+def greedy(model: AutoModelForCausalLM, prompt: list[int]) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@torch.inference_mode()
+def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
+    """The engine's logits after each chunk of the prompt."""
+    sequence = Sequence.start("x", GenerationRequest(prompt, 4), (), engine.tokens, 1)
+    sequence.grow(engine.blocks, engine.blocks.blocks_for(len(prompt)))
+    rows = []
+    for begin in range(0, len(prompt), chunk_size):
+        sequence.tokens = prompt[: begin + chunk_size]
+        chunk = Chunk(sequence, len(sequence.tokens) - begin)
+        rows.append(engine.model.forward(build_step([chunk], 4, engine.kernels.device), engine.caches)[0])
+        sequence.num_computed = len(sequence.tokens)
+    engine.blocks.free(sequence.block_table)
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def reference_logits(model: AutoModelForCausalLM, prompt: list[int]) -> torch.Tensor:
+    """After every seventh token, like ``logits_of`` with chunks of seven."""
+    ends = [min(begin + 7, len(prompt)) - 1 for begin in range(0, len(prompt), 7)]
+    return model(torch.tensor([prompt]), use_cache=False).logits[0, ends].float()
+
+
+def test_logits_equal_transformers_in_float32(checkpoint: Path, make_engine) -> None:
+    engine = make_engine(checkpoint)
+    model = reference(checkpoint, torch.float32)
+    for prompt in prompts(engine.info.vocab_size):
+        expected = reference_logits(model, prompt)
+        error = (logits_of(engine, prompt, 7) - expected).abs().max() / expected.std()
+        assert error < 2e-4, f"{len(prompt)} tokens: relative error {error:.2g}"
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers(checkpoint: Path, make_engine) -> None:
+    engine = make_engine(checkpoint, compute_dtype="bfloat16")
+    exact, rounded = reference(checkpoint, torch.float32), reference(checkpoint, torch.bfloat16)
+    ours, theirs = 0.0, 0.0
+    for prompt in prompts(engine.info.vocab_size):
+        truth = reference_logits(exact, prompt)
+        ours += (logits_of(engine, prompt, 7) - truth).abs().mean().item()
+        theirs += (reference_logits(rounded, prompt) - truth).abs().mean().item()
+    assert 0 < ours < 1.4 * theirs
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_greedy_tokens_equal_transformers(checkpoint: Path, make_engine, reuse: bool) -> None:
+    """Ragged batch, prompts longer than the token budget, then the same prompts again (reused or not)."""
+    engine = make_engine(checkpoint, enable_kv_cache_reuse=reuse)
+    model = reference(checkpoint, torch.float32)
+    batch = prompts(engine.info.vocab_size)
+    expected = [greedy(model, prompt) for prompt in batch]
+    for _ in range(2):
+        outputs = engine.generate([GenerationRequest(prompt, NEW_TOKENS, end_id=-1) for prompt in batch])
+        assert [output.token_ids for output in outputs] == expected
+        engine.audit()
+    assert (engine.stats.kv_blocks_reused > 0) == reuse
+    assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+
+def test_every_variant_uses_what_it_varies(tmp_path: Path) -> None:
+    windowed = load_spec(tiny_checkpoint(tmp_path / "a", **VARIANTS["mistral-window"]))
+    assert {layer.window for layer in windowed.layers} == {8}
+    assert load_spec(tiny_checkpoint(tmp_path / "b", **VARIANTS["llama3-rope"])).layers[0].rope.scaling
+
+
+def test_unsupported_architecture_is_refused_with_the_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["FalconForCausalLM"]}')
+    with pytest.raises(UnsupportedModel, match=r"FalconForCausalLM.*LlamaForCausalLM.*Gemma3ForCausalLM"):
+        load_spec(tmp_path)

@@ -1,0 +1,176 @@
+"""Talks to the engine process over its Unix socket; used by Triton's stubs and by tests.
+
+One ``multiprocessing.connection`` each way over one socket: messages are small picklable tuples, and
+the end of the other process is seen at once as end-of-file. Nothing here imports torch.
+
+    engine = EngineClient("/run/flightline/engine.sock")
+    handle = engine.submit(GenerationRequest(prompt_ids=[1, 2], max_tokens=8), on_output)
+    engine.cancel(handle)
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
+
+from torch_engine.request import (
+    Code,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    RequestError,
+    RequestOutput,
+)
+
+OutputCallback = Callable[[RequestOutput], None]
+
+GONE = (
+    "the engine process ended while this request was in flight; it is being restarted, send the request again"
+)
+NOT_THERE = "the engine process is not running; it is being started, try again in a few seconds"
+
+
+class EngineClient:
+    """One connection to an engine process, re-opened whenever the engine comes back.
+
+    ``submit`` and ``cancel`` never block on the engine's work. Callbacks run on this client's reader
+    thread, in order, one message per engine step; they must return quickly.
+    """
+
+    def __init__(self, socket_path: str, connect_timeout_s: float = 0.0) -> None:
+        """Starts connecting in the background; waits up to ``connect_timeout_s`` for the engine.
+
+        Raises:
+            RequestError: UNAVAILABLE, the engine did not answer within a positive ``connect_timeout_s``.
+        """
+        self._path = socket_path
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._callbacks: dict[int, OutputCallback] = {}
+        self._ids = itertools.count(1)
+        self._closed = threading.Event()
+        self._connected = threading.Event()
+        self._stats = EngineStats()
+        self._info: ModelInfo | None = None
+        self._reader = threading.Thread(target=self._read_for_ever, name="engine-reader", daemon=True)
+        self._reader.start()
+        if connect_timeout_s > 0 and not self._connected.wait(connect_timeout_s):
+            self.close()
+            raise RequestError(Code.UNAVAILABLE, f"no engine process answers at {socket_path}")
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the loaded model. Raises RequestError UNAVAILABLE before the first connection."""
+        if self._info is None:
+            raise RequestError(Code.UNAVAILABLE, NOT_THERE)
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's last snapshot, at most about 100 ms old while it works."""
+        return self._stats
+
+    @property
+    def connected(self) -> bool:
+        return self._connected.is_set()
+
+    def submit(self, request: GenerationRequest, on_output: OutputCallback) -> int:
+        """Queues a request; every request ends in exactly one message with a ``finish_reason``.
+
+        Returns the handle for :meth:`cancel`. Raises RequestError UNAVAILABLE if there is no engine.
+        """
+        handle = next(self._ids)
+        with self._lock:
+            if self._connection is None:
+                raise RequestError(Code.UNAVAILABLE, NOT_THERE)
+            self._callbacks[handle] = on_output
+            try:
+                self._connection.send(("submit", handle, time.time_ns(), request))
+            except OSError:
+                self._callbacks.pop(handle, None)
+                raise RequestError(Code.UNAVAILABLE, NOT_THERE) from None
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """Asks the engine to stop a request; its last message (CANCELLED, or a finish that was faster) follows."""
+        with self._lock:
+            if self._connection is None or handle not in self._callbacks:
+                return
+            try:
+                self._connection.send(("cancel", handle))
+            except OSError:
+                return  # the reader sees the same end of file and answers every request
+
+    def close(self) -> None:
+        """Closes the connection; the engine cancels what this client still has in flight."""
+        self._closed.set()
+        with self._lock:
+            if self._connection is not None:
+                _hang_up(self._connection)
+        self._reader.join(timeout=5)
+
+    def _read_for_ever(self) -> None:
+        delay = 0.05
+        while not self._closed.is_set():
+            try:
+                connection = Client(self._path, "AF_UNIX")
+            except OSError:
+                self._closed.wait(delay)
+                delay = min(delay * 2, 0.5)
+                continue
+            delay = 0.05
+            try:
+                self._read(connection)
+            except (EOFError, OSError):
+                pass
+            self._drop(connection)
+
+    def _read(self, connection: Connection) -> None:
+        while True:
+            kind, body = connection.recv()
+            if kind == "step":
+                for handle, output in body:
+                    if output.finish_reason is None:
+                        callback = self._callbacks.get(handle)
+                    else:
+                        with self._lock:
+                            callback = self._callbacks.pop(handle, None)
+                    if callback is not None:
+                        callback(output)
+                # The engine sends the next message only when this one was taken; meanwhile it merges.
+                with self._lock:
+                    connection.send(("taken", None))
+            elif kind == "stats":
+                self._stats = body
+            elif kind == "hello":
+                self._info = body
+                with self._lock:
+                    self._connection = connection
+                self._connected.set()
+
+    def _drop(self, connection: Connection) -> None:
+        """The engine is gone: answers what was in flight, since nobody else can."""
+        with self._lock:
+            self._connection = None
+            self._connected.clear()
+            orphans, self._callbacks = self._callbacks, {}
+            connection.close()
+        self._stats = EngineStats()
+        for callback in orphans.values():
+            error = RequestError(Code.UNAVAILABLE, GONE)
+            callback(RequestOutput(finish_reason=FinishReason.ERROR, error=error))
+
+
+def _hang_up(connection: Connection) -> None:
+    """Ends both directions, so that a reader blocked in ``recv`` wakes up with end-of-file."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        try:
+            duplicate.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass

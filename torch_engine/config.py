@@ -1,0 +1,118 @@
+"""Engine configuration: one typed object, validated once, stored as ``engine.json`` in the engine folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENGINE_FILE = "engine.json"
+
+SCHEDULER_POLICIES = ("guaranteed_no_evict", "max_utilization")
+DEVICES = ("cpu", "cuda")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the field, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What ``make build-engines`` decides and the engine process obeys.
+
+    Sizes are in tokens unless the name says otherwise. Parameter names follow TensorRT-LLM's Triton
+    backend where it has the concept (``batch_scheduler_policy``, ``enable_kv_cache_reuse``, ...).
+    """
+
+    model_dir: str
+    """Checkpoint folder (Hugging Face layout; bf16, or ModelOpt unified FP8)."""
+    device: str = "cpu"
+    compute_dtype: str = "float32"
+    """Dtype of activations and matrix products; FP8 weights are dequantised to it where the device has no FP8."""
+    kernels: str = "auto"
+    """Implementation of the kernel interface: ``auto`` or a name in ``torch_engine.kernels``."""
+    block_size: int = 16
+    num_kv_blocks: int = 2048
+    max_batch_size: int = 64
+    """Most requests in flight in one step."""
+    max_num_tokens: int = 512
+    """Token budget of one step: decode tokens first, the rest goes to prefill chunks."""
+    max_seq_len: int = 2048
+    """Prompt plus output of one request."""
+    batch_scheduler_policy: str = "guaranteed_no_evict"
+    enable_kv_cache_reuse: bool = True
+    enable_chunked_context: bool = True
+    num_threads: int = 0
+    """Intra-op threads; 0 = the cores of this process, less one from four cores up."""
+    max_queue_size: int = 256
+    """Requests that may wait; one more is refused with UNAVAILABLE. 0 = unlimited."""
+    max_queue_delay_ms: int = 0
+    """A request not scheduled after this time is refused with UNAVAILABLE. 0 = unlimited."""
+    abandon_after_s: float = 30.0
+    """A request whose output nobody has taken for this long is cancelled."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, remedy: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not valid: {remedy}")
+
+        require(bool(self.model_dir), "model_dir", "give the checkpoint folder")
+        require(self.device.split(":")[0] in DEVICES, "device", f"use one of {', '.join(DEVICES)}")
+        require(
+            self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", f"use one of {', '.join(COMPUTE_DTYPES)}"
+        )
+        require(
+            self.batch_scheduler_policy in SCHEDULER_POLICIES,
+            "batch_scheduler_policy",
+            f"use one of {', '.join(SCHEDULER_POLICIES)}",
+        )
+        for name in ("block_size", "num_kv_blocks", "max_batch_size", "max_num_tokens", "max_seq_len"):
+            require(getattr(self, name) >= 1, name, "use a positive number")
+        for name in ("num_threads", "max_queue_size", "max_queue_delay_ms"):
+            require(getattr(self, name) >= 0, name, "use 0 or a positive number")
+        require(self.abandon_after_s > 0, "abandon_after_s", "use a positive number of seconds")
+        require(
+            self.num_kv_blocks * self.block_size >= self.max_seq_len,
+            "num_kv_blocks",
+            f"one sequence of max_seq_len={self.max_seq_len} needs "
+            f"{-(-self.max_seq_len // self.block_size)} blocks of {self.block_size}; raise it or lower max_seq_len",
+        )
+        require(
+            self.max_num_tokens >= self.max_batch_size,
+            "max_num_tokens",
+            f"it must hold one token for each of max_batch_size={self.max_batch_size} requests",
+        )
+        require(
+            self.enable_chunked_context or self.max_num_tokens >= self.max_seq_len,
+            "max_num_tokens",
+            f"without chunked context a prompt of up to max_seq_len={self.max_seq_len} must fit one step",
+        )
+
+    def save(self, engine_dir: str | Path) -> None:
+        """Writes ``engine.json``."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (Path(engine_dir) / ENGINE_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, engine_dir: str | Path, **overrides: Any) -> EngineConfig:
+        """Reads ``engine.json``; ``model_dir`` may be relative to the engine folder.
+
+        Raises:
+            ConfigError: the file is missing or damaged, or names an unknown setting or an impossible value.
+        """
+        path = Path(engine_dir) / ENGINE_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist: run 'make build-engines' first") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is damaged ({error}): run 'make build-engines' again") from None
+        values.update(overrides)
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"{path}: unknown settings {sorted(unknown)}: run 'make build-engines' again")
+        values["model_dir"] = str((Path(engine_dir) / values["model_dir"]).resolve())
+        return cls(**values)

@@ -1,0 +1,209 @@
+"""The kernel interface in plain PyTorch.
+
+Shapes: T tokens of all sequences of a step one after the other, H query heads, V key/value heads,
+G = H / V heads a group, D head size. The KV cache of a layer is [num_blocks, block_size, 2, V, D], so
+that a token's keys and values are one row and a block is one contiguous piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+GROWTH_ROWS = 16
+"""Rows that a packed CPU weight is laid out for; measured best across batch 1 to 256."""
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens ``start:end`` of the step belong to one sequence and see its first ``context`` tokens."""
+
+    start: int
+    end: int
+    context: int
+    blocks: torch.Tensor
+    """[blocks of the context] int64."""
+
+
+@dataclass
+class StepInput:
+    """One step's tokens and where their keys and values live. Single-token chunks (decodes) come first."""
+
+    token_ids: torch.Tensor
+    """[T] int64."""
+    positions: torch.Tensor
+    """[T] int64."""
+    slots: torch.Tensor
+    """[T] int64: block * block_size + offset of each token's keys and values."""
+    decode_blocks: torch.Tensor
+    """[decodes, longest table] int64, padded with block 0."""
+    decode_lengths: torch.Tensor
+    """[decodes] int64: tokens that each decode sees, itself included."""
+    prefills: list[PrefillChunk]
+    logit_rows: torch.Tensor
+    """[sampled] int64: rows of the step whose logits are wanted."""
+
+    def __post_init__(self) -> None:
+        self.masks: dict[tuple, torch.Tensor] = {}
+        """Attention masks, made once a step and shared by its layers."""
+
+    @property
+    def num_decodes(self) -> int:
+        return self.decode_lengths.shape[0]
+
+
+class PyTorchKernels:
+    """Reference implementation; computes in ``dtype`` on ``device``."""
+
+    name = "pytorch"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.packs = device.type == "cpu" and torch.backends.mkldnn.is_available() and _onednn_packs(dtype)
+
+    def describe(self) -> str:
+        return f"PyTorch kernels ({'prepacked oneDNN' if self.packs else 'plain'} linears)"
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Prepares ``x [T, K] -> [T, N]`` for ``weight [N, K]``; the weight passed in may be dropped afterwards."""
+        weight = weight.to(self.device, self.dtype)
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        if not self.packs:
+            return lambda x: F.linear(x, weight, bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), GROWTH_ROWS)
+        run = torch.ops.mkldnn._linear_pointwise
+        return lambda x: run(x, packed, bias, "none", [], "")
+
+    def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
+        """Prepares a norm's weight. Gemma's is applied in float32 as ``1 + weight``, the others' in ``dtype``."""
+        weight = weight.to(self.device)
+        return weight.float() + 1.0 if plus_one else weight.to(self.dtype)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root-mean-square norm over the last dimension, in float32 like the checkpoints' own code."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if weight.dtype == torch.float32:
+            return (normed * weight).to(x.dtype)
+        return normed.to(x.dtype) * weight
+
+    def gate(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """``[T, 2 I] -> [T, I]``: activation of the first half times the second."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        return gate.mul_(up)
+
+    def rotate(self, x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of ``x [T, heads, D]``, halves paired as Hugging Face does; ``table`` [P, 2, D / 2]."""
+        cos, sin = table[positions].to(x.dtype).unbind(1)
+        cos, sin = cos[:, None], sin[:, None]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
+        """One layer's KV cache: [num_blocks, block_size, 2, V, D]."""
+        shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: torch.Tensor,
+        step: StepInput,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Writes the step's keys and values into ``cache``, then lets each token attend to its sequence.
+
+        ``q`` [T, H, D], ``k`` and ``v`` [T, V, D] -> [T, H, D].
+        """
+        cache.view(-1, 2, *k.shape[1:]).index_copy_(0, step.slots, torch.stack([k, v], dim=1))
+        num_kv_heads, head_dim = k.shape[1:]
+        grouped = q.view(q.shape[0], num_kv_heads, -1, head_dim)
+        parts = []
+        if step.num_decodes:
+            rows, longest = step.decode_blocks.shape
+            keys, values = _gather(cache, step.decode_blocks.flatten(), rows)
+            mask = step.masks.get(("decode", window))
+            if mask is None:
+                mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
+                step.masks["decode", window] = mask
+            out = _attention(grouped[:rows], keys, values, mask, scale, softcap)
+            parts.append(out.reshape(rows, -1, head_dim))
+        for number, chunk in enumerate(step.prefills):
+            keys, values = _gather(cache, chunk.blocks, 1)
+            keys, values = keys[:, :, : chunk.context], values[:, :, : chunk.context]
+            mask = step.masks.get((number, window))
+            if mask is None:
+                mask = _prefill_mask(chunk, grouped.shape[2], window, self.dtype, self.device)
+                step.masks[number, window] = mask
+            count = chunk.end - chunk.start
+            # The group's heads become query rows: [1, V, G * tokens, D]; five times faster than repeating K and V.
+            queries = (
+                grouped[chunk.start : chunk.end].permute(1, 2, 0, 3).reshape(1, num_kv_heads, -1, head_dim)
+            )
+            out = _attention(queries, keys, values, mask, scale, softcap)
+            out = out.view(num_kv_heads, -1, count, head_dim).permute(2, 0, 1, 3)
+            parts.append(out.reshape(count, -1, head_dim))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of ``rows`` sequences: each [rows, V, blocks a row * block_size, D]."""
+    block_size, _, num_kv_heads, head_dim = cache.shape[1:]
+    picked = cache.flatten(1).index_select(0, blocks).view(rows, -1, 2, num_kv_heads, head_dim)
+    keys, values = picked.permute(2, 0, 3, 1, 4).unbind(0)
+    return keys, values
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+    scores = softcap * torch.tanh(scores / softcap) + mask.float()
+    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+
+
+def _decode_mask(lengths: torch.Tensor, width: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """[decodes, 1, 1, width]: 0 where a key is seen, -inf elsewhere."""
+    keys = torch.arange(width, device=lengths.device)
+    seen = keys < lengths[:, None]
+    if window is not None:
+        seen &= keys >= lengths[:, None] - window
+    return _additive(seen, dtype)[:, None, None]
+
+
+def _prefill_mask(
+    chunk: PrefillChunk, group: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[group * tokens, context], the group's heads one after the other."""
+    count = chunk.end - chunk.start
+    keys = torch.arange(chunk.context, device=device)
+    own = torch.arange(chunk.context - count, chunk.context, device=device)[:, None]
+    seen = keys <= own
+    if window is not None:
+        seen &= keys > own - window
+    return _additive(seen, dtype).repeat(group, 1)
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))

@@ -1,0 +1,188 @@
+"""What goes into the engine and what comes out: plain picklable types shared by all its processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Code(str, Enum):
+    """Error classes, named like Triton's so that a stub can map them one to one."""
+
+    INVALID_ARG = "INVALID_ARG"
+    UNAVAILABLE = "UNAVAILABLE"
+    UNSUPPORTED = "UNSUPPORTED"
+    CANCELLED = "CANCELLED"
+    INTERNAL = "INTERNAL"
+
+
+class RequestError(Exception):
+    """A request that cannot be served; the text names the field and the limit."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __reduce__(self) -> tuple:
+        return RequestError, (self.code, self.message)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Semantics are TensorRT-LLM's: greedy unless ``top_k > 1`` or ``0 < top_p`` asks for sampling
+    (``top_k=0`` means "no limit" and samples when given together with ``top_p``); ``temperature=0`` is
+    greedy too. Penalties act on the tokens generated so far (presence, frequency) or on prompt and
+    output (repetition).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                value = getattr(self, name)
+                raise RequestError(Code.INVALID_ARG, f"{name} is {value}: it must be {limit}")
+
+        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "finite and >= 0")
+        require(self.top_k is None or self.top_k >= 0, "top_k", ">= 0 (0 = no limit)")
+        require(self.top_p is None or 0.0 <= self.top_p <= 1.0, "top_p", "between 0 and 1")
+        require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "finite and > 0 (1 = off)",
+        )
+        require(math.isfinite(self.presence_penalty), "presence_penalty", "finite (0 = off)")
+        require(math.isfinite(self.frequency_penalty), "frequency_penalty", "finite (0 = off)")
+        require(self.seed is None or 0 <= self.seed < 2**64, "seed", "an unsigned 64-bit integer")
+
+    @property
+    def greedy(self) -> bool:
+        if self.temperature == 0 or self.top_k == 1:
+            return True
+        return not self.top_k and not self.top_p
+
+    @property
+    def plain_greedy(self) -> bool:
+        """True when the next token is the argmax of the untouched logits."""
+        return (
+            self.greedy
+            and self.repetition_penalty == 1.0
+            and self.presence_penalty == 0.0
+            and self.frequency_penalty == 0.0
+        )
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue.
+
+    ``stop`` and ``bad`` are byte strings (UTF-8 text, or what a list of token ids spells): generation
+    ends before the first ``stop`` in the *generated* bytes, which is never emitted, whatever the tokens
+    it spans. ``bad_ids`` are token sequences that are never generated.
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    end_id: int | None = None
+    """Token that ends the output and is not part of it; None = the model's own, -1 = none at all."""
+    stop: tuple[bytes, ...] = ()
+    bad_ids: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    return_log_probs: bool = False
+
+
+class FinishReason(str, Enum):
+    LENGTH = "length"
+    END_ID = "end_id"
+    STOP = "stop_words"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class PerfMetrics:
+    """Per-request times (``time.monotonic_ns``-independent wall clock, ns since the epoch) and KV blocks."""
+
+    arrival_time_ns: int = 0
+    first_scheduled_time_ns: int = 0
+    first_token_time_ns: int = 0
+    last_token_time_ns: int = 0
+    kv_cache_alloc_new_blocks: int = 0
+    kv_cache_reused_blocks: int = 0
+    kv_cache_alloc_total_blocks: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """What became of a request since the last message about it; messages add up.
+
+    ``token_ids`` and ``text`` are new parts only and end where the text is whole: no incomplete UTF-8
+    sequence, nothing that may still turn out to be a stop word. ``text`` is the tokens' text (special
+    tokens have none). The last message has ``finish_reason``; with ``FinishReason.ERROR`` it has ``error``.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    log_probs: list[float] = field(default_factory=list)
+    """Log-probability of each of ``token_ids``, only if asked for."""
+    cum_log_prob: float = 0.0
+    """Sum over all tokens so far."""
+    num_input_tokens: int = 0
+    num_output_tokens: int = 0
+    """Tokens generated so far, whether emitted yet or not; the end id is not counted, held-back tokens are."""
+    finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+    metrics: PerfMetrics | None = None
+
+    def extend(self, later: RequestOutput) -> None:
+        """Merges a later message about the same request into this one: tokens coalesce, none is lost."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        self.log_probs += later.log_probs
+        self.cum_log_prob = later.cum_log_prob
+        self.num_input_tokens = later.num_input_tokens
+        self.num_output_tokens = later.num_output_tokens
+        self.finish_reason = later.finish_reason
+        self.error = later.error
+        self.metrics = later.metrics or self.metrics
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for metrics; names follow ``nv_trt_llm_*``."""
+
+    active_requests: int = 0
+    scheduled_requests: int = 0
+    context_requests: int = 0
+    waiting_requests: int = 0
+    max_requests: int = 0
+    kv_blocks_max: int = 0
+    kv_blocks_free: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_reused: int = 0
+    tokens_per_block: int = 0
+    iterations: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a front end needs to know to check a request before the engine sees it."""
+
+    vocab_size: int
+    max_seq_len: int
+    end_ids: tuple[int, ...]
+    model_dir: str
+    description: str = ""
+    """One line: model, precision, device and kernels that run."""

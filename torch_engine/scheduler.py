@@ -1,0 +1,133 @@
+"""Which tokens the next step computes: in-flight batching under a token budget.
+
+Requests join and leave at every step. Running decodes come first, one token each; what is left of the
+budget goes to prompts, in chunks, the oldest first, so that a long prompt delays the running streams by
+at most one budget.
+
+The policies are TensorRT-LLM's:
+
+* ``guaranteed_no_evict`` admits a request only if its longest possible output fits beside what was
+  promised to the others: a request that has started always finishes without interruption.
+* ``max_utilization`` admits as soon as the prompt fits; when blocks run out, the youngest request gives
+  its blocks back and starts over later (its tokens are kept, their keys and values computed again).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from torch_engine.blocks import BlockManager
+from torch_engine.config import EngineConfig
+from torch_engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``num_tokens`` tokens of a sequence from ``sequence.num_computed`` on, computed in one step."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Nothing remains after this chunk: its last logits choose the next token."""
+        return self.num_tokens == self.sequence.num_remaining
+
+
+class Scheduler:
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of admission: the last one is preempted first."""
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a finished or cancelled sequence out and frees its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.release_blocks(self.blocks)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, each with its blocks allocated; decodes first."""
+        chunks: dict[Sequence, int] = {}
+        budget = self.config.max_num_tokens
+        for sequence in [*self._decoding(), *self._prefilling()]:
+            if sequence not in self.running:
+                continue  # it was preempted just now
+            count = min(sequence.num_remaining, budget)
+            if count == 0 or not self._make_room(sequence, count, chunks):
+                continue
+            chunks[sequence] = count
+            budget = self.config.max_num_tokens - sum(chunks.values())
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_batch_size:
+            count = self._admit(self.waiting[0], budget)
+            if count == 0:
+                break
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            chunks[sequence] = count
+            budget -= count
+        now = time.time_ns()
+        for sequence in chunks:
+            sequence.first_scheduled_ns = sequence.first_scheduled_ns or now
+        return [
+            Chunk(sequence, count) for sequence, count in sorted(chunks.items(), key=lambda item: item[1] > 1)
+        ]
+
+    def _decoding(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.num_remaining == 1]
+
+    def _prefilling(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.num_remaining > 1]
+
+    def _make_room(self, sequence: Sequence, count: int, chunks: dict[Sequence, int]) -> bool:
+        """Gives a running sequence the blocks for ``count`` more tokens, at the cost of younger ones if need be."""
+        missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
+        while missing > self.blocks.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            chunks.pop(victim, None)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.grow(self.blocks, missing)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        victim.release_blocks(self.blocks)
+        self.waiting.appendleft(victim)
+        self.num_preemptions += 1
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Starts a waiting sequence if it fits; returns the tokens of its first chunk, 0 if it has to wait."""
+        cached = self.blocks.match(sequence.tokens)
+        computed = len(cached) * self.blocks.block_size
+        count = min(len(sequence.tokens) - computed, budget)
+        if not self.config.enable_chunked_context and count < len(sequence.tokens) - computed:
+            return 0
+        if self.config.batch_scheduler_policy == "guaranteed_no_evict":
+            promised = sum(self._outstanding(other) for other in self.running)
+            needed = self.blocks.blocks_for(sequence.max_length)
+        else:
+            promised = 0
+            needed = self.blocks.blocks_for(len(sequence.tokens))
+        available = self.blocks.num_free - self.blocks.num_free_among(cached) - promised
+        if needed - len(cached) > available:
+            return 0
+        sequence.adopt(self.blocks, cached)
+        sequence.grow(self.blocks, self.blocks.blocks_for(computed + count) - len(cached))
+        return count
+
+    def _outstanding(self, sequence: Sequence) -> int:
+        """Blocks promised to a running sequence and not allocated yet."""
+        return self.blocks.blocks_for(sequence.max_length) - len(sequence.block_table)

@@ -1,0 +1,168 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from torch_engine.blocks import ROOT, BlockManager
+from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
+from torch_engine.text import TextStream, TokenBytes
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Token ids, KV blocks and output of one request.
+
+    Invariant: the KV cache holds ``tokens[:num_computed]``. What remains is computed in one or more
+    chunks; when nothing remains, the next token is sampled and appended. A decode step is a chunk of one.
+    """
+
+    key: object
+    """Names the request for whoever submitted it."""
+    request: GenerationRequest
+    end_ids: frozenset[int]
+    text: TextStream
+    arrival_ns: int
+    rng: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_registered: int = 0
+    last_uid: int = ROOT
+    finish_reason: FinishReason | None = None
+    counts: Counter[int] = field(default_factory=Counter)
+    """How often each token was generated, for the presence and frequency penalties."""
+    cum_log_prob: float = 0.0
+    num_emitted: int = 0
+    held_log_probs: list[float] = field(default_factory=list)
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    new_blocks: int = 0
+    reused_blocks: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        key: object,
+        request: GenerationRequest,
+        end_ids: tuple[int, ...],
+        tokens: TokenBytes,
+        arrival_ns: int,
+    ) -> Sequence:
+        if request.end_id is not None:
+            end_ids = () if request.end_id < 0 else (request.end_id,)
+        seed = request.sampling.seed
+        rng = np.random.default_rng() if seed is None else np.random.Generator(np.random.Philox(key=seed))
+        stream = TextStream(tokens, request.stop)
+        return cls(key, request, frozenset(end_ids), stream, arrival_ns, rng, tokens=list(request.prompt_ids))
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens whose keys and values this request can ever need; the last token needs none."""
+        return self.num_prompt + self.request.max_tokens - 1
+
+    def append(self, token_id: int, log_prob: float) -> RequestOutput | None:
+        """Takes the sampled token; returns what can be told about it, if anything."""
+        now = time.time_ns()
+        if not self.first_token_ns:
+            self.first_token_ns = now
+        self.last_token_ns = now
+        if token_id in self.end_ids:
+            return self._finish(FinishReason.END_ID)
+        self.tokens.append(token_id)
+        self.counts[token_id] += 1
+        self.cum_log_prob += log_prob
+        self.held_log_probs.append(log_prob)
+        release = self.text.push(token_id)
+        if release.stopped:
+            self.finish_reason = FinishReason.STOP
+        elif self.num_generated >= self.request.max_tokens:
+            return self._finish(FinishReason.LENGTH, release.token_ids, release.text)
+        elif not release.token_ids:
+            return None
+        return self._output(release.token_ids, release.text)
+
+    def end(self, reason: FinishReason) -> RequestOutput:
+        """The request ends here, from outside."""
+        return self._finish(reason)
+
+    def _finish(self, reason: FinishReason, ids: list[int] | None = None, text: str = "") -> RequestOutput:
+        self.finish_reason = reason
+        rest = self.text.finish()
+        return self._output((ids or []) + rest.token_ids, text + rest.text)
+
+    def _output(self, ids: list[int], text: str) -> RequestOutput:
+        log_probs = self.held_log_probs[: len(ids)]
+        self.held_log_probs = self.held_log_probs[len(ids) :]
+        self.num_emitted += len(ids)
+        return RequestOutput(
+            token_ids=ids,
+            text=text,
+            log_probs=log_probs if self.request.return_log_probs else [],
+            cum_log_prob=self.cum_log_prob,
+            num_input_tokens=self.num_prompt,
+            num_output_tokens=self.num_emitted,
+            finish_reason=self.finish_reason,
+            metrics=self.metrics() if self.finish_reason else None,
+        )
+
+    def metrics(self) -> PerfMetrics:
+        return PerfMetrics(
+            arrival_time_ns=self.arrival_ns,
+            first_scheduled_time_ns=self.first_scheduled_ns,
+            first_token_time_ns=self.first_token_ns,
+            last_token_time_ns=self.last_token_ns,
+            kv_cache_alloc_new_blocks=self.new_blocks,
+            kv_cache_reused_blocks=self.reused_blocks,
+            kv_cache_alloc_total_blocks=self.new_blocks + self.reused_blocks,
+        )
+
+    # KV blocks ---------------------------------------------------------------------------------
+
+    def adopt(self, blocks: BlockManager, cached: list[int]) -> None:
+        """Starts on blocks whose content is known."""
+        blocks.share(cached)
+        self.block_table = list(cached)
+        self.num_computed = len(cached) * blocks.block_size
+        self.num_registered = len(cached)
+        self.last_uid = blocks.uid(cached[-1]) if cached else ROOT
+        self.reused_blocks += len(cached)
+        blocks.num_reused += len(cached)
+
+    def grow(self, blocks: BlockManager, count: int) -> None:
+        self.block_table += blocks.allocate(count)
+        self.new_blocks += count
+
+    def computed(self, blocks: BlockManager, num_tokens: int) -> None:
+        """``num_tokens`` more have their keys and values; blocks that became full may be reused from now on."""
+        self.num_computed += num_tokens
+        size = blocks.block_size
+        while (self.num_registered + 1) * size <= self.num_computed:
+            start = self.num_registered * size
+            index = self.block_table[self.num_registered]
+            self.last_uid = blocks.register(index, self.last_uid, self.tokens[start : start + size])
+            self.num_registered += 1
+
+    def release_blocks(self, blocks: BlockManager) -> None:
+        """Gives all blocks back; what was computed has to be computed (or matched) again."""
+        blocks.free(self.block_table)
+        self.block_table = []
+        self.num_computed = self.num_registered = 0
+        self.last_uid = ROOT

@@ -1,0 +1,255 @@
+"""The engine process: ``python -m torch_engine.server --engine-dir DIR --socket PATH``.
+
+The engine does not live under the interpreter lock of Triton's stub. Front ends connect over a Unix
+socket (``torch_engine.client``); several may be connected at once and share the engine.
+
+Nothing on the step loop waits for a front end: the outputs of a step are put into each connection's
+outbox and sent by that connection's own thread. While a front end is slow to take a message, later
+outputs of the same request are merged into the one that waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection, Listener
+
+from torch_engine.config import ConfigError, EngineConfig
+from torch_engine.engine import Engine
+from torch_engine.families import UnsupportedModel
+from torch_engine.request import EngineStats, FinishReason, GenerationRequest, RequestError, RequestOutput
+from torch_engine.text import UnsupportedTokenizer
+
+STATS_PERIOD_S = 0.1
+MAX_FAILED_STEPS = 3
+
+
+class FrontEnd:
+    """One connected process: reads its commands, sends it outputs and statistics."""
+
+    def __init__(
+        self, connection: Connection, number: int, commands: queue.SimpleQueue, hello: object
+    ) -> None:
+        self.number = number
+        self._connection = connection
+        self._commands = commands
+        self._ready = threading.Condition()
+        self._outbox: dict[int, RequestOutput] = {}
+        self._since: dict[int, float] = {}
+        """When each waiting output began to wait (monotonic seconds)."""
+        self._stats: EngineStats | None = None
+        self._taken = True
+        self.closed = False
+        connection.send(("hello", hello))
+        for target in (self._read, self._write):
+            threading.Thread(target=target, name=f"front-end-{number}", daemon=True).start()
+
+    def put(self, handle: int, output: RequestOutput) -> None:
+        """Queues an output; merges it with what still waits for the same request."""
+        with self._ready:
+            waiting = self._outbox.get(handle)
+            if waiting is None:
+                self._outbox[handle] = output
+                self._since[handle] = time.monotonic()
+            else:
+                waiting.extend(output)
+
+    def flush(self, stats: EngineStats | None) -> None:
+        """Wakes the sender once a step, after all its outputs were put."""
+        with self._ready:
+            self._stats = stats or self._stats
+            self._ready.notify()
+
+    def abandoned(self, after_s: float) -> list[int]:
+        """Requests whose output nobody has taken for ``after_s`` seconds."""
+        limit = time.monotonic() - after_s
+        with self._ready:
+            return [handle for handle, since in self._since.items() if since < limit]
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self._connection.recv()
+                if message[0] == "taken":
+                    with self._ready:
+                        self._taken = True
+                        self._ready.notify()
+                else:
+                    self._commands.put((self, *message))
+        except (EOFError, OSError):
+            pass
+        self.close()
+        self._commands.put((self, "gone"))
+
+    def _write(self) -> None:
+        try:
+            while True:
+                with self._ready:
+                    self._ready.wait_for(lambda: self.closed or self._stats or (self._taken and self._outbox))
+                    if self.closed:
+                        return
+                    stats, self._stats = self._stats, None
+                    batch: dict[int, RequestOutput] = {}
+                    if self._taken and self._outbox:
+                        batch, self._outbox = self._outbox, {}
+                        self._since.clear()
+                        self._taken = False
+                if stats is not None:
+                    self._connection.send(("stats", stats))
+                if batch:
+                    self._connection.send(("step", list(batch.items())))
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        with self._ready:
+            self.closed = True
+            self._ready.notify()
+
+
+class EngineServer:
+    """Feeds one engine from all front ends until told to stop."""
+
+    def __init__(self, engine: Engine, socket_path: str) -> None:
+        self.engine = engine
+        self._listener = Listener(socket_path, "AF_UNIX", backlog=16)
+        os.chmod(socket_path, 0o600)
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._front_ends: list[FrontEnd] = []
+        self._stopping = False
+        self._failed_steps = 0
+        self._stats_due = 0.0
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends :meth:`run`; safe to call from a signal handler (a ``SimpleQueue`` may be put to there)."""
+        self._stopping = True
+        self._commands.put(None)
+
+    def run(self) -> int:
+        """Steps the engine while there is work, sleeps while there is none. Returns the exit status."""
+        while not self._stopping:
+            self._obey()
+            if self._stopping or not self.engine.busy:
+                continue
+            outputs = self.engine.step()
+            for (front_end, handle), output in outputs:
+                front_end.put(handle, output)
+            self._flush()
+            internal = [
+                o for _, o in outputs if o.finish_reason is FinishReason.ERROR and o.error.code == "INTERNAL"
+            ]
+            self._failed_steps = self._failed_steps + 1 if internal else 0
+            if internal:
+                print(f"engine: {internal[0].error.message}", file=sys.stderr, flush=True)
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                print(
+                    f"engine: {MAX_FAILED_STEPS} steps in a row failed, giving up",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return 1
+        self._listener.close()
+        return 0
+
+    def _accept(self) -> None:
+        number = 0
+        while not self._stopping:
+            try:
+                connection = self._listener.accept()
+            except (OSError, EOFError):
+                continue
+            number += 1
+            try:
+                front_end = FrontEnd(connection, number, self._commands, self.engine.info)
+            except OSError:
+                continue  # it hung up at once
+            self._commands.put((front_end, "join"))
+
+    def _obey(self) -> None:
+        """Carries out all commands that have arrived; waits for one if the engine has nothing to do."""
+        if not self.engine.busy:
+            self._flush(force=True)
+            self._command(self._commands.get())
+        while not self._commands.empty():
+            self._command(self._commands.get())
+        for front_end in self._front_ends:
+            for handle in front_end.abandoned(self.engine.config.abandon_after_s):
+                self._cancel(front_end, handle)
+
+    def _command(self, message: tuple | None) -> None:
+        if message is None:
+            return
+        front_end, kind, *body = message
+        if kind == "submit":
+            self._submit(front_end, *body)
+        elif kind == "cancel":
+            self._cancel(front_end, *body)
+        elif kind == "join":
+            self._front_ends.append(front_end)
+            front_end.flush(self.engine.stats)
+        elif kind == "gone":
+            if front_end in self._front_ends:
+                self._front_ends.remove(front_end)
+            for key in [key for key in self.engine.sequences if key[0] is front_end]:
+                self.engine.cancel(key)
+
+    def _submit(self, front_end: FrontEnd, handle: int, arrival_ns: int, request: GenerationRequest) -> None:
+        try:
+            if front_end.closed:
+                return
+            self.engine.add((front_end, handle), request, arrival_ns)
+        except RequestError as error:
+            front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
+            front_end.flush(None)
+
+    def _cancel(self, front_end: FrontEnd, handle: int) -> None:
+        output = self.engine.cancel((front_end, handle))
+        if output is not None:
+            front_end.put(handle, output)
+            front_end.flush(None)
+
+    def _flush(self, force: bool = False) -> None:
+        now = time.monotonic()
+        stats = None
+        if force or now >= self._stats_due:
+            self._stats_due = now + STATS_PERIOD_S
+            stats = self.engine.stats
+        for front_end in self._front_ends:
+            front_end.flush(stats)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_engine.server", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--engine-dir", required=True, help="folder with engine.json, from make build-engines"
+    )
+    parser.add_argument("--socket", required=True, help="Unix socket to listen on; must not exist")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        engine = Engine(EngineConfig.load(options.engine_dir))
+        server = EngineServer(engine, options.socket)
+    except (ConfigError, UnsupportedModel, UnsupportedTokenizer, OSError, MemoryError) as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    print(
+        f"engine ready: {engine.info.description} (loaded in {time.monotonic() - started:.1f} s)", flush=True
+    )
+    status = server.run()
+    if os.path.exists(options.socket):
+        os.unlink(options.socket)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Reads a checkpoint folder's safetensors, dequantising FP8 where the device computes in another dtype."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from torch_engine.families import ModelSpec, UnsupportedModel
+
+
+class Checkpoint:
+    """Tensors by their Hugging Face names, read when asked for."""
+
+    def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
+        self.folder = Path(model_dir)
+        self.spec = spec
+        self._files = self._locate()
+        self._open: dict[str, safe_open] = {}
+
+    def _locate(self) -> dict[str, str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        single = self.folder / "model.safetensors"
+        if not single.exists():
+            raise UnsupportedModel(
+                f"{self.folder} has no model.safetensors (nor its index): convert it to safetensors"
+            )
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def raw(self, name: str) -> torch.Tensor:
+        """Raises UnsupportedModel if the checkpoint lacks the tensor."""
+        if name not in self._files:
+            raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
+        filename = self._files[name]
+        if filename not in self._open:
+            self._open[filename] = safe_open(self.folder / filename, framework="pt")
+        return self._open[filename].get_tensor(name)
+
+    def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
+        """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
+
+        Loaders that ignore the scales run garbage without an error (Transformers does), so an FP8 tensor
+        without a scale is refused.
+        """
+        weight = self.raw(f"{module}.weight")
+        if weight.dtype != torch.float8_e4m3fn:
+            return weight.to(dtype)
+        if f"{module}.weight_scale" not in self._files:
+            raise UnsupportedModel(
+                f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
+            )
+        return (weight.float() * self.raw(f"{module}.weight_scale").float()).to(dtype)
+
+    def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
+        name = f"{module}.bias"
+        return self.raw(name).to(dtype) if name in self._files else None
+
+    def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights of several linears stacked along the output, and their biases if they have any."""
+        weight = torch.cat([self.weight(module, dtype) for module in modules])
+        biases = [self.bias(module, dtype) for module in modules]
+        present = [bias for bias in biases if bias is not None]
+        if not present:
+            return weight, None
+        if len(present) != len(biases):
+            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
+        return weight, torch.cat(present)

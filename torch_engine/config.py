@@ -34,6 +34,8 @@ class EngineConfig:
     """Dtype of activations and matrix products; FP8 weights are dequantised to it where the device has no FP8."""
     kernels: str = "auto"
     """Implementation of the kernel interface: ``auto`` or a name in ``torch_engine.kernels``."""
+    kernel_library: str = ""
+    """Compiled CPU kernels of this build (relative to the engine folder in the file); empty = none."""
     block_size: int = 16
     num_kv_blocks: int = 2048
     max_batch_size: int = 64
@@ -98,7 +100,7 @@ class EngineConfig:
 
     @classmethod
     def load(cls, engine_dir: str | Path, **overrides: Any) -> EngineConfig:
-        """Reads ``engine.json``; ``model_dir`` may be relative to the engine folder.
+        """Reads ``engine.json``; paths in it may be relative to the engine folder.
 
         Raises:
             ConfigError: the file is missing or damaged, or names an unknown setting or an impossible value.
@@ -114,5 +116,7 @@ class EngineConfig:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"{path}: unknown settings {sorted(unknown)}: run 'make build-engines' again")
-        values["model_dir"] = str((Path(engine_dir) / values["model_dir"]).resolve())
+        for name in ("model_dir", "kernel_library"):
+            if values.get(name):
+                values[name] = str((Path(engine_dir) / values[name]).resolve())
         return cls(**values)

@@ -5,7 +5,6 @@ Single-threaded and synchronous; ``torch_engine.server`` puts a process and a so
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 
@@ -36,12 +35,6 @@ from torch_engine.weights import Checkpoint
 Outputs = list[tuple[object, RequestOutput]]
 
 
-def default_threads() -> int:
-    """The cores that this process may use, less one from four up: Triton's processes need room to run."""
-    cores = len(os.sched_getaffinity(0))
-    return cores - 1 if cores >= 4 else cores
-
-
 class Engine:
     """In-flight batching over one model on one device.
 
@@ -51,12 +44,9 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        if config.device == "cpu":
-            torch.set_num_threads(config.num_threads or default_threads())
-        device, dtype = torch.device(config.device), getattr(torch, config.compute_dtype)
         spec = load_spec(config.model_dir)
         self.tokens = TokenBytes.from_dir(config.model_dir)
-        self.kernels = kernels.choose(config.kernels, device, dtype)
+        self.kernels = kernels.choose(config)
         with torch.inference_mode():
             self.model = Model(Checkpoint(config.model_dir, spec), self.kernels, config.max_seq_len)
             self.caches = self.model.new_caches(config.num_kv_blocks, config.block_size)
@@ -77,7 +67,7 @@ class Engine:
         weights = f"FP8 weights, computed in {config.compute_dtype}" if spec.fp8 else config.compute_dtype
         return (
             f"{spec.architecture} with {spec.num_layers} layers, {weights}, {self.kernels.describe()} on "
-            f"{config.device}, {torch.get_num_threads()} threads, {config.num_kv_blocks} KV blocks of "
+            f"{config.device}, {config.num_kv_blocks} KV blocks of "
             f"{config.block_size} tokens, {config.batch_scheduler_policy}"
         )
 
@@ -161,7 +151,11 @@ class Engine:
         step = build_step(chunks, self.config.block_size, self.kernels.device)
         logits = self.model.forward(step, self.caches)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        return dict(zip(sampling, sample(logits, sampling), strict=True)) if sampling else {}
+        return (
+            dict(zip(sampling, sample(logits, sampling, self.kernels.argmax), strict=True))
+            if sampling
+            else {}
+        )
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from torch_engine.families import LayerSpec, ModelSpec
+from torch_engine.families import LayerSpec
 from torch_engine.kernels.pytorch import Linear, PyTorchKernels, StepInput
 from torch_engine.rope import rope_table
 from torch_engine.weights import Checkpoint

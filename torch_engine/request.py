@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class Code(str, Enum):
+class Code(StrEnum):
     """Error classes, named like Triton's so that a stub can map them one to one."""
 
     INVALID_ARG = "INVALID_ARG"
@@ -102,7 +102,7 @@ class GenerationRequest:
     return_log_probs: bool = False
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     LENGTH = "length"
     END_ID = "end_id"
     STOP = "stop_words"

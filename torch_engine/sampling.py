@@ -10,6 +10,7 @@ Every request draws from its own random numbers, so that its output does not dep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,9 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+def sample(
+    logits: torch.Tensor, sequences: list[Sequence], argmax: Callable[[torch.Tensor], torch.Tensor]
+) -> list[Sampled]:
     """One token for each row of ``logits`` [rows, vocab] float32, which is changed in place."""
     normalisers = _normalisers(logits, sequences)
     raw = logits
@@ -38,7 +41,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
     for row, sequence in enumerate(sequences):
         if _changes_logits(sequence):
             _penalise(logits[row], sequence)
-    tokens = logits.argmax(-1).tolist()
+    tokens = argmax(logits).tolist()
     random = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
     if random:
         rows = logits[random] if len(random) < len(sequences) else logits

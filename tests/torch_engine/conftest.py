@@ -8,11 +8,20 @@ import pytest
 from tests.tiny import tiny_checkpoint
 from torch_engine.config import EngineConfig
 from torch_engine.engine import Engine
+from torch_engine.kernels.native import compile_library, compiler
 
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The compiled CPU kernels; empty where there is no compiler."""
+    if compiler() is None:
+        return ""
+    return str(compile_library(tmp_path_factory.mktemp("kernels")))
 
 
 @pytest.fixture

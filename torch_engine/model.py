@@ -105,7 +105,7 @@ class Model:
         qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, eps))
         heads = qkv.view(x.shape[0], spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         qk, v = heads.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([spec.num_heads, spec.num_kv_heads], dim=1)
             qk = torch.cat(
                 [kernels.rms_norm(q, layer.q_norm, eps), kernels.rms_norm(k, layer.k_norm, eps)], dim=1

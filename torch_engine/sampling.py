@@ -106,8 +106,8 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     temperatures = torch.tensor([s.request.sampling.temperature for s in sequences], device=logits.device)
     scaled = logits / temperatures[:, None]
     total = scaled.logsumexp(-1).cpu().numpy()
-    values, indices = scaled.topk(min(CANDIDATES, scaled.shape[-1]), dim=-1)
-    values, indices = values.double().cpu().numpy(), indices.cpu().numpy()
+    candidates = scaled.topk(min(CANDIDATES, scaled.shape[-1]), dim=-1)
+    values, indices = candidates.values.double().cpu().numpy(), candidates.indices.cpu().numpy()
     tokens = []
     for row, sequence in enumerate(sequences):
         params = sequence.request.sampling

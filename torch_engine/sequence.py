@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class Sequence:
     chunks; when nothing remains, the next token is sampled and appended. A decode step is a chunk of one.
     """
 
-    key: object
+    key: Any
     """Names the request for whoever submitted it."""
     request: GenerationRequest
     end_ids: frozenset[int]
@@ -48,7 +49,7 @@ class Sequence:
     @classmethod
     def start(
         cls,
-        key: object,
+        key: Any,
         request: GenerationRequest,
         end_ids: tuple[int, ...],
         tokens: TokenBytes,

@@ -22,7 +22,14 @@ from multiprocessing.connection import Connection, Listener
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.engine import Engine
 from torch_engine.families import UnsupportedModel
-from torch_engine.request import EngineStats, FinishReason, GenerationRequest, RequestError, RequestOutput
+from torch_engine.request import (
+    Code,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    RequestError,
+    RequestOutput,
+)
 from torch_engine.text import UnsupportedTokenizer
 
 STATS_PERIOD_S = 0.1
@@ -141,12 +148,11 @@ class EngineServer:
             for (front_end, handle), output in outputs:
                 front_end.put(handle, output)
             self._flush()
-            internal = [
-                o for _, o in outputs if o.finish_reason is FinishReason.ERROR and o.error.code == "INTERNAL"
-            ]
+            failures = [output.error for _, output in outputs if output.error is not None]
+            internal = [error for error in failures if error.code is Code.INTERNAL]
             self._failed_steps = self._failed_steps + 1 if internal else 0
             if internal:
-                print(f"engine: {internal[0].error.message}", file=sys.stderr, flush=True)
+                print(f"engine: {internal[0].message}", file=sys.stderr, flush=True)
             if self._failed_steps >= MAX_FAILED_STEPS:
                 print(
                     f"engine: {MAX_FAILED_STEPS} steps in a row failed, giving up",

@@ -1,0 +1,30 @@
+"""Text to text by plain Transformers ``generate()``: what the comparison compares with."""
+
+from __future__ import annotations
+
+import json
+
+import triton_python_backend_utils as pb_utils
+
+from model_repository.shared import stub
+from model_repository.shared.emitter import Emitter
+from model_repository.shared.front import Front, TextDoor
+from model_repository.shared.transformers_engine import TransformersEngine
+from model_repository.shared.vocabulary import Vocabulary
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        values = stub.parameters(args)
+        folder = values["model_dir"]
+        max_batch_size = json.loads(args["model_config"])["max_batch_size"]
+        door = TextDoor(Vocabulary(folder, stub.flag(values, "add_special_tokens")))
+        self._engine = TransformersEngine(folder, values["dtype"], max_batch_size)
+        self._emitter = Emitter(pb_utils, self._engine, stub.period_s(values, "cancellation_check_period_ms"))
+        self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
+
+    def execute(self, requests: list) -> None:
+        self._front.execute(requests)
+
+    def finalize(self) -> None:
+        stub.close(self._emitter, self._engine)

@@ -1,0 +1,39 @@
+"""Token ids to text, each response by itself.
+
+That is exact, without knowing what came before, because ``tensorrt_llm`` releases tokens in groups
+whose text is whole.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from model_repository.shared import stub
+from torch_engine.text import TokenBytes
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        self._bytes = TokenBytes.from_dir(stub.parameters(args)["tokenizer_dir"])
+
+    def execute(self, requests: list) -> list:
+        return [self._decode(request) for request in requests]
+
+    def _decode(self, request: object) -> object:
+        """int32 [batch, beams, n] and lengths [batch, beams] -> bytes [batch, beams]."""
+        tokens = _array(request, "TOKENS_BATCH")
+        lengths = _array(request, "SEQUENCE_LENGTH")
+        if tokens is None or lengths is None or tokens.shape[:2] != lengths.shape:
+            message = "TOKENS_BATCH and SEQUENCE_LENGTH are required, with the same batch and beam dimensions"
+            error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=error)
+        texts = np.empty(lengths.shape, dtype=np.object_)
+        for at, length in np.ndenumerate(lengths):
+            texts[at] = self._bytes.decode(tokens[at][: max(length, 0)].tolist()).encode("utf-8")
+        return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
+
+
+def _array(request: object, name: str) -> np.ndarray | None:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()

@@ -1,0 +1,168 @@
+"""``python -m model_repository.serve``: runs the server until Ctrl-C.
+
+python -m model_repository.serve                        # from build/, ports 8000, 8001, 8002
+python -m model_repository.serve --detach               # returns when it is ready
+python -m model_repository.serve --stop                 # ends a detached one
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from model_repository.errors import ServeError
+from model_repository.server import Server
+from model_repository.settings import ServeSettings
+
+__all__ = ["ServeError", "ServeSettings", "Server", "main"]
+
+
+def _say(line: str) -> None:
+    print(f"serve: {line}", flush=True)
+
+
+def ready_message(server: Server) -> str:
+    """What a user can do now."""
+    settings, deployment = server.settings, server.deployment
+    curl = '{"text_input": "What is ML?", "max_tokens": 20}'
+    models = "text_generation, ensemble" + (", hf_baseline" if settings.baseline else "")
+    return "\n".join(
+        [
+            "",
+            f"ready: {deployment.model} ({server.engine.info.description or deployment.precision})",
+            f"  models   {models}",
+            f"  gRPC     {settings.grpc_url}",
+            f"  HTTP     {settings.http_url}/v2",
+            f"  metrics  http://{settings.host}:{settings.metrics_port}/metrics",
+            f"  logs     {settings.run_dir}",
+            "",
+            f"try   curl -d '{curl}' {settings.http_url}/v2/models/ensemble/generate",
+            "next  make bench (compare with the baseline), make loadtest (web UI); Ctrl-C stops the server",
+            "",
+        ]
+    )
+
+
+def serve(settings: ServeSettings) -> int:
+    """Runs until SIGINT or SIGTERM; a second one ends it at once."""
+    server = Server(settings, say=_say)
+    asked = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if asked.is_set():
+            server.hurry()
+        asked.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    threading.Thread(target=_abandon_start_when, args=(asked, server), daemon=True).start()
+    _say(f"starting {settings.build_dir} (up to {settings.start_timeout_s:.0f} s)")
+    try:
+        server.start()
+    except ServeError:
+        if asked.is_set():
+            _say("stopped")
+            return 130
+        raise
+    print(ready_message(server), flush=True)
+    (settings.run_dir / "ready").touch()
+    asked.wait()
+    _say(f"stopping (requests get up to {settings.drain_s:.0f} s; Ctrl-C again ends them now)")
+    (settings.run_dir / "ready").unlink(missing_ok=True)
+    server.stop()
+    _say("stopped")
+    return 0
+
+
+def _abandon_start_when(asked: threading.Event, server: Server) -> None:
+    asked.wait()
+    server.abandon_start()
+
+
+def detach(settings: ServeSettings, arguments: list[str]) -> int:
+    """Starts a server in the background and returns when it is ready."""
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    (settings.run_dir / "ready").unlink(missing_ok=True)
+    log = settings.run_dir / "serve.log"
+    with log.open("wb") as sink:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "model_repository.serve", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    while not (settings.run_dir / "ready").exists():
+        if child.poll() is not None:
+            sys.stderr.write(log.read_text())
+            return child.returncode or 1
+        time.sleep(0.1)
+    sys.stdout.write(log.read_text())
+    return 0
+
+
+def stop_detached(settings: ServeSettings) -> int:
+    """Ends the server that runs from this build folder."""
+    try:
+        pid = int((settings.run_dir / "serve.lock").read_text())
+        process = psutil.Process(pid)
+        process.terminate()
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        _say(f"no server runs from {settings.build_dir}")
+        return 0
+    process.wait(settings.drain_s + 20)
+    _say("stopped")
+    return 0
+
+
+def _parser(defaults: ServeSettings) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serve", description="Serve what 'make build-engines' has built.")
+    parser.add_argument("--build-dir", type=Path, default=defaults.build_dir)
+    parser.add_argument("--host", default=defaults.host, help="address of all three ports (%(default)s)")
+    for name in ("http", "grpc", "metrics"):
+        default = getattr(defaults, f"{name}_port")
+        parser.add_argument(
+            f"--{name}-port", type=int, default=default, help=f"or {name.upper()}_PORT (%(default)s)"
+        )
+    parser.add_argument("--no-baseline", action="store_true", help="leave hf_baseline out (saves memory)")
+    parser.add_argument("--detach", action="store_true", help="run in the background; return when ready")
+    parser.add_argument(
+        "--stop", action="store_true", help="stop the server that runs from this build folder"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        defaults = ServeSettings.from_environment()
+        options = _parser(defaults).parse_args(arguments)
+        settings = replace(
+            defaults,
+            build_dir=options.build_dir,
+            host=options.host,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+            baseline=not options.no_baseline,
+        )
+        if options.stop:
+            return stop_detached(settings)
+        if options.detach:
+            return detach(settings, [word for word in arguments if word != "--detach"])
+        return serve(settings)
+    except ServeError as error:
+        print(f"serve: error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What ``make serve`` can be told, and what the build has left for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_repository.errors import ServeError
+
+DEPLOYMENT_FILE = "deployment.json"
+
+
+def _port(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "") or str(default)
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise ServeError(f"{variable}={text!r} is not a port: use a number from 1 to 65535")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Addresses, folders and patience of one server."""
+
+    build_dir: Path = Path("build")
+    host: str = "127.0.0.1"
+    """Address of all three ports; this Triton is not safe to expose, put a gateway before it."""
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    baseline: bool = True
+    """Load ``hf_baseline`` too; without it the server needs one copy of the model less."""
+    start_timeout_s: float = 300.0
+    drain_s: float = 10.0
+    """Time that running requests get at a stop."""
+    probe_period_s: float = 10.0
+    probe_timeout_s: float = 20.0
+
+    @classmethod
+    def from_environment(cls) -> ServeSettings:
+        """Defaults, changed by ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT`` and ``HOST``."""
+        return cls(
+            host=os.environ.get("HOST") or cls.host,
+            http_port=_port("HTTP_PORT", cls.http_port),
+            grpc_port=_port("GRPC_PORT", cls.grpc_port),
+            metrics_port=_port("METRICS_PORT", cls.metrics_port),
+        )
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Environment variable -> port."""
+        return {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+
+    @property
+    def run_dir(self) -> Path:
+        """Logs, lock and the private Triton backend folder."""
+        return self.build_dir.absolute() / "run"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self.host}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.host}:{self.grpc_port}"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What ``make build-engines`` has built; ``deployment.json`` of the build folder."""
+
+    model: str
+    lane: str
+    precision: str
+    engine_dir: Path
+    model_repository: Path
+
+    @classmethod
+    def load(cls, build_dir: Path) -> Deployment:
+        """Raises ServeError: not built, damaged, or for a lane that this version cannot serve."""
+        path = build_dir / DEPLOYMENT_FILE
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            deployment = cls(
+                model=values["model"],
+                lane=values["lane"],
+                precision=values["precision"],
+                engine_dir=Path(values["engine_dir"]),
+                model_repository=Path(values["model_repository"]),
+            )
+        except FileNotFoundError:
+            raise ServeError(f"{path} does not exist: run 'make build-engines' first") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ServeError(f"{path} is damaged ({error!r}): run 'make build-engines' again") from None
+        for folder in (deployment.engine_dir, deployment.model_repository):
+            if not folder.is_dir():
+                raise ServeError(f"{folder}, named by {path}, does not exist: run 'make build-engines' again")
+        if deployment.lane != "torch":
+            raise ServeError(f"lane {deployment.lane} is not built yet in this version: use ENGINE=torch")
+        return deployment

@@ -1,0 +1,196 @@
+"""Carries an engine's output to Triton, and Triton's cancellations to the engine.
+
+The engine's reader thread only files output; one emitter thread sends it. Sending is a round trip to
+the server process, so while one response is on its way the next tokens of a request merge: one
+response a token when idle, several tokens in one under load. Nothing here blocks the engine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
+
+
+class Engine(Protocol):
+    """What ``torch_engine.client.EngineClient`` offers."""
+
+    def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int: ...
+
+    def cancel(self, handle: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Reply:
+    """One Triton request: where its responses go. It ends when each of its rows has."""
+
+    sender: Any
+    """``pb_utils.InferenceResponseSender``."""
+    request_id: str = ""
+    open_rows: int = 1
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class Generation:
+    """One batch row of a request on its way."""
+
+    reply: Reply
+    request: GenerationRequest
+    stream: bool
+    write: Callable[[RequestOutput, bool], Any]
+    """(new output, is it the first) -> ``pb_utils.InferenceResponse``."""
+    handle: int = 0
+    first: bool = True
+    pending: RequestOutput | None = field(default=None, init=False)
+    queued_at: float = field(default=0.0, init=False)
+    """When the output that waits to be sent began to wait; 0 = none waits."""
+
+
+class Emitter:
+    """One thread that sends the responses of one model."""
+
+    def __init__(
+        self,
+        pb_utils: Any,
+        engine: Engine,
+        check_period_s: float = 0.1,
+        abandon_after_s: float = 30.0,
+        on_tick: Callable[[], None] = lambda: None,
+        on_finish: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> None:
+        """
+        Args:
+            check_period_s: how often each request is asked whether its client has gone, and ``on_tick`` runs.
+            abandon_after_s: output that could not be sent for this long cancels its request.
+            on_finish: called with the last output of each generation.
+        """
+        self._pb = pb_utils
+        self._engine = engine
+        self._check_period_s = check_period_s
+        self._abandon_after_s = abandon_after_s
+        self._on_tick = on_tick
+        self._on_finish = on_finish
+        self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._changed = threading.Condition()
+        self._ready: deque[Generation] = deque()
+        self._active: set[Generation] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="emitter", daemon=True)
+        self._thread.start()
+
+    def start(self, generation: Generation) -> None:
+        """Hands a generation to the engine; from here on its reply is answered, come what may."""
+        with self._changed:
+            self._active.add(generation)
+        try:
+            generation.handle = self._engine.submit(
+                generation.request, lambda output: self._file(generation, output)
+            )
+        except RequestError as error:
+            self._file(generation, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
+            return
+        if generation.reply.cancelled:  # while it was being handed over
+            self._engine.cancel(generation.handle)
+
+    def stop_request(self, request_id: str) -> None:
+        """Cancels the requests with this id; they end with what they have."""
+        with self._changed:
+            chosen = [item for item in self._active if item.reply.request_id == request_id]
+        for generation in chosen:
+            self._engine.cancel(generation.handle)
+
+    def refuse(self, reply: Reply, error: RequestError) -> None:
+        """Answers a whole request with an error."""
+        reply.sender.send(self._error_response(error), flags=self._final)
+
+    def close(self) -> None:
+        """Answers what is in flight and ends the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout=5)
+
+    def _file(self, generation: Generation, output: RequestOutput) -> None:
+        """Runs on the engine's reader thread."""
+        abandoned = False
+        with self._changed:
+            if generation.pending is None:
+                generation.pending = output
+            else:
+                generation.pending.extend(output)
+            if generation.stream or output.finish_reason is not None:
+                if not generation.queued_at:
+                    generation.queued_at = time.monotonic()
+                    self._ready.append(generation)
+                    self._changed.notify()
+                elif time.monotonic() - generation.queued_at > self._abandon_after_s:
+                    abandoned = True
+        if abandoned:
+            self._engine.cancel(generation.handle)
+
+    def _run(self) -> None:
+        next_check = time.monotonic() + self._check_period_s
+        while True:
+            with self._changed:
+                if not self._ready and not self._closed:
+                    self._changed.wait(max(0.0, next_check - time.monotonic()))
+                if self._closed:
+                    break
+                taken = self._take() if self._ready else None
+            if taken is not None:
+                self._send(*taken)
+            if time.monotonic() >= next_check:
+                self._check()
+                next_check = time.monotonic() + self._check_period_s
+        closing = RequestError(Code.UNAVAILABLE, "the server is stopping")
+        for generation in list(self._active):
+            self._send(generation, RequestOutput(finish_reason=FinishReason.ERROR, error=closing))
+
+    def _take(self) -> tuple[Generation, RequestOutput]:
+        """The next generation with output, and all the output that waits; under the lock."""
+        generation = self._ready.popleft()
+        output = generation.pending
+        assert output is not None, "only generations with output are queued"
+        generation.pending, generation.queued_at = None, 0.0
+        return generation, output
+
+    def _check(self) -> None:
+        self._on_tick()
+        replies: dict[Reply, list[Generation]] = {}
+        with self._changed:
+            for generation in self._active:
+                replies.setdefault(generation.reply, []).append(generation)
+        for reply, generations in replies.items():
+            if not reply.cancelled and reply.sender.is_cancelled():
+                reply.cancelled = True
+                for generation in generations:
+                    self._engine.cancel(generation.handle)
+
+    def _send(self, generation: Generation, output: RequestOutput) -> None:
+        reply, ended = generation.reply, output.finish_reason is not None
+        if ended:
+            with self._changed:
+                self._active.discard(generation)
+            reply.open_rows -= 1
+            self._on_finish(output)
+        flags = self._final if ended and not reply.open_rows else 0
+        try:
+            response = (
+                self._error_response(output.error)
+                if output.error
+                else generation.write(output, generation.first)
+            )
+        except Exception as error:  # a bug of ours must not take the emitter, and so every client, with it
+            response = self._error_response(RequestError(Code.INTERNAL, f"response not written: {error!r}"))
+        generation.first = False
+        reply.sender.send(response, flags=flags)
+
+    def _error_response(self, error: RequestError) -> Any:
+        code = getattr(self._pb.TritonError, error.code.value)
+        return self._pb.InferenceResponse(error=self._pb.TritonError(error.message, code))

@@ -1,0 +1,126 @@
+"""The two kinds of decoupled model: tokens in and out (``tensorrt_llm``), text in and out.
+
+Both answer every request with at least one response, the last one flagged final, errors too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from model_repository.shared import responses
+from model_repository.shared.emitter import Emitter, Generation, Reply
+from model_repository.shared.responses import ResponseWriter
+from model_repository.shared.tensors import Inputs, Options
+from model_repository.shared.vocabulary import Vocabulary
+from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError, RequestOutput
+
+
+class Door(Protocol):
+    """How one kind of model reads a batch row and shows its output."""
+
+    def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest: ...
+
+    def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]: ...
+
+
+class TextDoor:
+    """``text_input`` to ``text_output``."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest:
+        vocabulary = self._vocabulary
+        stop = (vocabulary.stop_bytes(word) for word in inputs.words("stop_words", row))
+        bad_words = inputs.words("bad_words", row)
+        return inputs.generation(
+            row,
+            prompt_ids=vocabulary.encode_prompt(inputs.text(row)),
+            stop=tuple(word for word in stop if word is not None),
+            bad_ids=tuple(tuple(ids) for word in bad_words for ids in vocabulary.bad_ids(word)),
+            info=info,
+        )
+
+    def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]:
+        return responses.text(self._vocabulary.bytes.decode(prompt_ids) + output.text)
+
+
+class TokenDoor:
+    """``input_ids`` to ``output_ids``."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._bytes = vocabulary.bytes
+
+    def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest:
+        stop = (self._bytes.bytes_of(ids) for ids in inputs.word_ids("stop_words", row))
+        return inputs.generation(
+            row,
+            prompt_ids=inputs.prompt_ids(row, info.vocab_size),
+            stop=tuple(word for word in stop if word),
+            bad_ids=tuple(tuple(ids) for ids in inputs.word_ids("bad_words", row)),
+            info=info,
+        )
+
+    def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]:
+        return responses.ids(prompt_ids, output)
+
+
+class Front:
+    """Reads requests, hands each batch row to the engine, and leaves the answering to the emitter."""
+
+    def __init__(
+        self, pb_utils: Any, door: Door, emitter: Emitter, info: Callable[[], ModelInfo], model_config: str
+    ) -> None:
+        """``info`` raises RequestError while there is no engine."""
+        self._door = door
+        self._emitter = emitter
+        self._info = info
+        self._writer = ResponseWriter(pb_utils, model_config)
+        self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+    def execute(self, requests: list[Any]) -> None:
+        """Returns before anything is generated."""
+        for request in requests:
+            reply = Reply(request.get_response_sender(), request.request_id())
+            try:
+                inputs = Inputs.of(request)
+                if inputs.scalar("stop", 0, False):
+                    self._stop(reply)
+                    continue
+                generations = self._generations(reply, request, inputs)
+            except RequestError as error:
+                self._emitter.refuse(reply, error)
+            except Exception as error:  # whatever a client has sent, the next one is served
+                self._emitter.refuse(reply, RequestError(Code.INTERNAL, f"request not understood: {error!r}"))
+            else:
+                for generation in generations:
+                    self._emitter.start(generation)
+
+    def _stop(self, reply: Reply) -> None:
+        if not reply.request_id:
+            raise RequestError(
+                Code.INVALID_ARG, "stop: a request id must be provided for request cancellation"
+            )
+        self._emitter.stop_request(reply.request_id)
+        reply.sender.send(flags=self._final)
+
+    def _generations(self, reply: Reply, request: Any, inputs: Inputs) -> list[Generation]:
+        info, requested = self._info(), request.requested_output_names()
+        generations = [self._generation(reply, requested, inputs, row, info) for row in range(inputs.rows)]
+        reply.open_rows = len(generations)
+        return generations
+
+    def _generation(
+        self, reply: Reply, requested: list[str], inputs: Inputs, row: int, info: ModelInfo
+    ) -> Generation:
+        options: Options = inputs.options(row)
+        request = self._door.read(inputs, row, info)
+
+        def write(output: RequestOutput, first: bool) -> Any:
+            prompt = request.prompt_ids if first and not options.exclude_input else []
+            made = self._door.show(prompt, output)
+            made.update(responses.details(output, options, row))
+            return self._writer.write(requested, made)
+
+        return Generation(reply, request, options.stream, write)

@@ -1,0 +1,115 @@
+"""The engine's state as Prometheus metrics, under NVIDIA's ``nv_trt_llm_*`` names.
+
+Each call into Triton is a round trip (60 us) and one with a bad value aborts the server, so only finite
+numbers go in, and only those that have changed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from torch_engine.request import EngineStats, RequestOutput
+
+_LENGTH_BUCKETS = [10, 50, 100, 500, 1000]
+_GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "nv_trt_llm_request_metrics": (
+        "Requests in the engine",
+        "request_type",
+        ("active", "max", "scheduled", "context", "waiting"),
+    ),
+    "nv_trt_llm_kv_cache_block_metrics": (
+        "Blocks of the KV cache",
+        "kv_cache_block_type",
+        ("max", "free", "used", "tokens_per", "reused", "fraction"),
+    ),
+    "nv_trt_llm_inflight_batcher_metrics": (
+        "In-flight batching",
+        "inflight_batcher_specific_metric",
+        ("generation_requests",),
+    ),
+    "nv_trt_llm_general_metrics": (
+        "Progress of the engine",
+        "general_type",
+        ("timestamp", "iteration_counter"),
+    ),
+}
+
+
+def gauge_values(stats: EngineStats) -> dict[tuple[str, str], float]:
+    """(family, label value) -> number."""
+    families: dict[str, dict[str, float]] = {
+        "nv_trt_llm_request_metrics": {
+            "active": stats.active_requests,
+            "max": stats.max_requests,
+            "scheduled": stats.scheduled_requests,
+            "context": stats.context_requests,
+            "waiting": stats.waiting_requests,
+        },
+        "nv_trt_llm_kv_cache_block_metrics": {
+            "max": stats.kv_blocks_max,
+            "free": stats.kv_blocks_free,
+            "used": stats.kv_blocks_used,
+            "tokens_per": stats.tokens_per_block,
+            "reused": stats.kv_blocks_reused,
+            "fraction": stats.kv_blocks_used / stats.kv_blocks_max if stats.kv_blocks_max else 0.0,
+        },
+        "nv_trt_llm_inflight_batcher_metrics": {
+            "generation_requests": stats.scheduled_requests - stats.context_requests,
+        },
+        "nv_trt_llm_general_metrics": {"iteration_counter": stats.iterations},
+    }
+    return {
+        (family, label): float(value)
+        for family, values in families.items()
+        for label, value in values.items()
+    }
+
+
+class EngineMetrics:
+    """The metric objects of one model; ``close`` before the stub ends, or it crashes at exit."""
+
+    def __init__(self, pb_utils: Any, model: str, version: str) -> None:
+        labels = {"model": model, "version": version}
+        self._families = []
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._shown: dict[tuple[str, str], float] = {}
+        for name, (description, label, values) in _GAUGES.items():
+            family = pb_utils.MetricFamily(
+                name=name, description=description, kind=pb_utils.MetricFamily.GAUGE
+            )
+            self._families.append(family)
+            for value in values:
+                self._metrics[name, value] = family.Metric(labels={**labels, label: value})
+        for side in ("input", "output"):
+            family = pb_utils.MetricFamily(
+                name=f"nv_llm_{side}_token_len",
+                description=f"{side.capitalize()} tokens of a request",
+                kind=pb_utils.MetricFamily.HISTOGRAM,
+            )
+            self._families.append(family)
+            self._metrics["length", side] = family.Metric(
+                labels={**labels, "response_metric_type": f"total_{side}_tokens"}, buckets=_LENGTH_BUCKETS
+            )
+
+    def update(self, stats: EngineStats) -> None:
+        """Sets the gauges that have changed."""
+        values = gauge_values(stats)
+        counter = ("nv_trt_llm_general_metrics", "iteration_counter")
+        if values[counter] != self._shown.get(counter):
+            values["nv_trt_llm_general_metrics", "timestamp"] = time.time()
+        for key, value in values.items():
+            if value != self._shown.get(key) and math.isfinite(value):
+                self._metrics[key].set(value)
+                self._shown[key] = value
+
+    def observe(self, last: RequestOutput) -> None:
+        """Counts the lengths of a finished generation."""
+        if last.error is None:
+            self._metrics["length", "input"].observe(last.num_input_tokens)
+            self._metrics["length", "output"].observe(last.num_output_tokens)
+
+    def close(self) -> None:
+        self._metrics.clear()
+        self._families.clear()

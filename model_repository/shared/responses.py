@@ -1,0 +1,86 @@
+"""What a generation has produced -> output tensors under NVIDIA's names.
+
+Arrays have the batch dimension in front: 1, since each batch row answers for itself, and its number
+is in ``batch_index``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from model_repository.shared.tensors import Options
+from torch_engine.request import PerfMetrics, RequestOutput
+
+_PERF_INT32 = ("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks")
+_PERF_INT64 = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
+
+Make = Callable[[], np.ndarray]
+
+
+def _one(value: Any, dtype: type) -> Make:
+    return lambda: np.array([[value]], dtype=dtype)
+
+
+def ids(prompt_ids: list[int], output: RequestOutput) -> dict[str, Make]:
+    """``output_ids`` int32 [1, 1, n] (one beam) and ``sequence_length`` int32 [1, 1]."""
+    tokens = prompt_ids + output.token_ids
+    return {
+        "output_ids": lambda: np.array([[tokens]], dtype=np.int32),
+        "sequence_length": _one(len(tokens), np.int32),
+    }
+
+
+def text(value: str) -> dict[str, Make]:
+    """``text_output`` bytes [1, 1]."""
+    return {"text_output": lambda: np.array([[value.encode("utf-8")]], dtype=np.object_)}
+
+
+def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make]:
+    """Everything about a generation but its tokens: what the request asked for."""
+    made: dict[str, Make] = {}
+    if options.log_probs:
+        made["cum_log_probs"] = _one(output.cum_log_prob, np.float32)
+        made["output_log_probs"] = lambda: np.array([[output.log_probs]], dtype=np.float32)
+    if options.num_input_tokens:
+        made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
+    if options.num_output_tokens:
+        made["num_output_tokens"] = _one(output.num_output_tokens, np.int32)
+    if options.perf_metrics:
+        metrics = output.metrics or PerfMetrics()
+        made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
+        made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
+    if row:
+        made["batch_index"] = _one(row, np.int32)
+    return made
+
+
+class ResponseWriter:
+    """Turns arrays into a response with just the tensors that the request wants.
+
+    A request that names its outputs gets each of them, zeros where there is no value, because an
+    ensemble step waits for all it names. One that names none gets those that have a value.
+    """
+
+    def __init__(self, pb_utils: Any, model_config: str) -> None:
+        """``model_config`` is the JSON that Triton gives to ``initialize``."""
+        self._pb = pb_utils
+        self._empty = {
+            output["name"]: np.zeros(
+                [1, *(max(int(size), 1) for size in output["dims"])],
+                dtype=pb_utils.triton_string_to_numpy(output["data_type"]),
+            )
+            for output in json.loads(model_config)["output"]
+        }
+
+    def write(self, requested: Iterable[str], made: dict[str, Make]) -> Any:
+        """A ``pb_utils.InferenceResponse``."""
+        names = set(requested)
+        if len(names) == len(self._empty):
+            names &= made.keys()
+        return self._pb.InferenceResponse(
+            [self._pb.Tensor(name, made[name]() if name in made else self._empty[name]) for name in names]
+        )

@@ -1,0 +1,337 @@
+"""The baseline: plain Transformers ``generate()`` behind the interface of the engine's client.
+
+Honest, not crippled: bf16 weights, inference mode, all cores, warmed up, streams every token. It does
+what ``generate`` does: one request at a time, or a static batch of waiting requests that starts and
+ends together. Our own code only watches it: :class:`_Watcher` is a ``StoppingCriteria``, called after
+each step, that passes tokens on and says which rows are done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from torch_engine.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    PerfMetrics,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
+from torch_engine.text import Release, TextStream, TokenBytes
+
+THREADS_VARIABLE = "FLIGHTLINE_BASELINE_THREADS"
+_GATHER_S = 0.005
+"""The requests of one Triton batch are handed over within this time."""
+
+
+@dataclass(eq=False)
+class _Job:
+    request: GenerationRequest
+    on_output: Callable[[RequestOutput], None]
+    stream: TextStream
+    end_ids: frozenset[int]
+    arrival_ns: int
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    num_tokens: int = 0
+    cum_log_prob: float = 0.0
+    held_log_probs: list[float] = field(default_factory=list)
+    cancelled: bool = False
+    finished: bool = False
+
+    def take(self, token: int, log_prob: float) -> None:
+        """One new token: emits what is final, finishes if this was the last one."""
+        self.last_token_ns = time.time_ns()
+        self.first_token_ns = self.first_token_ns or self.last_token_ns
+        if self.cancelled:
+            self.finish(FinishReason.CANCELLED)
+        elif token in self.end_ids:
+            self.finish(FinishReason.END_ID)
+        else:
+            self.num_tokens += 1
+            self.cum_log_prob += log_prob
+            self.held_log_probs.append(log_prob)
+            release = self.stream.push(token)
+            if release.stopped:
+                self.finish(FinishReason.STOP, release)
+            elif self.num_tokens == self.request.max_tokens:
+                rest = self.stream.finish()
+                merged = Release(release.token_ids + rest.token_ids, release.text + rest.text)
+                self.finish(FinishReason.LENGTH, merged)
+            elif release.token_ids:
+                self.emit(release)
+
+    def emit(self, release: Release, reason: FinishReason | None = None) -> None:
+        count = len(release.token_ids)
+        log_probs, self.held_log_probs = self.held_log_probs[:count], self.held_log_probs[count:]
+        ended = reason is not None
+        self.on_output(
+            RequestOutput(
+                token_ids=release.token_ids,
+                text=release.text,
+                log_probs=log_probs if self.request.return_log_probs else [],
+                cum_log_prob=self.cum_log_prob if self.request.return_log_probs else 0.0,
+                num_input_tokens=len(self.request.prompt_ids),
+                num_output_tokens=self.num_tokens,
+                finish_reason=reason,
+                metrics=self._metrics() if ended else None,
+            )
+        )
+
+    def finish(self, reason: FinishReason, release: Release | None = None) -> None:
+        if not self.finished:
+            self.finished = True
+            self.emit(self.stream.finish() if release is None else release, reason)
+
+    def fail(self, error: RequestError) -> None:
+        if not self.finished:
+            self.finished = True
+            self.on_output(RequestOutput(finish_reason=FinishReason.ERROR, error=error))
+
+    def _metrics(self) -> PerfMetrics:
+        return PerfMetrics(
+            arrival_time_ns=self.arrival_ns,
+            first_scheduled_time_ns=self.first_scheduled_ns,
+            first_token_time_ns=self.first_token_ns,
+            last_token_time_ns=self.last_token_ns,
+        )
+
+
+class TransformersEngine:
+    """Loads a checkpoint and generates on a thread of its own, in order of arrival."""
+
+    def __init__(
+        self, model_dir: str, dtype: str = "bfloat16", max_batch_size: int = 1, max_queue_size: int = 256
+    ) -> None:
+        """
+        Args:
+            dtype: name of a torch dtype for weights and computation.
+            max_batch_size: most waiting requests that are generated together (with equal sampling settings).
+            max_queue_size: requests that may wait; one more is refused with UNAVAILABLE.
+        """
+        torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE) or len(os.sched_getaffinity(0))))
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=getattr(torch, dtype), local_files_only=True
+        )
+        self._model = model.to(self._device).eval()
+        end = model.generation_config.eos_token_id
+        end_ids = tuple(end) if isinstance(end, list) else () if end is None else (end,)
+        # What the checkpoint recommends (sampling, lengths) must not override what a request says.
+        model.generation_config = GenerationConfig()
+        config = model.config.get_text_config()
+        self.info = ModelInfo(config.vocab_size, config.max_position_embeddings, end_ids, model_dir)
+        self._tokens = TokenBytes.from_dir(model_dir)
+        self._max_batch_size = max_batch_size
+        self._max_queue_size = max_queue_size
+        self._handles = itertools.count(1)
+        self._changed = threading.Condition()
+        self._waiting: deque[_Job] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._closed = False
+        self._warm_up()
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int:
+        """As ``EngineClient.submit``."""
+        end_ids = self.info.end_ids if request.end_id is None else (request.end_id,)
+        job = _Job(
+            request,
+            on_output,
+            TextStream(self._tokens, request.stop),
+            frozenset(end_ids) - {-1},
+            arrival_ns=time.time_ns(),
+        )
+        with self._changed:
+            if len(self._waiting) >= self._max_queue_size:
+                limit = f"{self._max_queue_size} requests are waiting, no more may"
+                raise RequestError(Code.UNAVAILABLE, f"the queue is full: {limit}; try again later")
+            handle = next(self._handles)
+            self._jobs[handle] = job
+            self._waiting.append(job)
+            self._changed.notify()
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """As ``EngineClient.cancel``."""
+        with self._changed:
+            job = self._jobs.get(handle)
+            if job is None:
+                return
+            job.cancelled = True
+            if job not in self._waiting:
+                return  # its next token ends it
+            self._waiting.remove(job)
+            del self._jobs[handle]
+        job.finish(FinishReason.CANCELLED)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for job in self._jobs.values():
+                job.cancelled = True
+            self._changed.notify()
+        self._thread.join(timeout=10)
+
+    def _warm_up(self) -> None:
+        with torch.inference_mode():
+            prompt = torch.zeros((1, 16), dtype=torch.long, device=self._device)
+            self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0),
+            )
+
+    def _run(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            try:
+                self._generate([job for job in batch if not job.cancelled])
+                error = None
+            except Exception as failure:  # out of memory, say: the next request is served nevertheless
+                error = RequestError(Code.INTERNAL, f"generate() failed: {failure!r}")
+            for job in batch:
+                if error is None:
+                    job.finish(FinishReason.CANCELLED)
+                else:
+                    job.fail(error)
+            with self._changed:
+                self._jobs = {handle: job for handle, job in self._jobs.items() if not job.finished}
+
+    def _next_batch(self) -> list[_Job] | None:
+        """Waits for a request; takes with it those that may run in the same static batch."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+        if self._max_batch_size > 1:
+            time.sleep(_GATHER_S)
+        with self._changed:
+            if self._closed:
+                return None
+            batch = [self._waiting.popleft()]
+            for job in list(self._waiting):
+                if len(batch) < self._max_batch_size and _may_share(batch[0].request, job.request):
+                    self._waiting.remove(job)
+                    batch.append(job)
+        return batch
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[_Job]) -> None:
+        if not batch:
+            return
+        request = batch[0].request
+        longest = max(len(job.request.prompt_ids) for job in batch)
+        pad = next(iter(self.info.end_ids), 0)
+        prompt = torch.full((len(batch), longest), pad, dtype=torch.long)
+        mask = torch.zeros_like(prompt)
+        for row, job in enumerate(batch):
+            ids = torch.tensor(job.request.prompt_ids)
+            prompt[row, longest - len(ids) :] = ids
+            mask[row, longest - len(ids) :] = 1
+            job.first_scheduled_ns = time.time_ns()
+        torch.manual_seed(request.sampling.seed) if request.sampling.seed is not None else torch.seed()
+        raw = _RawLogits() if any(job.request.return_log_probs for job in batch) else None
+        processors = [*([raw] if raw else []), *_penalties(request.sampling, longest)]
+        self._model.generate(
+            prompt.to(self._device),
+            attention_mask=mask.to(self._device),
+            generation_config=_generation_config(batch, pad),
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList([_Watcher(batch, raw)]),
+        )
+
+
+def _may_share(first: GenerationRequest, other: GenerationRequest) -> bool:
+    """``generate`` has one set of settings for all rows of a batch."""
+    settings = ("sampling", "end_id", "bad_ids", "min_tokens")
+    return all(getattr(first, name) == getattr(other, name) for name in settings)
+
+
+def _generation_config(batch: list[_Job], pad: int) -> GenerationConfig:
+    request = batch[0].request
+    sampling = request.sampling
+    values: dict = {
+        "max_new_tokens": max(job.request.max_tokens for job in batch),
+        "min_new_tokens": request.min_tokens or None,
+        "eos_token_id": sorted(batch[0].end_ids) or None,
+        "pad_token_id": pad,
+        "repetition_penalty": sampling.repetition_penalty,
+        "bad_words_ids": [list(ids) for ids in request.bad_ids] or None,
+        "do_sample": not sampling.greedy,
+    }
+    if not sampling.greedy:
+        values |= {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or 0,
+            "top_p": sampling.top_p or 1.0,
+        }
+    return GenerationConfig(**values)
+
+
+def _penalties(sampling: SamplingParams, prompt_length: int) -> list[LogitsProcessor]:
+    if not sampling.presence_penalty and not sampling.frequency_penalty:
+        return []
+    return [_OutputPenalty(sampling.presence_penalty, sampling.frequency_penalty, prompt_length)]
+
+
+class _OutputPenalty(LogitsProcessor):
+    """Presence and frequency penalties, which Transformers lacks: they count generated tokens only."""
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        self._presence, self._frequency, self._prompt_length = presence, frequency, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """ids [rows, length], scores [rows, vocabulary] -> scores."""
+        counts = torch.zeros_like(scores)
+        generated = input_ids[:, self._prompt_length :]
+        counts.scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
+        return scores - self._presence * (counts > 0) - self._frequency * counts
+
+
+class _RawLogits(LogitsProcessor):
+    """Keeps the model's logits of this step, before any penalty."""
+
+    logits: torch.Tensor
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.logits = scores
+        return scores
+
+
+class _Watcher(StoppingCriteria):
+    """After each step: passes each row's new token on, and says which rows are done."""
+
+    def __init__(self, batch: list[_Job], raw: _RawLogits | None) -> None:
+        self._batch = batch
+        self._raw = raw
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        """ids [rows, length] -> bool [rows]."""
+        new = input_ids[:, -1]
+        log_probs = [0.0] * len(self._batch)
+        if self._raw is not None:
+            picked = torch.log_softmax(self._raw.logits.float(), dim=-1).gather(1, new[:, None])
+            log_probs = picked[:, 0].tolist()
+        for job, token, log_prob in zip(self._batch, new.tolist(), log_probs, strict=True):
+            if not job.finished:
+                job.take(token, log_prob)
+        return torch.tensor([job.finished for job in self._batch], device=input_ids.device)

@@ -1,0 +1,69 @@
+"""Stop and bad words: as text in the ensemble's contract, as token ids between its models.
+
+Token ids travel as int32 ``[2, N]``: row 0 holds the words' ids one after the other (padded 0), row 1
+where each word ends (padded -1). Words [5, 6] and [7] are ``[[5, 6, 7], [2, 3, -1]]``; no words, N = 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+def parse(elements: Iterable[bytes]) -> list[str]:
+    """Words in one row of a ``stop_words``/``bad_words`` tensor.
+
+    An element is a word, or a JSON list of words; "" is none.
+
+    Raises:
+        ValueError: an element is not UTF-8.
+    """
+    words: list[str] = []
+    for element in elements:
+        text = element.decode("utf-8")
+        words += _json_list(text) or [text]
+    return [word for word in words if word]
+
+
+def _json_list(text: str) -> list[str] | None:
+    if not text.startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None  # a word that happens to begin with a bracket
+    return value if value and all(isinstance(word, str) for word in value) else None
+
+
+def pack(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Token ids of the words of each row -> int32 ``[rows, 2, N]``."""
+    flat = [[token for word in words for token in word] for words in rows]
+    ends = [np.cumsum([len(word) for word in words], dtype=np.int32) for words in rows]
+    packed = np.zeros((len(rows), 2, max(map(len, flat), default=0)), dtype=np.int32)
+    packed[:, 1] = -1
+    for row, (tokens, stops) in enumerate(zip(flat, ends, strict=True)):
+        packed[row, 0, : len(tokens)] = tokens
+        packed[row, 1, : len(stops)] = stops
+    return packed
+
+
+def unpack(packed: np.ndarray) -> list[list[int]]:
+    """One row, int ``[2, N]`` -> token ids of each word.
+
+    Raises:
+        ValueError: row 1 is not a list of increasing end offsets within N.
+    """
+    tokens, ends = packed.tolist()
+    words, start = [], 0
+    for end in ends:
+        if end <= 0:  # -1 pads; so do the zeros that some clients send
+            break
+        if not start < end <= len(tokens):
+            raise ValueError(
+                f"its row 1 must hold increasing end offsets of at most {len(tokens)}, not {ends}"
+            )
+        words.append(tokens[start:end])
+        start = end
+    return words

@@ -1,0 +1,25 @@
+"""Text to text in one decoupled model: tokenises, has the engine generate, passes its text on."""
+
+from __future__ import annotations
+
+import triton_python_backend_utils as pb_utils
+
+from model_repository.shared import stub
+from model_repository.shared.emitter import Emitter
+from model_repository.shared.front import Front, TextDoor
+from model_repository.shared.vocabulary import Vocabulary
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        values = stub.parameters(args)
+        door = TextDoor(Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens")))
+        self._engine = stub.connect_engine()
+        self._emitter = Emitter(pb_utils, self._engine, stub.period_s(values, "cancellation_check_period_ms"))
+        self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
+
+    def execute(self, requests: list) -> None:
+        self._front.execute(requests)
+
+    def finalize(self) -> None:
+        stub.close(self._emitter, self._engine)

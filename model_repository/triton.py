@@ -1,0 +1,145 @@
+"""Where the real ``tritonserver`` is, and how it must be started.
+
+Two homes: the NGC container's own, and the one inside the wheel ``nvidia-pytriton`` (Triton 2.51, Python
+backend only). The wheel's needs care: its Python stub takes the interpreter from ``PATH`` and ``libpython``
+from ``LD_LIBRARY_PATH`` (PYTHONPATH, PYTHONHOME and VIRTUAL_ENV are ignored), must lie beside the backend,
+and crashes with numpy 2.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model_repository.errors import ServeError
+from model_repository.settings import ServeSettings
+
+CONTAINER_HOME = Path("/opt/tritonserver")
+STUB = "triton_python_backend_stub"
+RESTRICTED = "model-repository,shared-memory,trace,logging"
+"""Endpoints that run code, map memory or write files. They want a random key, which nobody has."""
+
+
+@dataclass(frozen=True)
+class Triton:
+    """One installation of the server."""
+
+    home: Path
+    in_container: bool
+
+    @property
+    def binary(self) -> Path:
+        return self.home / "bin" / "tritonserver"
+
+
+def find() -> Triton:
+    """Raises ServeError: no Triton here."""
+    if (CONTAINER_HOME / "bin" / "tritonserver").is_file():
+        return Triton(CONTAINER_HOME, in_container=True)
+    package = importlib.util.find_spec("pytriton")
+    if package is None or package.origin is None:
+        raise ServeError(
+            "no Triton server found: install nvidia-pytriton (make setup), or use the NGC container"
+        )
+    triton = Triton(Path(package.origin).parent / "tritonserver", in_container=False)
+    if not triton.binary.is_file():
+        raise ServeError(f"{triton.binary} does not exist: reinstall nvidia-pytriton")
+    return triton
+
+
+def check_python(triton: Triton) -> None:
+    """Raises ServeError: Triton's stub cannot run this Python."""
+    if triton.in_container:
+        return
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise ServeError(f"numpy {np.__version__} crashes this Triton's Python stub: install numpy<2")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stubs = triton.home / "python_backend_stubs"
+    if not (stubs / version / STUB).is_file():
+        known = ", ".join(sorted(path.name for path in stubs.iterdir()))
+        raise ServeError(f"this Triton has no stub for Python {version}: use one of {known}")
+    library = Path(sysconfig.get_config_var("LIBDIR") or "") / (sysconfig.get_config_var("INSTSONAME") or "")
+    if not library.is_file() or ".so" not in library.name:
+        raise ServeError(
+            f"Python {version} at {sys.base_prefix} has no shared libpython ({library}): "
+            "use a Python that was built with --enable-shared"
+        )
+
+
+def prepare_backends(triton: Triton, run_dir: Path) -> Path:
+    """A private backend folder with this Python's stub in it; site-packages stays untouched."""
+    if triton.in_container:
+        return triton.home / "backends"
+    backends = run_dir / "backends"
+    shutil.rmtree(backends, ignore_errors=True)
+    python = backends / "python"
+    python.mkdir(parents=True)
+    for source in (triton.home / "backends" / "python").iterdir():
+        if source.is_file() and source.name != STUB:
+            shutil.copy2(source, python / source.name)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copy2(triton.home / "python_backend_stubs" / version / STUB, python / STUB)
+    (python / STUB).chmod(0o755)
+    return backends
+
+
+def prepare_models(repository: Path, run_dir: Path, baseline: bool) -> Path:
+    """The repository to serve: all of the build's, or links to all but the baseline."""
+    models = run_dir / "models"
+    shutil.rmtree(models, ignore_errors=True)
+    if baseline:
+        return repository.absolute()
+    models.mkdir(parents=True)
+    for model in repository.absolute().iterdir():
+        if (model / "config.pbtxt").is_file() and model.name != "hf_baseline":
+            (models / model.name).symlink_to(model)
+    return models
+
+
+def environment(triton: Triton, socket_path: str) -> dict[str, str]:
+    """Environment of the server and its stubs."""
+    env = dict(os.environ)
+    env["FLIGHTLINE_ENGINE_SOCKET"] = socket_path
+    env["OMP_NUM_THREADS"] = "1"  # the baseline sets its own number
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    env["HF_HUB_OFFLINE"] = "1"
+    if not triton.in_container:
+        env["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), env.get("PATH", os.defpath)])
+        # libpython for the stub, and the wheel's own libraries, which a copied stub no longer finds.
+        libraries = [sysconfig.get_config_var("LIBDIR"), str(triton.home.parents[1] / "nvidia_pytriton.libs")]
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    return env
+
+
+def command(
+    triton: Triton, settings: ServeSettings, models: Path, backends: Path, shm_prefix: str
+) -> list[str]:
+    """The server's command line."""
+    key = secrets.token_hex(16)
+    return [
+        str(triton.binary),
+        f"--model-repository={models}",
+        f"--backend-directory={backends}",
+        "--model-control-mode=none",
+        "--disable-auto-complete-config",
+        "--strict-readiness=true",
+        *(f"--{door}-address={settings.host}" for door in ("http", "grpc", "metrics")),
+        f"--http-port={settings.http_port}",
+        f"--grpc-port={settings.grpc_port}",
+        f"--metrics-port={settings.metrics_port}",
+        f"--grpc-restricted-protocol={RESTRICTED}:flightline-key={key}",
+        f"--http-restricted-api={RESTRICTED}:flightline-key={key}",
+        f"--exit-timeout-secs={max(1, int(settings.drain_s) - 2)}",
+        "--pinned-memory-pool-byte-size=0",
+        "--allow-gpu-metrics=false",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--backend-config=python,shm-default-byte-size=16777216",
+    ]

@@ -1,0 +1,119 @@
+"""Every bad request gets an error that names the field; the server and everyone else go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_repository.serve import Server
+from tests.model_repository.doors import Call, GrpcError, ask, idle, post, wait_until
+
+pytestmark = pytest.mark.slow
+
+GOOD: dict[str, Any] = {"text_input": "the dog", "max_tokens": 4}
+LONG = "the dog " * 600
+NAN, BYTES = float("nan"), np.object_
+
+BAD = [
+    pytest.param({"text_input": ""}, "text_input.* is empty", id="empty prompt"),
+    pytest.param(
+        {"text_input": LONG}, r"(text_input|input_ids).* tokens: it must have fewer than", id="long prompt"
+    ),
+    pytest.param({"max_tokens": 0}, "max_tokens.* is 0: it must be at least 1", id="no tokens"),
+    pytest.param({"max_tokens": -3}, "max_tokens.* is -3", id="negative tokens"),
+    pytest.param({"max_tokens": 5000}, "max_tokens.* is 5000: .* at most", id="beyond the context"),
+    pytest.param({"max_tokens": np.array([[4.0]], np.float32)}, "max_tokens.*FP32", id="wrong dtype"),
+    pytest.param({"max_tokens": np.array([[4, 5]], np.int32)}, "max_tokens", id="wrong shape"),
+    pytest.param({"max_tokens": np.array([4], np.int32)}, "max_tokens", id="no batch dimension"),
+    pytest.param({"max_tokens": None}, "max_tokens.* is missing", id="missing input"),
+    pytest.param(
+        {"max_tokens": None, "top_k": 3}, "max_tokens.* is missing", id="missing input, right number"
+    ),
+    pytest.param(
+        {"text_input": None, "top_k": 3}, "text_input.* is missing", id="missing prompt, right number"
+    ),
+    pytest.param({"nonsense": 3}, "nonsense", id="unknown tensor"),
+    pytest.param({"temperature": NAN}, "temperature is nan", id="NaN temperature"),
+    pytest.param({"temperature": -1.0}, "temperature is -1.0", id="negative temperature"),
+    pytest.param({"top_p": NAN}, "(top_p|runtime_top_p).* is nan", id="NaN top_p"),
+    pytest.param({"top_k": -1}, "top_k.* is -1", id="negative top_k"),
+    pytest.param({"min_tokens": 9}, "min_tokens is 9", id="min above max"),
+    pytest.param({"text_input": b"\xff\xfe"}, "text_input.* is not UTF-8", id="prompt not UTF-8"),
+    pytest.param({"stop_words": b"\xc3\x28"}, "stop_words.* not UTF-8", id="stop word not UTF-8"),
+    pytest.param({"bad_words": b"\xc3\x28"}, "bad_words.* not UTF-8", id="bad word not UTF-8"),
+    pytest.param(
+        {"stop_words": "<pad>"}, "stop_words.*special token.*end_id", id="special token as stop word"
+    ),
+    pytest.param({"end_id": 10**6}, "end_id.* is 1000000", id="end id beyond the vocabulary"),
+    pytest.param({"beam_width": 4}, "beam_width is 4: beam search is not supported", id="beam search"),
+    pytest.param({"num_return_sequences": 2}, "num_return_sequences is 2", id="several sequences"),
+    pytest.param({"length_penalty": 0.5}, "(length_penalty|len_penalty).* is 0.5", id="length penalty"),
+    pytest.param({"return_context_logits": True}, "return_context_logits", id="context logits"),
+    pytest.param({"return_generation_logits": True}, "return_generation_logits", id="generation logits"),
+    pytest.param({"lora_task_id": 3}, "lora_task_id is 3: LoRA", id="LoRA"),
+    pytest.param({"guided_decoding_guide": "x"}, "guided_decoding_guide is 'x'", id="guided decoding"),
+    pytest.param({"embedding_bias_words": "x"}, "embedding_bias_words.* is 'x'", id="bias"),
+    pytest.param({"decoder_text_input": "x"}, "decoder_text_input.* is 'x'", id="encoder-decoder"),
+    pytest.param({"prompt_vocab_size": 3}, "prompt_vocab_size is 3: prompt tuning", id="prompt tuning"),
+]
+
+
+@pytest.mark.parametrize("door", ["ensemble", "text_generation", "hf_baseline"])
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_requests(served: Server, door: str, change: dict[str, Any], message: str) -> None:
+    inputs = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
+    with pytest.raises(GrpcError, match=message):
+        Call(served, door, inputs).read()
+    wait_until(lambda: idle(served))
+
+
+@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
+def test_the_next_request_is_served(served: Server, door: str) -> None:
+    for change in ({"text_input": ""}, {"temperature": NAN}, {"lora_task_id": 3}):
+        with pytest.raises(GrpcError):
+            Call(served, door, {**GOOD, **change}).read()
+        assert ask(served, door).text
+
+
+@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
+def test_status_codes_over_http(served: Server, door: str) -> None:
+    bad = post(served, door, {**GOOD, "max_tokens": 0})
+    assert (bad.status, "max_tokens" in bad.error) == (400, True)
+    misspelled = post(served, door, {**GOOD, "temprature": 0.5})
+    assert (misspelled.status, "temprature is not an input" in misspelled.error) == (400, True)
+
+
+def test_stop_wants_a_request_id(served: Server) -> None:
+    inputs = {"input_ids": 0, "input_lengths": 1, "request_output_len": 1, "stop": True}
+    with pytest.raises(GrpcError, match="a request id must be provided for request cancellation"):
+        Call(served, "tensorrt_llm", inputs).read()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": np.array([[5, 10**6]], np.int32)}, "input_ids holds 1000000"),
+        ({"input_lengths": 9}, "input_lengths is 9: it must be between 1 and the 2 ids"),
+        ({"stop_words_list": np.array([[[5, 6], [9, -1]]], np.int32)}, "stop_words.*is malformed"),
+        ({"draft_input_ids": np.array([[5]], np.int32)}, "draft_input_ids is 5: speculative decoding"),
+    ],
+)
+def test_bad_tokens(served: Server, change: dict[str, Any], message: str) -> None:
+    ids = np.array([[5, 6]], dtype=np.int32)
+    inputs = {"input_ids": ids, "input_lengths": 2, "request_output_len": 3, **change}
+    with pytest.raises(GrpcError, match=message):
+        Call(served, "tensorrt_llm", inputs).read()
+
+
+@pytest.mark.parametrize("path", ["v2/repository/index", "v2/systemsharedmemory/status"])
+def test_management_endpoints_are_closed(served: Server, path: str) -> None:
+    import urllib.error
+    import urllib.request
+
+    method = "POST" if "repository" in path else "GET"
+    request = urllib.request.Request(f"{served.settings.http_url}/{path}", method=method)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 403

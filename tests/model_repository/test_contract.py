@@ -1,0 +1,117 @@
+"""Holds each config.pbtxt against the facts about NVIDIA's model repository (data/io_tables.json)."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from model_repository.shared.tensors import BY_NAME
+
+TEMPLATES = Path(__file__).parents[2] / "model_repository"
+FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "io_tables.json").read_text())
+TEXT_MODELS = ("text_generation", "hf_baseline")
+MODELS = (*FACTS, *TEXT_MODELS)
+VALUES = {
+    "triton_max_batch_size": "4",
+    "decoupled_mode": "true",
+    "logits_datatype": "TYPE_FP32",
+    "encoder_input_features_data_type": "TYPE_FP16",
+    "prompt_embedding_table_data_type": "TYPE_FP16",
+    "tokenizer_dir": "/tokenizer",
+    "engine_dir": "/engine",
+    "triton_backend": "python",
+    "batching_strategy": "inflight_fused_batching",
+    "preprocessing_instance_count": "1",
+    "postprocessing_instance_count": "1",
+    "max_queue_delay_microseconds": "0",
+    "max_queue_size": "0",
+    "baseline_model_dir": "/baseline",
+    "baseline_dtype": "bfloat16",
+    "baseline_max_batch_size": "1",
+    "baseline_queue_delay_microseconds": "0",
+    "model_name": "tiny",
+}
+REQUIRED = {"text_input", "max_tokens", "QUERY", "REQUEST_OUTPUT_LEN"}
+"""Required by NVIDIA, and optional for Triton 2.51 in our files: its check only counts inputs, and an ensemble
+that then lacks a required one answers with an empty final response and no error. The models check instead."""
+DTYPE = model_config_pb2.DataType.Name
+
+
+def config_of(model: str) -> Any:
+    template = string.Template((TEMPLATES / model / "config.pbtxt").read_text(encoding="utf-8"))
+    return text_format.Parse(template.substitute(VALUES), model_config_pb2.ModelConfig())
+
+
+def table(tensors: Any) -> list[tuple]:
+    """(name, dtype, dims, reshaped to a scalar, optional, ragged) of parsed tensors."""
+    return [
+        (
+            each.name,
+            DTYPE(each.data_type),
+            tuple(each.dims),
+            each.HasField("reshape") and not each.reshape.shape,
+            getattr(each, "optional", False),
+            getattr(each, "allow_ragged_batch", False),
+        )
+        for each in tensors
+    ]
+
+
+def expected(tensors: list[dict], ours: bool) -> list[tuple]:
+    """The same of the facts; ``ours`` with our exception."""
+    return [
+        (
+            each["name"],
+            string.Template(each["dtype"]).substitute(VALUES),
+            tuple(each["dims"]),
+            each.get("reshape") == [],
+            each.get("optional", False) or (ours and each["name"] in REQUIRED),
+            each.get("allow_ragged_batch", False),
+        )
+        for each in tensors
+    ]
+
+
+@pytest.mark.parametrize("model", FACTS)
+def test_tensors_are_nvidias(model: str) -> None:
+    config = config_of(model)
+    assert table(config.input) == expected(FACTS[model]["input"], ours=True)
+    assert table(config.output) == expected(FACTS[model]["output"], ours=False)
+
+
+def test_ensemble_is_wired_like_nvidias() -> None:
+    steps = [
+        {
+            "model_name": step.model_name,
+            "model_version": step.model_version,
+            "input_map": dict(step.input_map),
+            "output_map": dict(step.output_map),
+        }
+        for step in config_of("ensemble").ensemble_scheduling.step
+    ]
+    assert steps == FACTS["ensemble"]["ensemble_scheduling"]
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_text_models_are_twins_of_the_ensemble(model: str) -> None:
+    ensemble, twin = config_of("ensemble"), config_of(model)
+    assert table(twin.input) == table(ensemble.input)
+    # NVIDIA lists kv_cache_alloc_total_blocks twice, which Triton takes for one.
+    assert table(twin.output) == list(dict.fromkeys(table(ensemble.output)))
+    assert twin.model_transaction_policy.decoupled
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_batch_dimension_is_in_front(model: str) -> None:
+    assert config_of(model).max_batch_size >= 1
+
+
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"postprocessing"}))
+def test_every_input_is_read_or_refused(model: str) -> None:
+    assert [each.name for each in config_of(model).input if each.name not in BY_NAME] == []

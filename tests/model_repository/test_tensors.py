@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_repository.shared.tensors import Inputs
+from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
+
+INFO = ModelInfo(vocab_size=100, max_seq_len=16, end_ids=(1, 9), model_dir="")
+
+
+def text(*values: bytes) -> np.ndarray:
+    return np.array([[value] for value in values], dtype=np.object_)
+
+
+def number(value: Any, dtype: type = np.int32) -> np.ndarray:
+    return np.array([[value]], dtype=dtype)
+
+
+def generation(prompt_ids: list[int] | None = None, **tensors: np.ndarray) -> GenerationRequest:
+    inputs = Inputs({"text_input": text(b"hi"), "max_tokens": number(4), **tensors})
+    return inputs.generation(0, prompt_ids or [3, 4], (), (), INFO)
+
+
+def test_defaults_are_greedy_with_the_models_own_ends() -> None:
+    request = generation()
+    assert request.sampling.plain_greedy
+    assert (request.max_tokens, request.end_id, request.min_tokens) == (4, None, 0)
+    options = Inputs({"max_tokens": number(4)}).options(0)
+    assert options.exclude_input and not options.stream
+
+
+def test_values_arrive() -> None:
+    request = generation(
+        temperature=number(0.5, np.float32),
+        top_k=number(5),
+        top_p=number(0.25, np.float32),
+        seed=number(2**64 - 1, np.uint64),
+        min_tokens=number(2),
+        end_id=number(-1),
+        return_log_probs=number(True, np.bool_),
+    )
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 5, 0.25, 2**64 - 1)
+    assert (request.min_tokens, request.end_id, request.return_log_probs) == (2, -1, True)
+
+
+def test_scalars_without_a_dimension_of_their_own() -> None:
+    """``reshape { shape: [ ] }`` of tensorrt_llm leaves only the batch dimension."""
+    inputs = Inputs({"runtime_top_k": np.array([3, 4], dtype=np.int32)})
+    assert [inputs.sampling(row).top_k for row in range(2)] == [3, 4]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, None), (9, None), (5, 5), (-1, -1)])
+def test_asking_for_one_of_the_models_ends_means_all_of_them(asked: int, given: int | None) -> None:
+    assert generation(end_id=number(asked)).end_id == given
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"max_tokens": number(0)}, "max_tokens is 0: it must be at least 1"),
+        ({"max_tokens": number(-5)}, "max_tokens is -5"),
+        ({"max_tokens": number(15)}, r"max_tokens is 15: after 2 prompt tokens it must be at most 14"),
+        ({"REQUEST_OUTPUT_LEN": number(0)}, r"max_tokens \(REQUEST_OUTPUT_LEN\) is 0"),
+        ({"temperature": number(np.nan, np.float32)}, "temperature is nan: it must be finite"),
+        ({"temperature": number(-1, np.float32)}, "temperature is -1.0"),
+        ({"top_p": number(np.nan, np.float32)}, "top_p is nan"),
+        ({"top_p": number(1.5, np.float32)}, "top_p is 1.5: it must be between 0 and 1"),
+        ({"top_k": number(-1)}, "top_k is -1"),
+        ({"repetition_penalty": number(0, np.float32)}, "repetition_penalty is 0.0"),
+        ({"presence_penalty": number(np.inf, np.float32)}, "presence_penalty is inf"),
+        ({"min_tokens": number(5)}, "min_tokens is 5: it must be between 0 and max_tokens=4"),
+        ({"end_id": number(100)}, "end_id is 100: it must be -1"),
+        ({"end_id": number(-2)}, "end_id is -2"),
+        ({"nonsense": number(1)}, "nonsense is not an input"),
+    ],
+)
+def test_bad_values_are_named_with_their_limit(tensors: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        generation(**tensors)
+    assert caught.value.code is Code.INVALID_ARG
+
+
+def test_prompt_must_leave_room() -> None:
+    with pytest.raises(
+        RequestError, match="text_input has 16 tokens: it must have fewer than max_seq_len=16"
+    ):
+        generation(prompt_ids=[3] * 16)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (text(b""), "text_input is empty"),
+        (text(b"ab\xff"), "text_input is not UTF-8: invalid start byte at byte 2"),
+    ],
+)
+def test_prompt_must_be_text(value: np.ndarray, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Inputs({"text_input": value}).text(0)
+
+
+def test_missing_prompt() -> None:
+    with pytest.raises(RequestError, match="text_input is missing"):
+        Inputs({"max_tokens": number(1)}).text(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "feature"),
+    [
+        ("beam_width", number(2), "beam search"),
+        ("num_return_sequences", number(3), "more than one output"),
+        ("len_penalty", number(0.5, np.float32), "beam search"),
+        ("return_context_logits", number(True, np.bool_), "returning logits"),
+        ("return_generation_logits", number(True, np.bool_), "returning logits"),
+        ("lora_task_id", number(1, np.uint64), "LoRA"),
+        ("lora_weights", np.zeros((1, 2, 2), np.float16), "LoRA"),
+        ("prompt_embedding_table", np.zeros((1, 2, 2), np.float16), "prompt tuning"),
+        ("embedding_bias_words", text(b"a"), "a bias on tokens"),
+        ("DECODER_QUERY", text(b"a"), "encoder-decoder"),
+        ("draft_input_ids", np.array([[1]], np.int32), "speculative decoding"),
+        ("guided_decoding_guide", text(b"{}"), "guided decoding"),
+        ("lookahead_window_size", number(4), "speculative decoding"),
+        ("retention_decode_priority", number(50), "KV cache retention"),
+        ("IMAGE_BYTES", np.zeros((1, 1, 1, 1, 1), np.uint8), "image and video"),
+    ],
+)
+def test_unsupported_features_are_named(name: str, value: np.ndarray, feature: str) -> None:
+    with pytest.raises(RequestError, match=feature) as caught:
+        Inputs({name: value})
+    assert caught.value.code is Code.UNSUPPORTED
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beam_width", number(1)),
+        ("num_return_sequences", number(1)),
+        ("length_penalty", number(1.0, np.float32)),
+        ("decoder_text_input", text(b"")),
+        ("guided_decoding_guide", text(b"")),
+        ("lora_weights", np.zeros((1, 0, 2), np.float16)),
+        ("embedding_bias", np.zeros((1, 0), np.float32)),
+        ("draft_input_ids", np.zeros((1, 0), np.int32)),
+        ("return_context_logits", number(False, np.bool_)),
+        ("runtime_top_p_min", number(1e-6, np.float32)),
+        ("runtime_top_p_decay", number(1.0, np.float32)),
+    ],
+)
+def test_values_that_ask_for_nothing_are_accepted(name: str, value: np.ndarray) -> None:
+    Inputs({name: value})
+
+
+def test_token_prompts_are_cut_and_checked() -> None:
+    ids = np.array([[5, 6, 7, 0]], dtype=np.int32)
+    assert Inputs({"input_ids": ids, "input_lengths": np.array([3])}).prompt_ids(0, 100) == [5, 6, 7]
+    with pytest.raises(RequestError, match="input_lengths is 5: it must be between 1 and the 4 ids"):
+        Inputs({"input_ids": ids, "input_lengths": np.array([5])}).prompt_ids(0, 100)
+    with pytest.raises(RequestError, match="input_ids holds 7: ids of this model are 0 to 6"):
+        Inputs({"input_ids": ids, "input_lengths": np.array([3])}).prompt_ids(0, 7)
+
+
+def test_malformed_word_lists() -> None:
+    with pytest.raises(RequestError, match=r"stop_words \(stop_words_list\) is malformed"):
+        Inputs({"stop_words_list": np.array([[[1, 2], [5, -1]]])}).word_ids("stop_words", 0)
+    with pytest.raises(RequestError, match="bad_words has a word that is not UTF-8"):
+        Inputs({"bad_words": np.array([[b"a", b"\xc3"]], dtype=np.object_)}).words("bad_words", 0)

@@ -1,0 +1,146 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from client import wire
+from client.base import BaseClient
+from client.chat_template import Message
+from client.errors import RequestCancelled, ServerUnavailable, from_rpc_error
+from client.params import GenerateParams
+from client.results import Chunk, Generation
+
+
+class AsyncClient(BaseClient):
+    """:class:`client.Client` for asyncio; create and use it inside one running event loop.
+
+    >>> async with AsyncClient() as llm:
+    ...     async for chunk in llm.generate_stream("The capital of France is", max_tokens=32):
+    ...         print(chunk, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        url: str = wire.DEFAULT_URL,
+        model: str = wire.TEXT_GENERATION,
+        *,
+        timeout_s: float | None = None,
+        model_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(url, model, timeout_s=timeout_s, model_dir=model_dir)
+        self._channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._call = self._channel.unary_stream(
+            wire.STREAM_INFER,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the channel; calls in flight are cancelled."""
+        await self._channel.close()
+
+    async def check_ready(self, timeout_s: float = 5.0) -> None:
+        """Returns if the server is up and has the model loaded; see :meth:`client.Client.check_ready`."""
+        try:
+            request = service_pb2.ModelReadyRequest(name=self.model)
+            ready = (await self._service.ModelReady(request, timeout=timeout_s)).ready
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.url, timeout_s) from None
+        if not ready:
+            raise ServerUnavailable(f"the server at {self.url} has no model {self.model!r} that is ready")
+
+    async def generate(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The complete answer; ``options`` are fields of :class:`GenerateParams`."""
+        request, params = self._request(prompt, params, options, stream=False)
+        chunks = [chunk async for chunk in self._chunks(request, params, self._deadline(timeout_s))]
+        return Generation.from_chunks(chunks, params.max_tokens)
+
+    def generate_stream(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer as it is generated. The request is sent when the iteration starts.
+
+        Cancelling the task or closing the iterator (``contextlib.aclosing`` does it at once on ``break``)
+        cancels the request on the server.
+        """
+        request, params = self._request(prompt, params, options, stream=True)
+        return self._chunks(request, params, self._deadline(timeout_s))
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The assistant's answer to ``[{"role": "user", "content": ...}, ...]``."""
+        return await self.generate(self.render_chat(messages), params, timeout_s=timeout_s, **options)
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Like :meth:`chat`, as it is generated; see :meth:`generate_stream`."""
+        return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
+
+    async def _chunks(
+        self, request: service_pb2.ModelInferRequest, params: GenerateParams, timeout_s: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        call = self._call(request, timeout=timeout_s)
+        complete = False
+        try:
+            async for message in call:
+                chunk = wire.parse_response(message, params)
+                if chunk is not None:
+                    yield chunk
+            complete = True
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.url, timeout_s) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise RequestCancelled("the call was cancelled: its channel was closed") from None
+        finally:
+            if not complete:
+                call.cancel()
+                await asyncio.shield(self._stop_ensemble(request))
+
+    async def _stop_ensemble(self, request: service_pb2.ModelInferRequest) -> None:
+        if request.model_name != wire.ENSEMBLE:
+            return
+        with suppress(grpc.RpcError, asyncio.CancelledError):
+            async for _ in self._call(wire.stop_request(request.id), timeout=2.0):
+                pass

@@ -1,0 +1,60 @@
+"""What the sync and the asyncio client have in common: everything but the waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc import service_pb2
+
+from client import wire
+from client.chat_template import ChatTemplate, Message, deployed_model_dir
+from client.params import GenerateParams
+
+
+class BaseClient:
+    """Settings of a client and the requests that it makes of its arguments."""
+
+    def __init__(
+        self,
+        url: str = wire.DEFAULT_URL,
+        model: str = wire.TEXT_GENERATION,
+        *,
+        timeout_s: float | None = None,
+        model_dir: str | Path | None = None,
+    ) -> None:
+        """
+        Args:
+            url: ``host:port`` of the server's gRPC port.
+            model: Endpoint: ``text_generation``, ``ensemble`` or ``hf_baseline``.
+            timeout_s: Deadline of every call, unless the call gives its own; None = no limit.
+            model_dir: Checkpoint folder whose chat template ``chat`` applies; None = the deployed one's.
+        """
+        self.url = url
+        self.model = model
+        self.timeout_s = timeout_s
+        self._model_dir = model_dir
+        self._template: ChatTemplate | None = None
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt that the model's chat template makes of the messages.
+
+        Raises:
+            ChatTemplateError: no template, or one that does not accept these messages.
+        """
+        if self._template is None:
+            self._template = ChatTemplate.from_dir(self._model_dir or deployed_model_dir())
+        return self._template.render(messages)
+
+    def _request(
+        self, prompt: str, params: GenerateParams | None, options: dict[str, Any], *, stream: bool
+    ) -> tuple[service_pb2.ModelInferRequest, GenerateParams]:
+        """``options`` are GenerateParams fields that override those of ``params``."""
+        params = dataclasses.replace(params or GenerateParams(), **options)
+        return wire.infer_request(self.model, uuid.uuid4().hex, prompt, params, stream=stream), params
+
+    def _deadline(self, timeout_s: float | None) -> float | None:
+        return self.timeout_s if timeout_s is None else timeout_s

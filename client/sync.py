@@ -1,0 +1,149 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from client import wire
+from client.base import BaseClient
+from client.chat_template import Message
+from client.errors import ServerUnavailable, from_rpc_error
+from client.params import GenerateParams
+from client.results import Chunk, Generation
+
+
+class Client(BaseClient):
+    """Text generation over Triton's gRPC stream; safe to share between threads.
+
+    >>> with Client() as llm:
+    ...     for chunk in llm.generate_stream("The capital of France is", max_tokens=32):
+    ...         print(chunk, end="", flush=True)
+
+    Every call raises a :class:`client.errors.ClientError`: ``ServerUnavailable``, ``InvalidRequest``,
+    ``RequestCancelled``, ``DeadlineExceeded`` or ``GenerationError``.
+    """
+
+    def __init__(
+        self,
+        url: str = wire.DEFAULT_URL,
+        model: str = wire.TEXT_GENERATION,
+        *,
+        timeout_s: float | None = None,
+        model_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(url, model, timeout_s=timeout_s, model_dir=model_dir)
+        self._channel = grpc.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._call = self._channel.unary_stream(
+            wire.STREAM_INFER,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the channel; calls in flight are cancelled."""
+        self._channel.close()
+
+    def check_ready(self, timeout_s: float = 5.0) -> None:
+        """Returns if the server is up and has the model loaded.
+
+        Raises:
+            ServerUnavailable: it is not; the text says what to do.
+        """
+        try:
+            request = service_pb2.ModelReadyRequest(name=self.model)
+            ready = self._service.ModelReady(request, timeout=timeout_s).ready
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.url, timeout_s) from None
+        if not ready:
+            raise ServerUnavailable(f"the server at {self.url} has no model {self.model!r} that is ready")
+
+    def generate(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The complete answer; ``options`` are fields of :class:`GenerateParams`."""
+        request, params = self._request(prompt, params, options, stream=False)
+        return Generation.from_chunks(
+            self._chunks(request, params, self._deadline(timeout_s)), params.max_tokens
+        )
+
+    def generate_stream(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Generator[Chunk, None, None]:
+        """The answer as it is generated. The request is sent when the iteration starts.
+
+        Leaving the loop or closing the iterator cancels the request on the server.
+        """
+        request, params = self._request(prompt, params, options, stream=True)
+        return self._chunks(request, params, self._deadline(timeout_s))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The assistant's answer to ``[{"role": "user", "content": ...}, ...]``."""
+        return self.generate(self.render_chat(messages), params, timeout_s=timeout_s, **options)
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Generator[Chunk, None, None]:
+        """Like :meth:`chat`, as it is generated; see :meth:`generate_stream`."""
+        return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
+
+    def _chunks(
+        self, request: service_pb2.ModelInferRequest, params: GenerateParams, timeout_s: float | None
+    ) -> Generator[Chunk, None, None]:
+        call = self._call(request, timeout=timeout_s)
+        complete = False
+        try:
+            for message in call:
+                chunk = wire.parse_response(message, params)
+                if chunk is not None:
+                    yield chunk
+            complete = True
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.url, timeout_s) from None
+        finally:
+            if not complete:
+                call.cancel()
+                self._stop_ensemble(request)
+
+    def _stop_ensemble(self, request: service_pb2.ModelInferRequest) -> None:
+        if request.model_name != wire.ENSEMBLE:
+            return
+        with suppress(
+            grpc.RpcError, ValueError
+        ):  # the server or the channel may be gone: nothing left to stop
+            for _ in self._call(wire.stop_request(request.id), timeout=2.0):
+                pass

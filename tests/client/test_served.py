@@ -1,0 +1,98 @@
+"""The client against real Triton and the real engine (a tiny random model)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from client import AsyncClient, Client, DeadlineExceeded, InvalidRequest, ServerUnavailable
+from client.wire import ENDPOINTS
+from tests.client.waiting import eventually
+
+pytestmark = pytest.mark.slow
+
+LONG = {"max_tokens": 400, "min_tokens": 400}
+PROMPT = "How far is it?"
+
+
+@pytest.mark.parametrize("model", ENDPOINTS)
+def test_stream_and_answer_are_the_same(served, model):
+    with Client(served.settings.grpc_url, model) as llm:
+        llm.check_ready()
+        answer = llm.generate(PROMPT, max_tokens=12, min_tokens=12)
+        chunks = list(llm.generate_stream(PROMPT, max_tokens=12, min_tokens=12))
+    assert "".join(map(str, chunks)) == answer.text
+    assert answer.num_output_tokens == chunks[-1].num_output_tokens == 12
+    assert answer.num_input_tokens == chunks[-1].num_input_tokens > 0
+    assert answer.finish_reason == "length"
+    assert answer.log_probs == [] and answer.cum_log_prob is None
+    times = answer.perf_metrics
+    assert times.arrival_time_ns <= times.first_scheduled_time_ns <= times.first_token_time_ns
+    assert times.first_token_time_ns < times.last_token_time_ns
+
+
+@pytest.mark.parametrize("model", ENDPOINTS)
+def test_parameters_reach_the_engine(served, model):
+    with Client(served.settings.grpc_url, model) as llm:
+        text = llm.generate(PROMPT, max_tokens=8, min_tokens=8).text
+        sampled = [
+            llm.generate(PROMPT, max_tokens=8, min_tokens=8, temperature=2.0, seed=s).text for s in (1, 1, 2)
+        ]
+        with_prompt = llm.generate(PROMPT, max_tokens=8, min_tokens=8, exclude_input_in_output=False).text
+    assert with_prompt == PROMPT + text
+    assert sampled[0] == sampled[1] != text  # a temperature alone samples, and a seed repeats
+    assert sampled[2] != sampled[0]
+
+
+@pytest.mark.parametrize("model", ["text_generation", "ensemble"])
+def test_log_probs(served, model):
+    with Client(served.settings.grpc_url, model) as llm:
+        answer = llm.generate(PROMPT, max_tokens=6, min_tokens=6, return_log_probs=True)
+        chunks = list(llm.generate_stream(PROMPT, max_tokens=6, min_tokens=6, return_log_probs=True))
+    assert len(answer.log_probs) == 6
+    assert answer.cum_log_prob == pytest.approx(sum(answer.log_probs), rel=1e-3)
+    assert [p for chunk in chunks for p in chunk.log_probs] == pytest.approx(answer.log_probs, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ENDPOINTS)
+def test_errors_name_the_field(served, model):
+    with Client(served.settings.grpc_url, model) as llm:
+        with pytest.raises(InvalidRequest, match="max_tokens"):
+            llm.generate(PROMPT, max_tokens=0)
+        with pytest.raises(InvalidRequest, match="temperature"):
+            llm.generate(PROMPT, temperature=float("nan"))
+        assert llm.generate(PROMPT, max_tokens=2).text
+    with Client(served.settings.grpc_url, "nonsense") as llm:
+        with pytest.raises(InvalidRequest, match="nonsense"):
+            llm.generate(PROMPT)
+        with pytest.raises(ServerUnavailable, match="nonsense"):
+            llm.check_ready()
+
+
+@pytest.mark.parametrize("model", ["text_generation", "ensemble"])
+def test_leaving_a_stream_frees_the_engine(served, model):
+    stats = lambda: served.engine.stats  # noqa: E731
+    assert eventually(lambda: stats().active_requests == 0)
+    with Client(served.settings.grpc_url, model) as llm:
+        stream = llm.generate_stream(PROMPT, **LONG)
+        next(stream)
+        assert eventually(lambda: stats().active_requests == 1)
+        stream.close()
+        assert eventually(lambda: stats().active_requests == 0 and stats().kv_blocks_used == 0)
+        generated = stats().generated_tokens
+        with pytest.raises(DeadlineExceeded):
+            llm.generate(PROMPT, **LONG, timeout_s=0.3)
+        assert eventually(lambda: stats().active_requests == 0)
+    assert stats().generated_tokens - generated < 350
+
+
+def test_many_streams_on_one_async_client(served):
+    async def go():
+        async with AsyncClient(served.settings.grpc_url) as llm:
+            return await asyncio.gather(
+                *(llm.generate(f"{i} apples", max_tokens=10, min_tokens=10) for i in range(24))
+            )
+
+    answers = asyncio.run(go())
+    assert [answer.num_output_tokens for answer in answers] == [10] * 24

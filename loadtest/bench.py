@@ -1,0 +1,267 @@
+"""``make bench``: both endpoints under the same load, in turns, and a report with the comparison.
+
+``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 140] ...``
+
+Exit status: 0 the run is VALID, 1 it is INVALID or could not be done, 2 a setting is wrong, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from client import ClientError
+from client.sync import Client
+from loadtest import conditions, plot
+from loadtest.config import BenchConfig, ConfigError
+from loadtest.metrics import Summary, problems, ratio, steady_window, summarise
+from loadtest.plan import Block, neighbours, plan_blocks, planned_s
+from loadtest.prompts import Prompts
+from loadtest.records import RequestRecord, read_records
+from loadtest.report import BlockResult, Report, number, publish, table
+from loadtest.telemetry import Sampler
+from loadtest.warmup import wait_until_idle, warm_up
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+USER_CLASSES = {"text_generation": "TextGeneration", "ensemble": "Ensemble", "hf_baseline": "HfBaseline"}
+RECORDS, LOCUST_LOG = "records.jsonl", "locust.log"
+
+
+class BenchError(Exception):
+    """The run cannot go on; one line that says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server under test."""
+
+    url: str
+    pids: Callable[[], list[int]]
+    """Roots of its process trees now; none if it was started elsewhere."""
+    deployment: dict
+    """What it serves; empty if it was started elsewhere."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        config = BenchConfig.from_arguments(sys.argv[1:] if arguments is None else arguments)
+        prompts = Prompts(config.seed, config.prompts)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server too
+    try:
+        return run(config, prompts)
+    except (BenchError, ClientError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped: no report was written", file=sys.stderr)
+        return 130
+
+
+def run(config: BenchConfig, prompts: Prompts) -> int:
+    """Warm-up, blocks, report; returns the exit status."""
+    reports = Path(config.reports).resolve()
+    reports.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
+    work.chmod(0o755)
+    try:
+        with target(config) as server:
+            report = measure(config, prompts, server, work)
+        if report.valid:
+            plot.comparison(report, work / "comparison.png")
+        folder = publish(work, reports, report, datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{table(report)}\n\n{report.verdict}\nreport: {folder / 'report.md'}")
+    return 0 if report.valid else 1
+
+
+@contextmanager
+def target(config: BenchConfig) -> Iterator[Target]:
+    """The server that was named, or the one that was built, started here and stopped at the end."""
+    if config.url:
+        yield Target(config.url, lambda: [], {})
+        return
+    # Only here: to measure a server that runs elsewhere, this machine needs no Triton.
+    from model_repository.serve import ServeError, Server, ServeSettings
+
+    build_dir = Path(config.build_dir)
+    deployed = conditions.deployment(build_dir)
+    if not deployed:
+        raise BenchError(f"nothing is built in {build_dir}: run 'make build-engines' first")
+    say("starting {model}, lane {lane}, precision {precision}".format(**deployed))
+    settings = dataclasses.replace(ServeSettings.from_environment(), build_dir=build_dir)
+    server = Server(settings, say)
+    try:
+        server.start()
+    except ServeError as error:
+        raise BenchError(str(error)) from None
+    try:
+        yield Target(settings.grpc_url, lambda: [server.engine_pid, server.triton_pid], deployed)
+    finally:
+        server.stop()
+
+
+def measure(config: BenchConfig, prompts: Prompts, server: Target, work: Path) -> Report:
+    """Runs the blocks; a failure on the way makes the report INVALID instead of losing what was measured."""
+    endpoints = (config.candidate, config.baseline)
+    for endpoint in endpoints:
+        with Client(server.url, endpoint) as client:
+            client.check_ready()
+    started = time.monotonic()
+    with Sampler(server.pids) as sampler:
+        paces = {}
+        for endpoint in endpoints:
+            pace = warm_up(server.url, endpoint, prompts, config.concurrency, config.output_tokens)
+            wait_until_idle(server.url, endpoint)
+            paces[endpoint] = pace
+            say(f"warm-up of {endpoint}: {config.concurrency} requests take about {number(pace.wave_s)} s")
+        left = config.budget_s - (time.monotonic() - started)
+        blocks = plan_blocks(*endpoints, paces, config.concurrency, left)
+        say(f"plan: {', '.join(f'{b.endpoint} {b.seconds} s' for b in blocks)}: {planned_s(blocks):.0f} s")
+        if planned_s(blocks) > left + 1:
+            say(f"one round does not fit BUDGET_S={config.budget_s:g} at this load; it is done all the same")
+        failure = run_blocks(blocks, config, server.url, work)
+        records = read_records(work / RECORDS)
+        return evaluate(config, prompts, server, blocks, records, sampler, failure)
+
+
+def run_blocks(blocks: list[Block], config: BenchConfig, url: str, work: Path) -> str | None:
+    """Returns why it had to stop early, if it had to."""
+    used: Counter[str] = Counter()
+    for block in blocks:
+        try:
+            run_block(block, config, url, work, used[block.endpoint])
+            for endpoint in (config.candidate, config.baseline):
+                wait_until_idle(url, endpoint)
+        except (BenchError, ClientError) as error:
+            return f"block {block.name}: {error}"
+        records = [record for record in read_records(work / RECORDS) if record.block == block.name]
+        used[block.endpoint] += len(records)
+        summary = summarise(block.endpoint, [records])
+        say(
+            f"block {block.name}: {number(summary.output_tokens_per_s)} tokens/s, "
+            f"latency p50 {number(summary.e2e_s.p50)} s (n={summary.e2e_s.n})"
+        )
+    return None
+
+
+def run_block(block: Block, config: BenchConfig, url: str, work: Path, first_prompt: int) -> None:
+    """One headless Locust run, in a process of its own."""
+    options = {
+        "-f": LOCUSTFILE,
+        "--host": url,
+        "-u": config.concurrency,
+        "-r": config.concurrency,
+        "-t": block.seconds,
+        "--output-tokens": config.output_tokens,
+        "--prompts": Path(config.prompts).resolve() if config.prompts else "",
+        "--seed": config.seed,
+        "--first-prompt": first_prompt,
+        "--records": work / RECORDS,
+        "--block": block.name,
+        "--exit-code-on-error": 0,  # the records tell what failed
+    }
+    command = [sys.executable, "-m", "loadtest.locust_main", "--headless", "--only-summary"]
+    command += [
+        f"{name}={value}" if name.startswith("--") else f"{name}{value}" for name, value in options.items()
+    ]
+    with (work / LOCUST_LOG).open("a", encoding="utf-8") as log:
+        try:
+            subprocess.run(
+                [*command, USER_CLASSES[block.endpoint]],
+                cwd=conditions.PROJECT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=True,
+                timeout=block.seconds + 60,
+            )
+        except subprocess.CalledProcessError as error:
+            log.flush()
+            last = (work / LOCUST_LOG).read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise BenchError(f"Locust ended with status {error.returncode}: {''.join(last)}") from None
+        except subprocess.TimeoutExpired:
+            raise BenchError("Locust did not end in time") from None
+
+
+def evaluate(
+    config: BenchConfig,
+    prompts: Prompts,
+    server: Target,
+    blocks: list[Block],
+    records: list[RequestRecord],
+    sampler: Sampler,
+    failure: str | None = None,
+) -> Report:
+    """The report on what was recorded."""
+    by_block = {block.name: [record for record in records if record.block == block.name] for block in blocks}
+
+    def pooled(endpoint: str) -> Summary:
+        return summarise(endpoint, [by_block[block.name] for block in blocks if block.endpoint == endpoint])
+
+    candidate, baseline = pooled(config.candidate), pooled(config.baseline)
+    each = {block.name: summarise(block.endpoint, [by_block[block.name]]) for block in blocks}
+    pairs = [(each[a.name], each[b.name]) for a, b in neighbours(blocks, config.candidate)]
+    utilisation = {}
+    for endpoint in (config.candidate, config.baseline):
+        windows = [steady_window(by_block[block.name]) for block in blocks if block.endpoint == endpoint]
+        utilisation[endpoint] = sampler.over([window for window in windows if window is not None])
+    reasons = problems(records, [candidate, baseline])
+    return Report(
+        reasons=[failure, *reasons] if failure else reasons,
+        candidate=candidate,
+        baseline=baseline,
+        ratios={
+            "throughput": ratio(
+                candidate.output_tokens_per_s,
+                baseline.output_tokens_per_s,
+                [(a.output_tokens_per_s, b.output_tokens_per_s) for a, b in pairs],
+            ),
+            "e2e_p50": ratio(
+                baseline.e2e_s.p50, candidate.e2e_s.p50, [(b.e2e_s.p50, a.e2e_s.p50) for a, b in pairs]
+            ),
+            "ttft_p50": ratio(
+                baseline.ttft_s.p50, candidate.ttft_s.p50, [(b.ttft_s.p50, a.ttft_s.p50) for a, b in pairs]
+            ),
+            "tpot_p50": ratio(
+                baseline.tpot_s.p50, candidate.tpot_s.p50, [(b.tpot_s.p50, a.tpot_s.p50) for a, b in pairs]
+            ),
+        },
+        utilisation=utilisation,
+        blocks=[BlockResult(block.name, block.seconds, each[block.name]) for block in blocks],
+        conditions=conditions.gather(config, sampler.gpus, server.deployment),
+        notes=notes(prompts, records, sampler),
+    )
+
+
+def notes(prompts: Prompts, records: list[RequestRecord], sampler: Sampler) -> list[str]:
+    """What a reader should know besides."""
+    lines = []
+    used = max((record.prompt_index for record in records), default=0) + 1
+    if prompts.count is not None and used > prompts.count:
+        repeated = f"{used} prompts were needed and the file has {prompts.count}"
+        lines.append(f"{repeated}: repeated ones may come from a prefix cache.")
+    if sampler.gpus.missing:
+        lines.append(f"GPU utilisation is n/a: {sampler.gpus.missing}.")
+    return lines
+
+
+def say(text: str) -> None:
+    print(f"bench: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

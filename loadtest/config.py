@@ -1,0 +1,79 @@
+"""Settings of the load tests: one typed object, from the command line and the environment, checked once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from client import wire
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the setting, the value and the remedy."""
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """``make bench``. Each field is also ``--field-name`` and the environment variable ``FIELD_NAME``."""
+
+    url: str = _setting("", "gRPC address of a running server; empty: start the one that was built")
+    candidate: str = _setting(wire.TEXT_GENERATION, "endpoint under test")
+    baseline: str = _setting(wire.HF_BASELINE, "endpoint that it is compared with")
+    concurrency: int = _setting(16, "requests in flight, each user sending the next when one is answered")
+    output_tokens: int = _setting(64, "exact length of every answer")
+    prompts: str = _setting("", "file of prompts (text lines or JSONL); empty: unique generated prompts")
+    seed: int = _setting(0, "of the generated prompts")
+    budget_s: float = _setting(140.0, "seconds for warm-up and measurement together")
+    build_dir: str = _setting("build", "folder of 'make build-engines', whose model is served")
+    reports: str = _setting("reports", "folder that gets one folder per run")
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, remedy: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name.upper()}={getattr(self, name)!r} is not valid: {remedy}")
+
+        for name in ("candidate", "baseline"):
+            require(getattr(self, name) in wire.ENDPOINTS, name, f"use one of {', '.join(wire.ENDPOINTS)}")
+        require(self.candidate != self.baseline, "candidate", "it must differ from the baseline")
+        require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
+        require(self.output_tokens >= 2, "output_tokens", "use at least 2 (TPOT needs two tokens)")
+        require(self.budget_s > 0, "budget_s", "use a positive number of seconds")
+        require(self.seed >= 0, "seed", "use 0 or a positive number")
+        require(not self.prompts or Path(self.prompts).is_file(), "prompts", "no such file")
+
+    @classmethod
+    def from_arguments(cls, arguments: list[str]) -> BenchConfig:
+        """Command line before environment before defaults.
+
+        Raises:
+            ConfigError: a value that does not parse or cannot work.
+        """
+        parser = argparse.ArgumentParser(prog="python -m loadtest.bench", description=cls.__doc__)
+        for setting in fields(cls):
+            option = "--" + setting.name.replace("_", "-")
+            default = f"default: {setting.default or 'none'}"
+            parser.add_argument(option, help=f"{setting.metadata['help']} ({default})")
+        given = vars(parser.parse_args(arguments))
+        values = {}
+        for setting in fields(cls):
+            text = given[setting.name]
+            if text is None:
+                text = os.environ.get(setting.name.upper())
+            if text is not None and text != "":
+                values[setting.name] = _parse(setting.name, text, type(setting.default))
+        return cls(**values)
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{name.upper()}={text!r} is not valid: use {wanted}") from None

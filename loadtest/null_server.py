@@ -1,0 +1,255 @@
+"""A server that speaks the endpoints' protocol and generates nothing, at times that are set exactly.
+
+``python -m loadtest.null_server --ttft-ms 50 --tpot-ms 10``
+
+What a load generator measures against it must equal what was set; the difference is the generator's own
+delay. It answers ``text_generation``, ``ensemble`` and ``hf_baseline`` alike, keeps a log of what it did
+when, and with ``serial`` works on one request at a time, like a batch-1 baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
+
+from client import wire
+
+Responses = AsyncIterator[service_pb2.ModelStreamInferResponse]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When tokens come: ``ttft_s`` after the start of the work, then one every ``tpot_s``."""
+
+    ttft_s: float = 0.050
+    tpot_s: float = 0.010
+    first_chunk_tokens: int = 1
+    """Tokens in the first response; every later response has one."""
+    serial: bool = False
+    """One request at a time; the others wait in the order of their arrival."""
+    missing_tokens: int = 0
+    """How much shorter an answer is than it should be."""
+
+
+@dataclass
+class Served:
+    """The log of one request; times are ``time.time_ns()``."""
+
+    id: str
+    model: str
+    inputs: dict
+    arrival_ns: int
+    first_scheduled_ns: int = 0
+    token_times_ns: list[int] = field(default_factory=list)
+    outcome: str = "running"
+    """``running``, ``complete``, ``cancelled`` or ``stopped`` (by a stop request)."""
+
+
+class NullService(service_pb2_grpc.GRPCInferenceServiceServicer):
+    def __init__(self, timing: Timing) -> None:
+        self.timing = timing
+        self.log: list[Served] = []
+        self._turn = asyncio.Lock()
+        self.stop_requests: list[str] = []
+
+    async def ServerLive(self, request, context):
+        return service_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request, context):
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    async def ModelReady(self, request, context):
+        return service_pb2.ModelReadyResponse(ready=request.name in wire.ENDPOINTS)
+
+    async def ModelStreamInfer(self, requests, context) -> Responses:
+        async for request in requests:
+            inputs = _inputs(request)
+            if request.model_name == "tensorrt_llm" and inputs.get("stop"):
+                self.stop_requests.append(request.id)
+                yield _response(request, {}, final=True)
+            elif error := _refusal(request, inputs):
+                yield service_pb2.ModelStreamInferResponse(error_message=error)
+            else:
+                async for response in self._generate(request, inputs):
+                    yield response
+
+    async def _generate(self, request, inputs) -> Responses:
+        served = Served(request.id, request.model_name, inputs, time.time_ns())
+        self.log.append(served)
+        try:
+            if self.timing.serial:
+                async with self._turn:
+                    async for response in self._tokens(request, served):
+                        yield response
+            else:
+                async for response in self._tokens(request, served):
+                    yield response
+        finally:
+            if served.outcome == "running":
+                served.outcome = "cancelled"
+
+    async def _tokens(self, request, served: Served) -> Responses:
+        """Emits on an absolute schedule, so that no delay adds up."""
+        start, total = time.perf_counter(), served.inputs["max_tokens"] - self.timing.missing_tokens
+        served.first_scheduled_ns = time.time_ns()
+        first = min(self.timing.first_chunk_tokens, total)
+        words = []
+        for count in range(first, total + 1):
+            due = start + self.timing.ttft_s + (count - first) * self.timing.tpot_s
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            if request.id in self.stop_requests:
+                served.outcome = "stopped"
+                return
+            served.token_times_ns.append(time.time_ns())
+            words.append(" word" * (first if count == first else 1))
+            if served.inputs.get("stream"):
+                yield _response(request, _outputs(words.pop(), count, served), final=count == total)
+        if words:
+            yield _response(request, _outputs("".join(words), total, served), final=True)
+        served.outcome = "complete"
+
+
+def _inputs(request: service_pb2.ModelInferRequest) -> dict:
+    """Tensor name -> value; a list for words."""
+    values: dict = {}
+    for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+        if tensor.datatype == "BYTES":
+            words = [word.decode() for word in wire.strings(raw)]
+            values[tensor.name] = words if tensor.name.endswith("_words") else words[0]
+        else:
+            values[tensor.name] = np.frombuffer(raw, triton_to_np_dtype(tensor.datatype))[0].item()
+    return values
+
+
+def _refusal(request: service_pb2.ModelInferRequest, inputs: dict) -> str | None:
+    if request.model_name not in wire.ENDPOINTS:
+        return f"Request for unknown model: '{request.model_name}' is not found"
+    if inputs.get("max_tokens", 0) < 1:
+        return f"max_tokens is {inputs.get('max_tokens')}: it must be at least 1"
+    return None
+
+
+def _outputs(text: str, count: int, served: Served) -> dict:
+    times = (
+        served.arrival_ns,
+        served.first_scheduled_ns,
+        served.token_times_ns[0],
+        served.token_times_ns[-1],
+    )
+    return {
+        "text_output": ("BYTES", text),
+        "num_input_tokens": ("INT32", len(served.inputs["text_input"].split())),
+        "num_output_tokens": ("INT32", count),
+        **{name: ("INT64", value) for name, value in zip(wire.REQUIRED_PERF_FIELDS, times, strict=True)},
+    }
+
+
+def _response(request, outputs: dict, *, final: bool) -> service_pb2.ModelStreamInferResponse:
+    message = service_pb2.ModelStreamInferResponse()
+    response = message.infer_response
+    response.model_name, response.id = request.model_name, request.id
+    response.parameters["triton_final_response"].bool_param = final
+    for name, (datatype, value) in outputs.items():
+        tensor = response.outputs.add(name=name, datatype=datatype)
+        tensor.shape.extend([1, 1])
+        if datatype == "BYTES":
+            raw = serialize_byte_tensor(np.array([value.encode()], dtype=np.object_)).item()
+        else:
+            raw = np.array([value], dtype=triton_to_np_dtype(datatype)).tobytes()
+        response.raw_output_contents.append(raw)
+    return message
+
+
+class NullServer:
+    """The service on its own thread: ``with NullServer(Timing()) as server: Client(server.url)``."""
+
+    def __init__(self, timing: Timing | None = None, port: int = 0) -> None:
+        self._timing = timing or Timing()
+        self._port = port
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def start(self) -> NullServer:
+        """Raises OSError if the port is taken."""
+        self._thread.start()
+        self._ready.wait()
+        if not self._port:
+            raise OSError("the null server's port is taken: choose another with --port")
+        return self
+
+    __enter__ = start
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the server, if it still runs; calls in flight are cut off."""
+        if not self._thread.is_alive():
+            return
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def stop_requests(self) -> list[str]:
+        """Ids of the requests that a stop request named."""
+        return self._service.stop_requests
+
+    @property
+    def log(self) -> list[Served]:
+        return self._service.log
+
+    async def _serve(self) -> None:
+        self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
+        self._service = NullService(self._timing)
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._service, server)
+        try:
+            self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
+        except RuntimeError:
+            self._port = 0
+        else:
+            await server.start()
+        self._ready.set()
+        if self._port:
+            await self._done.wait()
+            await server.stop(grace=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.null_server", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--port", type=int, default=8001)
+    parser.add_argument("--ttft-ms", type=float, default=50.0)
+    parser.add_argument("--tpot-ms", type=float, default=10.0)
+    parser.add_argument(
+        "--serial", action="store_true", help="one request at a time, like a batch-1 baseline"
+    )
+    args = parser.parse_args()
+    timing = Timing(args.ttft_ms / 1e3, args.tpot_ms / 1e3, serial=args.serial)
+    try:
+        server = NullServer(timing, args.port).start()
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"null server ready: {server.url}", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()

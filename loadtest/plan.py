@@ -1,0 +1,88 @@
+"""How a time budget is spent: interleaved blocks, long enough for a steady state at the given load."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+MIN_BLOCK_S = 8.0
+MAX_ROUNDS = 5
+MIN_SAMPLES = 8
+"""Latency samples that a block of the slowest server (one request at a time) must yield."""
+SLACK = 1.1
+BLOCK_OVERHEAD_S = 3.0
+"""Start of the load generator, and waiting until the server is idle again."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What warm-up showed about an endpoint under the full load."""
+
+    first_s: float
+    """Until the first of the requests is answered."""
+    wave_s: float
+    """Until all requests of one wave are answered: the steady latency."""
+
+    @classmethod
+    def of(cls, completions_s: list[float], concurrency: int) -> Pace:
+        """From the completion times of the first requests of a wave; the others are extrapolated.
+
+        Args:
+            completions_s: Ascending, at least one.
+            concurrency: Requests of the wave.
+        """
+        first, last, count = completions_s[0], completions_s[-1], len(completions_s)
+        between = (last - first) / (count - 1) if count > 1 else first
+        return cls(first, last + (concurrency - count) * between)
+
+    def block_s(self, concurrency: int) -> float:
+        """Length of a block with a ramp, one full latency, and then enough completions.
+
+        Enough are ``MIN_SAMPLES`` of a server that answers one by one, or another wave of one that
+        answers all at once.
+        """
+        enough = max(self.first_s, self.wave_s * MIN_SAMPLES / concurrency)
+        return max(MIN_BLOCK_S, SLACK * (self.first_s + self.wave_s + enough))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of load on one endpoint."""
+
+    name: str
+    endpoint: str
+    seconds: int
+
+
+def plan_blocks(
+    candidate: str, baseline: str, paces: dict[str, Pace], concurrency: int, budget_s: float
+) -> list[Block]:
+    """Blocks A B A (B A ...): every baseline block has a candidate block on either side.
+
+    As many rounds as the budget holds; what is left makes all blocks longer. One round is planned even
+    if the budget does not hold it.
+    """
+    a, b = paces[candidate].block_s(concurrency), paces[baseline].block_s(concurrency)
+
+    def total(rounds: int, scale: float = 1.0) -> float:
+        return scale * ((rounds + 1) * a + rounds * b) + (2 * rounds + 1) * BLOCK_OVERHEAD_S
+
+    rounds = max([1, *(n for n in range(1, MAX_ROUNDS + 1) if total(n) <= budget_s)])
+    overhead = (2 * rounds + 1) * BLOCK_OVERHEAD_S
+    scale = max(1.0, (budget_s - overhead) / (total(rounds) - overhead))
+    order = [candidate, *[baseline, candidate] * rounds]
+    lengths = {candidate: round(a * scale), baseline: round(b * scale)}
+    return [Block(f"{i}-{endpoint}", endpoint, lengths[endpoint]) for i, endpoint in enumerate(order, 1)]
+
+
+def planned_s(blocks: list[Block]) -> float:
+    """Expected duration of the blocks with what lies between them."""
+    return sum(block.seconds + BLOCK_OVERHEAD_S for block in blocks)
+
+
+def neighbours(blocks: list[Block], candidate: str) -> list[tuple[Block, Block]]:
+    """Every (candidate block, baseline block) that ran next to each other."""
+    pairs = []
+    for left, right in itertools.pairwise(blocks):
+        pairs.append((left, right) if left.endpoint == candidate else (right, left))
+    return pairs

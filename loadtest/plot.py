@@ -1,0 +1,72 @@
+"""The comparison at a glance: two bars for throughput, two for latency, and the ratios."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from loadtest.report import Report, number
+
+CANDIDATE, BASELINE, INK, FAINT = "#5a9e0f", "#b8bec6", "#1d2733", "#6b7684"
+
+
+def comparison(report: Report, path: Path) -> None:
+    """Writes the PNG (1600 by 640 pixels). The report must be valid."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=160, facecolor="white")
+    a, b = report.candidate, report.baseline
+    names = [a.endpoint, b.endpoint]
+    throughput, latency = report.ratios["throughput"].value, report.ratios["e2e_p50"].value
+    _bars(
+        panels[0],
+        names,
+        [a.output_tokens_per_s, b.output_tokens_per_s],
+        f"{number(throughput)}× the throughput",
+        "output tokens per second",
+        "tok/s",
+    )
+    _bars(
+        panels[1],
+        names,
+        [a.e2e_s.p50, b.e2e_s.p50],
+        f"1/{number(latency)} of the latency",
+        "median seconds until an answer is complete",
+        "s",
+    )
+    figure.text(0.04, 0.035, _footnote(report), fontsize=8.5, color=FAINT)
+    figure.subplots_adjust(left=0.04, right=0.97, top=0.79, bottom=0.11, wspace=0.12)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _bars(
+    axes: Axes, names: list[str], values: list[float | None], callout: str, subtitle: str, unit: str
+) -> None:
+    """Candidate above, baseline below; each bar has its name above it and its value at its end."""
+    positions, height, lengths = [1.0, 0.0], 0.46, [value or 0.0 for value in values]
+    axes.barh(positions, lengths, height=height, color=[CANDIDATE, BASELINE])
+    axes.set_xlim(0, 1.32 * max(lengths))
+    axes.set_ylim(-0.4, 1.6)
+    axes.set_axis_off()
+    for position, name, value in zip(positions, names, lengths, strict=True):
+        axes.text(0, position + height / 2 + 0.06, name, fontsize=10.5, color=INK, va="bottom")
+        axes.annotate(
+            f"{number(value)} {unit}", (value, position), xytext=(7, 0), textcoords="offset points",
+            va="center", fontsize=13, fontweight="bold", color=INK,
+        )  # fmt: skip
+    axes.text(0, 1.135, callout, transform=axes.transAxes, fontsize=19, fontweight="bold", color=CANDIDATE)
+    axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=10.5, color=FAINT)
+
+
+def _footnote(report: Report) -> str:
+    given, settings = report.conditions, report.conditions["settings"]
+    hardware = given["hardware"]
+    where = hardware["gpu"] if report.utilisation_has_gpu else f"{hardware['cores']} cores {hardware['cpu']}"
+    served = ", ".join(str(given[name]) for name in ("model", "lane", "precision") if given[name])
+    load = f"{settings['concurrency']} requests in flight, {settings['output_tokens']} output tokens each"
+    return "  ·  ".join(part for part in (served, load, where, given["created"][:10]) if part)

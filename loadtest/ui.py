@@ -1,0 +1,42 @@
+"""``make loadtest``: Locust's web UI with the endpoints to choose from."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from client import wire
+from client.errors import ClientError
+from client.sync import Client
+from loadtest.bench import LOCUSTFILE
+
+
+def main(arguments: list[str]) -> int:
+    """Becomes Locust; ``arguments`` are further options of its.
+
+    Environment: URL or GRPC_PORT, LOCUST_PORT, CONCURRENCY, and what the locustfile's options name.
+
+    Returns 1 with one line if there is no server to load.
+    """
+    url = os.environ.get("URL") or f"127.0.0.1:{os.environ.get('GRPC_PORT') or 8001}"
+    port = os.environ.get("LOCUST_PORT") or "8089"
+    try:
+        for endpoint in wire.ENDPOINTS:
+            with Client(url, endpoint) as client:
+                client.check_ready()
+    except ClientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    users = os.environ.get("CONCURRENCY") or "16"
+    print(f"open http://127.0.0.1:{port} to load {url}; Ctrl-C stops", flush=True)
+    options = {
+        "-f": LOCUSTFILE,
+        "-H": url,
+        "-u": users,
+        "-r": users,
+        "--web-host": "127.0.0.1",
+        "--web-port": port,
+    }
+    command = [sys.executable, "-m", "loadtest.locust_main", "--class-picker"]
+    command += [str(part) for option in options.items() for part in option]
+    os.execv(sys.executable, [*command, *arguments])

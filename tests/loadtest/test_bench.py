@@ -1,0 +1,74 @@
+"""``make bench`` from end to end, on a server whose times are known."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+
+import pytest
+
+from loadtest import bench, plan, warmup
+from loadtest.null_server import NullServer, Timing
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(plan, "MIN_BLOCK_S", 2.0)
+    monkeypatch.setattr(warmup, "WARMUP_S", 0.5)
+
+
+def run(server: NullServer, folder, *options: str) -> int:
+    load = ["--concurrency", "4", "--output-tokens", "10", "--budget-s", "14"]
+    return bench.main(["--url", server.url, "--reports", str(folder), *load, *options])
+
+
+def test_a_whole_run(tmp_path, capsys):
+    with NullServer(Timing(0.050, 0.005)) as server:
+        assert run(server, tmp_path) == 0
+        log = list(server.log)
+    folder = tmp_path / "latest"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "comparison.png", "locust.log", "records.jsonl", "report.json", "report.md",
+    ]  # fmt: skip
+    data = json.loads((folder / "report.json").read_text())
+    assert data["verdict"] == "VALID"
+    for side, endpoint in (("candidate", "text_generation"), ("baseline", "hf_baseline")):
+        served = [
+            r for r in log if r.model == endpoint and r.outcome == "complete" and len(r.token_times_ns) == 10
+        ]
+        true_p50 = statistics.median((r.token_times_ns[-1] - r.arrival_ns) / 1e9 for r in served)
+        assert data[side]["e2e_s"]["p50"] == pytest.approx(true_p50, rel=0.2)
+        assert data[side]["output_tokens_per_s"] == pytest.approx(4 * 10 / true_p50, rel=0.3)
+    assert data["utilisation"]["text_generation"]["cpu_percent"] > 0
+    assert not list(tmp_path.glob(".*"))
+    assert "VALID" in capsys.readouterr().out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("fault", ["short answers", "server dies"])
+def test_a_run_that_must_not_be_believed(tmp_path, fault):
+    missing = 1 if fault == "short answers" else 0
+    with NullServer(Timing(0.050, 0.005, missing_tokens=missing)) as server:
+        if fault == "server dies":
+            threading.Timer(4.0, server.stop).start()
+        assert run(server, tmp_path) == 1
+    folder = tmp_path / "latest"
+    first = (folder / "report.md").read_text().splitlines()[0]
+    assert first.startswith("INVALID: ")
+    assert ("9 output tokens instead of 10" if missing else "no server at") in first
+    assert not (folder / "comparison.png").exists()
+    assert (folder / "records.jsonl").stat().st_size > 0
+
+
+def test_no_server_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    assert bench.main(["--url", "127.0.0.1:9", "--reports", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: no server at 127.0.0.1:9")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_built_is_one_line(tmp_path, capsys):
+    assert bench.main(["--reports", str(tmp_path), "--build-dir", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "make build-engines" in line

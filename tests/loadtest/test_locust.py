@@ -1,0 +1,179 @@
+"""Locust as it is really run, against a server whose times are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from loadtest.bench import LOCUSTFILE, run_block
+from loadtest.config import BenchConfig
+from loadtest.metrics import summarise
+from loadtest.null_server import NullServer, Timing
+from loadtest.plan import Block
+from loadtest.records import read_records
+from tests.client.waiting import eventually
+
+pytestmark = pytest.mark.slow
+TOKENS = 20
+
+
+def drive(server: NullServer, folder, endpoint="text_generation", users=8, seconds=4):
+    config = BenchConfig(concurrency=users, output_tokens=TOKENS)
+    run_block(Block("block", endpoint, seconds), config, server.url, folder, first_prompt=5)
+    return read_records(folder / "records.jsonl")
+
+
+@pytest.mark.parametrize("first_chunk_tokens", [1, 5])
+def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens):
+    with NullServer(Timing(0.060, 0.020, first_chunk_tokens)) as server:
+        records = drive(server, tmp_path)
+        served = {request.id: request for request in server.log}
+    complete = [record for record in records if record.complete]
+    assert len(complete) >= 32 and all(record.problem is None for record in records)
+    for record in complete:
+        tokens = served[record.id].token_times_ns
+        assert record.num_output_tokens == TOKENS
+        assert len(record.chunk_ns) == len(tokens)
+
+    def median_difference(measured, true):
+        return abs(np.median(np.array(measured) - np.array(true)))
+
+    sent_to = [(r, served[r.id]) for r in complete]
+    true_ttft = [(s.token_times_ns[0] - r.sent_unix_ns) / 1e9 for r, s in sent_to]
+    true_e2e = [(s.token_times_ns[-1] - r.sent_unix_ns) / 1e9 for r, s in sent_to]
+    rest = TOKENS - first_chunk_tokens
+    true_tpot = [(s.token_times_ns[-1] - s.token_times_ns[0]) / rest / 1e9 for _, s in sent_to]
+    assert median_difference([r.ttft_s for r in complete], true_ttft) < 0.010
+    assert median_difference([r.e2e_s for r in complete], true_e2e) < 0.010
+    assert median_difference([r.tpot_s for r in complete], true_tpot) < 0.001
+
+
+def test_throughput_is_what_the_server_sent(tmp_path):
+    with NullServer(Timing(0.050, 0.010)) as server:
+        records = drive(server, tmp_path)
+        times = np.sort([at for request in server.log for at in request.token_times_ns])
+    inner = times[(times > times[0] + 1e9) & (times < times[-1] - 1e9)]
+    true_rate = (len(inner) - 1) / ((inner[-1] - inner[0]) / 1e9)
+    assert summarise("text_generation", [records]).output_tokens_per_s == pytest.approx(true_rate, rel=0.1)
+
+
+def test_the_block_lasts_as_long_as_planned(tmp_path):
+    with NullServer(Timing(0.02, 0.002)) as server:
+        records = drive(server, tmp_path, users=2, seconds=3)
+    first, last = min(r.sent_ns for r in records), max(r.sent_ns for r in records)
+    assert (last - first) / 1e9 > 2.8  # Locust alone loses the time of its imports
+
+
+def test_prompts_go_out_once_each_from_the_first_index(tmp_path):
+    with NullServer(Timing(0.02, 0.002)) as server:
+        records = drive(server, tmp_path, seconds=2)
+        sent = [request.inputs["text_input"] for request in server.log]
+    assert sorted(record.prompt_index for record in records) == list(range(5, 5 + len(records)))
+    assert len(set(sent)) == len(sent) >= len(records) - 8  # the last ones may never have left
+    assert {(r.inputs["min_tokens"], r.inputs["max_tokens"]) for r in server.log} == {(TOKENS, TOKENS)}
+
+
+@pytest.mark.parametrize("endpoint", ["hf_baseline", "ensemble"])
+def test_what_is_in_flight_at_the_end_is_cancelled_and_recorded(tmp_path, endpoint):
+    with NullServer(Timing(0.5, 0.1, serial=endpoint == "hf_baseline")) as server:
+        records = drive(server, tmp_path, endpoint, users=4, seconds=2)
+        cut_off = {record.id for record in records if record.cancelled}
+        assert len(cut_off) == 4
+        outcomes = {r.id: r for r in server.log}
+        assert eventually(lambda: all(r.outcome != "running" for r in server.log))
+        assert all(outcomes[id].outcome != "complete" for id in cut_off)
+        if endpoint == "ensemble":
+            assert set(server.stop_requests) == cut_off
+
+
+def test_failures_are_recorded_with_the_servers_text(tmp_path):
+    with NullServer() as server:
+        url = server.url
+    config = BenchConfig(concurrency=2, output_tokens=TOKENS)
+    run_block(Block("block", "text_generation", 2), config, url, tmp_path, 0)
+    records = read_records(tmp_path / "records.jsonl")
+    assert 2 <= len(records) <= 10  # a server that is gone is not asked in a tight loop
+    assert all("no server at" in record.error for record in records)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as trial:
+        trial.bind(("127.0.0.1", 0))
+        return trial.getsockname()[1]
+
+
+def fetch(url: str, form: dict | None = None) -> str:
+    data = urllib.parse.urlencode(form, doseq=True).encode() if form else None
+    with urllib.request.urlopen(url, data, timeout=10) as response:
+        return response.read().decode()
+
+
+def test_the_web_ui_offers_the_endpoints_and_runs_them():
+    port = free_port()
+    with NullServer(Timing(0.02, 0.002)) as server:
+        environment = {**os.environ, "URL": server.url, "LOCUST_PORT": str(port)}
+        process = subprocess.Popen([sys.executable, "-m", "loadtest", "ui"], env=environment)
+        try:
+            base = f"http://127.0.0.1:{port}"
+
+            def answers() -> bool:
+                try:
+                    return bool(fetch(base))
+                except OSError:
+                    return False
+
+            assert eventually(answers, 30)
+            page = fetch(base)
+            assert all(name in page for name in ("TextGeneration", "Ensemble", "HfBaseline", "output_tokens"))
+            form = {"user_count": 3, "spawn_rate": 3, "host": server.url, "user_classes": ["HfBaseline"]}
+            fetch(f"{base}/swarm", {**form, "output_tokens": 7})
+
+            def rows() -> set[tuple[str, str]]:
+                stats = json.loads(fetch(f"{base}/stats/requests"))["stats"]
+                return {(row["method"], row["name"]) for row in stats}
+
+            wanted = {("E2E", "hf_baseline"), ("TTFT", "hf_baseline"), ("TPOT", "hf_baseline")}
+            assert eventually(lambda: wanted <= rows(), 20)
+            assert {request.model for request in server.log} == {"hf_baseline"}
+            assert {request.inputs["max_tokens"] for request in server.log} == {7}
+            fetch(f"{base}/stop", {"stop": "now"})
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+
+
+def test_the_ui_says_when_there_is_no_server():
+    environment = {**os.environ, "URL": "127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtest", "ui"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no server at 127.0.0.1:9: start it with 'make serve'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_workers_share_one_record_file_and_no_prompts(tmp_path):
+    records = tmp_path / "records.jsonl"
+    with NullServer(Timing(0.05, 0.005)) as server:
+        command = [
+            sys.executable,
+            "-m",
+            "loadtest.locust_main",
+            "-f",
+            LOCUSTFILE,
+            "--headless",
+            "--processes=2",
+        ]
+        options = ["-u4", "-r4", "-t4", "--host", server.url, f"--records={records}", "--output-tokens=10"]
+        subprocess.run([*command, *options, "TextGeneration"], check=True, timeout=60, capture_output=True)
+    indices = [record.prompt_index for record in read_records(records)]
+    assert len(set(indices)) == len(indices) and {index // 1_000_000 for index in indices} == {0, 1}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from loadtest import conditions, plot, report
+from loadtest.bench import Target, evaluate
+from loadtest.config import BenchConfig
+from loadtest.plan import Block
+from loadtest.prompts import Prompts
+from loadtest.telemetry import Sampler, process_name, process_seconds
+from tests.loadtest.traces import batch_server, record, serial_server
+
+BLOCKS = [
+    Block("1-text_generation", "text_generation", 20),
+    Block("2-hf_baseline", "hf_baseline", 60),
+    Block("3-text_generation", "text_generation", 20),
+]
+DEPLOYED = {"model": "Tiny", "lane": "torch", "precision": "fp8", "baseline": {"dtype": "bfloat16"}}
+
+
+def made(extra=(), failure=None) -> report.Report:
+    config = BenchConfig(concurrency=16, output_tokens=8)
+    records = [
+        *batch_server(16, 4.0, 20.0, block=BLOCKS[0].name),
+        *serial_server(16, 2.0, 60.0, block=BLOCKS[1].name, endpoint="hf_baseline"),
+        *batch_server(16, 5.0, 20.0, block=BLOCKS[2].name),
+        *extra,
+    ]
+    target = Target("here", lambda: [], DEPLOYED)
+    return evaluate(config, Prompts(), target, BLOCKS, records, Sampler(lambda: []), failure)
+
+
+def test_the_table_says_what_was_measured():
+    rows = {row.split("|")[1].strip(): row for row in report.table(made()).splitlines()}
+    throughput = rows["Output throughput (tokens/s)"]  # (16*16*4 + 16*8*3) tokens in 16 + 15 s, against 4/s
+    assert "28.9 | 4.00 | **7.23×** (6.40–8.00)" in throughput
+    assert "| 4.00 (n=112) | 32.0 (n=14) | **8.00×** (6.40–8.00)" in rows["Latency p50 (s)"]
+    assert "n/a (n=14, worst 32.0)" in rows["Latency p99 (s)"]
+    assert "| 500 | 250 |" in rows["TPOT p50 (ms)"]
+    assert "| n/a | n/a |" in rows["GPU utilisation (%)"]
+
+
+def test_markdown_has_verdict_first_then_conditions_and_definitions():
+    text = report.markdown(made())
+    assert text.startswith("VALID\n")
+    for part in (
+        "Tiny",
+        "torch",
+        "fp8",
+        "bfloat16",
+        "seed 0",
+        "locust",
+        "hardware",
+        "TTFT",
+        "3-text_generation",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "failure", "reason"),
+    [
+        ([record(30.0, [31.0], error="queue full", block=BLOCKS[0].name)], None, "queue full"),
+        ([record(30.0, [31.0] * 7, block=BLOCKS[0].name)], None, "7 output tokens instead of 8"),
+        ([], "block 2: Locust ended", "Locust ended"),
+    ],
+)
+def test_invalid_is_in_the_first_line(extra, failure, reason):
+    bad = made(extra, failure)
+    assert not bad.valid
+    first = report.markdown(bad).splitlines()[0]
+    assert first.startswith("INVALID: ") and reason in first
+
+
+def test_files_and_latest(tmp_path: Path):
+    good = made()
+    for name in ("one", "two"):
+        work = tmp_path / ".running"
+        work.mkdir()
+        plot.comparison(good, work / "comparison.png")
+        report.publish(work, tmp_path, good, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one", "two"]
+    assert (tmp_path / "latest").resolve() == tmp_path / "two"
+    data = json.loads((tmp_path / "latest" / "report.json").read_text())
+    assert (data["verdict"], data["candidate"]["e2e_s"]["n"]) == ("VALID", 112)
+    height, width, _ = matplotlib.image.imread(tmp_path / "latest" / "comparison.png").shape
+    assert (width, height) == (1600, 640)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "n/a"), (9.996, "10.0"), (0.0312, "0.03"), (99.97, "100"), (1234.5, "1234"), (12.34, "12.3")],
+)
+def test_numbers(value, text):
+    assert report.number(value) == text
+
+
+def test_conditions_name_commit_and_versions():
+    given = conditions.gather(BenchConfig(), Sampler(lambda: []).gpus, {})
+    assert given["versions"]["locust"] == "2.47.0"
+    assert given["git_commit"] and given["hardware"]["cores"] > 0
+
+
+def test_process_names():
+    stub = ["/x/triton_python_backend_stub", "/build/model_repository/text_generation/1/model.py", "prefix"]
+    assert process_name(stub) == "stub text_generation"
+    assert (
+        process_name(["/usr/bin/python", "-m", "torch_engine.server", "--socket", "x"])
+        == "torch_engine.server"
+    )
+    assert process_name(["/opt/tritonserver/bin/tritonserver", "--http-port"]) == "tritonserver"
+
+
+def test_cpu_seconds_of_a_process_tree_grow():
+    import os
+
+    before = sum(process_seconds([os.getpid()]).values())
+    sum(i * i for i in range(3_000_000))
+    assert sum(process_seconds([os.getpid()]).values()) > before

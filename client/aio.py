@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from client import wire
 from client.base import BaseClient
 from client.chat_template import Message
 from client.errors import RequestCancelled, ServerUnavailable, from_rpc_error
+from client.leaving import leave_async
 from client.params import GenerateParams
 from client.results import Chunk, Generation
 
@@ -119,13 +119,22 @@ class AsyncClient(BaseClient):
         self, request: service_pb2.ModelInferRequest, params: GenerateParams, timeout_s: float | None
     ) -> AsyncGenerator[Chunk, None]:
         call = self._call(request, timeout=timeout_s)
-        complete = False
+        messages: asyncio.Queue = asyncio.Queue()
+
+        async def read() -> None:
+            try:
+                async for message in call:
+                    messages.put_nowait(message)
+            finally:
+                messages.put_nowait(None)
+
+        reading = asyncio.create_task(read())
         try:
-            async for message in call:
+            while (message := await messages.get()) is not None:
                 chunk = wire.parse_response(message, params)
                 if chunk is not None:
                     yield chunk
-            complete = True
+            await reading
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.url, timeout_s) from None
         except asyncio.CancelledError:
@@ -134,13 +143,5 @@ class AsyncClient(BaseClient):
                 raise
             raise RequestCancelled("the call was cancelled: its channel was closed") from None
         finally:
-            if not complete:
-                call.cancel()
-                await asyncio.shield(self._stop_ensemble(request))
-
-    async def _stop_ensemble(self, request: service_pb2.ModelInferRequest) -> None:
-        if request.model_name != wire.ENSEMBLE:
-            return
-        with suppress(grpc.RpcError, asyncio.CancelledError):
-            async for _ in self._call(wire.stop_request(request.id), timeout=2.0):
-                pass
+            if not reading.done():
+                await leave_async(call, request, self._call, reading)

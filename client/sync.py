@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from client import wire
 from client.base import BaseClient
 from client.chat_template import Message
 from client.errors import ServerUnavailable, from_rpc_error
+from client.leaving import leave
 from client.params import GenerateParams
 from client.results import Chunk, Generation
 
@@ -136,14 +136,4 @@ class Client(BaseClient):
             raise from_rpc_error(error, self.url, timeout_s) from None
         finally:
             if not complete:
-                call.cancel()
-                self._stop_ensemble(request)
-
-    def _stop_ensemble(self, request: service_pb2.ModelInferRequest) -> None:
-        if request.model_name != wire.ENSEMBLE:
-            return
-        with suppress(
-            grpc.RpcError, ValueError
-        ):  # the server or the channel may be gone: nothing left to stop
-            for _ in self._call(wire.stop_request(request.id), timeout=2.0):
-                pass
+                leave(call, request, self._call)

@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 
 import gevent
@@ -22,6 +21,7 @@ from tritonclient.grpc import service_pb2
 
 from client import wire
 from client.errors import ClientError, from_rpc_error
+from client.leaving import leave_async
 from client.params import GenerateParams
 from loadtest.records import RecordWriter, RequestRecord
 
@@ -104,25 +104,23 @@ class Bridge:
         )
         messages: list[tuple[int, service_pb2.ModelStreamInferResponse]] = []
         call = self._call(request, timeout=load.timeout_s)
-        try:
+
+        async def read() -> None:
             async for message in call:
                 messages.append((time.monotonic_ns(), message))
+
+        reading = asyncio.create_task(read())
+        try:
+            await asyncio.shield(reading)
         except grpc.RpcError as error:
             record.error = str(from_rpc_error(error, self._url, load.timeout_s))
         except asyncio.CancelledError:
             record.cancelled = True
-            call.cancel()
-            await self._stop_ensemble(request)
+            await leave_async(call, request, self._call, reading)
         _fill(record, messages)
         if self._writer is not None:
             self._writer.write(record)
         return record
-
-    async def _stop_ensemble(self, request: service_pb2.ModelInferRequest) -> None:
-        if request.model_name == wire.ENSEMBLE:
-            with suppress(grpc.RpcError):
-                async for _ in self._call(wire.stop_request(request.id), timeout=2.0):
-                    pass
 
 
 def _hand_over(done: Future, answer: AsyncResult) -> None:

@@ -1,0 +1,155 @@
+"""The planner as a table: hardware and wish to lane, precision, dtype, memory, or a refusal that names the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from engine_build.errors import BuildError
+from engine_build.hardware import Hardware, detect
+from engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require_built_lane
+
+GIB = 1 << 30
+H200 = Hardware("cuda", "NVIDIA H200", 141 * GIB, 140 * GIB, capability=(9, 0))
+L4 = Hardware("cuda", "NVIDIA L4", 24 * GIB, 22 * GIB, capability=(8, 9))
+A100 = Hardware("cuda", "NVIDIA A100", 80 * GIB, 79 * GIB, capability=(8, 0))
+B200 = Hardware("cuda", "NVIDIA B200", 180 * GIB, 178 * GIB, capability=(10, 0))
+T4 = Hardware("cuda", "Tesla T4", 16 * GIB, 15 * GIB, capability=(7, 5))
+CPU = Hardware("cpu", "AMD EPYC", 24 * GIB, 20 * GIB, cores=2, flags=("avx2",))
+CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
+
+SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
+LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "lane", "precision", "want"),
+    [
+        (H200, "auto", "auto", ("torch", "fp8", "bfloat16")),
+        (L4, "auto", "auto", ("torch", "fp8", "bfloat16")),
+        (L4, "torch", "bf16", ("torch", "bf16", "bfloat16")),
+        (A100, "auto", "auto", ("torch", "bf16", "bfloat16")),
+        (A100, "trtllm-engine", "auto", ("trtllm-engine", "int8_sq", "bfloat16")),
+        (A100, "trtllm-engine", "int4_awq", ("trtllm-engine", "int4_awq", "bfloat16")),
+        (A100, "trtllm-pytorch", "auto", ("trtllm-pytorch", "bf16", "bfloat16")),
+        (H200, "trtllm-pytorch", "auto", ("trtllm-pytorch", "fp8", "bfloat16")),
+        (B200, "trtllm-engine", "auto", ("trtllm-engine", "fp8", "bfloat16")),
+        (CPU, "auto", "auto", ("torch", "fp8", "float32")),
+        (CPU_BF16, "auto", "auto", ("torch", "fp8", "bfloat16")),
+        (CPU, "torch", "bf16", ("torch", "bf16", "float32")),
+    ],
+)
+def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, str, str]) -> None:
+    plan = make_plan(SMALL, hardware, lane, precision)
+    assert (plan.lane, plan.precision, plan.compute_dtype) == want
+    assert plan.device == hardware.device
+
+
+@pytest.mark.parametrize(
+    ("hardware", "options", "says"),
+    [
+        (A100, {"precision": "fp8"}, ["PRECISION=fp8", "8.9", "A100 has 8.0", "PRECISION=bf16", "torch"]),
+        (
+            A100,
+            {"precision": "fp8", "lane": "trtllm-engine"},
+            ["8.9", "A100 has 8.0", "PRECISION=int8_sq", "PRECISION=int4_awq"],
+        ),
+        (
+            CPU,
+            {"precision": "int8_sq"},
+            ["PRECISION=int8_sq", "ENGINE=torch", "PRECISION=fp8", "ENGINE=trtllm-engine"],
+        ),
+        (
+            H200,
+            {"precision": "int4_awq", "lane": "torch"},
+            ["PRECISION=int4_awq", "fp8, bf16", "ENGINE=trtllm-engine"],
+        ),
+        (B200, {"precision": "int8_sq", "lane": "trtllm-engine"}, ["int8_sq", "B200", "fp8, bf16"]),
+        (CPU, {"lane": "trtllm-engine"}, ["ENGINE=trtllm-engine", "NVIDIA GPU", "ENGINE=torch"]),
+        (T4, {}, ["Tesla T4", "7.5", "8.0", "CUDA_VISIBLE_DEVICES"]),
+        (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, int8_sq, int4_awq, bf16"]),
+        (CPU, {"lane": "vllm"}, ["ENGINE=vllm", "trtllm-engine, trtllm-pytorch, torch"]),
+        (CPU, {"max_seq_len": 8193}, ["MAX_SEQ_LEN=8193", "8192"]),
+        (
+            dataclasses.replace(CPU, memory_free=GIB // 2),
+            {},
+            ["MAX_SEQ_LEN=2048", "MiB", "lower MAX_SEQ_LEN"],
+        ),
+        (dataclasses.replace(L4, memory_free=GIB // 4), {}, ["KV cache", "NVIDIA L4", "lower MAX_SEQ_LEN"]),
+    ],
+)
+def test_refusal_names_the_remedy(hardware: Hardware, options: dict, says: list[str]) -> None:
+    with pytest.raises(BuildError) as refusal:
+        make_plan(SMALL, hardware, **options)
+    assert "\n" not in str(refusal.value)
+    for words in says:
+        assert words in str(refusal.value)
+
+
+def test_fp8_checkpoint_as_source() -> None:
+    shape = dataclasses.replace(SMALL, fp8=True)
+    assert make_plan(shape, CPU).precision == "fp8"
+    with pytest.raises(BuildError, match=r"FP8 checkpoint.*PRECISION=fp8"):
+        make_plan(shape, CPU, precision="bf16")
+    with pytest.raises(BuildError, match=r"A100 has 8\.0: give the bf16 checkpoint"):
+        make_plan(shape, A100)
+
+
+def test_reasons_say_what_was_not_asked_for() -> None:
+    told = " ".join(make_plan(SMALL, A100).reasons)
+    assert "8.9" in told and "A100 has 8.0" in told and "torch takes bf16" in told
+    told = " ".join(make_plan(SMALL, CPU).reasons)
+    assert "dequantised to float32" in told and "activations are not quantised" in told
+
+
+def test_installed_tensorrt_llm_is_mentioned_not_used() -> None:
+    plan = make_plan(SMALL, dataclasses.replace(H200, tensorrt_llm="1.2.1"))
+    assert plan.lane == "torch"
+    assert any("1.2.1" in reason and "trtllm-pytorch" in reason for reason in plan.reasons)
+
+
+def test_unbuilt_lane_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"trtllm-engine is not built yet in this version.*ENGINE=torch"):
+        require_built_lane(make_plan(SMALL, H200, "trtllm-engine"))
+    require_built_lane(make_plan(SMALL, H200, "torch"))
+
+
+def test_kv_bytes_of_llama_8b() -> None:
+    """TensorRT-LLM's own arithmetic: 128 KiB a token in 16 bit, 64 KiB in 8 bit."""
+    assert kv_bytes_per_token(32, 8, 128, 2) == 128 * 1024
+    assert kv_bytes_per_token(32, 8, 128, 1) == 64 * 1024
+
+
+def test_cpu_pool() -> None:
+    plan = make_plan(SMALL, CPU)
+    assert (plan.max_seq_len, plan.max_batch_size, plan.max_num_tokens, plan.block_size) == (
+        2048,
+        64,
+        512,
+        16,
+    )
+    assert plan.num_kv_blocks == 64 * 2048 // 4 // 16
+    assert plan.kv_bytes == plan.num_kv_blocks * 16 * kv_bytes_per_token(30, 3, 64, 4)
+    assert plan.weights_bytes == SMALL.parameters * 4
+    tight = make_plan(SMALL, dataclasses.replace(CPU, memory_free=4 * GIB))
+    assert tight.kv_bytes <= GIB < tight.kv_bytes + 16 * kv_bytes_per_token(30, 3, 64, 4)
+    single = make_plan(SMALL, CPU, max_batch_size=1)
+    assert single.num_kv_blocks * 16 == 2048
+
+
+def test_gpu_pool_leaves_room_for_both_models() -> None:
+    plan = make_plan(LLAMA_8B, H200)
+    assert plan.max_seq_len == 8192
+    assert plan.weights_bytes == LLAMA_8B.linear_parameters + 2 * (
+        LLAMA_8B.parameters - LLAMA_8B.linear_parameters
+    )
+    room = 0.9 * H200.memory_free - plan.weights_bytes - 2 * LLAMA_8B.parameters
+    assert 0 <= room - plan.kv_bytes < 16 * 128 * 1024
+
+
+def test_detection_describes_this_machine() -> None:
+    found = detect()
+    assert found.device in ("cpu", "cuda") and found.name
+    assert 0 < found.memory_free <= found.memory_total
+    assert "memory_free" not in found.identity()

@@ -17,6 +17,7 @@ A100 = Hardware("cuda", "NVIDIA A100", 80 * GIB, 79 * GIB, capability=(8, 0))
 B200 = Hardware("cuda", "NVIDIA B200", 180 * GIB, 178 * GIB, capability=(10, 0))
 T4 = Hardware("cuda", "Tesla T4", 16 * GIB, 15 * GIB, capability=(7, 5))
 CPU = Hardware("cpu", "AMD EPYC", 24 * GIB, 20 * GIB, cores=2, flags=("avx2",))
+CPU_COMPILER = dataclasses.replace(CPU, compiler="/usr/bin/g++")
 CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
 
 SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
@@ -126,7 +127,7 @@ def test_cpu_pool() -> None:
     assert (plan.max_seq_len, plan.max_batch_size, plan.max_num_tokens, plan.block_size) == (
         2048,
         64,
-        512,
+        256,
         16,
     )
     assert plan.num_kv_blocks == 64 * 2048 // 4 // 16
@@ -136,6 +137,19 @@ def test_cpu_pool() -> None:
     assert tight.kv_bytes <= GIB < tight.kv_bytes + 16 * kv_bytes_per_token(30, 3, 64, 4)
     single = make_plan(SMALL, CPU, max_batch_size=1)
     assert single.num_kv_blocks * 16 == 2048
+
+
+def test_a_cpu_with_a_compiler_gets_compiled_kernels_and_one_without_is_told() -> None:
+    plan = make_plan(SMALL, CPU_COMPILER)
+    assert (plan.kernels, plan.compute_dtype, plan.build_dtype) == ("native", "float32", "float32")
+    assert any("/usr/bin/g++" in reason for reason in plan.reasons)
+    assert plan.weights_bytes == SMALL.parameters * 2
+    capable = make_plan(SMALL, dataclasses.replace(CPU_BF16, compiler="/usr/bin/g++"))
+    assert (capable.kernels, capable.compute_dtype, capable.build_dtype) == ("native", "float32", "bfloat16")
+    plain = make_plan(SMALL, CPU_BF16)
+    assert (plain.kernels, plain.compute_dtype) == ("pytorch", "bfloat16")
+    assert any("no C++ compiler" in reason for reason in plain.reasons)
+    assert make_plan(SMALL, H200).kernels == "pytorch"
 
 
 def test_gpu_pool_leaves_room_for_both_models() -> None:

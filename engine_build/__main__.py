@@ -1,0 +1,66 @@
+"""``python -m engine_build``: one line a stage; exit code 0 built, 1 cannot be built, 130 interrupted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from engine_build.errors import BuildError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one build and returns the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Spinning OpenMP threads make a shared machine several times slower; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    start = time.monotonic()
+    try:
+        # Imported here, so that a Ctrl-C in the first moments ends in one line, too.
+        from engine_build.build import Build
+        from engine_build.settings import parse
+
+        build = Build(parse(arguments), lambda line: print(line, flush=True))
+        deployment = build.run()
+    except BuildError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nbuild interrupted: nothing half-written was left", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = _known_trouble(error)
+        if message is None:
+            raise
+        return _fail(f"{message}; nothing half-written was left")
+    print(f"built {deployment['engine_dir']} in {time.monotonic() - start:.1f} s")
+    return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _known_trouble(error: BaseException | None) -> str | None:
+    """The machine's own limits in plain words. Libraries wrap the system's error, some as text only."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+            return "the disk is full: free some space and build again"
+        if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
+            return "not enough memory to run the source model: free some, or choose a smaller MODEL"
+        if isinstance(error, PermissionError):
+            return f"{error.filename} may not be used ({error.strerror}): check its permissions"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The stages in their order. Torch is imported only by a stage that has work to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch_engine
+from engine_build import record, repository
+from engine_build.cache import FileHashes, digest, source_version
+from engine_build.checkpoint import Checkpoint, obtain
+from engine_build.hardware import Hardware, detect
+from engine_build.package import package
+from engine_build.plan import Plan, make_plan, require_built_lane
+from engine_build.prompts import read_prompts
+from engine_build.settings import Settings
+from engine_build.workspace import locked, new_folder, write_text
+
+DATA = Path(__file__).parent / "data"
+CALIBRATION, GATE_TEXT, GATE_PROMPTS = (
+    DATA / "calibration.jsonl",
+    DATA / "gate.txt",
+    DATA / "gate_prompts.jsonl",
+)
+TEMPLATES = Path(__file__).parent.parent / "model_repository"
+KERNEL_SOURCES = [
+    Path(torch_engine.__file__).parent / "kernels" / name for name in ("native.cpp", "native.py")
+]
+DEPLOYMENT = "deployment.json"
+Say = Callable[[str], None]
+
+
+class Note:
+    """One stage's line, filled in while the stage runs."""
+
+    text = ""
+    cached = False
+
+
+class Build:
+    """One run of the pipeline; ``seconds`` of each stage go into the manifest."""
+
+    def __init__(self, settings: Settings, say: Say = print) -> None:
+        self.settings = settings
+        self.say = say
+        self.seconds: dict[str, float] = {}
+        self.root = settings.build_dir
+
+    def run(self) -> dict[str, Any]:
+        """Builds what is not built yet and returns the content of ``deployment.json``.
+
+        Raises:
+            BuildError: it cannot be built; nothing half-written is left.
+        """
+        with locked(self.root):
+            self.hashes = FileHashes(self.root)
+            try:
+                return self._stages()
+            finally:
+                self.hashes.save()
+
+    def _stages(self) -> dict[str, Any]:
+        with self._stage("checkpoint") as note:
+            source = obtain(self.settings.model, self.root, self.hashes, self.settings.force)
+            note.cached = source.cached
+            note.text = f"{source.name}, {source.shape.parameters / 1e6:.0f}M parameters"
+        with self._stage("plan") as note:
+            hardware = detect()
+            plan = self._plan(source, hardware)
+            note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
+        for reason in plan.reasons:
+            self.say(f"              - {reason}")
+        require_built_lane(plan)
+        source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
+        engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
+        with self._stage("repository") as note:
+            values = repository.values_for(
+                plan, source.name, engine_dir, source_dir, self.settings.baseline_max_batch_size
+            )
+            rendering = repository.render(TEMPLATES, values)
+            note.cached = not repository.write(rendering, self.root / "model_repository")
+            note.text = ", ".join(sorted({name.split("/")[0] for name in rendering}))
+        return self._deployment(source.name, plan, hardware, engine_dir, model_dir, source_dir)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Note]:
+        note, start = Note(), time.monotonic()
+        yield note
+        self.seconds[name] = round(time.monotonic() - start, 2)
+        state = "unchanged" if note.cached else f"{self.seconds[name]:.1f} s"
+        self.say(f"{name:<12}{state:>10}  {note.text}")
+
+    def _plan(self, source: Checkpoint, hardware: Hardware) -> Plan:
+        asked = self.settings
+        return make_plan(
+            source.shape, hardware, asked.engine, asked.precision, asked.max_seq_len, asked.max_batch_size
+        )
+
+    def _engine_checkpoint(self, source: Checkpoint, plan: Plan) -> tuple[Path, Path, dict[str, Any]]:
+        """bf16 folder (for tokenizer and baseline), the folder the engine runs, and the latter's record."""
+        if plan.precision != "fp8":
+            return source.folder, source.folder, {"key": None}
+        if source.shape.fp8:
+            folder, built = self._dequantized(source, plan)
+            return folder, source.folder, built
+        folder, built = self._quantized(source, plan)
+        return source.folder, folder, built
+
+    def _quantized(self, source: Checkpoint, plan: Plan) -> tuple[Path, dict[str, Any]]:
+        """The FP8 checkpoint. It takes its place only after it has passed the accuracy gate."""
+        folder = self.root / "checkpoints" / f"{source.name}-fp8"
+        calibration = self.settings.calibration or CALIBRATION
+        samples = read_prompts(calibration)
+        inputs = self._inputs(source, plan) | self._gate_inputs()
+        inputs["calibration"] = self.hashes.of(calibration)
+        key = digest(inputs)
+        built = self._current(folder, key)
+        if built is not None:
+            with self._stage("quantize") as note:
+                note.cached, note.text = True, f"FP8, {built['calibration']['samples']} calibration samples"
+            with self._stage("gate") as note:
+                note.cached, note.text = True, built["gate"]["summary"]
+            return folder, built
+        with new_folder(folder) as fresh:
+            with self._stage("quantize") as note:
+                from engine_build.quantize import quantize
+
+                seen = quantize(source.folder, samples, fresh, plan.device, plan.build_dtype)
+                note.text = f"FP8, {seen.samples} calibration samples, {seen.tokens} tokens"
+            gate = self._gate(source.folder, fresh, plan)
+            facts = {"inputs": inputs, "calibration": dataclasses.asdict(seen), "gate": gate}
+            built = record.close(fresh, key, facts)
+        return folder, built
+
+    def _dequantized(self, source: Checkpoint, plan: Plan) -> tuple[Path, dict[str, Any]]:
+        """The bf16 reading of a checkpoint that came as FP8: what the baseline and the gate compare with."""
+        folder = self.root / "checkpoints" / f"{source.name}-bf16"
+        inputs = self._inputs(source, plan) | self._gate_inputs()
+        key = digest(inputs)
+        built = self._current(folder, key)
+        if built is not None:
+            with self._stage("gate") as note:
+                note.cached, note.text = True, built["gate"]["summary"]
+            return folder, built
+        with new_folder(folder) as fresh:
+            with self._stage("dequantize") as note:
+                from engine_build.quantize import dequantize
+
+                dequantize(source.folder, fresh)
+                note.text = "bf16 copy of the FP8 checkpoint, for the baseline"
+            gate = self._gate(fresh, source.folder, plan)
+            built = record.close(fresh, key, {"inputs": inputs, "gate": gate})
+        return folder, built
+
+    def _gate(self, source: Path, quantized: Path, plan: Plan) -> dict[str, Any]:
+        with self._stage("gate") as note:
+            from engine_build import gate
+
+            text, prompts = GATE_TEXT.read_text(encoding="utf-8"), read_prompts(GATE_PROMPTS)
+            result = gate.measure(source, quantized, text, prompts, plan.device, plan.build_dtype)
+            note.text = str(result)
+        result.require()
+        return result.record() | {"summary": str(result)}
+
+    def _package(
+        self, source: Checkpoint, model_dir: Path, plan: Plan, hardware: Hardware, checkpoint: dict[str, Any]
+    ) -> Path:
+        folder = self.root / "engines" / f"{source.name}-{plan.lane}-{plan.precision}"
+        inputs = self._inputs(source, plan) | {
+            "checkpoint": checkpoint["key"],
+            "model_dir": str(model_dir),
+            "hardware": hardware.identity(),
+            "kernels": [self.hashes.of(path) for path in KERNEL_SOURCES],
+            "max_seq_len": self.settings.max_seq_len,
+            "max_batch_size": self.settings.max_batch_size,
+        }
+        key = digest(inputs)
+        with self._stage("package") as note:
+            note.cached = self._current(folder, key) is not None
+            if not note.cached:
+                facts = {
+                    "model": source.name,
+                    "inputs": inputs,
+                    "plan": dataclasses.asdict(plan),
+                    "versions": record.tool_versions(),
+                    "hardware": dataclasses.asdict(hardware),
+                    "gate": checkpoint.get("gate"),
+                    "calibration": checkpoint.get("calibration"),
+                    "checkpoint_files": checkpoint.get("files"),
+                    "seconds": self.seconds,
+                    "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                }
+                for remark in package(folder, model_dir, plan, key, facts):
+                    self.say(f"              - {remark}")
+            note.text = _shown(folder)
+        return folder
+
+    def _inputs(self, source: Checkpoint, plan: Plan) -> dict[str, Any]:
+        """What every built thing depends on."""
+        return {
+            "source": source.content,
+            "code": source_version(self.hashes),
+            "versions": record.tool_versions(),
+            "lane": plan.lane,
+            "precision": plan.precision,
+            "build_dtype": plan.build_dtype,
+            "device": plan.device,
+        }
+
+    def _gate_inputs(self) -> dict[str, Any]:
+        return {"gate_text": self.hashes.of(GATE_TEXT), "gate_prompts": self.hashes.of(GATE_PROMPTS)}
+
+    def _current(self, folder: Path, key: str) -> dict[str, Any] | None:
+        return None if self.settings.force else record.current(folder, key)
+
+    def _deployment(
+        self, name: str, plan: Plan, hardware: Hardware, engine_dir: Path, model_dir: Path, source_dir: Path
+    ) -> dict[str, Any]:
+        """Written last: it exists only for a build that is whole."""
+        content = {
+            "model": name,
+            "lane": plan.lane,
+            "precision": plan.precision,
+            "engine_dir": str(engine_dir),
+            "model_dir": str(model_dir),
+            "source_dir": str(source_dir),
+            "model_repository": str(self.root / "model_repository"),
+            "manifest": str(engine_dir / record.MANIFEST),
+            "baseline": {"dtype": "bfloat16", "max_batch_size": self.settings.baseline_max_batch_size},
+            "hardware": hardware.identity(),
+        }
+        write_text(self.root / DEPLOYMENT, json.dumps(content, indent=2) + "\n")
+        return content
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would type it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

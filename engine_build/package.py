@@ -1,0 +1,51 @@
+"""Stage 5: the engine folder that a lane starts from, and the manifest that says what went into it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from engine_build import record
+from engine_build.plan import Plan
+from engine_build.workspace import new_folder
+from torch_engine.config import EngineConfig
+
+
+def package(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any]) -> list[str]:
+    """Writes ``engine.json``, ``manifest.json`` and the compiled CPU kernels for lane torch.
+
+    Args:
+        folder: the engine folder.
+        model_dir: the checkpoint that the engine loads; stored relative to ``folder``.
+        plan: sizes and dtypes.
+        key: digest of every input.
+        facts: goes into the manifest.
+
+    Returns what did not go as planned, in words.
+    """
+    remarks: list[str] = []
+    with new_folder(folder) as fresh:
+        kernels, dtype, library = plan.kernels, plan.compute_dtype, ""
+        if kernels == "native":
+            from torch_engine.kernels.native import NoCompiler, compile_library
+
+            try:
+                library = compile_library(fresh).name
+            except NoCompiler as error:
+                kernels, dtype = "pytorch", plan.build_dtype
+                remarks.append(f"kernels pytorch instead of native, in {dtype}: {error}")
+        EngineConfig(
+            model_dir=os.path.relpath(model_dir, folder),
+            device=plan.device,
+            compute_dtype=dtype,
+            kernels=kernels,
+            kernel_library=library,
+            block_size=plan.block_size,
+            num_kv_blocks=plan.num_kv_blocks,
+            max_batch_size=plan.max_batch_size,
+            max_num_tokens=plan.max_num_tokens,
+            max_seq_len=plan.max_seq_len,
+        ).save(fresh)
+        record.close(fresh, key, facts | {"kernels": kernels, "remarks": remarks})
+    return remarks

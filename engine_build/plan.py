@@ -1,0 +1,289 @@
+"""Stage 2: model shape and hardware to lane, precision and memory budget. A pure function that gives reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine_build.errors import BuildError
+from engine_build.hardware import Hardware
+
+LANES = ("trtllm-engine", "trtllm-pytorch", "torch")
+BUILT_LANES = ("torch",)
+PRECISIONS = ("fp8", "int8_sq", "int4_awq", "bf16")
+AUTO = "auto"
+
+FP8_CAPABILITY = (8, 9)
+BF16_CAPABILITY = (8, 0)
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BLOCK_SIZE = 16
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a checkpoint that decide memory. Counts, not bytes."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    parameters: int
+    linear_parameters: int
+    """Of those, the weights of the decoder's linear layers: what FP8 halves."""
+    fp8: bool = False
+    """The checkpoint is ModelOpt FP8 already."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built. Sizes in tokens, memory in bytes."""
+
+    lane: str
+    precision: str
+    device: str
+    compute_dtype: str
+    """Of the engine's activations."""
+    build_dtype: str
+    """Of the calibration and the accuracy gate, which run Transformers' own code."""
+    kernels: str
+    """``native`` (CPU kernels compiled for this machine) or ``pytorch``."""
+    max_seq_len: int
+    max_batch_size: int
+    max_num_tokens: int
+    block_size: int
+    num_kv_blocks: int
+    kv_bytes: int
+    weights_bytes: int
+    reasons: tuple[str, ...]
+
+
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
+    """Bytes that one token takes in the KV cache: keys and values of every layer."""
+    return 2 * layers * kv_heads * head_dim * dtype_bytes
+
+
+def make_plan(
+    shape: ModelShape,
+    hardware: Hardware,
+    lane: str = AUTO,
+    precision: str = AUTO,
+    max_seq_len: int | None = None,
+    max_batch_size: int | None = None,
+) -> Plan:
+    """Decides everything the engine needs to know.
+
+    Raises:
+        BuildError: the request cannot work on this hardware; the message names the alternative.
+    """
+    reasons = [hardware.note] if hardware.note else []
+    lane = _choose_lane(lane, hardware, reasons)
+    precision = _choose_precision(precision, lane, shape, hardware, reasons)
+    build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
+    kernels = _choose_kernels(hardware, reasons)
+    dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
+    on_cpu = hardware.device == "cpu"
+
+    length = _sequence_length(max_seq_len, shape, 2048 if on_cpu else 8192)
+    batch = max_batch_size or (64 if on_cpu else 256)
+    step_tokens = max(batch, 256 if on_cpu else 8192)
+    weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu)
+    per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, DTYPE_BYTES[dtype])
+    blocks = _kv_blocks(per_token, length, batch, weights, shape, hardware, reasons)
+    return Plan(
+        lane=lane,
+        precision=precision,
+        device=hardware.device,
+        compute_dtype=dtype,
+        build_dtype=build_dtype,
+        kernels=kernels,
+        max_seq_len=length,
+        max_batch_size=batch,
+        max_num_tokens=step_tokens,
+        block_size=BLOCK_SIZE,
+        num_kv_blocks=blocks,
+        kv_bytes=blocks * BLOCK_SIZE * per_token,
+        weights_bytes=weights,
+        reasons=tuple(reasons),
+    )
+
+
+def require_built_lane(plan: Plan) -> None:
+    """Raises:
+    BuildError: the lane is planned, but this version does not build it.
+    """
+    if plan.lane not in BUILT_LANES:
+        raise BuildError(f"lane {plan.lane} is not built yet in this version: use ENGINE=torch")
+
+
+def _choose_lane(lane: str, hardware: Hardware, reasons: list[str]) -> str:
+    if lane not in (AUTO, *LANES):
+        raise BuildError(f"ENGINE={lane} is unknown: use one of auto, {', '.join(LANES)}")
+    if lane == AUTO:
+        if hardware.tensorrt_llm and hardware.device == "cuda":
+            reasons.append(
+                f"lane torch: TensorRT-LLM {hardware.tensorrt_llm} is installed and lane trtllm-pytorch "
+                "would be chosen, but this version does not build it yet"
+            )
+        else:
+            reasons.append("lane torch: TensorRT-LLM is not usable on this machine")
+        return "torch"
+    if lane != "torch" and hardware.device != "cuda":
+        raise BuildError(
+            f"ENGINE={lane} needs an NVIDIA GPU and this machine ({hardware.name}) has none: use ENGINE=torch"
+        )
+    return lane
+
+
+def available_precisions(lane: str, hardware: Hardware) -> tuple[str, ...]:
+    """Precisions that a lane runs on this hardware, the one to prefer first."""
+    fp8 = ("fp8",) if hardware.capability is None or hardware.capability >= FP8_CAPABILITY else ()
+    # NVIDIA's engine builder rejects INT8 and INT4 weights on data-centre Blackwell.
+    integer = lane == "trtllm-engine" and not (10, 0) <= (hardware.capability or (0, 0)) < (12, 0)
+    if lane == "trtllm-engine":
+        return (*fp8, *(("int8_sq", "int4_awq") if integer else ()), "bf16")
+    if lane == "trtllm-pytorch":
+        return (*fp8, "bf16", "int4_awq")
+    return (*fp8, "bf16")
+
+
+def _choose_precision(
+    precision: str, lane: str, shape: ModelShape, hardware: Hardware, reasons: list[str]
+) -> str:
+    if precision not in (AUTO, *PRECISIONS):
+        raise BuildError(f"PRECISION={precision} is unknown: use one of auto, {', '.join(PRECISIONS)}")
+    capability = hardware.capability
+    if capability is not None and capability < BF16_CAPABILITY:
+        raise BuildError(
+            f"{hardware.name} has compute capability {_dotted(capability)} and no bf16 (needs 8.0): "
+            "hide it with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    offered = available_precisions(lane, hardware)
+    lacks_fp8 = "fp8" not in offered
+    alternatives = " or ".join(f"PRECISION={name}" for name in offered if name != "fp8")
+    has = f"{hardware.name} has {_dotted(capability)}"
+    too_old = f"FP8 needs compute capability 8.9 (Ada, Hopper, Blackwell) and {has}"
+    if shape.fp8:
+        if lacks_fp8:
+            raise BuildError(
+                f"MODEL is an FP8 checkpoint; {too_old}: give the bf16 checkpoint and {alternatives}"
+            )
+        if precision not in (AUTO, "fp8"):
+            raise BuildError(
+                f"PRECISION={precision} cannot be made from an FP8 checkpoint: use PRECISION=fp8"
+            )
+        reasons.append("precision fp8: the checkpoint is ModelOpt FP8 already")
+        return "fp8"
+    if precision == AUTO:
+        precision = offered[0]
+        why = f"{too_old}, so {lane} takes {precision}" if lacks_fp8 else "the best that this machine runs"
+        reasons.append(f"precision {precision}: {why}")
+        return precision
+    if precision == "fp8" and lacks_fp8:
+        raise BuildError(f"PRECISION=fp8 is not possible: {too_old}: use {alternatives} (ENGINE={lane})")
+    if precision not in offered:
+        remedy = f"use PRECISION={offered[0]}"
+        if lane != "trtllm-engine" and precision in ("int8_sq", "int4_awq"):
+            remedy += " or, on an NVIDIA GPU below compute capability 10.0, ENGINE=trtllm-engine"
+        raise BuildError(
+            f"PRECISION={precision} is not available with ENGINE={lane} on {hardware.name} "
+            f"(it runs {', '.join(offered)}): {remedy}"
+        )
+    reasons.append(f"precision {precision}: asked for")
+    return precision
+
+
+def _choose_kernels(hardware: Hardware, reasons: list[str]) -> str:
+    if hardware.device != "cpu":
+        return "pytorch"
+    if hardware.compiler is None:
+        reasons.append(
+            "kernels pytorch: no C++ compiler was found (CXX, g++, clang++); with one, the build compiles "
+            "CPU kernels that decode several times faster"
+        )
+        return "pytorch"
+    reasons.append(f"kernels native: compiled for this CPU by {hardware.compiler}")
+    return "native"
+
+
+def _compute_dtype(
+    precision: str, kernels: str, build_dtype: str, hardware: Hardware, reasons: list[str]
+) -> str:
+    if hardware.device != "cpu":
+        return build_dtype
+    if kernels == "native":
+        dtype = "float32"
+        reasons.append("compute dtype float32: the compiled kernels read bf16 weights and sum in float32")
+    else:
+        dtype = build_dtype
+        why = "this CPU has bf16 instructions" if hardware.fast_bf16 else "this CPU has no bf16 instructions"
+        reasons.append(f"compute dtype {dtype}: {why}")
+    if precision == "fp8":
+        held = "bfloat16" if kernels == "native" else dtype
+        reasons.append(
+            f"fp8 on a CPU is how weights are stored: they are dequantised to {held} at load, "
+            "and activations are not quantised"
+        )
+    return dtype
+
+
+def _sequence_length(asked: int | None, shape: ModelShape, default: int) -> int:
+    limit = shape.max_position_embeddings
+    if asked is None:
+        return min(limit, default)
+    if asked > limit:
+        raise BuildError(
+            f"MAX_SEQ_LEN={asked} is beyond the model's context of {limit} tokens: use {limit} or less"
+        )
+    return asked
+
+
+def _weights_bytes(shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool) -> int:
+    wide = DTYPE_BYTES[dtype]
+    if on_cpu:
+        return shape.parameters * (2 if kernels == "native" else wide)
+    linear = {"fp8": 1.0, "int8_sq": 1.0, "int4_awq": 0.5, "bf16": 2.0}[precision]
+    return int(shape.linear_parameters * linear) + (shape.parameters - shape.linear_parameters) * wide
+
+
+def _kv_blocks(
+    per_token: int,
+    length: int,
+    batch: int,
+    weights: int,
+    shape: ModelShape,
+    hardware: Hardware,
+    reasons: list[str],
+) -> int:
+    """Blocks of ``BLOCK_SIZE`` tokens; always enough for one sequence of full length."""
+    block_bytes = BLOCK_SIZE * per_token
+    one_sequence = -(-length // BLOCK_SIZE)
+    if hardware.device == "cuda":
+        baseline = 2 * shape.parameters  # the Transformers baseline lives on the same GPU
+        room = int(0.9 * hardware.memory_free) - weights - baseline
+        blocks = room // block_bytes
+        rule = "0.9 of the free GPU memory, less the weights of engine and baseline"
+    else:
+        room = hardware.memory_free - weights
+        wanted = max(one_sequence, -(-batch * length // (4 * BLOCK_SIZE)))
+        quarter = hardware.memory_free // 4 // block_bytes
+        blocks = max(one_sequence, min(quarter, wanted))
+        rule = (
+            "a quarter of max_batch_size full sequences"
+            if wanted <= quarter
+            else "a quarter of the free memory"
+        )
+    if blocks < one_sequence or blocks * block_bytes > room:
+        needed, free = one_sequence * block_bytes // MIB, max(room, 0) // MIB
+        raise BuildError(
+            f"MAX_SEQ_LEN={length} needs {needed} MiB of KV cache and {free} MiB is free on {hardware.name} "
+            "beside the weights: lower MAX_SEQ_LEN or free memory"
+        )
+    reasons.append(
+        f"KV cache {blocks * block_bytes // MIB} MiB = {blocks} blocks of {BLOCK_SIZE} tokens "
+        f"({per_token / 1024:g} KiB a token): {rule}"
+    )
+    return blocks
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return ".".join(str(part) for part in capability or ())

@@ -1,0 +1,134 @@
+"""Stage 6: the servable Triton model repository, rendered from the templates in ``model_repository/``.
+
+A template is a folder with a ``config.pbtxt`` that has ``${name}`` placeholders, and a version folder ``1/``.
+The rendering is kept in memory until every file of it has been checked.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+from engine_build.errors import BuildError
+from engine_build.plan import Plan
+from engine_build.workspace import new_folder
+
+CONFIG = "config.pbtxt"
+VERSION = "1"
+TRITON_BACKEND = {"torch": "python", "trtllm-pytorch": "python", "trtllm-engine": "tensorrtllm"}
+Rendering = dict[str, bytes]
+"""Path inside the repository to content."""
+
+
+def values_for(
+    plan: Plan,
+    model_name: str,
+    engine_dir: Path,
+    source_dir: Path,
+    baseline_max_batch_size: int = 1,
+) -> dict[str, str]:
+    """Every placeholder a template may use."""
+    return {
+        "model_name": model_name,
+        "triton_backend": TRITON_BACKEND[plan.lane],
+        "triton_max_batch_size": str(plan.max_batch_size),
+        "decoupled_mode": "True",
+        "batching_strategy": "inflight_fused_batching",
+        "engine_dir": str(engine_dir),
+        "tokenizer_dir": str(source_dir),
+        "logits_datatype": "TYPE_FP32",
+        "encoder_input_features_data_type": "TYPE_FP16",
+        "prompt_embedding_table_data_type": "TYPE_FP16",
+        "preprocessing_instance_count": "1",
+        "postprocessing_instance_count": "1",
+        "max_queue_delay_microseconds": "0",
+        "max_queue_size": "0",
+        "baseline_model_dir": str(source_dir),
+        "baseline_dtype": "bfloat16",
+        "baseline_max_batch_size": str(baseline_max_batch_size),
+        # A static batch is only ever filled if Triton waits for it a little.
+        "baseline_queue_delay_microseconds": "0" if baseline_max_batch_size == 1 else "20000",
+    }
+
+
+def render(templates: Path, values: dict[str, str]) -> Rendering:
+    """All files of the repository.
+
+    Raises:
+        BuildError: there are no templates, or one of them has a placeholder without a value.
+    """
+    rendering: Rendering = {}
+    for config in sorted(templates.glob(f"*/{CONFIG}")):
+        model = config.parent
+        rendering[f"{model.name}/{CONFIG}"] = _fill(config, values).encode()
+        for path in sorted((model / VERSION).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                rendering[f"{model.name}/{path.relative_to(model)}"] = path.read_bytes()
+    if not rendering:
+        raise BuildError(f"{templates} has no model with a {CONFIG}: the installation is incomplete")
+    return rendering
+
+
+def write(rendering: Rendering, repository: Path) -> bool:
+    """Makes ``repository`` hold exactly ``rendering``; returns whether anything had to change.
+
+    The new tree is complete before it takes the place of the old one.
+
+    Raises:
+        BuildError: a ``config.pbtxt`` is not a valid ``ModelConfig``, or its name is not its folder's.
+    """
+    if _on_disk(repository) == rendering:
+        return False
+    models = {name.split("/")[0] for name in rendering}
+    for model in sorted(models):
+        check_config(rendering[f"{model}/{CONFIG}"].decode(), model)
+    with new_folder(repository) as fresh:
+        for model in models:
+            (fresh / model / VERSION).mkdir(parents=True)
+        for name, content in rendering.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return True
+
+
+def check_config(text: str, model: str) -> None:
+    """Parses one rendered ``config.pbtxt`` with Triton's own protobuf schema.
+
+    Raises:
+        BuildError: it does not parse (with the line), or names another model.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    config = model_config_pb2.ModelConfig()
+    try:
+        text_format.Parse(text, config)
+    except text_format.ParseError as error:
+        raise BuildError(f"model_repository/{model}/{CONFIG}: line {error}") from None
+    if config.name != model:
+        raise BuildError(
+            f"model_repository/{model}/{CONFIG}: name is {config.name!r}, but the folder is {model!r}"
+        )
+
+
+def _fill(config: Path, values: dict[str, str]) -> str:
+    where = f"model_repository/{config.parent.name}/{CONFIG}"
+    template = string.Template(config.read_text(encoding="utf-8"))
+    if not template.is_valid():
+        raise BuildError(f"{where}: a placeholder is malformed: write it as ${{name}}")
+    unknown = sorted(set(template.get_identifiers()) - set(values))
+    if unknown:
+        raise BuildError(f"{where}: nothing fills ${{{unknown[0]}}}")
+    return template.substitute(values)
+
+
+def _on_disk(repository: Path) -> Rendering | None:
+    """What the repository holds now; None if it is not there or lacks a version folder."""
+    if not repository.is_dir() or not all((model / VERSION).is_dir() for model in repository.iterdir()):
+        return None
+    return {
+        str(path.relative_to(repository)): path.read_bytes()
+        for path in repository.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }

@@ -1,0 +1,74 @@
+"""What the user asks for: command-line options, each with an environment variable behind it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_build.errors import BuildError
+from engine_build.plan import AUTO, LANES, PRECISIONS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One build."""
+
+    model: str
+    engine: str
+    precision: str
+    calibration: Path | None
+    """None = the prompts that ship with us."""
+    build_dir: Path
+    max_seq_len: int | None
+    max_batch_size: int | None
+    baseline_max_batch_size: int
+    force: bool
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """Reads ``arguments`` (the process's own by default); an empty variable counts as unset.
+
+    Raises:
+        BuildError: a number is not a positive whole number.
+    """
+    parser = argparse.ArgumentParser(prog="python -m engine_build", description=__doc__.splitlines()[0])
+
+    def option(flag: str, variable: str, default: str, text: str) -> None:
+        parser.add_argument(
+            flag,
+            default=os.environ.get(variable) or default,
+            help=f"{text} [{variable}; {default or 'default'}]",
+        )
+
+    option("--model", "MODEL", "", "hub id or local folder; empty: the embedded SmolLM2-135M-Instruct")
+    option("--engine", "ENGINE", AUTO, f"lane: auto, {', '.join(LANES)}")
+    option("--precision", "PRECISION", AUTO, f"auto, {', '.join(PRECISIONS)}")
+    option("--calibration", "CALIB", "", "JSON lines of text, prompt or messages, instead of ours")
+    option("--build-dir", "BUILD_DIR", "build", "folder for everything generated")
+    option("--max-seq-len", "MAX_SEQ_LEN", "", "prompt plus output of one request, in tokens")
+    option("--max-batch-size", "MAX_BATCH_SIZE", "", "requests in flight at once")
+    option("--baseline-max-batch-size", "BASELINE_MAX_BATCH_SIZE", "1", "static batch of the baseline")
+    parser.add_argument("--force", action="store_true", help="build again even if nothing changed")
+    found = parser.parse_args(arguments)
+    return Settings(
+        model=found.model,
+        engine=found.engine,
+        precision=found.precision,
+        calibration=Path(found.calibration) if found.calibration else None,
+        build_dir=Path(found.build_dir).absolute(),
+        max_seq_len=_positive("MAX_SEQ_LEN", found.max_seq_len),
+        max_batch_size=_positive("MAX_BATCH_SIZE", found.max_batch_size),
+        baseline_max_batch_size=_positive("BASELINE_MAX_BATCH_SIZE", found.baseline_max_batch_size) or 1,
+        force=found.force,
+    )
+
+
+def _positive(name: str, value: str) -> int | None:
+    if value == "":
+        return None
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise BuildError(f"{name}={value} is not valid: use a whole number of at least 1")
+    return int(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 
 from client import wire
@@ -12,7 +14,7 @@ from loadtest.bench import LOCUSTFILE
 
 
 def main(arguments: list[str]) -> int:
-    """Becomes Locust; ``arguments`` are further options of its.
+    """Runs Locust until it ends; ``arguments`` are further options of its.
 
     Environment: URL or GRPC_PORT, LOCUST_PORT, CONCURRENCY, and what the locustfile's options name.
 
@@ -39,4 +41,8 @@ def main(arguments: list[str]) -> int:
     }
     command = [sys.executable, "-m", "loadtest.locust_main", "--class-picker"]
     command += [str(part) for option in options.items() for part in option]
-    os.execv(sys.executable, [*command, *arguments])
+    # A child and not exec: gRPC's threads of the check above do not survive an exec quietly.
+    locust = subprocess.Popen([*command, *arguments])
+    signal.signal(signal.SIGTERM, lambda *_: locust.terminate())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to Locust too, which ends by it
+    return locust.wait()

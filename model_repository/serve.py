@@ -45,7 +45,7 @@ def ready_message(server: Server) -> str:
             f"  logs     {settings.run_dir}",
             "",
             f"try   curl -d '{curl}' {settings.http_url}/v2/models/ensemble/generate",
-            "next  make bench (compare with the baseline), make loadtest (web UI); Ctrl-C stops the server",
+            "next  make loadtest (web UI), make chat; Ctrl-C stops the server, then make bench compares the endpoints",
             "",
         ]
     )

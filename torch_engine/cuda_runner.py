@@ -78,7 +78,9 @@ class CudaRunner(Runner):
         self.tile = triton_ops.tile_tokens(model.kernels.dtype, spec.num_groups)
         tiles = config.max_num_tokens // self.tile + slots + 1
         # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables.
-        capacity = 3 * max(config.max_num_tokens, len(self.tokens)) + 4 * tiles + 2 * slots + 2 * slots * self.width
+        capacity = (
+            3 * max(config.max_num_tokens, len(self.tokens)) + 4 * tiles + 2 * slots + 2 * slots * self.width
+        )
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
@@ -94,7 +96,10 @@ class CudaRunner(Runner):
     @staticmethod
     def _ladder(slots: int) -> list[int]:
         """Batch sizes to capture: the smallest that holds ``slots``, and all below."""
-        return [*(size for size in BATCH_SIZES if size < slots), next((s for s in BATCH_SIZES if s >= slots), slots)]
+        return [
+            *(size for size in BATCH_SIZES if size < slots),
+            next((s for s in BATCH_SIZES if s >= slots), slots),
+        ]
 
     def describe(self) -> str:
         cache = sum(cache.num_bytes for cache in self.caches) / MIB

@@ -30,7 +30,9 @@ if RUNS:
     from torch_engine.kernels import triton_ops as ops
     from torch_engine.kernels.triton_ops import Form
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton's language is not installed: pip install triton")
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON, reason="Triton's language is not installed: pip install triton"
+)
 kernel = [
     pytest.mark.skipif(not RUNS, reason="runs in test_kernels_in_the_interpreter, or on a GPU with -m gpu"),
     *([pytest.mark.gpu] if ON_GPU else []),
@@ -138,7 +140,10 @@ class TestKernels:
         if scaled:
             scales[[1, size - 1]] = 2.0
         slots = torch.tensor([3, 0, 1], device=DEVICE, dtype=torch.int32)
-        last, tokens = torch.full((5,), -7, device=DEVICE, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        last, tokens = (
+            torch.full((5,), -7, device=DEVICE, dtype=torch.int32),
+            torch.zeros(3, dtype=torch.int32),
+        )
         tokens = tokens.to(DEVICE)
         ops.argmax(logits, slots, last, tokens, scales)
         expected = (logits if scales is None else logits * scales).argmax(-1)
@@ -196,7 +201,7 @@ class TestKernels:
         step = ops.AttentionInput(device(slots), device(positions), device(tables), 3, device(tiles))
         rope = torch.randn(160, 2, size // 2, device=DEVICE)
         qkv = torch.randn(step_rows, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
-        q_norm, k_norm = ((torch.rand(2, size) + 0.5).to(DEVICE) if normed else (None, None))
+        q_norm, k_norm = (torch.rand(2, size) + 0.5).to(DEVICE) if normed else (None, None)
         expected, writes = reference(
             qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap
         )
@@ -310,5 +315,3 @@ def filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size
 def read_cache(cache) -> torch.Tensor:
     values = cache.values.double()
     return values if cache.scales is None else values * cache.scales[..., None]
-
-

@@ -33,7 +33,9 @@ def choose(config: EngineConfig) -> PyTorchKernels:
     """
     name = config.kernels
     if name == "auto":
-        name = "cuda" if config.device.startswith("cuda") else "native" if config.kernel_library else "pytorch"
+        name = (
+            "cuda" if config.device.startswith("cuda") else "native" if config.kernel_library else "pytorch"
+        )
     device, dtype = torch.device(config.device), getattr(torch, config.compute_dtype)
     threads = config.num_threads or default_threads()
     if name == "pytorch":
@@ -46,6 +48,8 @@ def choose(config: EngineConfig) -> PyTorchKernels:
         try:
             from torch_engine.kernels.cuda import CudaKernels
         except ImportError as error:
-            raise ConfigError(f"kernels='cuda' needs Triton's language ({error}): pip install triton") from None
+            raise ConfigError(
+                f"kernels='cuda' needs Triton's language ({error}): pip install triton"
+            ) from None
         return CudaKernels(config, device, dtype)
     raise ConfigError(f"kernels={name!r} is not valid: use auto or one of {', '.join(IMPLEMENTATIONS)}")

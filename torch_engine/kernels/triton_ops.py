@@ -482,7 +482,7 @@ def _prefill_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(first - WINDOW + 1, 0)
-    result, top, total = _attend(
+    result, _, total = _attend(
         q, begin, first + count, first + token, tables + slot * width,
         values, scales, head, scale, softcap,
         V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT,
@@ -628,9 +628,7 @@ def scatter(target: torch.Tensor, updates: torch.Tensor) -> None:
     _scatter_kernel[(triton.cdiv(count, 256),)](target, updates, count, 256)
 
 
-def _output(
-    rows: int, size: int, form: Form, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _output(rows: int, size: int, form: Form, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     dtype = {
         Form.PLAIN: like.dtype, Form.FP8_STATIC: torch.float8_e4m3fn,
         Form.INT8_TOKEN: torch.int8, Form.FP8_TOKEN: torch.float8_e4m3fn,

@@ -276,8 +276,8 @@ def families(options: argparse.Namespace) -> None:
 
 def small_engine(folder: Path, checkpoint: Checkpoint | None = None, **settings: Any) -> Engine:
     defaults = {
-        "device": DEVICE, "kernels": "cuda", "num_kv_blocks": 256, "block_size": 16, "max_seq_len": 256, "max_batch_size": 8,
-        "max_num_tokens": 16,
+        "device": DEVICE, "kernels": "cuda", "num_kv_blocks": 256, "block_size": 16, "max_seq_len": 256,
+        "max_batch_size": 8, "max_num_tokens": 16,
     }  # fmt: skip
     return Engine(EngineConfig(model_dir=str(folder), **{**defaults, **settings}), checkpoint)
 

@@ -27,6 +27,12 @@ from torch_engine.sequence import Sequence
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MIB = 2**20
+ALIGNMENT = 4
+"""Integers in 16 bytes."""
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass
@@ -77,10 +83,9 @@ class CudaRunner(Runner):
         spec = model.spec
         self.tile = triton_ops.tile_tokens(model.kernels.dtype, spec.num_groups)
         tiles = config.max_num_tokens // self.tile + slots + 1
-        # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables.
-        capacity = (
-            3 * max(config.max_num_tokens, len(self.tokens)) + 4 * tiles + 2 * slots + 2 * slots * self.width
-        )
+        # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables; alignment.
+        longest = max(config.max_num_tokens, len(self.tokens))
+        capacity = 3 * longest + 4 * tiles + 2 * slots + 2 * slots * self.width + 8 * ALIGNMENT
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
@@ -116,9 +121,7 @@ class CudaRunner(Runner):
         before = torch.cuda.mem_get_info()[0]
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, reverse=True):
-            padding = np.zeros((3, size), dtype=np.int32)
-            padding[1] = self.spare
-            self.inputs[: 3 * size].copy_(torch.from_numpy(padding).view(-1))
+            self._upload(self.staging[0], self._columns([(0, self.spare, 0)] * size), [])
             self._decode(size)  # compiles the kernels and warms the libraries up outside of the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -130,7 +133,7 @@ class CudaRunner(Runner):
 
     def _decode(self, size: int) -> torch.Tensor:
         """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
-        ids, slots, positions = self.inputs[: 3 * size].view(3, size)
+        ids, slots, positions = self.inputs[: 3 * _aligned(size)].view(3, -1)[:, :size]
         where = AttentionInput(slots, positions, self.tables, size, None)
         return self._forward(CudaStep(ids, where, self.last, None, slots))
 
@@ -187,12 +190,16 @@ class CudaRunner(Runner):
         updates: list[tuple[int, int]] = []
         rows = [self._row(chunk.sequence, updates) for chunk in chunks]
         rows += [(0, self.spare, 0)] * (size - count)
-        self._upload(staging, [np.array(rows, dtype=np.int32).T.reshape(-1)], updates)
+        self._upload(staging, self._columns(rows), updates)
         if not self.graphs:
             return self._decode(size)
         graph, logits = self.graphs[size]
         graph.replay()
         return logits
+
+    @staticmethod
+    def _columns(rows: list[tuple[int, int, int]]) -> list[np.ndarray]:
+        return list(np.array(rows, dtype=np.int32).T)
 
     def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
         columns: list[np.ndarray] = []
@@ -219,16 +226,15 @@ class CudaRunner(Runner):
                 sampled.append((total - 1, slot))
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
-        parts = [np.concatenate(columns, axis=1), np.array(tiles), np.array(sampled).reshape(-1, 2).T]
-        at = self._upload(staging, [part.reshape(-1) for part in parts], updates)
-        ids, slots, positions = self.inputs[: at[0]].view(3, total)
-        where = AttentionInput(slots, positions, self.tables, decodes, self.inputs[at[0] : at[1]].view(-1, 4))
-        logit_rows, logit_slots = self.inputs[at[1] : at[2]].view(2, -1)
-        if not sampled:  # the head still wants a row; its token goes where nobody looks
-            logit_rows, logit_slots = self._nothing()
+        rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)] if sampled else []
+        parts = [*np.concatenate(columns, axis=1), np.array(tiles, dtype=np.int32).reshape(-1), *rows]
+        ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
+        where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4))
+        logit_rows, logit_slots = logits or self._nothing()
         return self._forward(CudaStep(ids, where, self.last, logit_rows, logit_slots))
 
     def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stands in where nothing is sampled: the head wants a row, its token goes where nobody looks."""
         row = torch.zeros(1, dtype=torch.int32, device=self.device)
         return row, row + self.spare
 
@@ -252,19 +258,24 @@ class CudaRunner(Runner):
         tokens = sequence.tokens
         return (tokens[position] if position < len(tokens) else -1), slot, position
 
-    def _upload(self, staging: Staging, parts: list[np.ndarray], updates: list[tuple[int, int]]) -> list[int]:
-        """Copies ``parts`` to the device one after the other, and updates the tables; returns where each ends."""
+    def _upload(
+        self, staging: Staging, parts: list[np.ndarray], updates: list[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Copies ``parts`` to the device in one piece and updates the tables; returns the parts on the device.
+
+        Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+        """
         if updates:
             parts = [*parts, np.array(updates, dtype=np.int32).T.reshape(-1)]
-        ends, at = [], 0
+        placed, at = [], 0
         for part in parts:
             staging.values[at : at + part.size] = part
-            at += part.size
-            ends.append(at)
+            placed.append(self.inputs[at : at + part.size])
+            at += _aligned(part.size)
         self.inputs[:at].copy_(staging.host[:at], non_blocking=True)
         if updates:
-            triton_ops.scatter(self.tables, self.inputs[ends[-2] : at].view(2, -1))
-        return ends
+            triton_ops.scatter(self.tables, placed.pop().view(2, -1))
+        return placed
 
     def forget(self, sequence: Sequence) -> None:
         """Frees the slot. A step in flight may still use it: its successor's first step runs after that one."""

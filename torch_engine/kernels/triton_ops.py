@@ -604,7 +604,7 @@ def argmax(
     Writes it to ``tokens`` [R] int32 and to ``last[slots[row]]``, where :func:`embed` finds it.
     """
     rows, size = logits.shape
-    parts, block = 16, 1024
+    parts, block = 64, 1024
     each = triton.cdiv(triton.cdiv(size, parts), block) * block
     tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
@@ -615,7 +615,7 @@ def argmax(
     _argmax_merge_kernel[(rows,)](tops, places, slots, last, tokens, parts, num_warps=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scatter_kernel(target, updates, count, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count

@@ -106,7 +106,7 @@ class Model:
             h = kernels.gate(layer.gate_up(h), spec.activation, layer.down)
             delta, post = layer.down(h), layer.mlp_out_norm
         if step.logit_rows is not None:
-            x, delta = x.index_select(0, step.logit_rows), delta.index_select(0, step.logit_rows)
+            x, delta = x.index_select(0, step.logit_rows), delta.index_select(-2, step.logit_rows)
         h, _ = kernels.add_norm(x, delta, post, self.norm, spec.norm_eps, self.lm_head)
         return self.lm_head(h)
 

@@ -105,11 +105,44 @@ class TestKernels:
     def test_gate(self, form: int, activation: str, size: int) -> None:
         form, dtype = Form(form), DTYPES[1]
         gate_up = torch.randn(3, 2 * size, device=DEVICE, dtype=dtype) * 3
-        scale = torch.tensor(0.1, device=DEVICE)
+        scale = torch.tensor(0.5, device=DEVICE)
         g, u = gate_up.float().chunk(2, -1)
         expected = (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * u
-        result = ops.gate(gate_up, activation, form, scale)
+        result = ops.gate(gate_up, activation, dtype, form, scale)
         close(expanded(result, form, scale), expected, form_tolerance(form, dtype))
+
+    @pytest.mark.parametrize("rows", [1, 16])
+    @pytest.mark.parametrize(("block_n", "block_k", "splits"), [(16, 64, 2), (64, 32, 4), (32, 128, 1)])
+    def test_skinny_linear(self, rows: int, block_n: int, block_k: int, splits: int) -> None:
+        x = torch.randn(rows, 128, device=DEVICE).to(torch.float8_e4m3fn)
+        weight = torch.randn(192, 128, device=DEVICE).to(torch.float8_e4m3fn)
+        scales = torch.tensor(0.5, device=DEVICE), torch.tensor(0.25, device=DEVICE)
+        plan = ops.SkinnyPlan(block_n, block_k, splits, 4, 2)
+        parts = ops.skinny_linear(x, weight, *scales, plan)
+        assert parts.shape == (splits, rows, 192)
+        # The tensor cores of Hopper keep fewer bits of FP8 sums than float32 has.
+        close(parts.sum(0), x.float() @ weight.float().t() / 8, 1e-5 if INTERPRETED else 2e-3)
+
+    def test_readers_add_partial_sums(self) -> None:
+        dtype = DTYPES[1]
+        parts = torch.randn(3, 5, 80, device=DEVICE)
+        x, weight = torch.randn(5, 80, device=DEVICE, dtype=dtype), torch.rand(80, device=DEVICE)
+        whole = x.clone()
+        expected = ops.add_norm(whole, parts.sum(0), None, weight, 1e-5).values
+        close(ops.add_norm(x, parts, None, weight, 1e-5).values, expected, tolerance_of(dtype))
+        close(x, whole, tolerance_of(dtype))
+        ours, theirs = (ops.gate(part, "silu", dtype).values for part in (parts, parts.sum(0)))
+        close(ours, theirs, tolerance_of(dtype))
+        cache = ops.KVCache(torch.zeros(2, 2, 1, 16, 20, device=DEVICE), None)
+        other = ops.KVCache(cache.values.clone(), None)
+        rows = torch.zeros(5, device=DEVICE, dtype=torch.int32)
+        table = torch.ones(1, 1, device=DEVICE, dtype=torch.int32)
+        step = ops.AttentionInput(rows, torch.arange(5, device=DEVICE, dtype=torch.int32), table, 5, None)
+        rope = torch.randn(5, 2, 10, device=DEVICE)
+        ours = ops.rotate_write(parts, cache, step, rope, 2, dtype=torch.float32)
+        theirs = ops.rotate_write(parts.sum(0), other, step, rope, 2)
+        close(ours[:, :40], theirs[:, :40], 1e-5)
+        close(cache.values, other.values, 1e-5)
 
     def test_static_fp8_saturates(self) -> None:
         x = torch.tensor([[1e4, -1e4, 3.0, 0.0] * 4], device=DEVICE)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from triton.runtime.errors import OutOfResources
 
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.families import ModelSpec
 from torch_engine.kernels import triton_ops
 from torch_engine.kernels.pytorch import PyTorchKernels
-from torch_engine.kernels.triton_ops import Activation, AttentionInput, Form, KVCache
+from torch_engine.kernels.triton_ops import Activation, AttentionInput, Form, KVCache, SkinnyPlan
 from torch_engine.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -58,8 +59,14 @@ class Fp8Linear:
     ) -> None:
         self.weight, self.weight_scale, self.input_scale = codes, weight_scale, input_scale
         self.bias, self.dtype = bias, dtype
+        self.plan: SkinnyPlan | None = None
+        """For a few rows, where measuring found it faster than the library: :meth:`CudaKernels.tune`."""
 
     def __call__(self, x: Activation) -> torch.Tensor:
+        if self.plan is not None and x.values.shape[0] <= triton_ops.SKINNY_ROWS:
+            return triton_ops.skinny_linear(
+                x.values, self.weight, self.input_scale, self.weight_scale, self.plan
+            )
         return _scaled_mm(x.values, self.weight, self.input_scale, self.weight_scale, self.bias, self.dtype)
 
 
@@ -146,10 +153,13 @@ class CudaKernels(PyTorchKernels):
             if value == "fp8" and not self.has_fp8:
                 raise ConfigError(f"{name}='fp8' needs compute capability 8.9: use another value on this GPU")
         self._used: dict[str, int] = {}
+        self._tuning = ""
+        self.tuned: dict[str, dict[str, float]] = {}
+        """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
     def describe(self) -> str:
         used = ", ".join(f"{count} {kind}" for kind, count in self._used.items())
-        return f"Triton-language kernels (linears: {used}; {self.kv} KV cache)"
+        return f"Triton-language kernels (linears: {used}{self._tuning}; {self.kv} KV cache)"
 
     # Weights ---------------------------------------------------------------------------------------
 
@@ -195,7 +205,7 @@ class CudaKernels(PyTorchKernels):
         return triton_ops.add_norm(x, delta, post, weight, eps, reader.form, reader.input_scale), x
 
     def gate(self, gate_up: torch.Tensor, activation: str, reader: CudaLinear) -> Activation:
-        return triton_ops.gate(gate_up, activation, reader.form, reader.input_scale)
+        return triton_ops.gate(gate_up, activation, self.dtype, reader.form, reader.input_scale)
 
     def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> KVCache:
         kinds = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -210,8 +220,8 @@ class CudaKernels(PyTorchKernels):
         self, qkv: torch.Tensor, layer: Layer, spec: ModelSpec, rope: torch.Tensor, cache: KVCache, step
     ) -> Activation:
         where: AttentionInput = step.attention
-        triton_ops.rotate_write(
-            qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps
+        qkv = triton_ops.rotate_write(
+            qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps, self.dtype
         )
         splits = triton_ops.num_splits(max(1, where.num_decodes), spec.num_kv_heads, self.multiprocessors)
         reader = layer.out
@@ -222,3 +232,56 @@ class CudaKernels(PyTorchKernels):
         )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else triton_ops.quantise(out, reader.form)
+
+    # Tuning ----------------------------------------------------------------------------------------
+
+    def tune(self, layers: list[Layer]) -> None:
+        """Chooses for each FP8 linear between the library and our product for few rows, by timing both.
+
+        Each candidate runs through all layers in a graph, so that weights come from memory and not from a cache.
+        """
+        chosen = []
+        for kind in ("qkv", "out", "gate_up", "down"):
+            linears = [getattr(layer, kind) for layer in layers]
+            if not all(isinstance(linear, Fp8Linear) and linear.bias is None for linear in linears):
+                continue
+            outputs, inputs = linears[0].weight.shape
+            x = Activation(torch.ones(8, inputs, device=self.device).to(torch.float8_e4m3fn))
+            times = {None: _time_all(linears, x, None)}
+            for plan in triton_ops.skinny_plans(outputs, inputs, self.multiprocessors):
+                times[plan] = _time_all(linears, x, plan)
+            best = min(times, key=times.get)
+            # Our partial sums cost their reader a little: a close race goes to the library.
+            if times[best] > 0.95 * times[None]:
+                best = None
+            for linear in linears:
+                linear.plan = best
+            each = len(linears)
+            chosen.append(f"{kind} {times[None] / each:.1f} -> {times[best] / each:.1f} us")
+            self.tuned[kind] = {str(plan): round(time / each, 2) for plan, time in times.items()}
+        if chosen:
+            self._tuning = f"; few rows: {', '.join(chosen)}"
+
+
+def _time_all(linears: list[Fp8Linear], x: Activation, plan: SkinnyPlan | None) -> float:
+    """Microseconds to run ``x`` through all of them; infinite if the plan does not fit this device."""
+    for linear in linears:
+        linear.plan = plan
+    try:
+        linears[0](x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for linear in linears:
+                linear(x)
+        times = []
+        for _ in range(5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return sorted(times)[2]
+    except OutOfResources:
+        return float("inf")

@@ -5,7 +5,8 @@ of a layer is [blocks, 2, V, block_size, D], so that one head's keys of a block 
 A sequence is named by its slot, a row of the block tables [slots, width]; lengths, slots and tables are
 read from device memory, so that every launch may live in a CUDA graph.
 
-``form`` says in which form an activation is written for the linear that reads it: see :class:`Form`.
+A linear may leave its result as partial sums [S, T, N] in float32, see :func:`skinny_linear`: whoever reads it adds
+them up. ``form`` says in which form an activation is written for the linear that reads it: see :class:`Form`.
 """
 
 from __future__ import annotations
@@ -112,6 +113,20 @@ def _emit(values, out, scales, in_scale, row, columns, mask, N: tl.constexpr, FO
 
 
 @triton.jit
+def _sum_parts(source, step, mask, PARTS: tl.constexpr):
+    """Values of partial sums that lie ``step`` elements apart."""
+    values = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        values += tl.load(source + part * step, mask=mask, other=0.0).to(tl.float32)
+    return values
+
+
+def _parts(x: torch.Tensor) -> tuple[int, int]:
+    """How many partial sums ``x`` consists of, and how many elements apart they lie."""
+    return (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
+
+
+@triton.jit
 def _embed_kernel(ids, slots, last, table, out, factor, N: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(ids + row)
@@ -135,17 +150,17 @@ def embed(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _add_norm_kernel(
-    x, delta, post, weight, out, scales, in_scale, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, FORM: tl.constexpr,
+    x, delta, step, post, weight, out, scales, in_scale, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     h = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        d = tl.load(delta + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        d = _sum_parts(delta + row * N + columns, step, mask, PARTS)
         if HAS_POST:
             d = d * tl.rsqrt(tl.sum(d * d, 0) / N + eps)
             d *= tl.load(post + columns, mask=mask, other=0.0).to(tl.float32)
@@ -166,28 +181,32 @@ def add_norm(
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
 ) -> Activation:
-    """``x += norm(delta, post)`` in place (``delta`` itself without ``post``), then the norm of ``x`` [T, N]."""
+    """``x += norm(delta, post)`` in place (``delta`` itself without ``post``), then the norm of ``x`` [T, N].
+
+    ``delta`` is [T, N] or partial sums.
+    """
     rows, size = x.shape
     out, scales = _output(rows, size, form, x)
     block = triton.next_power_of_2(size)
+    parts, step = (0, 0) if delta is None else _parts(delta)
     _add_norm_kernel[(rows,)](
-        x, x if delta is None else delta, weight if post is None else post, weight,
+        x, x if delta is None else delta, step, weight if post is None else post, weight,
         out, scales, out if in_scale is None else in_scale, eps,
-        size, block, delta is not None, post is not None, int(form), num_warps=_warps(block),
+        size, block, parts, post is not None, int(form), num_warps=_warps(block),
     )  # fmt: skip
     return Activation(out, scales)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _gate_kernel(
-    gate_up, out, scales, in_scale,
-    N: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, FORM: tl.constexpr,
+    gate_up, step, out, scales, in_scale,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
-    gate = tl.load(gate_up + row * 2 * N + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * N + N + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = _sum_parts(gate_up + row * 2 * N + columns, step, mask, PARTS)
+    up = _sum_parts(gate_up + row * 2 * N + N + columns, step, mask, PARTS)
     if SILU:
         gate = gate * tl.sigmoid(gate)
     else:  # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
@@ -196,18 +215,26 @@ def _gate_kernel(
 
 
 def gate(
-    gate_up: torch.Tensor, activation: str, form: Form = Form.PLAIN, in_scale: torch.Tensor | None = None
+    gate_up: torch.Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    form: Form = Form.PLAIN,
+    in_scale: torch.Tensor | None = None,
 ) -> Activation:
-    """``[T, 2 N] -> [T, N]``: activation (``silu`` or ``gelu_tanh``) of the first half times the second."""
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out, scales = _output(rows, size, form, gate_up)
+    """``[T, 2 N] -> [T, N]``: activation (``silu`` or ``gelu_tanh``) of the first half times the second.
+
+    ``gate_up`` may be partial sums; ``dtype`` is that of the plain form.
+    """
+    rows, size = gate_up.shape[-2], gate_up.shape[-1] // 2
+    out, scales = _output(rows, size, form, gate_up, dtype)
+    parts, step = _parts(gate_up)
     block = triton.next_power_of_2(size)
     if scales is None:
         block = min(block, 1024)
     grid = (rows, triton.cdiv(size, block))
     _gate_kernel[grid](
-        gate_up, out, scales, out if in_scale is None else in_scale,
-        size, block, activation == "silu", int(form), num_warps=_warps(block),
+        gate_up, step, out, scales, out if in_scale is None else in_scale,
+        size, block, parts, activation == "silu", int(form), num_warps=_warps(block),
     )  # fmt: skip
     return Activation(out, scales)
 
@@ -265,20 +292,21 @@ def dequantise(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _rotate_write_kernel(
-    qkv, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, eps,
+    qkv, step, out, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, eps,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, KV_INT8: tl.constexpr, KV_FP8: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, KV_INT8: tl.constexpr,
+    KV_FP8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HALF)
     inside = d < D // 2
     mask = (head < H + 2 * V)[:, None] & inside[None, :]
-    source = qkv + row * (H + 2 * V) * D + head[:, None] * D + d[None, :]
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32)
+    at = row * (H + 2 * V) * D + head[:, None] * D + d[None, :]
+    first = _sum_parts(qkv + at, step, mask, PARTS)
+    second = _sum_parts(qkv + at + D // 2, step, mask, PARTS)
     rotates = (head < H + V)[:, None]
     if NORM:
         size = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D
@@ -297,8 +325,8 @@ def _rotate_write_kernel(
     turned_first = tl.where(rotates, first * cos - second * sin, first)
     turned_second = tl.where(rotates, second * cos + first * sin, second)
     is_q = mask & (head < H)[:, None]
-    tl.store(source, turned_first.to(qkv.dtype.element_ty), mask=is_q)
-    tl.store(source + D // 2, turned_second.to(qkv.dtype.element_ty), mask=is_q)
+    tl.store(out + at, turned_first.to(out.dtype.element_ty), mask=is_q)
+    tl.store(out + at + D // 2, turned_second.to(out.dtype.element_ty), mask=is_q)
 
     slot = tl.load(slots + row).to(tl.int64)
     block = tl.load(tables + slot * width + position // BLOCK_SIZE).to(tl.int64)
@@ -328,21 +356,109 @@ def rotate_write(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
-) -> None:
-    """Norms (if given) and rotates queries and keys, queries in place in ``qkv`` [T, (H + 2 V) D]; writes the cache.
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Norms (if given) and rotates queries and keys of ``qkv`` [T, (H + 2 V) D]; writes the cache.
 
-    ``rope`` [P, 2, D / 2] float32: cosines, sines.
+    Returns a tensor of that shape whose queries are rotated: ``qkv`` itself, or one in ``dtype`` if those were partial
+    sums. ``rope`` [P, 2, D / 2] float32: cosines, sines.
     """
     _, _, kv_heads, block_size, size = cache.values.shape
-    grid = (qkv.shape[0], triton.cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
+    parts, apart = _parts(qkv)
+    out = qkv if qkv.dim() == 2 else torch.empty(qkv.shape[1:], dtype=dtype, device=qkv.device)
+    grid = (out.shape[0], triton.cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
     kind = cache.values.dtype
     _rotate_write_kernel[grid](
-        qkv, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
+        qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
         step.slots, step.positions, step.tables, step.tables.shape[1],
         cache.values, cache.values if cache.scales is None else cache.scales, eps,
         num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
-        block_size, q_norm is not None, kind == torch.int8, kind == torch.float8_e4m3fn,
+        block_size, parts, q_norm is not None, kind == torch.int8, kind == torch.float8_e4m3fn,
     )  # fmt: skip
+    return out
+
+
+SKINNY_ROWS = 16
+"""Most rows of :func:`skinny_linear`."""
+
+
+@dataclass(frozen=True)
+class SkinnyPlan:
+    """How the weight of a skinny product is cut up."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    """Pieces of the inner dimension, each with a partial sum of its own: enough programs to fill the device."""
+    warps: int
+    stages: int
+
+
+def skinny_plans(outputs: int, inputs: int, multiprocessors: int) -> list[SkinnyPlan]:
+    """Plans worth timing for a weight [outputs, inputs]."""
+    plans = []
+    for block_n, block_k, warps, stages in (
+        (16, 512, 4, 4), (32, 256, 4, 5), (64, 128, 4, 6), (64, 256, 4, 4), (128, 128, 4, 5),
+    ):  # fmt: skip
+        if outputs % block_n or inputs % block_k:
+            continue
+        for waves in (2, 4):
+            splits = 1
+            while splits < 8 and outputs // block_n * splits < waves * multiprocessors:
+                splits *= 2
+            plan = SkinnyPlan(block_n, block_k, splits, warps, stages)
+            if inputs % (splits * block_k) == 0 and plan not in plans:
+                plans.append(plan)
+    return plans
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _skinny_kernel(
+    x, weight, x_scale, weight_scale, out, rows,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    EACH: tl.constexpr = K // SPLITS
+    weights = weight + n.to(tl.int64)[:, None] * K + split * EACH + k[None, :]
+    inputs = x + m[:, None] * K + split * EACH + k[None, :]
+    mask = (m < rows)[:, None]
+    scale = tl.load(x_scale) * tl.load(weight_scale)
+    if BLOCK_N >= 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
+        tall = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        for start in range(0, EACH, BLOCK_K):
+            a = tl.load(inputs + start, mask=mask, other=0.0)
+            tall = tl.dot(tl.load(weights + start), tl.trans(a), tall)
+        target = out + (split * rows + m)[None, :] * N + n[:, None]
+        tl.store(target, tall * scale, mask=(m < rows)[None, :])
+    else:
+        flat = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        for start in range(0, EACH, BLOCK_K):
+            a = tl.load(inputs + start, mask=mask, other=0.0)
+            flat = tl.dot(a, tl.trans(tl.load(weights + start)), flat)
+        target = out + (split * rows + m)[:, None] * N + n[None, :]
+        tl.store(target, flat * scale, mask=mask)
+
+
+def skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, plan: SkinnyPlan
+) -> torch.Tensor:
+    """``x`` [T <= 16, K] times ``weight`` [N, K], e4m3: partial sums [S, T, N] float32, in a fixed order.
+
+    With few rows a product is bound by reading the weight once; splitting the inner dimension keeps all of the
+    device reading, and the sums are added up by the kernel that reads them anyway.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    out = torch.empty(plan.splits, rows, outputs, dtype=torch.float32, device=x.device)
+    _skinny_kernel[(outputs // plan.block_n, plan.splits)](
+        x, weight, x_scale, weight_scale, out, rows,
+        outputs, inputs, SKINNY_ROWS, plan.block_n, plan.block_k, plan.splits,
+        num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -628,9 +744,11 @@ def scatter(target: torch.Tensor, updates: torch.Tensor) -> None:
     _scatter_kernel[(triton.cdiv(count, 256),)](target, updates, count, 256)
 
 
-def _output(rows: int, size: int, form: Form, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _output(
+    rows: int, size: int, form: Form, like: torch.Tensor, plain: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     dtype = {
-        Form.PLAIN: like.dtype, Form.FP8_STATIC: torch.float8_e4m3fn,
+        Form.PLAIN: plain or like.dtype, Form.FP8_STATIC: torch.float8_e4m3fn,
         Form.INT8_TOKEN: torch.int8, Form.FP8_TOKEN: torch.float8_e4m3fn,
     }[form]  # fmt: skip
     scales = None

@@ -36,7 +36,7 @@ from torch_engine.text import TokenBytes  # noqa: E402
 from torch_engine.weights import Checkpoint  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
-PARTS = ("kernels", "families", "throughput", "profile")
+PARTS = ("kernels", "families", "stress", "throughput", "profile")
 LLAMA_ROPE = Rope(
     500000.0,
     (
@@ -128,6 +128,8 @@ def llama_engine(options: argparse.Namespace) -> Engine:
         part="engine", description=engine.info.description, load_s=round(time.perf_counter() - started, 1),
         memory_gib=round(torch.cuda.memory_allocated() / 2**30, 1),
     )  # fmt: skip
+    if engine.kernels.tuned:
+        report(part="tuning", microseconds=engine.kernels.tuned)
     return engine
 
 
@@ -380,6 +382,47 @@ class Fp8View(Checkpoint):
         return codes.to(device), *scales, None if bias is None else bias.to(device)
 
 
+def stress(options: argparse.Namespace) -> None:
+    """1,000 requests of random lengths, some cancelled, with too few KV blocks: all end and everything returns."""
+    from tests.tiny import tiny_checkpoint
+
+    chance = random.Random(5)
+    count = 1000 if DEVICE == "cuda" else 10
+    with tempfile.TemporaryDirectory() as folder:
+        engine = small_engine(
+            tiny_checkpoint(folder), compute_dtype="bfloat16" if DEVICE == "cuda" else "float32",
+            num_kv_blocks=64, max_batch_size=32, max_num_tokens=128, batch_scheduler_policy="max_utilization",
+            max_queue_size=0,
+        )  # fmt: skip
+        wanted = {}
+        for number in range(count):
+            prompt = [chance.randrange(3, 250) for _ in range(chance.randrange(1, 120))]
+            wanted[number] = chance.randrange(1, 60)
+            engine.add(number, GenerationRequest(prompt, wanted[number], end_id=-1))
+        ended: dict[int, int] = defaultdict(int)
+        cancelled = wrong = steps = 0
+        memory = None
+        while engine.busy:
+            steps += 1
+            for number, output in engine.step():
+                ended[number] += len(output.token_ids)
+                wrong += output.error is not None
+            if chance.random() < 0.1 and engine.sequences:
+                engine.cancel(chance.choice(list(engine.sequences)))
+                cancelled += 1
+            if steps == 100 and DEVICE == "cuda":
+                memory = torch.cuda.memory_reserved()
+        engine.audit()
+        grown = torch.cuda.memory_reserved() - memory if memory else 0
+    complete = sum(ended[number] == length for number, length in wanted.items())
+    ok = not wrong and complete >= count - cancelled and engine.stats.kv_blocks_free == 64 and grown <= 2**26
+    detail = (
+        f"{complete} complete, {cancelled} cancelled, {engine.scheduler.num_preemptions} preemptions, "
+        f"{steps} steps, memory grew by {grown} bytes"
+    )
+    check(f"stress: {count} requests", ok, detail)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
@@ -413,7 +456,7 @@ def main() -> int:
                 engine = engine or llama_engine(options)
                 {"throughput": throughput, "profile": profile}[part](engine, options)
             else:
-                {"kernels": kernels, "families": families}[part](options)
+                {"kernels": kernels, "families": families, "stress": stress}[part](options)
         except Exception as error:
             traceback.print_exc()
             report(part=part, failed=f"{type(error).__name__}: {error}"[:500])

@@ -57,7 +57,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    return {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    return {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
 
 
 def expanded(activation, form: Form, scale: torch.Tensor | None) -> torch.Tensor:
@@ -242,7 +242,7 @@ class TestKernels:
         flat = qkv.reshape(step_rows, -1).clone()
         ops.rotate_write(flat, cache, step, rope, heads, q_norm, k_norm, 1e-5)
         got = read_cache(cache)
-        tolerance = {"compute": tolerance_of(dtype), "fp8": 4e-2, "int8": 1.2e-2}[kind]
+        tolerance = max(tolerance_of(dtype), {"compute": 0.0, "fp8": 4e-2, "int8": 1.2e-2}[kind])
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
             block = tables[slot][position // block_size]
             close(got[block, :, :, position % block_size], writes[row], tolerance)

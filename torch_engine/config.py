@@ -47,6 +47,8 @@ class EngineConfig:
     """CUDA: KV cache; ``auto`` is ``fp8`` where the GPU has it, else ``compute_dtype``."""
     cuda_graphs: bool = True
     """CUDA: decode steps run as captured graphs."""
+    cuda_tuning: bool = True
+    """CUDA: times the FP8 products for few rows at load (half a minute, the first time) and keeps the fastest."""
     block_size: int = 16
     num_kv_blocks: int = 2048
     max_batch_size: int = 64

@@ -96,7 +96,8 @@ class CudaRunner(Runner):
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.graph_bytes = 0
         if config.cuda_graphs and on_gpu:
-            model.kernels.tune(model.layers)
+            if config.cuda_tuning:
+                model.kernels.tune(model.layers)
             self._capture(self._ladder(slots))
 
     @staticmethod

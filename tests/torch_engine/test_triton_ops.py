@@ -26,7 +26,10 @@ RUNS = HAS_TRITON and (ON_GPU or INTERPRETED)
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 
+LINEAR_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
 if RUNS:
+    from torch_engine.kernels import cuda
     from torch_engine.kernels import triton_ops as ops
     from torch_engine.kernels.triton_ops import Form
 
@@ -251,6 +254,49 @@ class TestKernels:
             out = ops.attend(flat, cache, step, heads, 0.2, window, softcap, splits, form, scale).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
+
+
+class TestLinears:
+    """Each linear on the activations that it asks for, against the product of the unquantised operands."""
+
+    pytestmark = kernel
+
+    @pytest.fixture
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.randn(5, 128, device=DEVICE).to(LINEAR_DTYPE)
+        return x, torch.randn(192, 128, device=DEVICE) / 11, torch.randn(192, device=DEVICE)
+
+    def error(self, linear, x: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+        activation = ops.quantise(x, linear.form, linear.input_scale) if linear.form else ops.Activation(x)
+        out = linear(activation).float()
+        out = out.sum(0) if out.dim() == 3 else out
+        close(out if linear.column_scales is None else out * linear.column_scales, expected, tolerance)
+
+    @pytest.mark.parametrize("plan", [None, (32, 64, 2), (64, 32, 4)])
+    def test_fp8(self, operands, plan: tuple | None) -> None:
+        x, weight, bias = operands
+        scale, input_scale = weight.abs().amax() / 448, torch.tensor(8 / 448, device=DEVICE)
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        rounded = (x.float() / input_scale).to(torch.float8_e4m3fn).float() * input_scale
+        expected = rounded @ (codes.float() * scale).t()
+        linear = cuda.Fp8Linear(codes, scale, input_scale, None, LINEAR_DTYPE)
+        if plan:
+            linear.plan = ops.SkinnyPlan(*plan, 4, 2)
+        # The codes of the activations are the same but for ties: what is left is the product itself.
+        self.error(linear, x, expected, 1e-2)
+        self.error(linear, x, x.float() @ weight.t(), 5e-2)
+        if not plan:
+            biased = cuda.Fp8Linear(codes, scale, input_scale, bias.to(LINEAR_DTYPE), LINEAR_DTYPE)
+            self.error(biased, x, expected + bias, 1e-2)
+
+    def test_int8(self, operands) -> None:
+        x, weight, bias = operands
+        linear = cuda.Int8Linear(weight.to(LINEAR_DTYPE), bias.to(LINEAR_DTYPE), LINEAR_DTYPE)
+        self.error(linear, x, x.float() @ weight.t() + bias, 2e-2)
+
+    def test_fp8_head(self, operands) -> None:
+        x, weight, _ = operands
+        self.error(cuda.Fp8Head(weight.to(LINEAR_DTYPE), LINEAR_DTYPE), x, x.float() @ weight.t(), 5e-2)
 
 
 class TestEngine:

@@ -18,6 +18,7 @@ import torch
 
 from torch_engine.config import EngineConfig
 from torch_engine.kernels import triton_ops
+from torch_engine.kernels.cuda import CudaKernels, CudaLinear
 from torch_engine.kernels.triton_ops import AttentionInput
 from torch_engine.model import Model
 from torch_engine.runner import Runner, Ticket
@@ -70,9 +71,10 @@ class CudaRunner(Runner):
     lags = True
 
     @torch.inference_mode()
-    def __init__(self, model: Model, config: EngineConfig) -> None:
+    def __init__(self, model: Model, kernels: CudaKernels, config: EngineConfig) -> None:
         super().__init__(model, config.num_kv_blocks + 1, config.block_size)  # one block for padding rows
-        device = self.device = model.kernels.device
+        device = self.device = kernels.device
+        self.head: CudaLinear = model.lm_head  # type: ignore[assignment]
         slots = config.max_batch_size
         self.width = -(-config.max_seq_len // config.block_size)
         self.tables = torch.zeros(slots + 1, self.width, dtype=torch.int32, device=device)
@@ -81,7 +83,7 @@ class CudaRunner(Runner):
         self.spare = slots
         self.tokens = torch.zeros(max(slots, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
         spec = model.spec
-        self.tile = triton_ops.tile_tokens(model.kernels.dtype, spec.num_groups)
+        self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
         tiles = config.max_num_tokens // self.tile + slots + 1
         # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables; alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
@@ -97,7 +99,7 @@ class CudaRunner(Runner):
         self.graph_bytes = 0
         if config.cuda_graphs and on_gpu:
             if config.cuda_tuning:
-                model.kernels.tune(model.layers)
+                kernels.tune(model.layers)
             self._capture(self._ladder(slots))
 
     @staticmethod
@@ -141,9 +143,8 @@ class CudaRunner(Runner):
 
     def _forward(self, step: CudaStep) -> torch.Tensor:
         logits = self.model.raw_logits(step, self.caches)
-        head = self.model.lm_head
         tokens = self.tokens[: logits.shape[0]]
-        triton_ops.argmax(logits, step.logit_slots, self.last, tokens, head.column_scales)
+        triton_ops.argmax(logits, step.logit_slots, self.last, tokens, self.head.column_scales)
         return logits
 
     # Steps -----------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class CudaRunner(Runner):
 
     def _sample(self, logits: torch.Tensor, sampling: list[Sequence]) -> list[Sampled]:
         logits = logits.float()
-        if (scales := self.model.lm_head.column_scales) is not None:
+        if (scales := self.head.column_scales) is not None:
             logits *= scales
         return sample(self.model.finished(logits), sampling, self.model.kernels.argmax)
 
@@ -228,8 +229,8 @@ class CudaRunner(Runner):
                 sampled.append((total - 1, slot))
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
-        rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)] if sampled else []
-        parts = [*np.concatenate(columns, axis=1), np.array(tiles, dtype=np.int32).reshape(-1), *rows]
+        sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
+        parts = [*np.concatenate(columns, axis=1), np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
         ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
         where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4))
         logit_rows, logit_slots = logits or self._nothing()

@@ -87,9 +87,9 @@ class Engine:
     def _runner(self) -> Runner:
         if self.kernels.name != "cuda":
             return Runner(self.model, self.config.num_kv_blocks, self.config.block_size)
-        from torch_engine.cuda_runner import CudaRunner
+        from torch_engine.cuda_runner import CudaRunner  # needs Triton's language, which a CPU does without
 
-        return CudaRunner(self.model, self.config)
+        return CudaRunner(self.model, self.kernels, self.config)  # type: ignore[arg-type]
 
     def _describe(self) -> str:
         spec, config = self.model.spec, self.config

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from torch_engine.families import LayerSpec
-from torch_engine.kernels.pytorch import Linear, PyTorchKernels, StepInput
+from torch_engine.kernels.pytorch import Cache, Linear, PyTorchKernels, StepInput
 from torch_engine.rope import rope_table
 from torch_engine.weights import Checkpoint
 
@@ -79,7 +80,7 @@ class Model:
             layer.q_norm, layer.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
         return layer
 
-    def new_caches(self, num_blocks: int, block_size: int) -> list[torch.Tensor]:
+    def new_caches(self, num_blocks: int, block_size: int) -> list[Cache]:
         """A KV cache for each layer; one block more than asked for, which padding may read and write."""
         spec = self.spec
         return [
@@ -87,15 +88,16 @@ class Model:
             for _ in self.layers
         ]
 
-    def forward(self, step: StepInput, caches: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, step: StepInput, caches: list[Cache]) -> torch.Tensor:
         """Runs one step; fills the caches and returns logits [sampled, vocab] in float32."""
         return self.finished(self.raw_logits(step, caches))
 
-    def raw_logits(self, step: StepInput, caches: list[torch.Tensor]) -> torch.Tensor:
+    def raw_logits(self, step: Any, caches: list[Cache]) -> torch.Tensor:
         """Logits as the output head gives them: their order is right, their values are before the soft cap."""
         kernels, spec = self.kernels, self.spec
         x = kernels.embed(step, self.embedding, self.embedding_scale)
-        delta, post = None, None
+        delta: torch.Tensor | None = None
+        post: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             h, x = kernels.add_norm(x, delta, post, layer.input_norm, spec.norm_eps, layer.qkv)
             h = kernels.attention(layer.qkv(h), layer, spec, self.ropes[layer.spec.rope], cache, step)
@@ -106,7 +108,8 @@ class Model:
             h = kernels.gate(layer.gate_up(h), spec.activation, layer.down)
             delta, post = layer.down(h), layer.mlp_out_norm
         if step.logit_rows is not None:
-            x, delta = x.index_select(0, step.logit_rows), delta.index_select(-2, step.logit_rows)
+            x = x.index_select(0, step.logit_rows)
+            delta = None if delta is None else delta.index_select(-2, step.logit_rows)
         h, _ = kernels.add_norm(x, delta, post, self.norm, spec.norm_eps, self.lm_head)
         return self.lm_head(h)
 

@@ -8,7 +8,7 @@ that nothing is quantised in a pass of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,7 @@ class Int8Linear:
         self.scales, self.bias, self.dtype = scales, bias, dtype
 
     def __call__(self, x: Activation) -> torch.Tensor:
+        assert x.scales is not None
         codes = x.values
         if codes.shape[0] < INT8_MIN_ROWS:
             codes = F.pad(codes, (0, 0, 0, INT8_MIN_ROWS - codes.shape[0]))
@@ -113,6 +114,7 @@ class Fp8Head:
         self.dtype = dtype
 
     def __call__(self, x: Activation) -> torch.Tensor:
+        assert x.scales is not None
         logits = _scaled_mm(x.values, self.weight, self.one, self.one, None, self.dtype)
         return logits.mul_(x.scales[:, None])
 
@@ -169,8 +171,9 @@ class CudaKernels(PyTorchKernels):
             stored = checkpoint.fused_fp8(modules, self.device)
             if stored is not None and all(size % 16 == 0 for size in stored[0].shape):
                 self._count("FP8 W8A8")
-                *scaled, bias = stored
-                return Fp8Linear(*scaled, None if bias is None else bias.to(self.dtype), self.dtype)
+                codes, scale, input_scale, bias = stored
+                bias = None if bias is None else bias.to(self.dtype)
+                return Fp8Linear(codes, scale, input_scale, bias, self.dtype)
             if stored is not None:
                 self._count("FP8 dequantised (shape is no multiple of 16)")
         return self._linear(*checkpoint.fused(modules, self.dtype), head)
@@ -197,14 +200,14 @@ class CudaKernels(PyTorchKernels):
 
     # The step --------------------------------------------------------------------------------------
 
-    def embed(self, step, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def embed(self, step: Any, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return triton_ops.embed(step.ids, step.attention.slots, step.last, table, float(factor))
 
-    def add_norm(self, x, delta, post, weight, eps, reader: CudaLinear) -> tuple[Activation, torch.Tensor]:
+    def add_norm(self, x, delta, post, weight, eps, reader: Any) -> tuple[Activation, torch.Tensor]:
         """In place in ``x``."""
         return triton_ops.add_norm(x, delta, post, weight, eps, reader.form, reader.input_scale), x
 
-    def gate(self, gate_up: torch.Tensor, activation: str, reader: CudaLinear) -> Activation:
+    def gate(self, gate_up: torch.Tensor, activation: str, reader: Any = None) -> Activation:
         return triton_ops.gate(gate_up, activation, self.dtype, reader.form, reader.input_scale)
 
     def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> KVCache:
@@ -217,14 +220,14 @@ class CudaKernels(PyTorchKernels):
         return KVCache(torch.zeros(shape, dtype=dtype, device=self.device), scales)
 
     def attention(
-        self, qkv: torch.Tensor, layer: Layer, spec: ModelSpec, rope: torch.Tensor, cache: KVCache, step
+        self, qkv: torch.Tensor, layer: Layer, spec: ModelSpec, rope: torch.Tensor, cache: KVCache, step: Any
     ) -> Activation:
         where: AttentionInput = step.attention
         qkv = triton_ops.rotate_write(
             qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps, self.dtype
         )
         splits = triton_ops.num_splits(max(1, where.num_decodes), spec.num_kv_heads, self.multiprocessors)
-        reader = layer.out
+        reader: Any = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = triton_ops.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
@@ -247,10 +250,10 @@ class CudaKernels(PyTorchKernels):
                 continue
             outputs, inputs = linears[0].weight.shape
             x = Activation(torch.ones(8, inputs, device=self.device).to(torch.float8_e4m3fn))
-            times = {None: _time_all(linears, x, None)}
+            times: dict[SkinnyPlan | None, float] = {None: _time_all(linears, x, None)}
             for plan in triton_ops.skinny_plans(outputs, inputs, self.multiprocessors):
                 times[plan] = _time_all(linears, x, plan)
-            best = min(times, key=times.get)
+            best = min(times, key=lambda plan: times[plan])
             # Our partial sums cost their reader a little: a close race goes to the library.
             if times[best] > 0.95 * times[None]:
                 best = None

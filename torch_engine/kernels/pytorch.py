@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,11 @@ from torch_engine.weights import Checkpoint
 if TYPE_CHECKING:
     from torch_engine.model import Layer
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Hidden = Any
+"""What a linear reads: here a tensor [T, N], elsewhere what the implementation's other kernels write for it."""
+Linear = Callable[[Hidden], torch.Tensor]
+Cache = Any
+"""One layer's KV cache: here a tensor, elsewhere the implementation's own."""
 
 PACKED_ROWS = 16
 """Rows that a packed CPU weight is laid out for; measured best across batch 1 to 256."""
@@ -91,7 +95,7 @@ class PyTorchKernels:
         """The linear of one or several modules of a checkpoint, stacked along the output."""
         return self.linear(*checkpoint.fused(modules, self.dtype))
 
-    def embed(self, step: StepInput, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def embed(self, step: Any, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Embeddings of the step's tokens out of ``table``, times ``factor``: [T, N]."""
         x = F.embedding(step.token_ids, table)
         return x if factor == 1.0 else x * factor
@@ -119,7 +123,7 @@ class PyTorchKernels:
         weight: torch.Tensor,
         eps: float,
         reader: Linear,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Hidden, torch.Tensor]:
         """Adds ``delta``, normed by ``post`` if given, to the residual ``x``; returns its norm and the new ``x``.
 
         ``reader`` is the linear that reads the norm: an implementation may return it in a form of its own.
@@ -128,7 +132,7 @@ class PyTorchKernels:
             x = x + (delta if post is None else self.rms_norm(delta, post, eps))
         return self.rms_norm(x, weight, eps), x
 
-    def gate(self, gate_up: torch.Tensor, activation: str, reader: Linear | None = None) -> torch.Tensor:
+    def gate(self, gate_up: torch.Tensor, activation: str, reader: Linear | None = None) -> Hidden:
         """``[T, 2 I] -> [T, I]``: activation of the first half times the second; ``reader`` as in add_norm."""
         gate, up = gate_up.chunk(2, dim=-1)
         gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
@@ -141,7 +145,7 @@ class PyTorchKernels:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
+    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Cache:
         """One layer's KV cache: [num_blocks, block_size, 2, V, D]."""
         shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
@@ -152,14 +156,14 @@ class PyTorchKernels:
         layer: Layer,
         spec: ModelSpec,
         rope: torch.Tensor,
-        cache: torch.Tensor,
-        step: StepInput,
-    ) -> torch.Tensor:
+        cache: Cache,
+        step: Any,
+    ) -> Hidden:
         """From the projection ``qkv`` [T, (H + 2 V) D] to what ``layer.out`` reads, [T, H D]; fills ``cache``."""
         kv_heads, eps = spec.num_kv_heads, spec.norm_eps
         heads = qkv.view(qkv.shape[0], spec.num_heads + 2 * kv_heads, spec.head_dim)
         qk, v = heads.split([spec.num_heads + kv_heads, kv_heads], dim=1)
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([spec.num_heads, kv_heads], dim=1)
             qk = torch.cat([self.rms_norm(q, layer.q_norm, eps), self.rms_norm(k, layer.k_norm, eps)], dim=1)
         qk = self.rotate(qk, rope, step.positions)

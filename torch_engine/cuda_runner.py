@@ -101,6 +101,8 @@ class CudaRunner(Runner):
             if config.cuda_tuning:
                 kernels.tune(model.layers)
             self._capture(self._ladder(slots))
+        if on_gpu:
+            self._warm_up(min(config.max_num_tokens, config.max_seq_len))
 
     @staticmethod
     def _ladder(slots: int) -> list[int]:
@@ -134,6 +136,16 @@ class CudaRunner(Runner):
             self.graphs[size] = graph, logits
         torch.cuda.empty_cache()
         self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
+
+    def _warm_up(self, longest: int) -> None:
+        """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
+        for count in (min(rows, longest) for rows in (triton_ops.SKINNY_ROWS, 4 * triton_ops.SKINNY_ROWS)):
+            columns = np.zeros((3, count), dtype=np.int32)
+            columns[1], columns[2] = self.spare, np.arange(count)
+            tiles = self._tiles(0, count, 0, self.spare)
+            self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare)], [], 0)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
 
     def _decode(self, size: int) -> torch.Tensor:
         """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
@@ -222,15 +234,33 @@ class CudaRunner(Runner):
                 rows[1] = slot
                 rows[2] = np.arange(first, first + count)
                 columns.append(rows)
-                for begin in range(0, count, self.tile):
-                    tiles.append((total + begin, min(self.tile, count - begin), first + begin, slot))
+                tiles += self._tiles(total, count, first, slot)
             total += count
             if chunk.samples:
                 sampled.append((total - 1, slot))
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
+        return self._mixed(staging, np.concatenate(columns, axis=1), tiles, sampled, updates, decodes)
+
+    def _tiles(self, row: int, count: int, first: int, slot: int) -> list[tuple[int, int, int, int]]:
+        """The pieces of a prompt chunk that starts at ``row`` of the step and at position ``first``."""
+        return [
+            (row + begin, min(self.tile, count - begin), first + begin, slot)
+            for begin in range(0, count, self.tile)
+        ]
+
+    def _mixed(
+        self,
+        staging: Staging,
+        columns: np.ndarray,
+        tiles: list[tuple[int, int, int, int]],
+        sampled: list[tuple[int, int]],
+        updates: list[tuple[int, int]],
+        decodes: int,
+    ) -> torch.Tensor:
+        """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows and their slots."""
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
-        parts = [*np.concatenate(columns, axis=1), np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
+        parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
         ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
         where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4))
         logit_rows, logit_slots = logits or self._nothing()

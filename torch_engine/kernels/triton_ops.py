@@ -618,8 +618,12 @@ def tile_tokens(dtype: torch.dtype, group: int) -> int:
 
 
 def num_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:
-    """Pieces that the keys of a decode are cut into, a power of two: enough programs to fill the device."""
-    return min(64, triton.next_power_of_2(max(1, 4 * multiprocessors // (rows * kv_heads))))
+    """Pieces that the keys of a decode are cut into, so that there are programs enough to fill the device.
+
+    1, 4, 16 or 64: each is a kernel of its own to compile.
+    """
+    wanted = 4 * multiprocessors // (rows * kv_heads)
+    return max(splits for splits in (1, 4, 16, 64) if splits <= max(wanted, 1))
 
 
 def attend(

@@ -13,6 +13,9 @@ ENGINE_FILE = "engine.json"
 SCHEDULER_POLICIES = ("guaranteed_no_evict", "max_utilization")
 DEVICES = ("cpu", "cuda")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", *COMPUTE_DTYPES, "fp8", "int8")
+WEIGHT_PRECISIONS = ("auto", "dequantised", "int8")
+LM_HEAD_PRECISIONS = ("auto", "fp8")
 
 
 class ConfigError(ValueError):
@@ -36,6 +39,16 @@ class EngineConfig:
     """Implementation of the kernel interface: ``auto`` or a name in ``torch_engine.kernels``."""
     kernel_library: str = ""
     """Compiled CPU kernels of this build (relative to the engine folder in the file); empty = none."""
+    weight_precision: str = "auto"
+    """CUDA: ``auto`` follows the checkpoint, ``dequantised`` computes in ``compute_dtype``, ``int8`` is W8A8."""
+    lm_head_precision: str = "auto"
+    """CUDA: ``auto`` follows the checkpoint; ``fp8`` quantises the output head when it is loaded."""
+    kv_dtype: str = "auto"
+    """CUDA: KV cache; ``auto`` is ``fp8`` where the GPU has it, else ``compute_dtype``."""
+    cuda_graphs: bool = True
+    """CUDA: decode steps run as captured graphs."""
+    cuda_tuning: bool = True
+    """CUDA: times the FP8 products for few rows at load (half a minute, the first time) and keeps the fastest."""
     block_size: int = 16
     num_kv_blocks: int = 2048
     max_batch_size: int = 64
@@ -66,6 +79,12 @@ class EngineConfig:
         require(
             self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", f"use one of {', '.join(COMPUTE_DTYPES)}"
         )
+        for name, allowed in (
+            ("weight_precision", WEIGHT_PRECISIONS),
+            ("lm_head_precision", LM_HEAD_PRECISIONS),
+            ("kv_dtype", KV_DTYPES),
+        ):
+            require(getattr(self, name) in allowed, name, f"use one of {', '.join(allowed)}")
         require(
             self.batch_scheduler_policy in SCHEDULER_POLICIES,
             "batch_scheduler_policy",

@@ -1,22 +1,25 @@
 """The engine: add requests, call :meth:`Engine.step` as long as there is work, read what comes out.
 
-Single-threaded and synchronous; ``torch_engine.server`` puts a process and a socket around it.
+Single-threaded; ``torch_engine.server`` puts a process and a socket around it.
+
+On a GPU the host works one step ahead: step n + 1 is scheduled and launched while the device still runs
+step n, and only then are the tokens of step n fetched. The input tokens of step n + 1 never leave the
+device. A sequence whose end the host learns of a step late has run once more for nothing; that token is
+dropped. Its blocks can be given away at once all the same, because the device runs the steps in order.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from torch_engine import kernels
 from torch_engine.blocks import BlockManager
 from torch_engine.config import EngineConfig
 from torch_engine.families import load_spec
-from torch_engine.kernels.pytorch import PrefillChunk, StepInput
 from torch_engine.model import Model
 from torch_engine.request import (
     Code,
@@ -27,7 +30,7 @@ from torch_engine.request import (
     RequestError,
     RequestOutput,
 )
-from torch_engine.sampling import sample
+from torch_engine.runner import Runner, Ticket
 from torch_engine.scheduler import Chunk, Scheduler
 from torch_engine.sequence import Sequence
 from torch_engine.text import TokenBytes
@@ -37,21 +40,37 @@ Outputs = list[tuple[Any, RequestOutput]]
 """Request keys, each with what became of its request."""
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A launched step whose tokens have not been fetched."""
+
+    chunks: list[Chunk]
+    sampling: list[Sequence]
+    ticket: Ticket
+
+
 class Engine:
     """In-flight batching over one model on one device.
+
+    Args:
+        config: what to run and how.
+        checkpoint, tokens: instead of the ones in ``config.model_dir``.
 
     Raises on construction:
         ConfigError, UnsupportedModel, UnsupportedTokenizer: the configuration or checkpoint cannot run.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, checkpoint: Checkpoint | None = None, tokens: TokenBytes | None = None
+    ) -> None:
         self.config = config
-        spec = load_spec(config.model_dir)
-        self.tokens = TokenBytes.from_dir(config.model_dir)
+        checkpoint = checkpoint or Checkpoint(config.model_dir, load_spec(config.model_dir))
+        spec = checkpoint.spec
+        self.tokens = tokens or TokenBytes.from_dir(config.model_dir)
         self.kernels = kernels.choose(config)
         with torch.inference_mode():
-            self.model = Model(Checkpoint(config.model_dir, spec), self.kernels, config.max_seq_len)
-            self.caches = self.model.new_caches(config.num_kv_blocks, config.block_size)
+            self.model = Model(checkpoint, self.kernels, config.max_seq_len)
+            self.runner = self._runner()
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
         self.scheduler = Scheduler(config, self.blocks)
         self.sequences: dict[Any, Sequence] = {}
@@ -63,14 +82,26 @@ class Engine:
             description=self._describe(),
         )
         self._stats = EngineStats()
+        self._flight: Flight | None = None
+        self._host_sampled: set[object] = set()
+        """Keys of live requests whose next token is not simply the argmax: they are served without lag."""
+
+    def _runner(self) -> Runner:
+        if self.kernels.name != "cuda":
+            return Runner(self.model, self.config.num_kv_blocks, self.config.block_size)
+        from torch_engine.cuda_runner import CudaRunner  # needs Triton's language, which a CPU does without
+
+        return CudaRunner(self.model, self.kernels, self.config)  # type: ignore[arg-type]
 
     def _describe(self) -> str:
         spec, config = self.model.spec, self.config
         weights = f"FP8 weights, computed in {config.compute_dtype}" if spec.fp8 else config.compute_dtype
+        if self.kernels.name == "cuda":
+            weights = f"{'FP8' if spec.fp8 else 'unquantised'} checkpoint, {config.compute_dtype} activations"
         return (
             f"{spec.architecture} with {spec.num_layers} layers, {weights}, {self.kernels.describe()} on "
             f"{config.device}, {config.num_kv_blocks} KV blocks of "
-            f"{config.block_size} tokens, {config.batch_scheduler_policy}"
+            f"{config.block_size} tokens, {config.batch_scheduler_policy}{self.runner.describe()}"
         )
 
     @property
@@ -93,6 +124,8 @@ class Engine:
         arrival = arrival_ns or time.time_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
         self.sequences[key] = sequence
+        if not sequence.samples_on_device:
+            self._host_sampled.add(key)
         self.scheduler.add(sequence)
 
     def _validate(self, request: GenerationRequest) -> None:
@@ -116,56 +149,75 @@ class Engine:
 
     def cancel(self, key: Any) -> RequestOutput | None:
         """Stops a request; returns its last output, or None if it has ended already."""
-        sequence = self.sequences.pop(key, None)
+        sequence = self.sequences.get(key)
         if sequence is None:
             return None
-        self.scheduler.remove(sequence)
+        self._retire(sequence)
         return sequence.end(FinishReason.CANCELLED)
 
     def step(self) -> Outputs:
-        """Runs one step; returns what became of which request.
+        """Launches one step; returns what became of which request since the last call.
 
+        With lag (see above) that is the step launched by the last call, otherwise the one launched by this.
         A failing step ends the requests that took part in it with INTERNAL, no others.
         """
         outputs = self._expire()
+        lags = self.runner.lags and not self._host_sampled
+        if not lags:
+            outputs += self._land()
         chunks = self.scheduler.schedule()
         self._count(chunks)
-        if not chunks:
-            return outputs
-        try:
-            sampled = self._run(chunks)
-        except Exception as error:
-            return outputs + self._fail(chunks, error)
-        for chunk in chunks:
-            samples = chunk.samples
-            chunk.sequence.computed(self.blocks, chunk.num_tokens)
-            if samples:
-                token = sampled[chunk.sequence]
-                output = chunk.sequence.append(token.token_id, token.log_prob)
-                if output is not None:
-                    outputs.append((chunk.sequence.key, output))
-                if chunk.sequence.finish_reason is not None:
-                    self._retire(chunk.sequence)
-        return outputs
+        launched = None
+        if chunks:
+            try:
+                launched = self._launch(chunks)
+            except Exception as error:
+                outputs += self._fail(chunks, error)
+        outputs += self._land()
+        self._flight = launched
+        return outputs if lags else outputs + self._land()
 
-    @torch.inference_mode()
-    def _run(self, chunks: list[Chunk]) -> dict:
-        step = build_step(chunks, self.config.block_size, self.kernels.device)
-        logits = self.model.forward(step, self.caches)
+    def _launch(self, chunks: list[Chunk]) -> Flight:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        return (
-            dict(zip(sampling, sample(logits, sampling, self.kernels.argmax), strict=True))
-            if sampling
-            else {}
-        )
+        ticket = self.runner.launch(chunks, sampling)
+        for chunk in chunks:
+            chunk.sequence.computed(self.blocks, chunk.num_tokens)
+        for sequence in sampling:
+            sequence.num_pending += 1
+        return Flight(chunks, sampling, ticket)
+
+    def _land(self) -> Outputs:
+        """Fetches the tokens of the step in flight, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        try:
+            sampled = flight.ticket()
+        except Exception as error:
+            return self._fail(flight.chunks, error)
+        outputs: Outputs = []
+        for sequence, token in zip(flight.sampling, sampled, strict=True):
+            sequence.num_pending -= 1
+            if sequence.finish_reason is not None:
+                continue  # it has ended while this step was in flight
+            output = sequence.append(token.token_id, token.log_prob)
+            if output is not None:
+                outputs.append((sequence.key, output))
+            if sequence.finish_reason is not None:
+                self._retire(sequence)
+        return outputs
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
+        self.runner.forget(sequence)
         del self.sequences[sequence.key]
+        self._host_sampled.discard(sequence.key)
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> Outputs:
         outputs: Outputs = []
         for chunk in chunks:
+            if chunk.sequence.finish_reason is not None:
+                continue
             self._retire(chunk.sequence)
             output = chunk.sequence.end(FinishReason.ERROR)
             output.error = RequestError(
@@ -238,47 +290,3 @@ class Engine:
             if output.error is not None:
                 raise output.error
         return whole
-
-
-def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> StepInput:
-    """The tensors of one step; ``chunks`` has the single-token ones first."""
-    tokens: list[int] = []
-    positions: list[np.ndarray] = []
-    slots: list[np.ndarray] = []
-    prefills: list[PrefillChunk] = []
-    rows: list[int] = []
-    decodes: list[Chunk] = []
-    for chunk in chunks:
-        sequence, begin = chunk.sequence, chunk.sequence.num_computed
-        end, start = begin + chunk.num_tokens, len(tokens)
-        tokens += sequence.tokens[begin:end]
-        position = np.arange(begin, end)
-        table = np.asarray(sequence.block_table)
-        positions.append(position)
-        slots.append(table[position // block_size] * block_size + position % block_size)
-        if chunk.num_tokens == 1:
-            decodes.append(chunk)
-        else:
-            used = torch.from_numpy(table[: -(-end // block_size)]).to(device)
-            prefills.append(PrefillChunk(start, len(tokens), end, used))
-        if chunk.samples:
-            rows.append(len(tokens) - 1)
-    lengths = np.array([chunk.sequence.num_computed + 1 for chunk in decodes], dtype=np.int64)
-    longest = -(-int(lengths.max(initial=0)) // block_size)
-    tables = np.zeros((len(decodes), longest), dtype=np.int64)
-    for row, chunk in enumerate(decodes):
-        count = -(-int(lengths[row]) // block_size)
-        tables[row, :count] = chunk.sequence.block_table[:count]
-
-    def tensor(values: np.ndarray | list[int]) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
-
-    return StepInput(
-        token_ids=tensor(tokens),
-        positions=tensor(np.concatenate(positions)),
-        slots=tensor(np.concatenate(slots)),
-        decode_blocks=tensor(tables),
-        decode_lengths=tensor(lengths),
-        prefills=prefills,
-        logit_rows=tensor(rows),
-    )

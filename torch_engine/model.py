@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from torch_engine.families import LayerSpec
-from torch_engine.kernels.pytorch import Linear, PyTorchKernels, StepInput
+from torch_engine.kernels.pytorch import Cache, Linear, PyTorchKernels, StepInput
 from torch_engine.rope import rope_table
 from torch_engine.weights import Checkpoint
 
@@ -37,13 +37,15 @@ class Model:
         self.kernels = kernels
         dtype, device = kernels.dtype, kernels.device
         self.embedding = checkpoint.weight("model.embed_tokens", dtype).to(device)
-        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype, device=device)
+        # Rounded to the compute dtype, as the checkpoints' own code does; read on the host.
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype)
         self.layers = [self._load_layer(checkpoint, index) for index in range(spec.num_layers)]
         self.norm = self._norm(checkpoint, "model.norm")
         tied = spec.tie_embeddings and "lm_head.weight" not in checkpoint
-        self.lm_head = kernels.linear(
-            self.embedding if tied else checkpoint.weight("lm_head", dtype), checkpoint.bias("lm_head", dtype)
-        )
+        if tied:
+            self.lm_head = kernels.linear(self.embedding, checkpoint.bias("lm_head", dtype))
+        else:
+            self.lm_head = kernels.load_linear(checkpoint, ["lm_head"])
         self.ropes = {
             rope: rope_table(rope, spec.head_dim, max_seq_len, spec.max_position_embeddings).to(device)
             for rope in {layer.rope for layer in spec.layers}
@@ -53,11 +55,11 @@ class Model:
         return self.kernels.norm_weight(checkpoint.raw(f"{name}.weight"), self.spec.norm_plus_one)
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer:
-        spec, dtype = self.spec, self.kernels.dtype
+        spec = self.spec
         name = f"model.layers.{index}"
 
         def linear(*modules: str) -> Linear:
-            return self.kernels.linear(*checkpoint.fused([f"{name}.{module}" for module in modules], dtype))
+            return self.kernels.load_linear(checkpoint, [f"{name}.{module}" for module in modules])
 
         def norm(module: str) -> torch.Tensor:
             return self._norm(checkpoint, f"{name}.{module}")
@@ -78,7 +80,7 @@ class Model:
             layer.q_norm, layer.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
         return layer
 
-    def new_caches(self, num_blocks: int, block_size: int) -> list[torch.Tensor]:
+    def new_caches(self, num_blocks: int, block_size: int) -> list[Cache]:
         """A KV cache for each layer; one block more than asked for, which padding may read and write."""
         spec = self.spec
         return [
@@ -86,42 +88,32 @@ class Model:
             for _ in self.layers
         ]
 
-    def forward(self, step: StepInput, caches: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, step: StepInput, caches: list[Cache]) -> torch.Tensor:
         """Runs one step; fills the caches and returns logits [sampled, vocab] in float32."""
-        x = F.embedding(step.token_ids, self.embedding)
-        if self.spec.embedding_scale != 1.0:
-            x = x * self.embedding_scale
+        return self.finished(self.raw_logits(step, caches))
+
+    def raw_logits(self, step: Any, caches: list[Cache]) -> torch.Tensor:
+        """Logits as the output head gives them: their order is right, their values are before the soft cap."""
+        kernels, spec = self.kernels, self.spec
+        x = kernels.embed(step, self.embedding, self.embedding_scale)
+        delta: torch.Tensor | None = None
+        post: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = x + self._attention(layer, x, cache, step)
-            x = x + self._mlp(layer, x)
-        x = self.kernels.rms_norm(x.index_select(0, step.logit_rows), self.norm, self.spec.norm_eps)
-        logits = self.lm_head(x).float()
-        cap = self.spec.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _attention(self, layer: Layer, x: torch.Tensor, cache: torch.Tensor, step: StepInput) -> torch.Tensor:
-        spec, kernels = self.spec, self.kernels
-        eps = spec.norm_eps
-        qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, eps))
-        heads = qkv.view(x.shape[0], spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-        qk, v = heads.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split([spec.num_heads, spec.num_kv_heads], dim=1)
-            qk = torch.cat(
-                [kernels.rms_norm(q, layer.q_norm, eps), kernels.rms_norm(k, layer.k_norm, eps)], dim=1
+            h, x = kernels.add_norm(x, delta, post, layer.input_norm, spec.norm_eps, layer.qkv)
+            h = kernels.attention(layer.qkv(h), layer, spec, self.ropes[layer.spec.rope], cache, step)
+            delta = layer.out(h)
+            h, x = kernels.add_norm(
+                x, delta, layer.attention_out_norm, layer.mlp_norm, spec.norm_eps, layer.gate_up
             )
-        qk = kernels.rotate(qk, self.ropes[layer.spec.rope], step.positions)
-        q, k = qk.split([spec.num_heads, spec.num_kv_heads], dim=1)
-        out = kernels.attend(
-            q, k, v, cache, step, spec.attention_scale, layer.spec.window, spec.attention_softcap
-        )
-        out = layer.out(out.reshape(x.shape[0], -1))
-        return (
-            out if layer.attention_out_norm is None else kernels.rms_norm(out, layer.attention_out_norm, eps)
-        )
+            h = kernels.gate(layer.gate_up(h), spec.activation, layer.down)
+            delta, post = layer.down(h), layer.mlp_out_norm
+        if step.logit_rows is not None:
+            x = x.index_select(0, step.logit_rows)
+            delta = None if delta is None else delta.index_select(-2, step.logit_rows)
+        h, _ = kernels.add_norm(x, delta, post, self.norm, spec.norm_eps, self.lm_head)
+        return self.lm_head(h)
 
-    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        kernels, eps = self.kernels, self.spec.norm_eps
-        hidden = layer.gate_up(kernels.rms_norm(x, layer.mlp_norm, eps))
-        out = layer.down(kernels.gate(hidden, self.spec.activation))
-        return out if layer.mlp_out_norm is None else kernels.rms_norm(out, layer.mlp_out_norm, eps)
+    def finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """Raw logits in float32, soft-capped where the model asks for it."""
+        logits, cap = logits.float(), self.spec.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -61,19 +61,28 @@ class Scheduler:
         chunks: dict[Sequence, int] = {}
         budget = self.config.max_num_tokens
         for sequence in [*self._decoding(), *self._prefilling()]:
-            if sequence not in self.running:
+            if not sequence.block_table:
                 continue  # it was preempted just now
             count = min(sequence.num_remaining, budget)
-            if count == 0 or not self._make_room(sequence, count, chunks):
+            if count == 0:
                 continue
-            chunks[sequence] = count
-            budget = self.config.max_num_tokens - sum(chunks.values())
+            room, given_up = self._make_room(sequence, count, chunks)
+            budget += given_up
+            if room:
+                chunks[sequence] = count
+                budget -= count
+        promised = None
         while self.waiting and budget > 0 and len(self.running) < self.config.max_batch_size:
-            count = self._admit(self.waiting[0], budget)
+            if promised is None:
+                promised = self._promised()
+            sequence = self.waiting[0]
+            count = self._admit(sequence, budget, promised)
             if count == 0:
                 break
-            sequence = self.waiting.popleft()
+            self.waiting.popleft()
             self.running.append(sequence)
+            if self.config.batch_scheduler_policy == "guaranteed_no_evict":
+                promised += self._outstanding(sequence)
             chunks[sequence] = count
             budget -= count
         now = time.time_ns()
@@ -89,18 +98,22 @@ class Scheduler:
     def _prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.num_remaining > 1]
 
-    def _make_room(self, sequence: Sequence, count: int, chunks: dict[Sequence, int]) -> bool:
-        """Gives a running sequence the blocks for ``count`` more tokens, at the cost of younger ones if need be."""
+    def _make_room(self, sequence: Sequence, count: int, chunks: dict[Sequence, int]) -> tuple[bool, int]:
+        """Gives a running sequence the blocks for ``count`` more tokens, at the cost of younger ones if need be.
+
+        Returns whether it has them, and the budget that preempted chunks set free.
+        """
+        given_up = 0
         missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
         while missing > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
-            chunks.pop(victim, None)
+            given_up += chunks.pop(victim, 0)
             if victim is sequence:
-                return False
+                return False, given_up
         if missing > 0:
             sequence.grow(self.blocks, missing)
-        return True
+        return True, given_up
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
@@ -108,18 +121,24 @@ class Scheduler:
         self.waiting.appendleft(victim)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence, budget: int) -> int:
+    def _promised(self) -> int:
+        """Blocks that running sequences may still ask for and are sure to get."""
+        if self.config.batch_scheduler_policy != "guaranteed_no_evict":
+            return 0
+        return sum(self._outstanding(sequence) for sequence in self.running)
+
+    def _admit(self, sequence: Sequence, budget: int, promised: int) -> int:
         """Starts a waiting sequence if it fits; returns the tokens of its first chunk, 0 if it has to wait."""
+        if sequence.num_pending:
+            return 0  # preempted with a token in flight: its tokens are not all known
         cached = self.blocks.match(sequence.tokens)
         computed = len(cached) * self.blocks.block_size
         count = min(len(sequence.tokens) - computed, budget)
         if not self.config.enable_chunked_context and count < len(sequence.tokens) - computed:
             return 0
         if self.config.batch_scheduler_policy == "guaranteed_no_evict":
-            promised = sum(self._outstanding(other) for other in self.running)
             needed = self.blocks.blocks_for(sequence.max_length)
         else:
-            promised = 0
             needed = self.blocks.blocks_for(len(sequence.tokens))
         available = self.blocks.num_free - self.blocks.num_free_among(cached) - promised
         if needed - len(cached) > available:

@@ -20,6 +20,7 @@ class Sequence:
 
     Invariant: the KV cache holds ``tokens[:num_computed]``. What remains is computed in one or more
     chunks; when nothing remains, the next token is sampled and appended. A decode step is a chunk of one.
+    While a sampled token is on the device only (``num_pending``), the invariant counts it as known.
     """
 
     key: Any
@@ -31,6 +32,8 @@ class Sequence:
     rng: np.random.Generator
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0
+    """Tokens sampled by steps that have been launched and not fetched."""
     block_table: list[int] = field(default_factory=list)
     num_registered: int = 0
     last_uid: int = ROOT
@@ -72,7 +75,21 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """Tokens to compute next; 0 too while a pending token is bound to be the last."""
+        if self.num_pending and self.num_generated + self.num_pending >= self.request.max_tokens:
+            return 0
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def samples_on_device(self) -> bool:
+        """The next token is the argmax of the untouched logits and nothing else is asked about it."""
+        request = self.request
+        return (
+            request.sampling.plain_greedy
+            and not request.return_log_probs
+            and not request.bad_ids
+            and not request.min_tokens
+        )
 
     @property
     def max_length(self) -> int:
@@ -152,10 +169,13 @@ class Sequence:
         self.new_blocks += count
 
     def computed(self, blocks: BlockManager, num_tokens: int) -> None:
-        """``num_tokens`` more have their keys and values; blocks that became full may be reused from now on."""
+        """``num_tokens`` more have their keys and values; blocks that became full may be reused from now on.
+
+        A block is known by its tokens: one that ends in a pending token is registered a step later.
+        """
         self.num_computed += num_tokens
-        size = blocks.block_size
-        while (self.num_registered + 1) * size <= self.num_computed:
+        size, known = blocks.block_size, min(self.num_computed, len(self.tokens))
+        while (self.num_registered + 1) * size <= known:
             start = self.num_registered * size
             index = self.block_table[self.num_registered]
             self.last_uid = blocks.register(index, self.last_uid, self.tokens[start : start + size])

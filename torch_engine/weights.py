@@ -73,3 +73,32 @@ class Checkpoint:
         if len(present) != len(biases):
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
         return weight, torch.cat(present)
+
+    def fused_fp8(
+        self, modules: list[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Stacked e4m3 codes, their one weight scale, the input scale and the bias, on ``device``.
+
+        None if the modules are not FP8 with a static input scale. Where their scales differ, the codes are
+        requantised to the largest (our own checkpoints have equal ones: nothing changes).
+        """
+        scaled = [f"{module}.{kind}" for module in modules for kind in ("weight_scale", "input_scale")]
+        if any(name not in self for name in scaled):
+            return None
+        codes = [self.raw(f"{module}.weight").to(device) for module in modules]
+        if any(part.dtype != torch.float8_e4m3fn for part in codes):
+            return None
+        scales = [self.raw(f"{module}.weight_scale").float().to(device) for module in modules]
+        largest = torch.stack(scales).amax()
+        codes = [
+            part
+            if torch.equal(scale, largest)
+            else (part.float() * (scale / largest)).clamp_(-448, 448).to(torch.float8_e4m3fn)
+            for part, scale in zip(codes, scales, strict=True)
+        ]
+        inputs = torch.stack([self.raw(f"{module}.input_scale").float().to(device) for module in modules])
+        biases = [self.raw(f"{module}.bias") for module in modules if f"{module}.bias" in self]
+        if biases and len(biases) != len(modules):
+            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
+        bias = torch.cat(biases).to(device) if biases else None
+        return torch.cat(codes), largest, inputs.amax(), bias

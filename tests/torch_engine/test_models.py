@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILIES, tiny_checkpoint
-from torch_engine.engine import build_step
 from torch_engine.families import UnsupportedModel, load_spec
 from torch_engine.kernels.native import compiler
 from torch_engine.request import GenerationRequest
+from torch_engine.runner import build_step
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
@@ -80,7 +80,9 @@ def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
     for begin in range(0, len(prompt), chunk_size):
         sequence.tokens = prompt[: begin + chunk_size]
         chunk = Chunk(sequence, len(sequence.tokens) - begin)
-        rows.append(engine.model.forward(build_step([chunk], 4, engine.kernels.device), engine.caches)[0])
+        rows.append(
+            engine.model.forward(build_step([chunk], 4, engine.kernels.device), engine.runner.caches)[0]
+        )
         sequence.num_computed = len(sequence.tokens)
     engine.blocks.free(sequence.block_table)
     return torch.stack(rows)

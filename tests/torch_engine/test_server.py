@@ -82,15 +82,15 @@ def free_blocks(engine: EngineClient, expected: int) -> int:
 
 
 def test_tokens_stream_and_metrics_come_last(engine: EngineClient) -> None:
-    _, outputs = submit(engine, GenerationRequest([5, 6, 7], 12, end_id=-1))
+    _, outputs = submit(engine, GenerationRequest([5, 6, 7], 600, end_id=-1))
     first = outputs.get(timeout=60)
     assert first.token_ids and first.finish_reason is None and first.metrics is None
     rest = last(outputs)
-    assert len(first.token_ids + rest.token_ids) == 12
+    assert len(first.token_ids + rest.token_ids) == 600
     times = rest.metrics
     assert 0 < times.arrival_time_ns <= times.first_scheduled_time_ns <= times.first_token_time_ns
     assert times.first_token_time_ns < times.last_token_time_ns
-    assert times.kv_cache_alloc_total_blocks == 1
+    assert times.kv_cache_alloc_total_blocks == 38
 
 
 def test_cancel_and_disconnect_free_the_blocks(process: Process, engine: EngineClient) -> None:

@@ -14,7 +14,7 @@ from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.kernels.native import NativeKernels
 from torch_engine.kernels.pytorch import PyTorchKernels
 
-IMPLEMENTATIONS = ("pytorch", "native")
+IMPLEMENTATIONS = ("pytorch", "native", "cuda")
 
 
 def default_threads() -> int:
@@ -24,14 +24,18 @@ def default_threads() -> int:
 
 
 def choose(config: EngineConfig) -> PyTorchKernels:
-    """The implementation that ``config.kernels`` names; ``auto`` is ``native`` if the build compiled it.
+    """The implementation that ``config.kernels`` names.
+
+    ``auto`` is ``cuda`` on a CUDA device, ``native`` on a CPU if the build compiled it, else ``pytorch``.
 
     Raises:
         ConfigError: there is no such implementation, or it cannot run here.
     """
     name = config.kernels
     if name == "auto":
-        name = "native" if config.kernel_library else "pytorch"
+        name = (
+            "cuda" if config.device.startswith("cuda") else "native" if config.kernel_library else "pytorch"
+        )
     device, dtype = torch.device(config.device), getattr(torch, config.compute_dtype)
     threads = config.num_threads or default_threads()
     if name == "pytorch":
@@ -40,4 +44,12 @@ def choose(config: EngineConfig) -> PyTorchKernels:
         return PyTorchKernels(device, dtype)
     if name == "native":
         return NativeKernels(device, dtype, config.kernel_library, threads)
+    if name == "cuda":
+        try:
+            from torch_engine.kernels.cuda import CudaKernels
+        except ImportError as error:
+            raise ConfigError(
+                f"kernels='cuda' needs Triton's language ({error}): pip install triton"
+            ) from None
+        return CudaKernels(config, device, dtype)
     raise ConfigError(f"kernels={name!r} is not valid: use auto or one of {', '.join(IMPLEMENTATIONS)}")

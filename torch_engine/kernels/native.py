@@ -162,7 +162,7 @@ class NativeKernels(PyTorchKernels):
         )
         return out
 
-    def gate(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    def gate(self, gate_up: torch.Tensor, activation: str, reader: Linear | None = None) -> torch.Tensor:
         if activation != "silu":
             return super().gate(gate_up, activation)
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2

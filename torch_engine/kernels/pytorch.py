@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+from torch_engine.families import ModelSpec
+from torch_engine.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from torch_engine.model import Layer
+
+Hidden = Any
+"""What a linear reads: here a tensor [T, N], elsewhere what the implementation's other kernels write for it."""
+Linear = Callable[[Hidden], torch.Tensor]
+Cache = Any
+"""One layer's KV cache: here a tensor, elsewhere the implementation's own."""
 
 PACKED_ROWS = 16
 """Rows that a packed CPU weight is laid out for; measured best across batch 1 to 256."""
@@ -80,6 +91,15 @@ class PyTorchKernels:
         run = torch.ops.mkldnn._linear_pointwise
         return lambda x: run(x, packed, bias, "none", [], "")
 
+    def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> Linear:
+        """The linear of one or several modules of a checkpoint, stacked along the output."""
+        return self.linear(*checkpoint.fused(modules, self.dtype))
+
+    def embed(self, step: Any, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Embeddings of the step's tokens out of ``table``, times ``factor``: [T, N]."""
+        x = F.embedding(step.token_ids, table)
+        return x if factor == 1.0 else x * factor
+
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight. Gemma's is applied in float32 as ``1 + weight``, the others' in ``dtype``."""
         weight = weight.to(self.device)
@@ -95,8 +115,25 @@ class PyTorchKernels:
             return (normed * weight).to(x.dtype)
         return normed.to(x.dtype) * weight
 
-    def gate(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        """``[T, 2 I] -> [T, I]``: activation of the first half times the second."""
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Linear,
+    ) -> tuple[Hidden, torch.Tensor]:
+        """Adds ``delta``, normed by ``post`` if given, to the residual ``x``; returns its norm and the new ``x``.
+
+        ``reader`` is the linear that reads the norm: an implementation may return it in a form of its own.
+        """
+        if delta is not None:
+            x = x + (delta if post is None else self.rms_norm(delta, post, eps))
+        return self.rms_norm(x, weight, eps), x
+
+    def gate(self, gate_up: torch.Tensor, activation: str, reader: Linear | None = None) -> Hidden:
+        """``[T, 2 I] -> [T, I]``: activation of the first half times the second; ``reader`` as in add_norm."""
         gate, up = gate_up.chunk(2, dim=-1)
         gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
         return gate.mul_(up)
@@ -108,10 +145,31 @@ class PyTorchKernels:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
+    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Cache:
         """One layer's KV cache: [num_blocks, block_size, 2, V, D]."""
         shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        layer: Layer,
+        spec: ModelSpec,
+        rope: torch.Tensor,
+        cache: Cache,
+        step: Any,
+    ) -> Hidden:
+        """From the projection ``qkv`` [T, (H + 2 V) D] to what ``layer.out`` reads, [T, H D]; fills ``cache``."""
+        kv_heads, eps = spec.num_kv_heads, spec.norm_eps
+        heads = qkv.view(qkv.shape[0], spec.num_heads + 2 * kv_heads, spec.head_dim)
+        qk, v = heads.split([spec.num_heads + kv_heads, kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split([spec.num_heads, kv_heads], dim=1)
+            qk = torch.cat([self.rms_norm(q, layer.q_norm, eps), self.rms_norm(k, layer.k_norm, eps)], dim=1)
+        qk = self.rotate(qk, rope, step.positions)
+        q, k = qk.split([spec.num_heads, kv_heads], dim=1)
+        scale, window, softcap = spec.attention_scale, layer.spec.window, spec.attention_softcap
+        return self.attend(q, k, v, cache, step, scale, window, softcap).reshape(qkv.shape[0], -1)
 
     def attend(
         self,

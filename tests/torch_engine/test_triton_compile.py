@@ -1,0 +1,86 @@
+"""The Triton-language kernels compile for real GPUs, on a machine that has none.
+
+What the interpreter cannot show: types, shared memory, and whether the tensor cores are used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None,
+        reason="Triton's language is not installed: pip install triton",
+    ),
+]
+
+COMPILE = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+driver.set_active(Driver())
+found = {}
+
+def compile_only(self, grid):
+    def run(*args, **options):
+        kernel = self.run(*args, grid=grid, warmup=True, **options)
+        code = kernel.asm["ptx"]
+        units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
+        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units])
+    return run
+
+JITFunction.__getitem__ = compile_only
+from torch_engine.kernels import triton_ops as ops
+from torch_engine.kernels.triton_ops import Form
+
+hopper = sys.argv[1] == "90"
+bf16, one, ints = torch.bfloat16, torch.ones(()), torch.zeros(4, dtype=torch.int32)
+form = Form.FP8_STATIC if hopper else Form.INT8_TOKEN
+x = torch.zeros(4, 4096, dtype=bf16)
+ops.embed(ints, ints, ints, x, 1.0)
+for delta in (None, x, torch.zeros(4, 4, 4096)):
+    ops.add_norm(x, delta, None, x[0], 1e-5, form, one)
+ops.gate(torch.zeros(4, 28672, dtype=bf16), "silu", bf16, form, one)
+ops.quantise(x, Form.FP8_TOKEN if hopper else form)
+ops.argmax(x, ints, ints, ints)
+ops.dequantise(torch.zeros(32, 64, dtype=torch.int32), one[None], torch.zeros(64), None, bf16)
+ops.scatter(torch.zeros(9, 9, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32))
+kind = torch.float8_e4m3fn if hopper else torch.int8
+cache = ops.KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=kind), None if hopper else torch.zeros(2, 2, 8, 16))
+step = ops.AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
+qkv = torch.zeros(4, 48 * 128, dtype=bf16)
+ops.rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
+ops.attend(qkv, cache, step, 32, 0.1, None, None, 8, Form.FP8_STATIC if hopper else Form.PLAIN, one)
+if hopper:
+    codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
+    plans = ops.skinny_plans(6144, 4096, 132)
+    for plan in (plans[0], plans[-1]):
+        ops.skinny_linear(codes[:1], codes, one, one, plan)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(("capability", "shared_limit"), [(90, 227 * 1024), (80, 163 * 1024)])
+def test_kernels_compile(capability: int, shared_limit: int) -> None:
+    command = [sys.executable, "-c", COMPILE, str(capability)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert all(shared <= shared_limit for kernels in found.values() for shared, _ in kernels)
+    prefill = {unit for _, units in found["_prefill_kernel"] for unit in units}
+    assert prefill == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
+    assert all(units == ["mma.sync"] for _, units in found["_decode_kernel"])

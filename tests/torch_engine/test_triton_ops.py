@@ -1,0 +1,407 @@
+"""Triton-language kernels against plain PyTorch: on a CPU in Triton's interpreter, on a GPU with ``-m gpu``.
+
+The interpreter has to be switched on before Triton is imported, so the CPU run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny import tiny_checkpoint
+from torch_engine.request import FinishReason, GenerationRequest, SamplingParams
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+RUNS = HAS_TRITON and (ON_GPU or INTERPRETED)
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
+
+LINEAR_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
+if RUNS:
+    from torch_engine.kernels import cuda
+    from torch_engine.kernels import triton_ops as ops
+    from torch_engine.kernels.triton_ops import Form
+
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON, reason="Triton's language is not installed: pip install triton"
+)
+kernel = [
+    pytest.mark.skipif(not RUNS, reason="runs in test_kernels_in_the_interpreter, or on a GPU with -m gpu"),
+    *([pytest.mark.gpu] if ON_GPU else []),
+]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Relative error of the whole, as ‖ours − theirs‖ / ‖theirs‖."""
+    assert ours.shape == theirs.shape
+    error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+    assert error <= tolerance, f"relative error {error:.2g} > {tolerance}"
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    return {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+
+
+def expanded(activation, form: Form, scale: torch.Tensor | None) -> torch.Tensor:
+    """An activation's values in float32."""
+    values = activation.values.float()
+    if form == Form.FP8_STATIC:
+        return values * scale
+    return values if activation.scales is None else values * activation.scales[:, None]
+
+
+def form_tolerance(form: Form, dtype: torch.dtype) -> float:
+    return {Form.PLAIN: tolerance_of(dtype), Form.INT8_TOKEN: 3e-2}.get(form, 6e-2)
+
+
+FORMS = [0, 1, 2, 3]
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+class TestKernels:
+    pytestmark = kernel
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("delta", "post"), [(False, False), (True, False), (True, True)])
+    def test_add_norm(self, form: int, dtype: torch.dtype, delta: bool, post: bool) -> None:
+        form = Form(form)
+        x = torch.randn(3, 80, device=DEVICE, dtype=dtype)
+        d = torch.randn_like(x) * 2 if delta else None
+        weight, p = torch.rand(80, device=DEVICE) + 0.5, torch.rand(80, device=DEVICE) + 0.5
+        scale = torch.tensor(0.02, device=DEVICE)
+        wide = x.float()
+        if delta:
+            wide = wide + (rms(d.float(), p) if post else d.float())
+        expected = rms(wide, weight)
+        result = ops.add_norm(x, d, p if post else None, weight, 1e-5, form, scale)
+        close(x, wide, tolerance_of(dtype))
+        close(expanded(result, form, scale), expected, form_tolerance(form, dtype))
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+    @pytest.mark.parametrize("size", [48, 1040])
+    def test_gate(self, form: int, activation: str, size: int) -> None:
+        form, dtype = Form(form), DTYPES[1]
+        gate_up = torch.randn(3, 2 * size, device=DEVICE, dtype=dtype) * 3
+        scale = torch.tensor(0.5, device=DEVICE)
+        g, u = gate_up.float().chunk(2, -1)
+        expected = (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * u
+        result = ops.gate(gate_up, activation, dtype, form, scale)
+        close(expanded(result, form, scale), expected, form_tolerance(form, dtype))
+
+    @pytest.mark.parametrize("rows", [1, 16])
+    @pytest.mark.parametrize(("block_n", "block_k", "splits"), [(16, 64, 2), (64, 32, 4), (32, 128, 1)])
+    def test_skinny_linear(self, rows: int, block_n: int, block_k: int, splits: int) -> None:
+        x = torch.randn(rows, 128, device=DEVICE).to(torch.float8_e4m3fn)
+        weight = torch.randn(192, 128, device=DEVICE).to(torch.float8_e4m3fn)
+        scales = torch.tensor(0.5, device=DEVICE), torch.tensor(0.25, device=DEVICE)
+        plan = ops.SkinnyPlan(block_n, block_k, splits, 4, 2)
+        parts = ops.skinny_linear(x, weight, *scales, plan)
+        assert parts.shape == (splits, rows, 192)
+        # The tensor cores of Hopper keep fewer bits of FP8 sums than float32 has.
+        close(parts.sum(0), x.float() @ weight.float().t() / 8, 1e-5 if INTERPRETED else 2e-3)
+
+    def test_readers_add_partial_sums(self) -> None:
+        dtype = DTYPES[1]
+        parts = torch.randn(3, 5, 80, device=DEVICE)
+        x, weight = torch.randn(5, 80, device=DEVICE, dtype=dtype), torch.rand(80, device=DEVICE)
+        whole = x.clone()
+        expected = ops.add_norm(whole, parts.sum(0), None, weight, 1e-5).values
+        close(ops.add_norm(x, parts, None, weight, 1e-5).values, expected, tolerance_of(dtype))
+        close(x, whole, tolerance_of(dtype))
+        ours, theirs = (ops.gate(part, "silu", dtype).values for part in (parts, parts.sum(0)))
+        close(ours, theirs, tolerance_of(dtype))
+        cache = ops.KVCache(torch.zeros(2, 2, 1, 16, 20, device=DEVICE), None)
+        other = ops.KVCache(cache.values.clone(), None)
+        rows = torch.zeros(5, device=DEVICE, dtype=torch.int32)
+        table = torch.ones(1, 1, device=DEVICE, dtype=torch.int32)
+        step = ops.AttentionInput(rows, torch.arange(5, device=DEVICE, dtype=torch.int32), table, 5, None)
+        rope = torch.randn(5, 2, 10, device=DEVICE)
+        ours = ops.rotate_write(parts, cache, step, rope, 2, dtype=torch.float32)
+        theirs = ops.rotate_write(parts.sum(0), other, step, rope, 2)
+        close(ours[:, :40], theirs[:, :40], 1e-5)
+        close(cache.values, other.values, 1e-5)
+
+    def test_static_fp8_saturates(self) -> None:
+        x = torch.tensor([[1e4, -1e4, 3.0, 0.0] * 4], device=DEVICE)
+        codes = ops.quantise(x, Form.FP8_STATIC, torch.tensor(1.0, device=DEVICE)).values.float()
+        assert codes[0, :4].tolist() == [448.0, -448.0, 3.0, 0.0]
+
+    def test_int8_product(self) -> None:
+        sums = torch.randint(-9999, 9999, (32, 40), device=DEVICE, dtype=torch.int32)
+        rows, columns = torch.rand(5, device=DEVICE), torch.rand(40, device=DEVICE)
+        bias = torch.randn(40, device=DEVICE)
+        result = ops.dequantise(sums, rows, columns, bias, torch.float32)
+        close(result, sums[:5] * rows[:, None] * columns + bias, 1e-6)
+
+    def test_embed_takes_negative_ids_from_the_device(self) -> None:
+        table = torch.randn(50, 24, device=DEVICE)
+        ids = torch.tensor([4, -1, 49, -1], device=DEVICE, dtype=torch.int32)
+        slots = torch.tensor([0, 2, 1, 0], device=DEVICE, dtype=torch.int32)
+        last = torch.tensor([7, 8, 9], device=DEVICE, dtype=torch.int32)
+        result = ops.embed(ids, slots, last, table, 2.0)
+        assert torch.equal(result, table[[4, 9, 49, 7]] * 2.0)
+
+    @pytest.mark.parametrize("size", [5, 1024, 20000])
+    @pytest.mark.parametrize("scaled", [True, False])
+    def test_argmax_takes_the_first_of_equals(self, size: int, scaled: bool) -> None:
+        logits = torch.randn(3, size, device=DEVICE).half().float()
+        scales = torch.rand(size, device=DEVICE) + 0.5 if scaled else None
+        logits[1, [1, size - 1]] = 99.0
+        if scaled:
+            scales[[1, size - 1]] = 2.0
+        slots = torch.tensor([3, 0, 1], device=DEVICE, dtype=torch.int32)
+        last, tokens = (
+            torch.full((5,), -7, device=DEVICE, dtype=torch.int32),
+            torch.zeros(3, dtype=torch.int32),
+        )
+        tokens = tokens.to(DEVICE)
+        ops.argmax(logits, slots, last, tokens, scales)
+        expected = (logits if scales is None else logits * scales).argmax(-1)
+        assert tokens.tolist() == expected.tolist() and tokens[1] == 1
+        assert last.tolist() == [tokens[1], tokens[2], -7, tokens[0], -7]
+
+    def test_scatter(self) -> None:
+        target = torch.zeros(3, 400, device=DEVICE, dtype=torch.int32)
+        where = torch.randperm(1200)[:600].to(DEVICE, torch.int32)
+        what = torch.arange(600, device=DEVICE, dtype=torch.int32)
+        ops.scatter(target, torch.stack([where, what]))
+        expected = torch.zeros(1200, device=DEVICE, dtype=torch.int32)
+        expected[where.long()] = what
+        assert torch.equal(target.view(-1), expected)
+
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "size", "kind", "window", "softcap", "normed"),
+        [
+            (4, 4, 8, "compute", None, None, False),
+            (9, 3, 64, "compute", 5, None, True),
+            (4, 1, 40, "compute", 70, 3.0, False),
+            (8, 2, 128, "compute", None, None, True),
+            (9, 3, 64, "fp8", None, None, False),
+            (8, 2, 128, "fp8", 70, None, True),
+            (4, 1, 40, "int8", 5, None, False),
+            (8, 2, 128, "int8", None, 3.0, False),
+        ],
+    )
+    def test_attention(self, heads, kv_heads, size, kind, window, softcap, normed) -> None:
+        """Rotation, cache write, decodes and ragged prompt chunks, with every cache and number of splits."""
+        dtype = DTYPES[1] if size == 128 else DTYPES[0]
+        chance = random.Random(heads * size)
+        torch.manual_seed(size)
+        block_size, width = 16, 16
+        slots, positions, tiles, tables, known = [], [], [], [], []
+        free = chance.sample(range(1, 100), 99)
+        lengths = [(1, 1), (130, 1), (65, 1), (17, 17), (150, 37), (90, 2)]
+        step_rows = 0
+        for slot, (context, count) in enumerate(lengths):
+            tables.append([free.pop() for _ in range(-(-context // block_size))] + [0] * width)
+            tables[-1] = tables[-1][:width]
+            if count > 1:
+                each = ops.tile_tokens(dtype, heads // kv_heads)
+                for begin in range(0, count, each):
+                    rows = min(each, count - begin)
+                    tiles.append([step_rows + begin, rows, context - count + begin, slot])
+            slots += [slot] * count
+            positions += list(range(context - count, context))
+            known.append(torch.randn(context, 2, kv_heads, size))
+            step_rows += count
+
+        def device(values: list) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+        step = ops.AttentionInput(device(slots), device(positions), device(tables), 3, device(tiles))
+        rope = torch.randn(160, 2, size // 2, device=DEVICE)
+        qkv = torch.randn(step_rows, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
+        q_norm, k_norm = (torch.rand(2, size) + 0.5).to(DEVICE) if normed else (None, None)
+        expected, writes = reference(
+            qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap
+        )
+        cache = filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size)
+        flat = qkv.reshape(step_rows, -1).clone()
+        ops.rotate_write(flat, cache, step, rope, heads, q_norm, k_norm, 1e-5)
+        got = read_cache(cache)
+        tolerance = max(tolerance_of(dtype), {"compute": 0.0, "fp8": 4e-2, "int8": 1.2e-2}[kind])
+        for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+            block = tables[slot][position // block_size]
+            close(got[block, :, :, position % block_size], writes[row], tolerance)
+        scale = torch.tensor(0.01, device=DEVICE)
+        for splits, form in ((1, Form.PLAIN), (4, Form.PLAIN), (4, Form.FP8_STATIC)):
+            out = ops.attend(flat, cache, step, heads, 0.2, window, softcap, splits, form, scale).float()
+            out = out * scale if form == Form.FP8_STATIC else out
+            close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
+
+
+class TestLinears:
+    """Each linear on the activations that it asks for, against the product of the unquantised operands."""
+
+    pytestmark = kernel
+
+    @pytest.fixture
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.randn(5, 128, device=DEVICE).to(LINEAR_DTYPE)
+        return x, torch.randn(192, 128, device=DEVICE) / 11, torch.randn(192, device=DEVICE)
+
+    def error(self, linear, x: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+        activation = ops.quantise(x, linear.form, linear.input_scale) if linear.form else ops.Activation(x)
+        out = linear(activation).float()
+        out = out.sum(0) if out.dim() == 3 else out
+        close(out if linear.column_scales is None else out * linear.column_scales, expected, tolerance)
+
+    @pytest.mark.parametrize("plan", [None, (32, 64, 2), (64, 32, 4)])
+    def test_fp8(self, operands, plan: tuple | None) -> None:
+        x, weight, bias = operands
+        scale, input_scale = weight.abs().amax() / 448, torch.tensor(8 / 448, device=DEVICE)
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        rounded = (x.float() / input_scale).to(torch.float8_e4m3fn).float() * input_scale
+        expected = rounded @ (codes.float() * scale).t()
+        linear = cuda.Fp8Linear(codes, scale, input_scale, None, LINEAR_DTYPE)
+        if plan:
+            linear.plan = ops.SkinnyPlan(*plan, 4, 2)
+        # The codes of the activations are the same but for ties: what is left is the product itself.
+        self.error(linear, x, expected, 1e-2)
+        self.error(linear, x, x.float() @ weight.t(), 5e-2)
+        if not plan:
+            biased = cuda.Fp8Linear(codes, scale, input_scale, bias.to(LINEAR_DTYPE), LINEAR_DTYPE)
+            self.error(biased, x, expected + bias, 1e-2)
+
+    def test_int8(self, operands) -> None:
+        x, weight, bias = operands
+        linear = cuda.Int8Linear(weight.to(LINEAR_DTYPE), bias.to(LINEAR_DTYPE), LINEAR_DTYPE)
+        self.error(linear, x, x.float() @ weight.t() + bias, 2e-2)
+
+    def test_fp8_head(self, operands) -> None:
+        x, weight, _ = operands
+        self.error(cuda.Fp8Head(weight.to(LINEAR_DTYPE), LINEAR_DTYPE), x, x.float() @ weight.t(), 5e-2)
+
+
+class TestEngine:
+    """The whole engine on these kernels, steps overlapped, against the engine on the PyTorch kernels."""
+
+    pytestmark = kernel
+    requests: ClassVar = [([5, 6, 7], 6), ([9] * 40, 3), ([11, 12], 1), (list(range(20, 38)), 7)]
+
+    def tokens(self, engine, **fields) -> list[list[int]]:
+        requests = [GenerationRequest(prompt, count, end_id=-1, **fields) for prompt, count in self.requests]
+        return [output.token_ids for output in engine.generate(requests)]
+
+    @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+    def test_greedy_tokens_equal(self, tmp_path, make_engine, family: str) -> None:
+        """Ragged batch, prompts longer than the token budget; then the same prompts from the prefix cache."""
+        folder = tiny_checkpoint(tmp_path / family, family, num_hidden_layers=1 if INTERPRETED else 2)
+        expected = self.tokens(make_engine(folder))
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        assert engine.runner.lags
+        assert self.tokens(engine) == expected
+        assert self.tokens(engine) == expected
+        assert engine.stats.kv_blocks_reused > 0
+        engine.audit()
+        assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_ends_found_a_step_late_change_nothing(self, tmp_path, make_engine) -> None:
+        """An end id, and a neighbour whose penalties the host applies, so that lag is switched off and on."""
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        plain = make_engine(folder)
+        end = self.tokens(plain)[0][2]
+        requests = [GenerationRequest(prompt, count, end_id=end) for prompt, count in self.requests]
+        requests.append(GenerationRequest([5, 6], 3, SamplingParams(repetition_penalty=1.5), end_id=-1))
+        expected = [output.token_ids for output in plain.generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        assert [output.token_ids for output in engine.generate(requests)] == expected
+        engine.audit()
+        assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_preemption_with_a_token_in_flight_changes_nothing(self, tmp_path, make_engine) -> None:
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        requests = [GenerationRequest(list(range(3, 3 + n)), 10, end_id=-1) for n in (12, 13)]
+        expected = [output.token_ids for output in make_engine(folder).generate(requests)]
+        tight = {"num_kv_blocks": 8, "max_seq_len": 32, "batch_scheduler_policy": "max_utilization"}
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type, max_batch_size=2, **tight)
+        assert [output.token_ids for output in engine.generate(requests)] == expected
+        assert engine.scheduler.num_preemptions > 0
+        engine.audit()
+        assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_cancelling_in_flight(self, tmp_path, make_engine) -> None:
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        engine.add("gone", GenerationRequest([5, 6, 7], 6, end_id=-1))
+        engine.add("stays", GenerationRequest([9, 8], 3, end_id=-1))
+        engine.step()
+        engine.step()
+        assert engine.cancel("gone").finish_reason is FinishReason.CANCELLED
+        outputs = [output for _ in range(6) for output in engine.step()]
+        assert {key for key, _ in outputs} == {"stays"} and not engine.busy
+        engine.audit()
+
+
+def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap):
+    """Outputs [T, H D] and cache writes [T, 2, V, D] in float64; ``known`` gets the new keys and values."""
+    q, k, v = qkv.double().cpu().split([heads, kv_heads, kv_heads], 1)
+    if q_norm is not None:
+        q, k = rms(q, q_norm.double().cpu()), rms(k, k_norm.double().cpu())
+    cos, sin = rope.double().cpu()[step.positions.long().cpu()].unbind(1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+    q, k = rotate(q), rotate(k)
+    writes = torch.stack([k, v], 1)
+    outputs, row = [], 0
+    for slot, (context, count) in enumerate(lengths):
+        known[slot] = known[slot].double()
+        known[slot][context - count :] = writes[row : row + count]
+        keys, values = (part.repeat_interleave(heads // kv_heads, 1) for part in known[slot].unbind(1))
+        scores = torch.einsum("qhd,khd->hqk", q[row : row + count], keys) * 0.2
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        own, other = torch.arange(context - count, context)[:, None], torch.arange(context)
+        hidden = (other > own) | ((other <= own - window) if window else False)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
+        row += count
+    return torch.cat(outputs).to(DEVICE), writes.to(DEVICE)
+
+
+def filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size):
+    """A cache that holds what came before the step and garbage elsewhere."""
+    values = torch.randn(100, 2, kv_heads, block_size, size)
+    for slot, (context, count) in enumerate(lengths):
+        for position in range(context - count):
+            values[tables[slot][position // block_size], :, :, position % block_size] = known[slot][position]
+    if kind == "int8":
+        scales = values.abs().amax(-1) / 127
+        return ops.KVCache((values / scales[..., None]).round().to(torch.int8).to(DEVICE), scales.to(DEVICE))
+    return ops.KVCache(values.to(torch.float8_e4m3fn if kind == "fp8" else dtype).to(DEVICE), None)
+
+
+def read_cache(cache) -> torch.Tensor:
+    values = cache.values.double()
+    return values if cache.scales is None else values * cache.scales[..., None]

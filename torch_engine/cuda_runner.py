@@ -1,0 +1,318 @@
+"""Runs the scheduler's chunks on a GPU: decode steps as CUDA graphs, tokens that stay on the device.
+
+Every sequence has a slot: a row of the block tables on the device and a place for its last sampled token.
+A step needs three integers a row (token id, slot, position), which travel in one copy from pinned memory
+together with the entries of the block tables that are new. A token id of -1 means "what the step before
+sampled for this slot", so a step can be launched before the tokens of the one before it are known.
+
+Steps of single tokens replay a graph captured for the next larger batch size; rows that pad it belong to a slot
+and a KV block of their own. Steps with prompt chunks run the same kernels without a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from torch_engine.config import EngineConfig
+from torch_engine.kernels import triton_ops
+from torch_engine.kernels.cuda import CudaKernels, CudaLinear
+from torch_engine.kernels.triton_ops import AttentionInput
+from torch_engine.model import Model
+from torch_engine.runner import Runner, Ticket
+from torch_engine.sampling import Sampled, sample
+from torch_engine.scheduler import Chunk
+from torch_engine.sequence import Sequence
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+MIB = 2**20
+ALIGNMENT = 4
+"""Integers in 16 bytes."""
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class CudaStep:
+    """One step's tokens, on the device."""
+
+    ids: torch.Tensor
+    """[T] int32; negative: the last token sampled for the row's slot."""
+    attention: AttentionInput
+    last: torch.Tensor
+    """[slots] int32: the last token sampled for each slot."""
+    logit_rows: torch.Tensor | None
+    """[sampled] int32: rows of the step whose logits are wanted; None = all."""
+    logit_slots: torch.Tensor
+    """[sampled] int32: their slots."""
+
+
+class Staging:
+    """Pinned memory for one step's input and output, reused every other step.
+
+    Safe because the tokens of step n are fetched before step n + 2 is launched, and its input was read before
+    its tokens were written.
+    """
+
+    def __init__(self, capacity: int, rows: int, pinned: bool) -> None:
+        self.host = torch.empty(capacity, dtype=torch.int32, pin_memory=pinned)
+        self.values = self.host.numpy()
+        self.tokens = torch.empty(rows, dtype=torch.int32, pin_memory=pinned)
+        self.event = torch.cuda.Event() if pinned else None
+
+
+class CudaRunner(Runner):
+    """Owns the KV caches, the slots and the graphs of one model on one device."""
+
+    lags = True
+
+    @torch.inference_mode()
+    def __init__(self, model: Model, kernels: CudaKernels, config: EngineConfig) -> None:
+        super().__init__(model, config.num_kv_blocks + 1, config.block_size)  # one block for padding rows
+        device = self.device = kernels.device
+        self.head: CudaLinear = model.lm_head  # type: ignore[assignment]
+        slots = config.max_batch_size
+        self.width = -(-config.max_seq_len // config.block_size)
+        self.tables = torch.zeros(slots + 1, self.width, dtype=torch.int32, device=device)
+        self.tables[slots] = config.num_kv_blocks
+        self.last = torch.zeros(slots + 1, dtype=torch.int32, device=device)
+        self.spare = slots
+        self.tokens = torch.zeros(max(slots, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
+        spec = model.spec
+        self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
+        tiles = config.max_num_tokens // self.tile + slots + 1
+        # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables; alignment.
+        longest = max(config.max_num_tokens, len(self.tokens))
+        capacity = 3 * longest + 4 * tiles + 2 * slots + 2 * slots * self.width + 8 * ALIGNMENT
+        self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
+        self._slots: dict[Sequence, int] = {}
+        self._free = list(range(slots))[::-1]
+        self._known: list[tuple[list[int], int]] = [([], 0)] * slots
+        """For each slot the sequence's block table and how much of it is on the device."""
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.graph_bytes = 0
+        if config.cuda_graphs and on_gpu:
+            if config.cuda_tuning:
+                kernels.tune(model.layers)
+            self._capture(self._ladder(slots))
+        if on_gpu:
+            self._warm_up(min(config.max_num_tokens, config.max_seq_len))
+
+    @staticmethod
+    def _ladder(slots: int) -> list[int]:
+        """Batch sizes to capture: the smallest that holds ``slots``, and all below."""
+        return [
+            *(size for size in BATCH_SIZES if size < slots),
+            next((s for s in BATCH_SIZES if s >= slots), slots),
+        ]
+
+    def describe(self) -> str:
+        cache = sum(cache.num_bytes for cache in self.caches) / MIB
+        graphs = "no CUDA graphs"
+        if self.graphs:
+            graphs = f"{len(self.graphs)} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
+        return f", {cache:.0f} MiB KV cache, {graphs}"
+
+    # Graphs ----------------------------------------------------------------------------------------
+
+    def _capture(self, sizes: list[int]) -> None:
+        """One graph for each batch size, largest first, so that the smaller ones fit the memory of the larger."""
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info()[0]
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes, reverse=True):
+            self._upload(self.staging[0], self._columns([(0, self.spare, 0)] * size), [])
+            self._decode(size)  # compiles the kernels and warms the libraries up outside of the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._decode(size)
+            self.graphs[size] = graph, logits
+        torch.cuda.empty_cache()
+        self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
+
+    def _warm_up(self, longest: int) -> None:
+        """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
+        for count in (min(rows, longest) for rows in (triton_ops.SKINNY_ROWS, 4 * triton_ops.SKINNY_ROWS)):
+            columns = np.zeros((3, count), dtype=np.int32)
+            columns[1], columns[2] = self.spare, np.arange(count)
+            tiles = self._tiles(0, count, 0, self.spare)
+            self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare)], [], 0)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+
+    def _decode(self, size: int) -> torch.Tensor:
+        """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
+        ids, slots, positions = self.inputs[: 3 * _aligned(size)].view(3, -1)[:, :size]
+        where = AttentionInput(slots, positions, self.tables, size, None)
+        return self._forward(CudaStep(ids, where, self.last, None, slots))
+
+    def _forward(self, step: CudaStep) -> torch.Tensor:
+        logits = self.model.raw_logits(step, self.caches)
+        tokens = self.tokens[: logits.shape[0]]
+        triton_ops.argmax(logits, step.logit_slots, self.last, tokens, self.head.column_scales)
+        return logits
+
+    # Steps -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
+        """Queues the step on the device and returns at once.
+
+        Sequences that do not sample by argmax are sampled here, from the step's logits; that waits for them.
+        """
+        self.staging.reverse()
+        staging = self.staging[0]
+        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        if all(chunk.num_tokens == 1 for chunk in chunks):
+            logits = self._launch_decodes(chunks, staging)
+        else:
+            logits = self._launch_mixed(chunks, staging)
+            rows = list(range(len(rows)))  # only the sampled rows have logits
+        if not all(sequence.samples_on_device for sequence in sampling):
+            sampled = self._sample(logits[rows], sampling)
+            return lambda: sampled
+        count = rows[-1] + 1 if rows else 0
+        staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
+        if staging.event is not None:
+            staging.event.record()
+
+        def fetch() -> list[Sampled]:
+            if staging.event is not None:
+                staging.event.synchronize()
+            tokens = staging.tokens[:count].tolist()
+            return [Sampled(tokens[row], 0.0) for row in rows]
+
+        return fetch
+
+    def _sample(self, logits: torch.Tensor, sampling: list[Sequence]) -> list[Sampled]:
+        logits = logits.float()
+        if (scales := self.head.column_scales) is not None:
+            logits *= scales
+        return sample(self.model.finished(logits), sampling, self.model.kernels.argmax)
+
+    def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
+        count = len(chunks)
+        size = count
+        if self.graphs:
+            size = next(size for size in reversed(self.graphs) if size >= count)
+        updates: list[tuple[int, int]] = []
+        rows = [self._row(chunk.sequence, updates) for chunk in chunks]
+        rows += [(0, self.spare, 0)] * (size - count)
+        self._upload(staging, self._columns(rows), updates)
+        if not self.graphs:
+            return self._decode(size)
+        graph, logits = self.graphs[size]
+        graph.replay()
+        return logits
+
+    @staticmethod
+    def _columns(rows: list[tuple[int, int, int]]) -> list[np.ndarray]:
+        return list(np.array(rows, dtype=np.int32).T)
+
+    def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
+        columns: list[np.ndarray] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        sampled: list[tuple[int, int]] = []
+        updates: list[tuple[int, int]] = []
+        total = decodes = 0
+        for chunk in chunks:
+            sequence, count = chunk.sequence, chunk.num_tokens
+            token, slot, first = self._row(sequence, updates)
+            if count == 1:
+                columns.append(np.array([[token], [slot], [first]], dtype=np.int32))
+                decodes += 1
+            else:
+                rows = np.empty((3, count), dtype=np.int32)
+                rows[0] = sequence.tokens[first : first + count]
+                rows[1] = slot
+                rows[2] = np.arange(first, first + count)
+                columns.append(rows)
+                tiles += self._tiles(total, count, first, slot)
+            total += count
+            if chunk.samples:
+                sampled.append((total - 1, slot))
+        # The longest tiles first: they take the most time.
+        tiles.sort(key=lambda tile: -tile[2])
+        return self._mixed(staging, np.concatenate(columns, axis=1), tiles, sampled, updates, decodes)
+
+    def _tiles(self, row: int, count: int, first: int, slot: int) -> list[tuple[int, int, int, int]]:
+        """The pieces of a prompt chunk that starts at ``row`` of the step and at position ``first``."""
+        return [
+            (row + begin, min(self.tile, count - begin), first + begin, slot)
+            for begin in range(0, count, self.tile)
+        ]
+
+    def _mixed(
+        self,
+        staging: Staging,
+        columns: np.ndarray,
+        tiles: list[tuple[int, int, int, int]],
+        sampled: list[tuple[int, int]],
+        updates: list[tuple[int, int]],
+        decodes: int,
+    ) -> torch.Tensor:
+        """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows and their slots."""
+        sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
+        parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
+        ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
+        where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4))
+        logit_rows, logit_slots = logits or self._nothing()
+        return self._forward(CudaStep(ids, where, self.last, logit_rows, logit_slots))
+
+    def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stands in where nothing is sampled: the head wants a row, its token goes where nobody looks."""
+        row = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return row, row + self.spare
+
+    def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int]:
+        """Token id, slot and position of a sequence's next token; notes what its row of the table lacks."""
+        slot = self._slots.get(sequence)
+        if slot is None:
+            if not self._free:  # preempted sequences wait without blocks and need no slot
+                for other in [other for other in self._slots if not other.block_table]:
+                    self.forget(other)
+            slot = self._slots[sequence] = self._free.pop()
+        table = sequence.block_table
+        known, count = self._known[slot]
+        if known is not table:  # another sequence, or one that lost its blocks: a new list is a new table
+            count = 0
+        if count < len(table):
+            base = slot * self.width
+            updates += [(base + column, table[column]) for column in range(count, len(table))]
+            self._known[slot] = table, len(table)
+        position = sequence.num_computed
+        tokens = sequence.tokens
+        return (tokens[position] if position < len(tokens) else -1), slot, position
+
+    def _upload(
+        self, staging: Staging, parts: list[np.ndarray], updates: list[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Copies ``parts`` to the device in one piece and updates the tables; returns the parts on the device.
+
+        Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+        """
+        if updates:
+            parts = [*parts, np.array(updates, dtype=np.int32).T.reshape(-1)]
+        placed, at = [], 0
+        for part in parts:
+            staging.values[at : at + part.size] = part
+            placed.append(self.inputs[at : at + part.size])
+            at += _aligned(part.size)
+        self.inputs[:at].copy_(staging.host[:at], non_blocking=True)
+        if updates:
+            triton_ops.scatter(self.tables, placed.pop().view(2, -1))
+        return placed
+
+    def forget(self, sequence: Sequence) -> None:
+        """Frees the slot. A step in flight may still use it: its successor's first step runs after that one."""
+        slot = self._slots.pop(sequence, None)
+        if slot is not None:
+            self._known[slot] = [], 0
+            self._free.append(slot)

@@ -46,7 +46,7 @@ class Plan:
     build_dtype: str
     """Of the calibration and the accuracy gate, which run Transformers' own code."""
     kernels: str
-    """``native`` (CPU kernels compiled for this machine) or ``pytorch``."""
+    """``cuda``, ``native`` (CPU kernels compiled for this machine) or ``pytorch``."""
     max_seq_len: int
     max_batch_size: int
     max_num_tokens: int
@@ -194,7 +194,11 @@ def _choose_precision(
 
 def _choose_kernels(hardware: Hardware, reasons: list[str]) -> str:
     if hardware.device != "cpu":
-        return "pytorch"
+        reasons.append(
+            "kernels cuda: Triton-language kernels and CUDA graphs; this version was checked without a GPU, "
+            "so run benchmarks/gpu.py --parts kernels,families first"
+        )
+        return "cuda"
     if hardware.compiler is None:
         reasons.append(
             "kernels pytorch: no C++ compiler was found (CXX, g++, clang++); with one, the build compiles "

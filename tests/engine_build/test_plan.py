@@ -149,7 +149,7 @@ def test_a_cpu_with_a_compiler_gets_compiled_kernels_and_one_without_is_told() -
     plain = make_plan(SMALL, CPU_BF16)
     assert (plain.kernels, plain.compute_dtype) == ("pytorch", "bfloat16")
     assert any("no C++ compiler" in reason for reason in plain.reasons)
-    assert make_plan(SMALL, H200).kernels == "pytorch"
+    assert make_plan(SMALL, H200).kernels == "cuda"
 
 
 def test_gpu_pool_leaves_room_for_both_models() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch_engine.toolchain import compiler
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "bf16")
@@ -89,7 +90,7 @@ def _cpu(note: str) -> Hardware:
         memory_free=free,
         cores=len(os.sched_getaffinity(0)),
         flags=flags,
-        compiler=_compiler(),
+        compiler=compiler(),
         tensorrt_llm=_version("tensorrt_llm"),
         note=note,
     )
@@ -113,12 +114,6 @@ def _cpu_memory() -> tuple[int, int]:
         total = min(total, int(limit))
         free = min(free, int(limit) - int(used or 0))
     return total, free
-
-
-def _compiler() -> str | None:
-    """``$CXX``, else g++, else clang++."""
-    named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
 
 
 def _read(path: str) -> str:

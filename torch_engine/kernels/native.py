@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 from torch_engine.config import ConfigError
 from torch_engine.kernels.pytorch import Linear, PyTorchKernels, StepInput
+from torch_engine.toolchain import compiler
 
 SOURCE = Path(__file__).with_name("native.cpp")
 LIBRARY = "kernels.so"
@@ -63,12 +63,6 @@ SIGNATURES = {
 
 class NoCompiler(RuntimeError):
     """The kernels cannot be compiled on this machine; the message says why."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler to use: ``$CXX``, else g++, else clang++; None if there is none."""
-    named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
 
 
 def compile_library(folder: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:

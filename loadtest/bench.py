@@ -1,6 +1,6 @@
 """``make bench``: both endpoints under the same load, in turns, and a report with the comparison.
 
-``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 140] ...``
+``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 150] ...``
 
 Exit status: 0 the run is VALID, 1 it is INVALID or could not be done, 2 a setting is wrong, 130 Ctrl-C.
 """
@@ -25,8 +25,8 @@ from client import ClientError
 from client.sync import Client
 from loadtest import conditions, plot
 from loadtest.config import BenchConfig, ConfigError
-from loadtest.metrics import Summary, problems, ratio, steady_window, summarise
-from loadtest.plan import Block, neighbours, plan_blocks, planned_s
+from loadtest.metrics import Summary, limits, problems, ratio, steady_window, summarise
+from loadtest.plan import Block, neighbours, plan_blocks, planned_s, too_short
 from loadtest.prompts import Prompts
 from loadtest.records import RequestRecord, read_records
 from loadtest.report import BlockResult, Report, number, publish, table
@@ -72,14 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: BenchConfig, prompts: Prompts) -> int:
-    """Warm-up, blocks, report; returns the exit status."""
+    """Server, warm-up, blocks, report; returns the exit status."""
+    deadline = time.monotonic() + config.budget_s
     reports = Path(config.reports).resolve()
     reports.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
     work.chmod(0o755)
     try:
         with target(config) as server:
-            report = measure(config, prompts, server, work)
+            report = measure(config, prompts, server, work, deadline)
         if report.valid:
             plot.comparison(report, work / "comparison.png")
         folder = publish(work, reports, report, datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
@@ -115,13 +116,16 @@ def target(config: BenchConfig) -> Iterator[Target]:
         server.stop()
 
 
-def measure(config: BenchConfig, prompts: Prompts, server: Target, work: Path) -> Report:
-    """Runs the blocks; a failure on the way makes the report INVALID instead of losing what was measured."""
+def measure(config: BenchConfig, prompts: Prompts, server: Target, work: Path, deadline: float) -> Report:
+    """Runs the blocks; a failure on the way makes the report INVALID instead of losing what was measured.
+
+    Args:
+        deadline: of the last block, on the monotonic clock; kept unless the shortest plan does not fit.
+    """
     endpoints = (config.candidate, config.baseline)
     for endpoint in endpoints:
         with Client(server.url, endpoint) as client:
             client.check_ready()
-    started = time.monotonic()
     with Sampler(server.pids) as sampler:
         paces = {}
         for endpoint in endpoints:
@@ -129,11 +133,16 @@ def measure(config: BenchConfig, prompts: Prompts, server: Target, work: Path) -
             wait_until_idle(server.url, endpoint)
             paces[endpoint] = pace
             say(f"warm-up of {endpoint}: {config.concurrency} requests take about {number(pace.wave_s)} s")
-        left = config.budget_s - (time.monotonic() - started)
+        left = deadline - time.monotonic()
         blocks = plan_blocks(*endpoints, paces, config.concurrency, left)
         say(f"plan: {', '.join(f'{b.endpoint} {b.seconds} s' for b in blocks)}: {planned_s(blocks):.0f} s")
         if planned_s(blocks) > left + 1:
-            say(f"one round does not fit BUDGET_S={config.budget_s:g} at this load; it is done all the same")
+            say(
+                f"one short round does not fit BUDGET_S={config.budget_s:g} at this load; it is done all the same"
+            )
+        for name in too_short(blocks, paces):
+            latency = number(paces[name].wave_s)
+            say(f"BUDGET_S={config.budget_s:g} is too short for latencies of {name} (about {latency} s each)")
         failure = run_blocks(blocks, config, server.url, work)
         records = read_records(work / RECORDS)
         return evaluate(config, prompts, server, blocks, records, sampler, failure)
@@ -222,6 +231,7 @@ def evaluate(
     reasons = problems(records, [candidate, baseline])
     return Report(
         reasons=[failure, *reasons] if failure else reasons,
+        limits=limits([candidate, baseline]),
         candidate=candidate,
         baseline=baseline,
         ratios={

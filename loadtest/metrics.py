@@ -21,6 +21,8 @@ import numpy as np
 
 from loadtest.records import RequestRecord
 
+P50_SAMPLES = 6
+"""Below this number of samples even their whole range holds the median with less than 95 % probability."""
 P99_SAMPLES = 100
 """Below this number of samples the 99th percentile would be the maximum by another name."""
 
@@ -69,6 +71,7 @@ class Distribution:
 
     n: int
     p50: float | None
+    """None below :data:`P50_SAMPLES` samples."""
     p99: float | None
     """None below :data:`P99_SAMPLES` samples."""
     worst: float | None
@@ -78,8 +81,9 @@ class Distribution:
         values = [sample for sample in samples if sample is not None]
         if not values:
             return cls(0, None, None, None)
+        p50 = float(np.median(values)) if len(values) >= P50_SAMPLES else None
         p99 = float(np.percentile(values, 99)) if len(values) >= P99_SAMPLES else None
-        return cls(len(values), float(np.median(values)), p99, max(values))
+        return cls(len(values), p50, p99, max(values))
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Summary:
     window_s: float
     output_tokens_per_s: float | None
     requests_per_s: float | None
+    """Output throughput in answers of the mean length: counting answers would round to whole ones."""
     e2e_s: Distribution
     ttft_s: Distribution
     tpot_s: Distribution
@@ -107,17 +112,16 @@ def summarise(endpoint: str, blocks: Sequence[Sequence[RequestRecord]]) -> Summa
     seconds = sum(window.seconds for window, _ in usable)
     sample = [record for window, records in usable for record in latency_sample(window, records)]
     tokens = sum(tokens_in(window, records) for window, records in usable)
-    done = sum(
-        record.complete and window.start_ns < record.done_ns
-        for window, records in usable
-        for record in records
-    )
+    rate = tokens / seconds if seconds else None
     everything = [record for records in blocks for record in records]
+    lengths = [
+        record.num_output_tokens for record in everything if record.complete and record.num_output_tokens
+    ]
     return Summary(
         endpoint=endpoint,
         window_s=seconds,
-        output_tokens_per_s=tokens / seconds if seconds else None,
-        requests_per_s=done / seconds if seconds else None,
+        output_tokens_per_s=rate,
+        requests_per_s=rate * len(lengths) / sum(lengths) if rate and lengths else None,
         e2e_s=Distribution.of(record.e2e_s for record in sample),
         ttft_s=Distribution.of(record.ttft_s for record in sample),
         tpot_s=Distribution.of(record.tpot_s for record in sample),
@@ -163,6 +167,14 @@ def problems(records: Sequence[RequestRecord], summaries: Sequence[Summary]) -> 
             )
         if summary.output_tokens_per_s is None:
             reasons.append(f"{summary.endpoint}: fewer than two requests were answered: raise BUDGET_S")
-        elif summary.e2e_s.n == 0:
-            reasons.append(f"{summary.endpoint}: no request began and ended in the window: raise BUDGET_S")
     return reasons
+
+
+def limits(summaries: Sequence[Summary]) -> list[str]:
+    """What a run that may be believed does not show; empty if it shows everything."""
+    return [
+        f"no latency of {summary.endpoint} ({summary.e2e_s.n} of its requests began and ended in the windows, "
+        f"a median needs {P50_SAMPLES}): raise BUDGET_S"
+        for summary in summaries
+        if summary.output_tokens_per_s is not None and summary.e2e_s.p50 is None
+    ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 MIN_BLOCK_S = 8.0
 MAX_ROUNDS = 5
-MIN_SAMPLES = 8
+MIN_SAMPLES = 6
 """Latency samples that a block of the slowest server (one request at a time) must yield."""
 SLACK = 1.1
 BLOCK_OVERHEAD_S = 3.0
@@ -35,14 +35,16 @@ class Pace:
         between = (last - first) / (count - 1) if count > 1 else first
         return cls(first, last + (concurrency - count) * between)
 
-    def block_s(self, concurrency: int) -> float:
+    def block_s(self, concurrency: int, short: bool = False) -> float:
         """Length of a block with a ramp, one full latency, and then enough completions.
 
         Enough are ``MIN_SAMPLES`` of a server that answers one by one, or another wave of one that
-        answers all at once.
+        answers all at once. A short block goes without the full latency: its completions give the
+        throughput, but a server that answers one by one shows no latency in it.
         """
         enough = max(self.first_s, self.wave_s * MIN_SAMPLES / concurrency)
-        return max(MIN_BLOCK_S, SLACK * (self.first_s + self.wave_s + enough))
+        latency = 0.0 if short else self.wave_s
+        return max(MIN_BLOCK_S, SLACK * (self.first_s + latency + enough))
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,28 @@ def plan_blocks(
 ) -> list[Block]:
     """Blocks A B A (B A ...): every baseline block has a candidate block on either side.
 
-    As many rounds as the budget holds; what is left makes all blocks longer. One round is planned even
-    if the budget does not hold it.
+    As many rounds as the budget holds; what is left makes all blocks longer. If it does not hold one,
+    the candidate's blocks of that round become short ones, and then the baseline's too. That is the
+    least, planned even if the budget does not hold it.
     """
-    a, b = paces[candidate].block_s(concurrency), paces[baseline].block_s(concurrency)
-
-    def total(rounds: int, scale: float = 1.0) -> float:
-        return scale * ((rounds + 1) * a + rounds * b) + (2 * rounds + 1) * BLOCK_OVERHEAD_S
-
-    rounds = max([1, *(n for n in range(1, MAX_ROUNDS + 1) if total(n) <= budget_s)])
-    overhead = (2 * rounds + 1) * BLOCK_OVERHEAD_S
-    scale = max(1.0, (budget_s - overhead) / (total(rounds) - overhead))
+    shapes = [(rounds, False, False) for rounds in range(MAX_ROUNDS, 0, -1)]
+    for rounds, short_a, short_b in [*shapes, (1, True, False), (1, True, True)]:
+        a = paces[candidate].block_s(concurrency, short_a)
+        b = paces[baseline].block_s(concurrency, short_b)
+        load_s = (rounds + 1) * a + rounds * b
+        left_s = budget_s - (2 * rounds + 1) * BLOCK_OVERHEAD_S
+        if load_s <= left_s:
+            break
+    scale = max(1.0, left_s / load_s)
     order = [candidate, *[baseline, candidate] * rounds]
-    lengths = {candidate: round(a * scale), baseline: round(b * scale)}
-    return [Block(f"{i}-{endpoint}", endpoint, lengths[endpoint]) for i, endpoint in enumerate(order, 1)]
+    seconds = {candidate: round(a * scale), baseline: round(b * scale)}
+    return [Block(f"{i}-{endpoint}", endpoint, seconds[endpoint]) for i, endpoint in enumerate(order, 1)]
+
+
+def too_short(blocks: list[Block], paces: dict[str, Pace]) -> list[str]:
+    """The endpoints that cannot answer, in one of their blocks, a request sent after the block's ramp."""
+    longest = {block.endpoint: block.seconds for block in blocks}
+    return [name for name, pace in paces.items() if longest[name] < pace.first_s + pace.wave_s]
 
 
 def planned_s(blocks: list[Block]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from loadtest.metrics import P99_SAMPLES, Distribution, Ratio, Summary
+from loadtest.metrics import P50_SAMPLES, P99_SAMPLES, Distribution, Ratio, Summary
 from loadtest.telemetry import Utilisation
 
 LATEST = "latest"
@@ -29,6 +29,8 @@ class Report:
 
     reasons: list[str]
     """Why the run is INVALID; empty if it is VALID."""
+    limits: list[str]
+    """What a VALID run does not show."""
     candidate: Summary
     baseline: Summary
     ratios: dict[str, Ratio]
@@ -45,7 +47,14 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        return "VALID" if self.valid else "INVALID: " + "; ".join(self.reasons)
+        if not self.valid:
+            return "INVALID: " + "; ".join(self.reasons)
+        return "; ".join(["VALID", *self.limits])
+
+    def mean_latency_s(self, summary: Summary) -> float | None:
+        """Mean latency of the closed loop by Little's law: requests in flight over requests/s."""
+        rate = summary.requests_per_s
+        return self.conditions["settings"]["concurrency"] / rate if rate else None
 
     @property
     def utilisation_has_gpu(self) -> bool:
@@ -96,6 +105,7 @@ def table(report: Report) -> str:
     row("Requests/s", lambda s: number(s.requests_per_s))
     row("Latency p50 (s)", lambda s: f"{number(s.e2e_s.p50)} (n={s.e2e_s.n})", "e2e_p50")
     row("Latency p99 (s)", lambda s: p99(s.e2e_s, 1))
+    row("Latency mean, by Little's law (s)", lambda s: number(report.mean_latency_s(s)))
     row("TTFT p50 (s)", lambda s: number(s.ttft_s.p50), "ttft_p50")
     row("TTFT p99 (s)", lambda s: p99(s.ttft_s, 1))
     row("TPOT p50 (ms)", lambda s: number(s.tpot_s.p50, 1e3), "tpot_p50")
@@ -124,7 +134,7 @@ def markdown(report: Report) -> str:
         "## Conditions",
         _conditions(report),
         "## Definitions",
-        DEFINITIONS.format(p99=P99_SAMPLES),
+        DEFINITIONS.format(p50=P50_SAMPLES, p99=P99_SAMPLES),
     ]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
@@ -138,9 +148,11 @@ DEFINITIONS = """\
   windows' time.
 - **Latency** (end to end): from sending a request to its last response with outputs. Only requests sent
   inside a window count, and none sent after the oldest one that the block's end cut off.
+- **Little's law**: in a closed loop the mean latency is the requests in flight over the requests/s. It needs
+  no request to begin and end in a window, and is no measurement besides the throughput.
 - **TTFT**: from sending to the first text that is not empty.
 - **TPOT**: (latency - TTFT) / (output tokens - output tokens in the first response).
-- **p50, p99**: of the raw samples of all blocks together; p99 from {p99} samples on.
+- **p50, p99**: of the raw samples of all blocks together; p50 from {p50} samples on, p99 from {p99}.
 - **Outside the model**: client TTFT minus the model's own (arrival to first token), both per request: what
   the load generator, the transport and Triton add."""
 

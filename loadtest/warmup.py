@@ -12,7 +12,7 @@ from loadtest.prompts import Prompts
 
 WARMUP_S = 6.0
 """A wave that takes longer is cut off once it has shown its pace."""
-ENOUGH_COMPLETIONS = 3
+ENOUGH_COMPLETIONS = 2
 FIRST_PROMPT = 1_000_000_000
 """Warm-up prompts are none of the measured ones, which would then come from the prefix cache."""
 

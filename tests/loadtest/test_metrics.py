@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from loadtest.metrics import Distribution, problems, ratio, steady_window, summarise
+from loadtest.metrics import Distribution, limits, problems, ratio, steady_window, summarise
 from tests.loadtest.traces import TOKENS, batch_server, record, serial_server
 
 
-@pytest.mark.parametrize("block_s", [40.0, 41.3, 58.9])
+@pytest.mark.parametrize("block_s", [46.0, 47.3, 58.9])
 def test_a_serial_server_is_measured_without_its_ramp(block_s):
     records = serial_server(concurrency=16, service_s=2.0, block_s=block_s)
     summary = summarise("text_generation", [records])
@@ -27,6 +27,7 @@ def test_a_batching_server_is_measured_in_whole_waves(block_s):
     assert summary.output_tokens_per_s == pytest.approx(16 * TOKENS / 4.0)
     assert summary.e2e_s.p50 == pytest.approx(4.0)
     assert summary.tpot_s.p50 == pytest.approx(0.5)
+    assert summary.requests_per_s == pytest.approx(16 / 4.0)
 
 
 def test_blocks_pool_raw_samples_and_never_average():
@@ -61,9 +62,10 @@ def test_client_against_model_clock():
     assert record(0.0, [1.0], server_times_ns=times).outside_s == pytest.approx(0.1)
 
 
-def test_p99_needs_samples():
-    few, many = Distribution.of(range(99)), Distribution.of(range(101))
-    assert (few.n, few.p50, few.p99, few.worst) == (99, 49, None, 98)
+def test_percentiles_need_samples():
+    few, some, many = (Distribution.of(range(count)) for count in (5, 99, 101))
+    assert (few.n, few.p50, few.p99, few.worst) == (5, None, None, 4)
+    assert (some.n, some.p50, some.p99, some.worst) == (99, 49, None, 98)
     assert many.p99 == 99.0
     assert Distribution.of([None]) == Distribution(0, None, None, None)
 
@@ -97,5 +99,15 @@ def test_one_bad_answer_spoils_the_run(bad, reason):
 
 def test_too_short_a_run_is_told():
     assert "BUDGET_S" in check(batch_server(4, 9.0, 10.0))[0]
-    assert "BUDGET_S" in check(serial_server(16, 2.0, 20.0))[0]
     assert steady_window([]) is None
+
+
+def test_a_block_shorter_than_a_latency_shows_the_throughput_and_says_what_it_does_not_show():
+    records = serial_server(16, 2.0, 20.0)
+    summary = summarise("text_generation", [records])
+    assert check(records) == []
+    assert summary.output_tokens_per_s == pytest.approx(TOKENS / 2.0)
+    assert (summary.e2e_s.n, summary.e2e_s.p50, summary.ttft_s.p50) == (0, None, None)
+    assert "no latency of text_generation (0 of" in limits([summary])[0]
+    enough = summarise("text_generation", [serial_server(16, 2.0, 44.5)])
+    assert enough.e2e_s.n == 6 and limits([enough]) == []

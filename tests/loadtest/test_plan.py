@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loadtest.metrics import summarise
-from loadtest.plan import MIN_BLOCK_S, Pace, neighbours, plan_blocks, planned_s
+from loadtest.plan import MIN_BLOCK_S, MIN_SAMPLES, Pace, neighbours, plan_blocks, planned_s, too_short
 from tests.loadtest.traces import batch_server, serial_server
 
 
@@ -18,7 +18,7 @@ def test_pace_of_a_wave_that_was_finished_or_cut_off():
 def test_a_block_is_long_enough_for_the_slowest_server(service_s):
     length = Pace(service_s, 16 * service_s).block_s(16)
     sample = summarise("text_generation", [serial_server(16, service_s, length)]).e2e_s
-    assert sample.n >= 8
+    assert sample.n >= MIN_SAMPLES
 
 
 def test_a_block_holds_two_waves_after_the_ramp():
@@ -43,7 +43,28 @@ def test_more_budget_means_more_rounds():
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
-def test_one_round_is_done_even_if_the_budget_is_too_small():
+@pytest.mark.parametrize(
+    ("budget_s", "candidate_samples", "latency_is_measured"),
+    [(165, 32, True), (145, 16, True), (120, 16, False)],
+)
+def test_a_tight_budget_shortens_the_candidates_blocks_and_then_the_baselines(
+    budget_s, candidate_samples, latency_is_measured
+):
+    paces = {"a": Pace(9.8, 10.0), "b": Pace(3.0, 48.0)}
+    blocks = plan_blocks("a", "b", paces, 16, budget_s)
+    assert [block.endpoint for block in blocks] == ["a", "b", "a"]
+    assert planned_s(blocks) <= budget_s + 1
+    sample = summarise("text_generation", [batch_server(16, 10.0, blocks[0].seconds)]).e2e_s
+    assert sample.n >= candidate_samples
+    baseline = summarise("text_generation", [serial_server(16, 3.0, blocks[1].seconds)])
+    assert (baseline.e2e_s.p50 is not None) == latency_is_measured
+    assert baseline.output_tokens_per_s == pytest.approx(8 / 3.0)
+    assert too_short(blocks, paces) == ([] if latency_is_measured else ["b"])
+
+
+def test_a_short_round_is_done_even_if_the_budget_is_too_small():
     blocks = plan_blocks("a", "b", {"a": Pace(0.1, 0.2), "b": Pace(3.0, 48.0)}, 16, 10)
     assert [block.endpoint for block in blocks] == ["a", "b", "a"]
-    assert blocks[0].seconds == MIN_BLOCK_S and blocks[1].seconds > 48
+    assert blocks[0].seconds == MIN_BLOCK_S
+    summary = summarise("text_generation", [serial_server(16, 3.0, blocks[1].seconds)])
+    assert summary.completed == MIN_SAMPLES + 1

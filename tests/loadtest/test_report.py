@@ -61,6 +61,24 @@ def test_markdown_has_verdict_first_then_conditions_and_definitions():
         assert part in text
 
 
+def test_a_baseline_too_slow_for_its_block_is_valid_and_says_what_is_missing(tmp_path: Path):
+    config = BenchConfig(concurrency=16, output_tokens=8)
+    records = [
+        *batch_server(16, 4.0, 20.0, block=BLOCKS[0].name),
+        *serial_server(16, 6.0, 60.0, block=BLOCKS[1].name, endpoint="hf_baseline"),
+        *batch_server(16, 4.0, 20.0, block=BLOCKS[2].name),
+    ]
+    slow = evaluate(
+        config, Prompts(), Target("here", lambda: [], DEPLOYED), BLOCKS, records, Sampler(lambda: [])
+    )
+    assert slow.valid and slow.verdict.startswith("VALID; no latency of hf_baseline (0 of")
+    rows = {row.split("|")[1].strip(): row for row in report.table(slow).splitlines()}
+    assert "| 4.00 (n=128) | n/a (n=0) | n/a |" in rows["Latency p50 (s)"]
+    assert "| 4.00 | 96.0 |" in rows["Latency mean, by Little's law (s)"]
+    assert "**24.0×**" in rows["Output throughput (tokens/s)"]
+    plot.comparison(slow, tmp_path / "comparison.png")
+
+
 @pytest.mark.parametrize(
     ("extra", "failure", "reason"),
     [

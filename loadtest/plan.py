@@ -9,8 +9,10 @@ MIN_BLOCK_S = 8.0
 MAX_ROUNDS = 5
 MIN_SAMPLES = 6
 """Latency samples that a block of the slowest server (one request at a time) must yield."""
+SHORT_SAMPLES = 4
+"""Answers after the ramp in a short block of such a server, for its throughput."""
 SLACK = 1.1
-BLOCK_OVERHEAD_S = 3.0
+BLOCK_OVERHEAD_S = 2.5
 """Start of the load generator, and waiting until the server is idle again."""
 
 
@@ -42,9 +44,9 @@ class Pace:
         answers all at once. A short block goes without the full latency: its completions give the
         throughput, but a server that answers one by one shows no latency in it.
         """
-        enough = max(self.first_s, self.wave_s * MIN_SAMPLES / concurrency)
-        latency = 0.0 if short else self.wave_s
-        return max(MIN_BLOCK_S, SLACK * (self.first_s + latency + enough))
+        samples, latency_s = (SHORT_SAMPLES, 0.0) if short else (MIN_SAMPLES, self.wave_s)
+        enough = max(self.first_s, self.wave_s * samples / concurrency)
+        return max(MIN_BLOCK_S, SLACK * (self.first_s + latency_s + enough))
 
 
 @dataclass(frozen=True)

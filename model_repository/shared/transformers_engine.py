@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -149,9 +150,10 @@ class TransformersEngine:
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._closed = False
-        self._warm_up()
-        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        warm: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(warm,), name="generate", daemon=True)
         self._thread.start()
+        warm.result()
 
     def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int:
         """As ``EngineClient.submit``."""
@@ -203,7 +205,15 @@ class TransformersEngine:
                 generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0),
             )
 
-    def _run(self) -> None:
+    def _run(self, warm: Future[None]) -> None:
+        # Warmed up here and not where the model was loaded: each thread that computes gets a team of
+        # OpenMP threads, and with more of them than cores OpenMP sleeps where it would spin.
+        try:
+            self._warm_up()
+        except BaseException as failure:
+            warm.set_exception(failure)
+            return
+        warm.set_result(None)
         while (batch := self._next_batch()) is not None:
             try:
                 self._generate([job for job in batch if not job.cancelled])

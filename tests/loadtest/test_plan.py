@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 
 from loadtest.metrics import summarise
-from loadtest.plan import MIN_BLOCK_S, MIN_SAMPLES, Pace, neighbours, plan_blocks, planned_s, too_short
+from loadtest.plan import (
+    MIN_BLOCK_S,
+    MIN_SAMPLES,
+    SHORT_SAMPLES,
+    Pace,
+    neighbours,
+    plan_blocks,
+    planned_s,
+    too_short,
+)
 from tests.loadtest.traces import batch_server, serial_server
 
 
@@ -67,4 +76,4 @@ def test_a_short_round_is_done_even_if_the_budget_is_too_small():
     assert [block.endpoint for block in blocks] == ["a", "b", "a"]
     assert blocks[0].seconds == MIN_BLOCK_S
     summary = summarise("text_generation", [serial_server(16, 3.0, blocks[1].seconds)])
-    assert summary.completed == MIN_SAMPLES + 1
+    assert summary.completed == SHORT_SAMPLES + 1

@@ -31,6 +31,8 @@ TEMPLATES = Path(__file__).parent.parent / "model_repository"
 KERNEL_SOURCES = [
     Path(torch_engine.__file__).parent / "kernels" / name for name in ("native.cpp", "native.py")
 ]
+CPU_STRIDE = 3
+"""On a CPU every third of our calibration prompts is taken: minutes less, and no worse by the gate."""
 DEPLOYMENT = "deployment.json"
 Say = Callable[[str], None]
 
@@ -116,6 +118,8 @@ class Build:
         folder = self.root / "checkpoints" / f"{source.name}-fp8"
         calibration = self.settings.calibration or CALIBRATION
         samples = read_prompts(calibration)
+        if plan.device == "cpu" and calibration == CALIBRATION:
+            samples = samples[::CPU_STRIDE]
         inputs = self._inputs(source, plan) | self._gate_inputs()
         inputs["calibration"] = self.hashes.of(calibration)
         key = digest(inputs)

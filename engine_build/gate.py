@@ -36,6 +36,13 @@ class GateResult:
     """Share of the source's greedy tokens that the FP8 model also chooses, given the source's history."""
     scored_tokens: int
     compared_tokens: int
+    rise_error: float
+    """Standard error of the perplexity's rise, from the paired differences of the scored tokens."""
+
+    @property
+    def agreement_error(self) -> float:
+        """Standard error of a share of so many tokens."""
+        return math.sqrt(self.agreement * (1 - self.agreement) / self.compared_tokens)
 
     @property
     def perplexity_rise(self) -> float:
@@ -44,13 +51,14 @@ class GateResult:
     def record(self) -> dict[str, Any]:
         """For the manifest, with the limits."""
         limits = {"max_perplexity_rise": MAX_PERPLEXITY_RISE, "min_agreement": MIN_AGREEMENT}
-        return asdict(self) | {"perplexity_rise": self.perplexity_rise} | limits
+        derived = {"perplexity_rise": self.perplexity_rise, "agreement_error": self.agreement_error}
+        return asdict(self) | derived | limits
 
     def __str__(self) -> str:
         return (
             f"perplexity {self.source_perplexity:.2f} -> {self.perplexity:.2f} "
-            f"({self.perplexity_rise:+.1%}, limit {MAX_PERPLEXITY_RISE:+.0%}), "
-            f"top-1 agreement {self.agreement:.3f} (limit {MIN_AGREEMENT})"
+            f"({self.perplexity_rise:+.1%} ± {self.rise_error:.1%}, limit {MAX_PERPLEXITY_RISE:+.0%}), "
+            f"top-1 agreement {self.agreement:.3f} ± {self.agreement_error:.3f} (limit {MIN_AGREEMENT})"
         )
 
     def require(self) -> None:
@@ -76,17 +84,18 @@ def measure(
     rows = [source_model.encode(tokenizer, sample.render(tokenizer)) for sample in prompts]
     answers = source_model.greedy(model, rows, CONTINUATION_TOKENS)
 
-    before = _perplexity(model, windows)
+    before = _surprisals(model, windows)
     become_w8a8(model, quantized)
-    after = _perplexity(model, windows)
+    after = _surprisals(model, windows)
     agreed = sum(_agreements(model, row, answer) for row, answer in zip(rows, answers, strict=True))
     compared = sum(map(len, answers))
     return GateResult(
-        source_perplexity=before,
-        perplexity=after,
+        source_perplexity=_perplexity(before),
+        perplexity=_perplexity(after),
         agreement=agreed / compared,
-        scored_tokens=sum(len(window) - 1 for window in windows),
+        scored_tokens=len(before),
         compared_tokens=compared,
+        rise_error=_rise_error(before, after),
     )
 
 
@@ -116,14 +125,25 @@ def _windows(ids: list[int], size: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _perplexity(model: Any, windows: list[list[int]]) -> float:
-    total, count = 0.0, 0
+def _surprisals(model: Any, windows: list[list[int]]) -> torch.Tensor:
+    """-log p of each token given its window's tokens before it, in float64: ``[scored tokens]``."""
+    rows = []
     for window in windows:
         ids = torch.tensor([window], device=model.device)
         logits = model(ids, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        count += len(window) - 1
-    return math.exp(total / count) if math.isfinite(total) else math.inf
+        rows.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu().double())
+    return torch.cat(rows)
+
+
+def _perplexity(surprisals: torch.Tensor) -> float:
+    mean = surprisals.mean().item()
+    return math.exp(mean) if math.isfinite(mean) else math.inf
+
+
+def _rise_error(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Both models score the same tokens, so the mean of their differences is what is uncertain."""
+    differences = after - before
+    return float(differences.mean().exp() * differences.std()) / math.sqrt(len(differences))
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ from torch_engine.families import load_spec
 E4M3_MAX = 448.0
 MAX_SAMPLE_TOKENS = 512
 ANSWER_TOKENS = 32
-MAX_ANSWERS = 32
+MAX_ANSWERS = 8
 """Answers show calibration the activations of decoding; those to the shortest prompts do, at a fraction of the time."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that engines run as one matrix product, with one scale."""

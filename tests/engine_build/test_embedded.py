@@ -75,10 +75,10 @@ def test_gguf_header(gguf_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
-    """With a quarter of the calibration prompts, which is quicker and no worse."""
+    """With a sixth of the calibration prompts, which is quicker."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
-        "".join(CALIBRATION.read_text(encoding="utf-8").splitlines(True)[::4]), encoding="utf-8"
+        "".join(CALIBRATION.read_text(encoding="utf-8").splitlines(True)[::6]), encoding="utf-8"
     )
     options = ["--build-dir", str(tmp_path / "build"), "--precision", "fp8", "--calibration", str(prompts)]
     said: list[str] = []

@@ -23,7 +23,7 @@ def test_bench_serves_loads_reports_and_stops(tiny_build, tmp_path, monkeypatch)
     for variable, port in zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"), free_ports(3), strict=True):
         monkeypatch.setenv(variable, str(port))
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    load = ["--concurrency", "4", "--output-tokens", "16", "--budget-s", "25", "--build-dir", str(build)]
+    load = ["--concurrency", "4", "--output-tokens", "16", "--budget-s", "20", "--build-dir", str(build)]
     assert bench.main([*load, "--reports", str(tmp_path / "reports")]) == 0
     data = json.loads((tmp_path / "reports" / "latest" / "report.json").read_text())
     assert data["verdict"] == "VALID"

@@ -138,6 +138,15 @@ def ask(server: Server, model: str, prompt: str = "the dog", max_tokens: int = 8
     return Call(server, model, {"text_input": prompt, "max_tokens": max_tokens, **inputs}).read()
 
 
+def in_pieces(server: Server, model: str, pieces: int, **inputs: Any) -> Answer:
+    """A streamed answer in at least so many: where the machine is busy, tokens wait and travel together."""
+    for _ in range(20):
+        answer = ask(server, model, stream=True, **inputs)
+        if len(answer.responses) >= pieces:
+            return answer
+    raise AssertionError(f"{len(answer.responses)} responses and never {pieces}")
+
+
 @dataclass
 class HttpAnswer:
     status: int

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from model_repository.serve import Server
-from tests.model_repository.doors import ask
+from tests.model_repository.doors import ask, in_pieces
 from tests.serving import build_tiny, settings_for
 
 pytestmark = pytest.mark.slow
@@ -29,8 +29,7 @@ def test_streamed_text_is_the_whole_text(server: Server, model: str, seed: int) 
     inputs = {"prompt": "a token 日本 👩‍🚀", "max_tokens": 80, "seed": seed, "end_id": -1}
     inputs |= {"temperature": 1.5, "top_k": 0, "top_p": 1.0}
     whole = ask(server, model, **inputs)
-    streamed = ask(server, model, stream=True, **inputs)
-    assert len(streamed.responses) > 10
+    streamed = in_pieces(server, model, 10, **inputs)
     assert streamed.text == whole.text
 
 

@@ -18,7 +18,7 @@ from engine_build.checkpoint import obtain
 from torch_engine.kernels.native import compiler
 from torch_engine.request import GenerationRequest
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 BF16_STEP = 0.125
 """Distance of neighbouring bfloat16 numbers between 16 and 32, where this model's best logits are."""
 PROMPTS = [
@@ -48,7 +48,7 @@ def engine_tokens(make_engine, folder: Path, **settings: object) -> list[tuple[l
         "block_size": 16,
         "max_batch_size": 32,
         "max_num_tokens": 64,
-        "num_threads": 2,
+        "num_threads": 1,
     }
     engine = make_engine(folder, **sizes, **settings)
     outputs = engine.generate([GenerationRequest(prompt, NEW_TOKENS, end_id=-1) for prompt in prompts])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from engine_build import record, repository
 from engine_build.cache import FileHashes, digest, source_version
 from engine_build.checkpoint import Checkpoint, obtain
 from engine_build.hardware import Hardware, detect
-from engine_build.package import package
-from engine_build.plan import Plan, make_plan, require_built_lane
+from engine_build.package import package, package_llm_api
+from engine_build.plan import Plan, make_plan, require_tensorrt_llm
 from engine_build.prompts import read_prompts
 from engine_build.settings import Settings
 from engine_build.workspace import locked, new_folder, write_text
@@ -54,7 +55,7 @@ class Build:
         self.root = settings.build_dir
 
     def run(self) -> dict[str, Any]:
-        """Builds what is not built yet and returns the content of ``deployment.json``.
+        """Builds what is not built yet and returns the content of ``deployment.json`` (nothing of a dry run).
 
         Raises:
             BuildError: it cannot be built; nothing half-written is left.
@@ -77,12 +78,25 @@ class Build:
             note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
         for reason in plan.reasons:
             self.say(f"              - {reason}")
-        require_built_lane(plan)
-        source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
-        engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
+        if self.settings.dry_run:
+            return self._dry_run(source, plan)
+        require_tensorrt_llm(plan, hardware.tensorrt_llm)
+        logits_type = "TYPE_FP32"
+        if plan.lane == "trtllm-engine":
+            source_dir = model_dir = source.folder
+            engine_dir, logits_type = self._trtllm_engine(source, plan, hardware)
+        else:
+            source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
+            engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
         with self._stage("repository") as note:
             values = repository.values_for(
-                plan, source.name, engine_dir, source_dir, self.settings.baseline_max_batch_size
+                plan,
+                source.name,
+                engine_dir,
+                source_dir,
+                self.settings.baseline_max_batch_size,
+                parameters=self.settings.parameters,
+                logits_type=logits_type,
             )
             rendering = repository.render(TEMPLATES, values)
             note.cached = not repository.write(rendering, self.root / "model_repository")
@@ -100,7 +114,14 @@ class Build:
     def _plan(self, source: Checkpoint, hardware: Hardware) -> Plan:
         asked = self.settings
         return make_plan(
-            source.shape, hardware, asked.engine, asked.precision, asked.max_seq_len, asked.max_batch_size
+            source.shape,
+            hardware,
+            asked.engine,
+            asked.precision,
+            asked.max_seq_len,
+            asked.max_batch_size,
+            asked.tp,
+            asked.pp,
         )
 
     def _engine_checkpoint(self, source: Checkpoint, plan: Plan) -> tuple[Path, Path, dict[str, Any]]:
@@ -174,7 +195,7 @@ class Build:
     def _package(
         self, source: Checkpoint, model_dir: Path, plan: Plan, hardware: Hardware, checkpoint: dict[str, Any]
     ) -> Path:
-        folder = self.root / "engines" / f"{source.name}-{plan.lane}-{plan.precision}"
+        folder = self._engine_folder(source, plan)
         inputs = self._inputs(source, plan) | {
             "checkpoint": checkpoint["key"],
             "model_dir": str(model_dir),
@@ -187,22 +208,88 @@ class Build:
         with self._stage("package") as note:
             note.cached = self._current(folder, key) is not None
             if not note.cached:
-                facts = {
-                    "model": source.name,
-                    "inputs": inputs,
-                    "plan": dataclasses.asdict(plan),
-                    "versions": record.tool_versions(),
-                    "hardware": dataclasses.asdict(hardware),
+                facts = self._facts(source, plan, hardware, inputs) | {
                     "gate": checkpoint.get("gate"),
                     "calibration": checkpoint.get("calibration"),
                     "checkpoint_files": checkpoint.get("files"),
-                    "seconds": self.seconds,
-                    "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 }
-                for remark in package(folder, model_dir, plan, key, facts):
+                write = package if plan.lane == "torch" else package_llm_api
+                for remark in write(folder, model_dir, plan, key, facts):
                     self.say(f"              - {remark}")
             note.text = _shown(folder)
         return folder
+
+    def _engine_folder(self, source: Checkpoint, plan: Plan) -> Path:
+        return self.root / "engines" / f"{source.name}-{plan.lane}-{plan.precision}"
+
+    def _trtllm_engine(self, source: Checkpoint, plan: Plan, hardware: Hardware) -> tuple[Path, str]:
+        """Calibrates and compiles with TensorRT-LLM's own tools. Returns the folder and its logits dtype."""
+        from engine_build.trtllm import build, engine_folder
+
+        folder, work = self._engine_folder(source, plan), self.root / "work"
+        calibration = self.settings.calibration or CALIBRATION
+        samples = read_prompts(calibration)
+        inputs = self._inputs(source, plan) | {
+            "calibration": self.hashes.of(calibration),
+            "hardware": hardware.identity(),
+            "plan": dataclasses.asdict(dataclasses.replace(plan, reasons=())),
+        }
+        key = digest(inputs)
+        with self._stage("engine") as note:
+            note.cached = self._current(folder, key) is not None
+            if not note.cached:
+                build.require_disk(self.root, source.shape, plan)
+                tokenizer = self._tokenizer(source.folder)
+                with new_folder(folder) as fresh, new_folder(work) as scratch:
+                    build.run(source.folder, samples, tokenizer, plan, scratch, fresh)
+                    facts = self._facts(source, plan, hardware, inputs)
+                    record.close(fresh, key, facts | {"calibration": {"samples": len(samples)}})
+                shutil.rmtree(work, ignore_errors=True)
+            note.text = f"{_shown(folder)} (TensorRT-LLM {hardware.tensorrt_llm})"
+        return folder, engine_folder.logits_type(engine_folder.require_built(folder, plan))
+
+    @staticmethod
+    def _tokenizer(folder: Path) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+
+    def _dry_run(self, source: Checkpoint, plan: Plan) -> dict[str, Any]:
+        """Says what a build would do, in the order in which it would."""
+        engine_dir = self._engine_folder(source, plan)
+        if plan.lane == "trtllm-engine":
+            from engine_build.trtllm import build
+
+            samples = len(read_prompts(self.settings.calibration or CALIBRATION))
+            lines = build.dry_run(source.folder, samples, plan, self.root / "work", engine_dir)
+        else:
+            lines = []
+            if plan.precision == "fp8" and not source.shape.fp8:
+                lines += [f"write  {self.root}/checkpoints/{source.name}-fp8/ (ModelOpt FP8, accuracy gate)"]
+            name = "engine.json" if plan.lane == "torch" else "llm_api.json"
+            lines += [f"write  {engine_dir}/{file}" for file in (name, "manifest.json")]
+        values = repository.values_for(
+            plan, source.name, engine_dir, source.folder, parameters=self.settings.parameters
+        )
+        rendering = repository.render(TEMPLATES, values)
+        lines += [f"write  {self.root}/model_repository/{name}" for name in sorted(rendering)]
+        for line in [*lines, f"write  {self.root}/{DEPLOYMENT}", "dry run: nothing was built"]:
+            self.say(line)
+        return {}
+
+    def _facts(
+        self, source: Checkpoint, plan: Plan, hardware: Hardware, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What every engine's manifest says; the server checks the part about TensorRT-LLM and the GPU."""
+        return {
+            "model": source.name,
+            "inputs": inputs,
+            "plan": dataclasses.asdict(plan),
+            "versions": record.tool_versions(),
+            "hardware": dataclasses.asdict(hardware),
+            "seconds": self.seconds,
+            "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
 
     def _inputs(self, source: Checkpoint, plan: Plan) -> dict[str, Any]:
         """What every built thing depends on."""
@@ -230,6 +317,7 @@ class Build:
             "model": name,
             "lane": plan.lane,
             "precision": plan.precision,
+            "world_size": plan.world_size,
             "engine_dir": str(engine_dir),
             "model_dir": str(model_dir),
             "source_dir": str(source_dir),

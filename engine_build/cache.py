@@ -55,4 +55,5 @@ class FileHashes:
 
 def source_version(hashes: FileHashes) -> str:
     """Digest of this package's own code: a build made by other code is not the same build."""
-    return digest(hashes.of_all(Path(__file__).parent.glob("*.py")))
+    folder = Path(__file__).parent
+    return digest([hashes.of_all(folder.glob("*.py")), hashes.of_all(folder.glob("trtllm/*.py"))])

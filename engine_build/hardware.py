@@ -35,6 +35,8 @@ class Hardware:
     """C++ compiler for the CPU kernels; None if there is none, or on a GPU."""
     tensorrt_llm: str | None = None
     """Version of the installed TensorRT-LLM."""
+    count: int = 1
+    """Visible devices of this kind."""
     note: str = ""
     """What detection wants the user to know."""
 
@@ -77,6 +79,7 @@ def _cuda() -> Hardware | None:
         capability=torch.cuda.get_device_capability(),
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=_version("tensorrt_llm"),
+        count=torch.cuda.device_count(),
     )
 
 

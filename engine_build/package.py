@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from engine_build import record
+from engine_build.hf_format import write_json
 from engine_build.plan import Plan
 from engine_build.workspace import new_folder
 from torch_engine.config import EngineConfig
+
+LLM_API_FILE = "llm_api.json"
 
 
 def package(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any]) -> list[str]:
@@ -49,3 +52,23 @@ def package(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str
         ).save(fresh)
         record.close(fresh, key, facts | {"kernels": kernels, "remarks": remarks})
     return remarks
+
+
+def package_llm_api(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any]) -> list[str]:
+    """Writes ``llm_api.json`` and ``manifest.json`` for lane trtllm-pytorch; arguments as of :func:`package`."""
+    with new_folder(folder) as fresh:
+        settings = {
+            "model_dir": os.path.relpath(model_dir, folder),
+            "dtype": "bfloat16",
+            "kv_cache_dtype": "fp8" if plan.fp8_kv else "auto",
+            "tensor_parallel_size": plan.tp,
+            "pipeline_parallel_size": plan.pp,
+            "max_batch_size": plan.max_batch_size,
+            "max_num_tokens": plan.max_num_tokens,
+            "max_seq_len": plan.max_seq_len,
+            # The pool that the plan has left beside the baseline model.
+            "kv_cache_tokens": plan.num_kv_blocks * plan.block_size,
+        }
+        write_json(fresh / LLM_API_FILE, settings)
+        record.close(fresh, key, facts | {"kernels": plan.kernels, "remarks": []})
+    return []

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 from engine_build.errors import BuildError
 from engine_build.hardware import Hardware
+from engine_build.memory import kv_bytes_per_token, weight_bytes
+from model_repository.trtllm import versions
 
 LANES = ("trtllm-engine", "trtllm-pytorch", "torch")
-BUILT_LANES = ("torch",)
-PRECISIONS = ("fp8", "int8_sq", "int4_awq", "bf16")
+PRECISIONS = ("fp8", "nvfp4", "int8_sq", "int4_awq", "bf16")
 AUTO = "auto"
 
 FP8_CAPABILITY = (8, 9)
+NVFP4_CAPABILITY = (10, 0)
 BF16_CAPABILITY = (8, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK_SIZE = 16
+TRTLLM_BLOCK_SIZE = 32
 MIB = 1 << 20
 
 
@@ -55,11 +58,19 @@ class Plan:
     kv_bytes: int
     weights_bytes: int
     reasons: tuple[str, ...]
+    tp: int = 1
+    """GPUs that share each layer."""
+    pp: int = 1
+    """GPUs that share the layers."""
 
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp
 
-def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-    """Bytes that one token takes in the KV cache: keys and values of every layer."""
-    return 2 * layers * kv_heads * head_dim * dtype_bytes
+    @property
+    def fp8_kv(self) -> bool:
+        """On TensorRT-LLM, FP8 weights without an FP8 KV cache lose FP8 paged context attention."""
+        return self.lane != "torch" and self.precision in ("fp8", "nvfp4")
 
 
 def make_plan(
@@ -69,6 +80,8 @@ def make_plan(
     precision: str = AUTO,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
+    tp: int = 1,
+    pp: int = 1,
 ) -> Plan:
     """Decides everything the engine needs to know.
 
@@ -78,17 +91,20 @@ def make_plan(
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
     precision = _choose_precision(precision, lane, shape, hardware, reasons)
+    _require_gpus(lane, tp * pp, hardware)
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
-    kernels = _choose_kernels(hardware, reasons)
+    kernels = _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
     on_cpu = hardware.device == "cpu"
 
     length = _sequence_length(max_seq_len, shape, 2048 if on_cpu else 8192)
     batch = max_batch_size or (64 if on_cpu else 256)
     step_tokens = max(batch, 256 if on_cpu else 8192)
-    weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu)
-    per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, DTYPE_BYTES[dtype])
-    blocks = _kv_blocks(per_token, length, batch, weights, shape, hardware, reasons)
+    weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu, tp, pp)
+    block_size = BLOCK_SIZE if lane == "torch" else TRTLLM_BLOCK_SIZE
+    kv_bytes = 1 if lane != "torch" and precision in ("fp8", "nvfp4") else DTYPE_BYTES[dtype]
+    per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
+    blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons)
     return Plan(
         lane=lane,
         precision=precision,
@@ -99,33 +115,36 @@ def make_plan(
         max_seq_len=length,
         max_batch_size=batch,
         max_num_tokens=step_tokens,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         num_kv_blocks=blocks,
-        kv_bytes=blocks * BLOCK_SIZE * per_token,
+        kv_bytes=blocks * block_size * per_token,
         weights_bytes=weights,
         reasons=tuple(reasons),
+        tp=tp,
+        pp=pp,
     )
 
 
-def require_built_lane(plan: Plan) -> None:
+def require_tensorrt_llm(plan: Plan, version: str | None) -> None:
     """Raises:
-    BuildError: the lane is planned, but this version does not build it.
+    BuildError: the lane cannot be built with the installed TensorRT-LLM.
     """
-    if plan.lane not in BUILT_LANES:
-        raise BuildError(f"lane {plan.lane} is not built yet in this version: use ENGINE=torch")
+    if plan.lane != "torch" and (refusal := versions.refusal(plan.lane, version)):
+        raise BuildError(f"ENGINE={plan.lane}: {refusal}")
 
 
 def _choose_lane(lane: str, hardware: Hardware, reasons: list[str]) -> str:
     if lane not in (AUTO, *LANES):
         raise BuildError(f"ENGINE={lane} is unknown: use one of auto, {', '.join(LANES)}")
     if lane == AUTO:
-        if hardware.tensorrt_llm and hardware.device == "cuda":
+        version = hardware.tensorrt_llm
+        if version and hardware.device == "cuda" and not versions.refusal("trtllm-pytorch", version):
             reasons.append(
-                f"lane torch: TensorRT-LLM {hardware.tensorrt_llm} is installed and lane trtllm-pytorch "
-                "would be chosen, but this version does not build it yet"
+                f"lane trtllm-pytorch: TensorRT-LLM {version} is installed; this version was checked without "
+                "it, so run make verify-gpu-host once"
             )
-        else:
-            reasons.append("lane torch: TensorRT-LLM is not usable on this machine")
+            return "trtllm-pytorch"
+        reasons.append("lane torch: TensorRT-LLM is not usable on this machine")
         return "torch"
     if lane != "torch" and hardware.device != "cuda":
         raise BuildError(
@@ -140,9 +159,8 @@ def available_precisions(lane: str, hardware: Hardware) -> tuple[str, ...]:
     # NVIDIA's engine builder rejects INT8 and INT4 weights on data-centre Blackwell.
     integer = lane == "trtllm-engine" and not (10, 0) <= (hardware.capability or (0, 0)) < (12, 0)
     if lane == "trtllm-engine":
-        return (*fp8, *(("int8_sq", "int4_awq") if integer else ()), "bf16")
-    if lane == "trtllm-pytorch":
-        return (*fp8, "bf16", "int4_awq")
+        nvfp4 = ("nvfp4",) if (hardware.capability or (0, 0)) >= NVFP4_CAPABILITY else ()
+        return (*fp8, *nvfp4, *(("int8_sq", "int4_awq") if integer else ()), "bf16")
     return (*fp8, "bf16")
 
 
@@ -192,7 +210,21 @@ def _choose_precision(
     return precision
 
 
-def _choose_kernels(hardware: Hardware, reasons: list[str]) -> str:
+def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
+    if lane == "torch" and wanted > 1:
+        raise BuildError(
+            f"TP times PP is {wanted}, but ENGINE=torch runs on one GPU: use ENGINE=trtllm-pytorch"
+        )
+    if wanted > max(1, hardware.count):
+        raise BuildError(
+            f"TP times PP is {wanted}, but {hardware.count} GPU(s) are visible: lower TP or PP, or show more "
+            "with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _choose_kernels(lane: str, hardware: Hardware, reasons: list[str]) -> str:
+    if lane != "torch":
+        return "tensorrt_llm"
     if hardware.device != "cpu":
         reasons.append(
             "kernels cuda: Triton-language kernels and CUDA graphs; this version was checked without a GPU, "
@@ -241,16 +273,18 @@ def _sequence_length(asked: int | None, shape: ModelShape, default: int) -> int:
     return asked
 
 
-def _weights_bytes(shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool) -> int:
+def _weights_bytes(
+    shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
+) -> int:
     wide = DTYPE_BYTES[dtype]
     if on_cpu:
         return shape.parameters * (2 if kernels == "native" else wide)
-    linear = {"fp8": 1.0, "int8_sq": 1.0, "int4_awq": 0.5, "bf16": 2.0}[precision]
-    return int(shape.linear_parameters * linear) + (shape.parameters - shape.linear_parameters) * wide
+    return weight_bytes(shape.parameters, shape.linear_parameters, precision, wide, tp, pp)
 
 
 def _kv_blocks(
     per_token: int,
+    block_size: int,
     length: int,
     batch: int,
     weights: int,
@@ -258,9 +292,9 @@ def _kv_blocks(
     hardware: Hardware,
     reasons: list[str],
 ) -> int:
-    """Blocks of ``BLOCK_SIZE`` tokens; always enough for one sequence of full length."""
-    block_bytes = BLOCK_SIZE * per_token
-    one_sequence = -(-length // BLOCK_SIZE)
+    """Blocks of ``block_size`` tokens on each GPU; always enough for one sequence of full length."""
+    block_bytes = block_size * per_token
+    one_sequence = -(-length // block_size)
     if hardware.device == "cuda":
         baseline = 2 * shape.parameters  # the Transformers baseline lives on the same GPU
         room = int(0.9 * hardware.memory_free) - weights - baseline
@@ -268,7 +302,7 @@ def _kv_blocks(
         rule = "0.9 of the free GPU memory, less the weights of engine and baseline"
     else:
         room = hardware.memory_free - weights
-        wanted = max(one_sequence, -(-batch * length // (4 * BLOCK_SIZE)))
+        wanted = max(one_sequence, -(-batch * length // (4 * block_size)))
         quarter = hardware.memory_free // 4 // block_bytes
         blocks = max(one_sequence, min(quarter, wanted))
         rule = (
@@ -283,7 +317,7 @@ def _kv_blocks(
             "beside the weights: lower MAX_SEQ_LEN or free memory"
         )
     reasons.append(
-        f"KV cache {blocks * block_bytes // MIB} MiB = {blocks} blocks of {BLOCK_SIZE} tokens "
+        f"KV cache {blocks * block_bytes // MIB} MiB = {blocks} blocks of {block_size} tokens "
         f"({per_token / 1024:g} KiB a token): {rule}"
     )
     return blocks

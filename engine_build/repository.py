@@ -7,6 +7,7 @@ The rendering is kept in memory until every file of it has been checked.
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine_build.errors import BuildError
@@ -16,6 +17,8 @@ from engine_build.workspace import new_folder
 CONFIG = "config.pbtxt"
 VERSION = "1"
 TRITON_BACKEND = {"torch": "python", "trtllm-pytorch": "python", "trtllm-engine": "tensorrtllm"}
+ENGINE_QUEUE_SIZE = 512
+"""Requests that may wait in NVIDIA's backend before it refuses one."""
 Rendering = dict[str, bytes]
 """Path inside the repository to content."""
 
@@ -26,29 +29,69 @@ def values_for(
     engine_dir: Path,
     source_dir: Path,
     baseline_max_batch_size: int = 1,
+    *,
+    parameters: Mapping[str, str] | None = None,
+    logits_type: str = "TYPE_FP32",
 ) -> dict[str, str]:
-    """Every placeholder a template may use."""
+    """Every placeholder a template may use.
+
+    Args:
+        parameters: of the ``tensorrtllm`` backend, as the user asked for them.
+        logits_type: Triton's name of the engine's logits dtype.
+
+    Raises:
+        BuildError: a parameter is unknown or of the wrong type, or the lane has none.
+    """
+    in_triton = plan.lane == "trtllm-engine"
+    if parameters and not in_triton:
+        raise BuildError(
+            f"TRTLLM_PARAMETERS is for ENGINE=trtllm-engine, and this is {plan.lane}: leave it out"
+        )
     return {
         "model_name": model_name,
         "triton_backend": TRITON_BACKEND[plan.lane],
         "triton_max_batch_size": str(plan.max_batch_size),
         "decoupled_mode": "True",
-        "batching_strategy": "inflight_fused_batching",
         "engine_dir": str(engine_dir),
         "tokenizer_dir": str(source_dir),
-        "logits_datatype": "TYPE_FP32",
+        "logits_datatype": logits_type,
         "encoder_input_features_data_type": "TYPE_FP16",
         "prompt_embedding_table_data_type": "TYPE_FP16",
         "preprocessing_instance_count": "1",
         "postprocessing_instance_count": "1",
         "max_queue_delay_microseconds": "0",
-        "max_queue_size": "0",
+        # Our engine processes have a limit of their own; NVIDIA's backend takes Triton's, and 0 is none.
+        "max_queue_size": str(ENGINE_QUEUE_SIZE if in_triton else 0),
+        "engine_parameters": _engine_parameters(plan, engine_dir, source_dir, parameters or {}),
+        "text_generation_engine": "tensorrt_llm" if in_triton else "process",
+        "end_ids_as_stop_words": "true" if in_triton else "false",
+        "max_seq_len": str(plan.max_seq_len),
         "baseline_model_dir": str(source_dir),
         "baseline_dtype": "bfloat16",
         "baseline_max_batch_size": str(baseline_max_batch_size),
         # A static batch is only ever filled if Triton waits for it a little.
         "baseline_queue_delay_microseconds": "0" if baseline_max_batch_size == 1 else "20000",
     }
+
+
+def _engine_parameters(plan: Plan, engine_dir: Path, source_dir: Path, asked: Mapping[str, str]) -> str:
+    """The ``parameters`` of model ``tensorrt_llm``, one a line."""
+    if plan.lane == "trtllm-engine":
+        from engine_build.trtllm.parameters import for_engine
+
+        chosen = for_engine(plan, engine_dir, asked)
+    else:
+        chosen = {
+            "gpt_model_type": "inflight_fused_batching",
+            "gpt_model_path": str(engine_dir),
+            "tokenizer_dir": str(source_dir),
+            "cancellation_check_period_ms": "100",
+            "stats_check_period_ms": "100",
+        }
+    return "\n".join(
+        f'parameters {{ key: "{name}" value: {{ string_value: "{value}" }} }}'
+        for name, value in chosen.items()
+    )
 
 
 def render(templates: Path, values: dict[str, str]) -> Rendering:
@@ -60,7 +103,9 @@ def render(templates: Path, values: dict[str, str]) -> Rendering:
     rendering: Rendering = {}
     for config in sorted(templates.glob(f"*/{CONFIG}")):
         model = config.parent
-        rendering[f"{model.name}/{CONFIG}"] = _fill(config, values).encode()
+        rendering[f"{model.name}/{CONFIG}"] = text = _fill(config, values).encode()
+        if b'backend: "tensorrtllm"' in text:
+            continue  # NVIDIA's C++ backend, which has no model.py
         for path in sorted((model / VERSION).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 rendering[f"{model.name}/{path.relative_to(model)}"] = path.read_bytes()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine_build.errors import BuildError
@@ -26,6 +27,11 @@ class Settings:
     max_batch_size: int | None
     baseline_max_batch_size: int
     force: bool
+    tp: int = 1
+    pp: int = 1
+    parameters: dict[str, str] = field(default_factory=dict)
+    """Of Triton's ``tensorrtllm`` backend, by name."""
+    dry_run: bool = False
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
@@ -51,7 +57,16 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--max-seq-len", "MAX_SEQ_LEN", "", "prompt plus output of one request, in tokens")
     option("--max-batch-size", "MAX_BATCH_SIZE", "", "requests in flight at once")
     option("--baseline-max-batch-size", "BASELINE_MAX_BATCH_SIZE", "1", "static batch of the baseline")
+    option("--tp", "TP", "1", "GPUs that share each layer (TensorRT-LLM lanes)")
+    option("--pp", "PP", "1", "GPUs that share the layers (TensorRT-LLM lanes)")
+    option(
+        "--parameters",
+        "TRTLLM_PARAMETERS",
+        "",
+        "of Triton's tensorrtllm backend: name=value, with spaces between",
+    )
     parser.add_argument("--force", action="store_true", help="build again even if nothing changed")
+    parser.add_argument("--dry-run", action="store_true", help="print commands and files, build nothing")
     found = parser.parse_args(arguments)
     return Settings(
         model=found.model,
@@ -63,7 +78,21 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         max_batch_size=_positive("MAX_BATCH_SIZE", found.max_batch_size),
         baseline_max_batch_size=_positive("BASELINE_MAX_BATCH_SIZE", found.baseline_max_batch_size) or 1,
         force=found.force,
+        tp=_positive("TP", found.tp) or 1,
+        pp=_positive("PP", found.pp) or 1,
+        parameters=_pairs("TRTLLM_PARAMETERS", found.parameters),
+        dry_run=found.dry_run,
     )
+
+
+def _pairs(name: str, value: str) -> dict[str, str]:
+    pairs = {}
+    for word in shlex.split(value):
+        key, equals, what = word.partition("=")
+        if not key or not equals:
+            raise BuildError(f"{name}: {word!r} is not name=value: write for example cuda_graph_mode=true")
+        pairs[key] = what
+    return pairs
 
 
 def _positive(name: str, value: str) -> int | None:

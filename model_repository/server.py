@@ -22,9 +22,14 @@ from model_repository.errors import ServeError
 from model_repository.probe import Verdict
 from model_repository.processes import Child, holder_of_port
 from model_repository.settings import Deployment, ServeSettings
+from model_repository.trtllm import guard, versions
+from model_repository.trtllm.in_triton import InTriton
 from torch_engine.client import EngineClient
+from torch_engine.request import ModelInfo
 
 DOORS = ("ensemble", "text_generation")
+ENGINE_PROCESS = {"torch": "torch_engine.server", "trtllm-pytorch": "model_repository.trtllm.server"}
+"""Lane to module; lane trtllm-engine has its engine inside Triton."""
 _WATCH_PERIOD_S = 0.25
 _LONGEST_BACK_OFF_S = 30.0
 _SILENT_PROBES = 3
@@ -65,8 +70,9 @@ class Server:
         self._lock_file: int | None = None
         self._socket_dir: Path | None = None
         self._engine: Child | None = None
-        self._client: EngineClient | None = None
+        self._client: EngineClient | InTriton | None = None
         self._triton: Child | None = None
+        self._world_size = 1
         self._shm_prefix = f"flightline{uuid.uuid4().hex[:8]}_"
         self._threads: list[threading.Thread] = []
         self._back_off = {"engine": BackOff(), "triton": BackOff()}
@@ -79,8 +85,8 @@ class Server:
         self.stop()
 
     @property
-    def engine(self) -> EngineClient:
-        """A connection to the engine: its facts and its statistics."""
+    def engine(self) -> EngineClient | InTriton:
+        """The engine's facts and its statistics."""
         assert self._client is not None, "start() first"
         return self._client
 
@@ -114,6 +120,8 @@ class Server:
         """
         triton.check_python(self._triton_home)
         self.deployment = Deployment.load(self.settings.build_dir)
+        if self.deployment.lane != "torch":
+            self._world_size = guard.check(self.deployment.lane, self.deployment.engine_dir, guard.observe())
         try:
             self._lock()
             self._check_ports()
@@ -235,8 +243,14 @@ class Server:
         (run_dir / "marks.json").write_text(json.dumps(marks))
 
     def _start_engine(self) -> None:
+        module = ENGINE_PROCESS.get(self.deployment.lane)
+        if module is None:
+            description = f"TensorRT-LLM engine in Triton, {self.deployment.precision}"
+            info = ModelInfo(0, 0, (), str(self.deployment.engine_dir), description)
+            self._client = InTriton(f"{self.settings.metrics_url}/metrics", info)
+            return
         Path(self._socket).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "torch_engine.server"]
+        command = [sys.executable, "-m", module]
         command += ["--engine-dir", str(self.deployment.engine_dir), "--socket", self._socket]
         log = self.settings.run_dir / "engine.log"
         self._engine = Child("the engine process", command, dict(os.environ), log)
@@ -246,7 +260,12 @@ class Server:
 
     def _start_triton(self) -> None:
         command = triton.command(
-            self._triton_home, self.settings, self._models, self._backends, self._shm_prefix
+            self._triton_home,
+            self.settings,
+            self._models,
+            self._backends,
+            self._shm_prefix,
+            self._world_size if self.deployment.lane == versions.ENGINE_LANE else 1,
         )
         env = triton.environment(self._triton_home, self._socket)
         self._triton = Child("Triton", command, env, self.settings.run_dir / "triton.log")
@@ -276,7 +295,7 @@ class Server:
         """Restarts what has died."""
         while not self._stopping.wait(_WATCH_PERIOD_S):
             try:
-                if self.engine_process.exit_code is not None:
+                if self._engine is not None and self._engine.exit_code is not None:
                     self._restart_engine(f"the engine process {self.engine_process.how_it_ended()}")
                 elif self._engine_stuck:
                     self._restart_engine("the engine process has stopped answering")
@@ -343,7 +362,11 @@ class Server:
     def _look_into_silence(self, door: str, silent: int, progressed: bool) -> None:
         if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):
             return  # busy: the probe waits in the queue like everyone
-        if progressed or probe.engine_answers(self.engine, self.settings.probe_timeout_s):
+        if (
+            progressed
+            or isinstance(self.engine, InTriton)
+            or probe.engine_answers(self.engine, self.settings.probe_timeout_s)
+        ):
             self._suspicion = f"model {door} has not answered {silent} one-token request(s)"
         elif self.engine.connected:
             self._engine_stuck = True

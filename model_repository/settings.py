@@ -11,6 +11,7 @@ from typing import Any
 from model_repository.errors import ServeError
 
 DEPLOYMENT_FILE = "deployment.json"
+LANES = ("torch", "trtllm-pytorch", "trtllm-engine")
 
 
 def _port(variable: str, default: int) -> int:
@@ -63,6 +64,10 @@ class ServeSettings:
         return f"http://{self.host}:{self.http_port}"
 
     @property
+    def metrics_url(self) -> str:
+        return f"http://{self.host}:{self.metrics_port}"
+
+    @property
     def grpc_url(self) -> str:
         return f"{self.host}:{self.grpc_port}"
 
@@ -97,6 +102,6 @@ class Deployment:
         for folder in (deployment.engine_dir, deployment.model_repository):
             if not folder.is_dir():
                 raise ServeError(f"{folder}, named by {path}, does not exist: run 'make build-engines' again")
-        if deployment.lane != "torch":
-            raise ServeError(f"lane {deployment.lane} is not built yet in this version: use ENGINE=torch")
+        if deployment.lane not in LANES:
+            raise ServeError(f"lane {deployment.lane} of {path} is unknown: run 'make build-engines' again")
         return deployment

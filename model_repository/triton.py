@@ -23,6 +23,7 @@ from model_repository.errors import ServeError
 from model_repository.settings import ServeSettings
 
 CONTAINER_HOME = Path("/opt/tritonserver")
+PROJECT = Path(__file__).parents[1]
 STUB = "triton_python_backend_stub"
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 """Endpoints that run code, map memory or write files. They want a random key, which nobody has."""
@@ -111,7 +112,9 @@ def environment(triton: Triton, socket_path: str) -> dict[str, str]:
     env["OMP_NUM_THREADS"] = "1"  # the baseline sets its own number
     env["TOKENIZERS_PARALLELISM"] = "false"
     env["HF_HUB_OFFLINE"] = "1"
-    if not triton.in_container:
+    if triton.in_container:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), env.get("PYTHONPATH")]))
+    else:
         env["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), env.get("PATH", os.defpath)])
         # libpython for the stub, and the wheel's own libraries, which a copied stub no longer finds.
         libraries = [sysconfig.get_config_var("LIBDIR"), str(triton.home.parents[1] / "nvidia_pytriton.libs")]
@@ -120,9 +123,26 @@ def environment(triton: Triton, socket_path: str) -> dict[str, str]:
 
 
 def command(
-    triton: Triton, settings: ServeSettings, models: Path, backends: Path, shm_prefix: str
+    triton: Triton, settings: ServeSettings, models: Path, backends: Path, shm_prefix: str, ranks: int = 1
 ) -> list[str]:
-    """The server's command line."""
+    """The server's command line; with several ``ranks`` one server for each GPU, of which the first serves."""
+    if ranks == 1:
+        return [*_server(triton, settings, models, backends), _shm(shm_prefix)]
+    parts = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+    server = _server(triton, settings, models, backends)
+    for rank in range(ranks):
+        # The others wait inside the engine's start for what the first one tells them; they open no ports.
+        follow = ["--model-control-mode=explicit", "--load-model=tensorrt_llm"] if rank else []
+        mine = [part for part in server if not (rank and part.startswith("--model-control-mode"))]
+        parts += [*([":"] if rank else []), "-n", "1", *mine, *follow, _shm(f"{shm_prefix}{rank}_")]
+    return parts
+
+
+def _shm(prefix: str) -> str:
+    return f"--backend-config=python,shm-region-prefix-name={prefix}"
+
+
+def _server(triton: Triton, settings: ServeSettings, models: Path, backends: Path) -> list[str]:
     key = secrets.token_hex(16)
     return [
         str(triton.binary),
@@ -140,6 +160,5 @@ def command(
         f"--exit-timeout-secs={max(1, int(settings.drain_s) - 2)}",
         "--pinned-memory-pool-byte-size=0",
         "--allow-gpu-metrics=false",
-        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
         "--backend-config=python,shm-default-byte-size=16777216",
     ]

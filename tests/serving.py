@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from engine_build.hardware import Hardware
+from engine_build.settings import parse
 from model_repository.serve import Server, ServeSettings
+from model_repository.trtllm import guard
+from model_repository.trtllm.host import Gpu
+from tests.engine_build import trtllm_tools
 from torch_engine.config import EngineConfig
 
 
@@ -33,7 +40,6 @@ def settings_for(build_dir: Path, **changes: object) -> ServeSettings:
 def build_tiny(folder: Path, tokenizer: str = "byte_level", baseline_max_batch_size: int = 1) -> Path:
     """Builds a tiny Llama (random weights, 512 tokens of context) into ``folder/build``; returns that."""
     from engine_build.build import Build
-    from engine_build.settings import parse
     from tests.tiny import tiny_checkpoint
 
     checkpoint = tiny_checkpoint(folder / f"tiny-{tokenizer}", tokenizer=tokenizer)
@@ -57,4 +63,38 @@ def served(tiny_build: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLIGHTLINE_BASELINE_THREADS", "1")
         with Server(settings_for(tiny_build), say=print) as server:
+            yield server
+
+
+GPU = Gpu("NVIDIA H200", (9, 0), 141 << 30, 140 << 30, "590.44.01")
+DOUBLE = Path(__file__).parent / "trtllm_double"
+
+
+@contextmanager
+def tensorrt_llm_lane(
+    folder: Path, lane: str, version: str = "1.2.1", prepare: Callable[[Path], None] = lambda build: None
+) -> Iterator[Server]:
+    """A real Triton that serves a TensorRT-LLM lane of a tiny model, with TensorRT-LLM itself replaced.
+
+    ``prepare`` gets the build folder before the server starts.
+    """
+    from engine_build import build
+    from tests.tiny import tiny_checkpoint
+
+    hardware = Hardware("cuda", GPU.name, 64 << 20, 64 << 20, capability=(9, 0), tensorrt_llm=version)
+    root = str(Path(__file__).parents[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLIGHTLINE_BASELINE_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(DOUBLE), root]))
+        patch.setenv("TRTLLM_DOUBLE_VERSION", version)
+        patch.setattr(build, "detect", lambda: hardware)
+        patch.setattr(guard, "observe", lambda: guard.Facts(version, (GPU,)))
+        checkpoint = tiny_checkpoint(folder / "tiny")
+        arguments = ["--model", str(checkpoint), "--engine", lane, "--precision", "bf16"]
+        settings = parse([*arguments, "--build-dir", str(folder / "build")])
+        with pytest.MonkeyPatch.context() as tools:
+            tools.setenv("PATH", str(trtllm_tools.install(folder / "bin")), prepend=os.pathsep)
+            build.Build(settings, say=lambda line: None).run()
+        prepare(folder / "build")
+        with Server(settings_for(folder / "build"), say=print) as server:
             yield server

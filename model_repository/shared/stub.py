@@ -7,7 +7,10 @@ import os
 import time
 from typing import Any
 
+from model_repository.shared.bls_engine import BlsEngine
+from model_repository.shared.vocabulary import Vocabulary
 from torch_engine.client import EngineClient
+from torch_engine.request import ModelInfo
 
 SOCKET_VARIABLE = "FLIGHTLINE_ENGINE_SOCKET"
 ENGINE_WAIT_S = 5.0
@@ -36,6 +39,19 @@ def connect_engine() -> EngineClient:
     while not engine.connected and time.monotonic() < deadline:
         time.sleep(0.02)
     return engine
+
+
+def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> EngineClient | BlsEngine:
+    """The engine that a text model drives: a process, or the model ``tensorrt_llm`` of this server."""
+    if values.get("engine") != "tensorrt_llm":
+        return connect_engine()
+    info = ModelInfo(
+        vocab_size=len(vocabulary.bytes),
+        max_seq_len=int(values["max_seq_len"]),
+        end_ids=tuple(sorted(id for id in vocabulary.end_ids if id is not None)),
+        model_dir=values["tokenizer_dir"],
+    )
+    return BlsEngine(pb_utils, info, vocabulary.bytes)
 
 
 def flag(values: dict[str, str], name: str) -> bool:

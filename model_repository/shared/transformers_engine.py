@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import (
@@ -27,6 +27,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from model_repository.shared.generation import Progress, end_ids_of
 from torch_engine.request import (
     Code,
     FinishReason,
@@ -37,85 +38,11 @@ from torch_engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from torch_engine.text import Release, TextStream, TokenBytes
+from torch_engine.text import TokenBytes
 
 THREADS_VARIABLE = "FLIGHTLINE_BASELINE_THREADS"
 _GATHER_S = 0.005
 """The requests of one Triton batch are handed over within this time."""
-
-
-@dataclass(eq=False)
-class _Job:
-    request: GenerationRequest
-    on_output: Callable[[RequestOutput], None]
-    stream: TextStream
-    end_ids: frozenset[int]
-    arrival_ns: int
-    first_scheduled_ns: int = 0
-    first_token_ns: int = 0
-    last_token_ns: int = 0
-    num_tokens: int = 0
-    cum_log_prob: float = 0.0
-    held_log_probs: list[float] = field(default_factory=list)
-    cancelled: bool = False
-    finished: bool = False
-
-    def take(self, token: int, log_prob: float) -> None:
-        """One new token: emits what is final, finishes if this was the last one."""
-        self.last_token_ns = time.time_ns()
-        self.first_token_ns = self.first_token_ns or self.last_token_ns
-        if self.cancelled:
-            self.finish(FinishReason.CANCELLED)
-        elif token in self.end_ids:
-            self.finish(FinishReason.END_ID)
-        else:
-            self.num_tokens += 1
-            self.cum_log_prob += log_prob
-            self.held_log_probs.append(log_prob)
-            release = self.stream.push(token)
-            if release.stopped:
-                self.finish(FinishReason.STOP, release)
-            elif self.num_tokens == self.request.max_tokens:
-                rest = self.stream.finish()
-                merged = Release(release.token_ids + rest.token_ids, release.text + rest.text)
-                self.finish(FinishReason.LENGTH, merged)
-            elif release.token_ids:
-                self.emit(release)
-
-    def emit(self, release: Release, reason: FinishReason | None = None) -> None:
-        count = len(release.token_ids)
-        log_probs, self.held_log_probs = self.held_log_probs[:count], self.held_log_probs[count:]
-        ended = reason is not None
-        self.on_output(
-            RequestOutput(
-                token_ids=release.token_ids,
-                text=release.text,
-                log_probs=log_probs if self.request.return_log_probs else [],
-                cum_log_prob=self.cum_log_prob if self.request.return_log_probs else 0.0,
-                num_input_tokens=len(self.request.prompt_ids),
-                num_output_tokens=self.num_tokens,
-                finish_reason=reason,
-                metrics=self._metrics() if ended else None,
-            )
-        )
-
-    def finish(self, reason: FinishReason, release: Release | None = None) -> None:
-        if not self.finished:
-            self.finished = True
-            self.emit(self.stream.finish() if release is None else release, reason)
-
-    def fail(self, error: RequestError) -> None:
-        if not self.finished:
-            self.finished = True
-            self.on_output(RequestOutput(finish_reason=FinishReason.ERROR, error=error))
-
-    def _metrics(self) -> PerfMetrics:
-        return PerfMetrics(
-            arrival_time_ns=self.arrival_ns,
-            first_scheduled_time_ns=self.first_scheduled_ns,
-            first_token_time_ns=self.first_token_ns,
-            last_token_time_ns=self.last_token_ns,
-        )
 
 
 class TransformersEngine:
@@ -132,7 +59,7 @@ class TransformersEngine:
         """
         torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE) or len(os.sched_getaffinity(0))))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=getattr(torch, dtype), local_files_only=True
         )
         self._model = model.to(self._device).eval()
@@ -147,8 +74,8 @@ class TransformersEngine:
         self._max_queue_size = max_queue_size
         self._handles = itertools.count(1)
         self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._jobs: dict[int, _Job] = {}
+        self._waiting: deque[Progress] = deque()
+        self._jobs: dict[int, Progress] = {}
         self._closed = False
         warm: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(warm,), name="generate", daemon=True)
@@ -157,14 +84,8 @@ class TransformersEngine:
 
     def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int:
         """As ``EngineClient.submit``."""
-        end_ids = self.info.end_ids if request.end_id is None else (request.end_id,)
-        job = _Job(
-            request,
-            on_output,
-            TextStream(self._tokens, request.stop),
-            frozenset(end_ids) - {-1},
-            arrival_ns=time.time_ns(),
-        )
+        end_ids = end_ids_of(request, self.info.end_ids)
+        job = Progress(request, on_output, self._tokens, end_ids, PerfMetrics(arrival_time_ns=time.time_ns()))
         with self._changed:
             if len(self._waiting) >= self._max_queue_size:
                 limit = f"{self._max_queue_size} requests are waiting, no more may"
@@ -228,7 +149,7 @@ class TransformersEngine:
             with self._changed:
                 self._jobs = {handle: job for handle, job in self._jobs.items() if not job.finished}
 
-    def _next_batch(self) -> list[_Job] | None:
+    def _next_batch(self) -> list[Progress] | None:
         """Waits for a request; takes with it those that may run in the same static batch."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -245,7 +166,7 @@ class TransformersEngine:
         return batch
 
     @torch.inference_mode()
-    def _generate(self, batch: list[_Job]) -> None:
+    def _generate(self, batch: list[Progress]) -> None:
         if not batch:
             return
         request = batch[0].request
@@ -257,7 +178,7 @@ class TransformersEngine:
             ids = torch.tensor(job.request.prompt_ids)
             prompt[row, longest - len(ids) :] = ids
             mask[row, longest - len(ids) :] = 1
-            job.first_scheduled_ns = time.time_ns()
+            job.scheduled()
         torch.manual_seed(request.sampling.seed) if request.sampling.seed is not None else torch.seed()
         raw = _RawLogits() if any(job.request.return_log_probs for job in batch) else None
         processors = [*([raw] if raw else []), *_penalties(request.sampling, longest)]
@@ -276,7 +197,7 @@ def _may_share(first: GenerationRequest, other: GenerationRequest) -> bool:
     return all(getattr(first, name) == getattr(other, name) for name in settings)
 
 
-def _generation_config(batch: list[_Job], pad: int) -> GenerationConfig:
+def _generation_config(batch: list[Progress], pad: int) -> GenerationConfig:
     request = batch[0].request
     sampling = request.sampling
     values: dict = {
@@ -330,7 +251,7 @@ class _RawLogits(LogitsProcessor):
 class _Watcher(StoppingCriteria):
     """After each step: passes each row's new token on, and says which rows are done."""
 
-    def __init__(self, batch: list[_Job], raw: _RawLogits | None) -> None:
+    def __init__(self, batch: list[Progress], raw: _RawLogits | None) -> None:
         self._batch = batch
         self._raw = raw
 
@@ -342,6 +263,5 @@ class _Watcher(StoppingCriteria):
             picked = torch.log_softmax(self._raw.logits.float(), dim=-1).gather(1, new[:, None])
             log_probs = picked[:, 0].tolist()
         for job, token, log_prob in zip(self._batch, new.tolist(), log_probs, strict=True):
-            if not job.finished:
-                job.take(token, log_prob)
+            job.take(token, log_prob)
         return torch.tensor([job.finished for job in self._batch], device=input_ids.device)

@@ -8,7 +8,7 @@ import pytest
 
 from engine_build.errors import BuildError
 from engine_build.hardware import Hardware, detect
-from engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require_built_lane
+from engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require_tensorrt_llm
 
 GIB = 1 << 30
 H200 = Hardware("cuda", "NVIDIA H200", 141 * GIB, 140 * GIB, capability=(9, 0))
@@ -66,10 +66,13 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
             {"precision": "int4_awq", "lane": "torch"},
             ["PRECISION=int4_awq", "fp8, bf16", "ENGINE=trtllm-engine"],
         ),
-        (B200, {"precision": "int8_sq", "lane": "trtllm-engine"}, ["int8_sq", "B200", "fp8, bf16"]),
+        (B200, {"precision": "int8_sq", "lane": "trtllm-engine"}, ["int8_sq", "B200", "fp8, nvfp4, bf16"]),
         (CPU, {"lane": "trtllm-engine"}, ["ENGINE=trtllm-engine", "NVIDIA GPU", "ENGINE=torch"]),
         (T4, {}, ["Tesla T4", "7.5", "8.0", "CUDA_VISIBLE_DEVICES"]),
-        (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, int8_sq, int4_awq, bf16"]),
+        (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, nvfp4, int8_sq, int4_awq, bf16"]),
+        (A100, {"lane": "trtllm-engine", "precision": "nvfp4"}, ["nvfp4", "A100", "int8_sq, int4_awq, bf16"]),
+        (H200, {"tp": 2}, ["TP times PP is 2", "ENGINE=torch runs on one GPU", "trtllm-pytorch"]),
+        (H200, {"tp": 2, "pp": 2, "lane": "trtllm-engine"}, ["is 4", "1 GPU(s)", "CUDA_VISIBLE_DEVICES"]),
         (CPU, {"lane": "vllm"}, ["ENGINE=vllm", "trtllm-engine, trtllm-pytorch, torch"]),
         (CPU, {"max_seq_len": 8193}, ["MAX_SEQ_LEN=8193", "8192"]),
         (
@@ -104,22 +107,41 @@ def test_reasons_say_what_was_not_asked_for() -> None:
     assert "dequantised to float32" in told and "activations are not quantised" in told
 
 
-def test_installed_tensorrt_llm_is_mentioned_not_used() -> None:
-    plan = make_plan(SMALL, dataclasses.replace(H200, tensorrt_llm="1.2.1"))
-    assert plan.lane == "torch"
-    assert any("1.2.1" in reason and "trtllm-pytorch" in reason for reason in plan.reasons)
+@pytest.mark.parametrize(("version", "lane"), [("1.2.1", "trtllm-pytorch"), ("0.21.0", "torch")])
+def test_installed_tensorrt_llm_is_used_from_1_0_on(version: str, lane: str) -> None:
+    plan = make_plan(SMALL, dataclasses.replace(H200, tensorrt_llm=version))
+    assert plan.lane == lane
+    assert any(lane in reason for reason in plan.reasons)
 
 
-def test_unbuilt_lane_is_refused() -> None:
-    with pytest.raises(BuildError, match=r"trtllm-engine is not built yet in this version.*ENGINE=torch"):
-        require_built_lane(make_plan(SMALL, H200, "trtllm-engine"))
-    require_built_lane(make_plan(SMALL, H200, "torch"))
+@pytest.mark.parametrize(
+    ("lane", "version", "says"),
+    [
+        ("trtllm-engine", None, "not installed here: run inside nvcr.io/nvidia/tritonserver:26.06-trtllm"),
+        ("trtllm-pytorch", None, "not installed here"),
+        ("trtllm-pytorch", "0.21.0", "0.21.0 is older than 1.0"),
+        ("trtllm-engine", "0.20.0", "0.20.0 is older than 1.0"),
+        ("trtllm-engine", "1.3.0rc21", "no compiled engines any more .*ENGINE=trtllm-pytorch"),
+    ],
+)
+def test_tensorrt_llm_that_cannot_build_the_lane(lane: str, version: str | None, says: str) -> None:
+    with pytest.raises(BuildError, match=f"ENGINE={lane}: .*{says}"):
+        require_tensorrt_llm(make_plan(SMALL, H200, lane), version)
+
+
+def test_tensorrt_llm_that_can() -> None:
+    for version in ("1.0.0", "1.1.0", "1.2.1"):
+        require_tensorrt_llm(make_plan(SMALL, H200, "trtllm-engine"), version)
+    require_tensorrt_llm(make_plan(SMALL, H200, "trtllm-pytorch"), "1.3.0rc23")
+    require_tensorrt_llm(make_plan(SMALL, H200, "torch"), None)
 
 
 def test_kv_bytes_of_llama_8b() -> None:
     """TensorRT-LLM's own arithmetic: 128 KiB a token in 16 bit, 64 KiB in 8 bit."""
     assert kv_bytes_per_token(32, 8, 128, 2) == 128 * 1024
     assert kv_bytes_per_token(32, 8, 128, 1) == 64 * 1024
+    assert kv_bytes_per_token(32, 8, 128, 1, tp=2, pp=2) == 16 * 1024
+    assert kv_bytes_per_token(32, 8, 128, 1, tp=16) == kv_bytes_per_token(32, 8, 128, 1, tp=8)  # copies
 
 
 def test_cpu_pool() -> None:
@@ -150,6 +172,18 @@ def test_a_cpu_with_a_compiler_gets_compiled_kernels_and_one_without_is_told() -
     assert (plain.kernels, plain.compute_dtype) == ("pytorch", "bfloat16")
     assert any("no C++ compiler" in reason for reason in plain.reasons)
     assert make_plan(SMALL, H200).kernels == "cuda"
+
+
+def test_tensorrt_llm_lanes_cache_in_fp8() -> None:
+    """8.5 GiB of FP8 weights and 64 KiB a token: the fact sheet's arithmetic for Llama-3.1-8B."""
+    plan = make_plan(LLAMA_8B, H200, "trtllm-engine", "fp8")
+    assert plan.weights_bytes / GIB == pytest.approx(8.5, abs=0.1)
+    assert (plan.block_size, plan.kv_bytes) == (32, plan.num_kv_blocks * 32 * 64 * 1024)
+    pair = dataclasses.replace(H200, count=2)
+    shared = make_plan(LLAMA_8B, pair, "trtllm-engine", "fp8", tp=2)
+    assert shared.world_size == 2 and shared.weights_bytes == pytest.approx(plan.weights_bytes / 2, rel=0.01)
+    bf16 = make_plan(LLAMA_8B, H200, "trtllm-pytorch", "bf16")
+    assert bf16.kv_bytes == bf16.num_kv_blocks * 32 * 128 * 1024
 
 
 def test_gpu_pool_leaves_room_for_both_models() -> None:

@@ -26,7 +26,6 @@ VALUES = {
     "tokenizer_dir": "/tokenizer",
     "engine_dir": "/engine",
     "triton_backend": "python",
-    "batching_strategy": "inflight_fused_batching",
     "preprocessing_instance_count": "1",
     "postprocessing_instance_count": "1",
     "max_queue_delay_microseconds": "0",
@@ -36,6 +35,10 @@ VALUES = {
     "baseline_max_batch_size": "1",
     "baseline_queue_delay_microseconds": "0",
     "model_name": "tiny",
+    "engine_parameters": "",
+    "end_ids_as_stop_words": "false",
+    "text_generation_engine": "process",
+    "max_seq_len": "512",
 }
 REQUIRED = {"text_input", "max_tokens", "QUERY", "REQUEST_OUTPUT_LEN"}
 """Required by NVIDIA, and optional for Triton 2.51 in our files: its check only counts inputs, and an ensemble

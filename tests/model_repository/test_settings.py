@@ -57,15 +57,6 @@ def test_built_folder_gone(tmp_path: Path) -> None:
         Deployment.load(tmp_path)
 
 
-def test_lane_of_a_later_version(tmp_path: Path) -> None:
-    values = deployment(tmp_path, lane="trtllm-engine")
-    (tmp_path / "deployment.json").write_text(json.dumps(values))
-    with pytest.raises(
-        ServeError, match="lane trtllm-engine is not built yet in this version: use ENGINE=torch"
-    ):
-        Deployment.load(tmp_path)
-
-
 def test_back_off_grows() -> None:
     back_off = BackOff()
     back_off._last = -1000.0

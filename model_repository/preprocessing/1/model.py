@@ -15,6 +15,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
         self._vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
+        self._end_ids_as_stop_words = stub.flag(values, "end_ids_as_stop_words")
 
     def execute(self, requests: list) -> list:
         return [self._answer(request) for request in requests]
@@ -38,6 +39,7 @@ class TritonPythonModel:
             prompt_ids[row, : len(ids)] = ids
         stop = [
             [ids for word in inputs.words("stop_words", row) if (ids := vocabulary.stop_ids(word))]
+            + self._other_ends(inputs, row)
             for row in rows
         ]
         bad = [
@@ -59,6 +61,12 @@ class TritonPythonModel:
             "EMBEDDING_BIAS": np.zeros(nothing, dtype=np.float32),
             "OUT_PROMPT_TABLE_EXTRA_IDS": np.zeros(nothing, dtype=np.uint64),
         }
+
+    def _other_ends(self, inputs: Inputs, row: int) -> list[list[int]]:
+        """NVIDIA's backend takes one end token and Llama 3 has several: the others go as stop words."""
+        if not self._end_ids_as_stop_words or inputs.has("end_id"):
+            return []
+        return [[token] for token in sorted(self._vocabulary.end_ids) if token != self._vocabulary.eos_id]
 
 
 def _column(values: list[int]) -> np.ndarray:

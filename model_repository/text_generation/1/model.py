@@ -13,8 +13,9 @@ from model_repository.shared.vocabulary import Vocabulary
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
-        door = TextDoor(Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens")))
-        self._engine = stub.connect_engine()
+        vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
+        door = TextDoor(vocabulary)
+        self._engine = stub.engine(pb_utils, values, vocabulary)
         self._emitter = Emitter(pb_utils, self._engine, stub.period_s(values, "cancellation_check_period_ms"))
         self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
 

@@ -1,0 +1,40 @@
+"""NVIDIA's Triton containers that carry TensorRT-LLM 1.0 to 1.2, newest first, and which one a driver runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Container:
+    """One image. Versions as NVIDIA's compatibility table lists them."""
+
+    tag: str
+    tensorrt_llm: str
+    tensorrt: str
+    cuda: str
+    driver: tuple[int, ...]
+    """The driver that the table names; data-centre GPUs may run it on an older one (CUDA compatibility)."""
+
+    @property
+    def image(self) -> str:
+        return f"nvcr.io/nvidia/tritonserver:{self.tag}-trtllm-python-py3"
+
+
+CONTAINERS = (
+    Container("26.06", "1.2.1", "10.14.1.48", "13.1", (590, 44, 1)),
+    Container("26.02", "1.1.0", "10.13.3.9", "13.0", (580, 95, 5)),
+    Container("25.10", "1.0.0", "10.11.0.33", "12.9", (575, 57, 8)),
+)
+PINNED = CONTAINERS[0]
+
+
+def driver_version(text: str) -> tuple[int, ...]:
+    """``590.44.01`` -> ``(590, 44, 1)``."""
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def newest_for(driver: tuple[int, ...]) -> Container | None:
+    """The newest container whose listed driver branch is not newer than ``driver``; None for older drivers."""
+    # The branch decides: NVIDIA's table names one build of it.
+    return next((each for each in CONTAINERS if driver[:1] >= each.driver[:1]), None)

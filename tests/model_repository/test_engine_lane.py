@@ -1,0 +1,232 @@
+"""Lane trtllm-engine on the real Triton: our repository, with only NVIDIA's C++ backend replaced.
+
+``tests/trtllm_double/backend_model.py`` stands in for it, as a Python model with the same tensors and parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model_repository import triton
+from model_repository.serve import Server, ServeSettings
+from model_repository.settings import Deployment, ServeError
+from model_repository.trtllm import guard, host
+from model_repository.trtllm.in_triton import parse
+from tests.model_repository.doors import Call, ask, post, stop
+from tests.serving import DOUBLE, GPU, tensorrt_llm_lane
+
+TWO_ENDS = [1, 5]
+WILD = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
+
+
+def replace_backend(build: Path) -> None:
+    """The one change to what was built: the backend's name, and the model that stands for it."""
+    config = build / "model_repository/tensorrt_llm/config.pbtxt"
+    text = config.read_text(encoding="utf-8")
+    assert 'backend: "tensorrtllm"' in text
+    config.write_text(text.replace('backend: "tensorrtllm"', 'backend: "python"'), encoding="utf-8")
+    shutil.copyfile(DOUBLE / "backend_model.py", config.parent / "1/model.py")
+
+
+@pytest.fixture(scope="module")
+def engine_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("engine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRTLLM_DOUBLE_MODEL", str(folder / "tiny"))
+        with tensorrt_llm_lane(folder, "trtllm-engine", prepare=replace_backend) as server:
+            yield server
+
+
+@pytest.mark.slow
+def test_both_doors_answer_like_the_baseline(engine_lane: Server) -> None:
+    expected = ask(engine_lane, "hf_baseline", "the quick brown", 24).text
+    for door in ("ensemble", "text_generation"):
+        assert ask(engine_lane, door, "the quick brown", 24).text == expected
+    assert post(engine_lane, "ensemble", {"text_input": "the quick brown", "max_tokens": 24}).text == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_streamed_text_is_exact_where_tokens_cut_characters(engine_lane: Server, seed: int) -> None:
+    inputs = {"prompt": "the 日本 dog 👩‍🚀", "max_tokens": 80, "seed": seed, **WILD}
+    whole = ask(engine_lane, "text_generation", **inputs)
+    streamed = ask(engine_lane, "text_generation", stream=True, **inputs)
+    assert streamed.text == whole.text and len(streamed.responses) > 10
+
+
+@pytest.mark.slow
+def test_stop_words_do_not_leak_and_the_engine_is_told(engine_lane: Server) -> None:
+    text = ask(engine_lane, "text_generation", "the dog", 60, end_id=-1).text
+    word = text[20:24]
+    inputs = {"max_tokens": 400, "end_id": -1, "stop_words": [word], "return_num_output_tokens": True}
+    answer = ask(engine_lane, "text_generation", "the dog", **inputs)
+    assert answer.text == text[: text.index(word)]
+    assert answer.last("num_output_tokens") < 60
+
+
+@pytest.mark.slow
+def test_log_probs_and_counts(engine_lane: Server) -> None:
+    asked = {"return_log_probs": True, "return_num_output_tokens": True, "end_id": -1}
+    answer = ask(engine_lane, "text_generation", "the dog", 10, stream=True, **asked)
+    log_probs = np.concatenate([array.ravel() for array in answer.column("output_log_probs")])
+    assert answer.last("num_output_tokens") == len(log_probs) == 10 and (log_probs < 0).all()
+
+
+@pytest.mark.slow
+def test_leaving_and_stopping(engine_lane: Server) -> None:
+    inputs = {"text_input": "the dog", "max_tokens": 480, "end_id": -1, "stream": True}
+    gone = Call(engine_lane, "text_generation", inputs)
+    gone.next()
+    gone.close()
+    call = Call(engine_lane, "ensemble", inputs, request_id="one")
+    call.next()
+    assert stop(engine_lane, "one").responses == []
+    call.read()
+    assert ask(engine_lane, "text_generation", "x", 4).text  # and the server goes on
+
+
+def test_every_end_token_of_the_model_is_sent(tmp_path: Path) -> None:
+    """Llama 3.1 has three; the contract's ``end_id`` is one of them."""
+    from model_repository.shared.bls_engine import BlsEngine
+    from torch_engine.request import GenerationRequest, ModelInfo
+    from torch_engine.text import TokenBytes
+
+    info = ModelInfo(10, 512, (128001, 128008, 128009), "m")
+    engine = BlsEngine(None, info, TokenBytes([b"a"]))
+    sent = engine._inputs(GenerationRequest([1, 2], 8))
+    assert sent["end_id"].item() == 128001
+    assert sent["stop_words_list"].tolist() == [[[128008, 128009], [1, 2]]]
+    alone = engine._inputs(GenerationRequest([1, 2], 8, end_id=-1))
+    assert alone["end_id"].item() == -1 and "stop_words_list" not in alone
+
+
+def test_a_server_for_each_gpu(tmp_path: Path) -> None:
+    """Leader mode (fact sheet, section 5.1): world size = tp * pp, own shared-memory names, one rank that serves."""
+    home = triton.Triton(Path("/opt/tritonserver"), in_container=True)
+    command = triton.command(home, ServeSettings(), Path("/models"), Path("/backends"), "prefix", 2)
+    assert command[0] == "mpirun" and command.count(":") == 1
+    first, second = command[: command.index(":")], command[command.index(":") :]
+    for rank, part in enumerate((first, second)):
+        assert part[part.index("-n") + 1] == "1"
+        assert f"--backend-config=python,shm-region-prefix-name=prefix{rank}_" in part
+        assert "--disable-auto-complete-config" in part
+    assert "--model-control-mode=none" in first and "--load-model=tensorrt_llm" not in first
+    assert "--model-control-mode=none" not in second
+    assert {"--model-control-mode=explicit", "--load-model=tensorrt_llm"} <= set(second)
+
+
+def test_state_from_the_backends_own_metrics() -> None:
+    text = (
+        'nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="waiting",version="1"} 3\n'
+        'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="used",model="tensorrt_llm",version="1"} 12\n'
+        'nv_trt_llm_general_metrics{general_type="iteration_counter",model="tensorrt_llm",version="1"} 1.5e3\n'
+    )
+    stats = parse(text)
+    assert (stats.waiting_requests, stats.kv_blocks_used, stats.iterations) == (3, 12, 1500)
+
+
+# -- what the server refuses to start ------------------------------------------------------------------
+
+
+def engine_folder(folder: Path, **hardware: object) -> Path:
+    (folder / "rank0.engine").write_bytes(b"engine")
+    manifest = {
+        "plan": {"precision": "fp8", "tp": 1, "pp": 1},
+        "hardware": {"tensorrt_llm": "1.2.1", "capability": [9, 0], "name": "NVIDIA H200", **hardware},
+        "files": {"rank0.engine": 6},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+HERE = guard.Facts("1.2.1", (GPU,))
+L4 = host.Gpu("NVIDIA L4", (8, 9), 24 << 30, 23 << 30, "590.44.01")
+A100 = host.Gpu("NVIDIA A100", (8, 0), 80 << 30, 79 << 30, "590.44.01")
+
+
+def test_engine_where_it_was_built(tmp_path: Path) -> None:
+    assert guard.check("trtllm-engine", engine_folder(tmp_path), HERE) == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        (guard.Facts("1.1.0", (GPU,)), "built by TensorRT-LLM 1.2.1 and 1.1.0 is installed"),
+        (guard.Facts("1.3.0", (GPU,)), "no compiled engines any more"),
+        (guard.Facts("0.21.0", (GPU,)), "older than 1.0"),
+        (
+            guard.Facts(None, (GPU,)),
+            "TensorRT-LLM is not installed here: run inside nvcr.io/nvidia/tritonserver",
+        ),
+        (guard.Facts("1.2.1", (L4,)), r"built on NVIDIA H200 \(9.0\) and this is NVIDIA L4 \(8.9\)"),
+        (guard.Facts("1.2.1", (A100,)), r"A100 has compute capability 8.0 .*PRECISION=int8_sq"),
+        (guard.Facts("1.2.1", ()), "needs an NVIDIA GPU and none is visible"),
+    ],
+)
+def test_engine_elsewhere(tmp_path: Path, facts: guard.Facts, says: str) -> None:
+    with pytest.raises(ServeError, match=says) as refusal:
+        guard.check("trtllm-engine", engine_folder(tmp_path), facts)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_is_not_bound_to_a_release(tmp_path: Path) -> None:
+    other = guard.Facts("1.3.0", (L4,))
+    assert guard.check("trtllm-pytorch", engine_folder(tmp_path), other) == 1
+
+
+def test_world_size(tmp_path: Path) -> None:
+    folder = engine_folder(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["plan"]["tp"] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ServeError, match=r"runs on 2 GPUs \(TP 2, PP 1\) and 1 are visible"):
+        guard.check("trtllm-engine", folder, HERE)
+    with pytest.raises(ServeError, match="has 1 rank files and its manifest says 2 GPUs"):
+        guard.check("trtllm-engine", folder, guard.Facts("1.2.1", (GPU, GPU)))
+
+
+def test_half_built(tmp_path: Path) -> None:
+    folder = engine_folder(tmp_path)
+    (folder / "rank0.engine").write_bytes(b"eng")
+    with pytest.raises(ServeError, match=r"rank0.engine is missing or cut short: make build-engines again"):
+        guard.check("trtllm-engine", folder, HERE)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(
+        ServeError, match=r"manifest.json is missing or damaged, so the engine may be half-built"
+    ):
+        guard.check("trtllm-engine", folder, HERE)
+
+
+def test_gpus_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--id=*) echo asked >&2; exit 6;; esac\n'
+        "echo 'NVIDIA H200, 9.0, 143771, 143000, 590.44.01'\n"
+        "echo 'NVIDIA A100-SXM4-80GB, 8.0, 81920, [N/A], 590.44.01'\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (only,) = host.gpus()
+    assert (only.name, only.capability, only.driver) == ("NVIDIA H200", (9, 0), "590.44.01")
+    assert only.memory_free == 143000 << 20
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert host.gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert host.gpus() == []
+
+
+def test_unknown_lane(tmp_path: Path) -> None:
+    values = {"model": "m", "lane": "vllm", "precision": "fp8"}
+    values |= {"engine_dir": str(tmp_path), "model_repository": str(tmp_path)}
+    (tmp_path / "deployment.json").write_text(json.dumps(values))
+    with pytest.raises(ServeError, match=r"lane vllm of .* is unknown: run 'make build-engines' again"):
+        Deployment.load(tmp_path)

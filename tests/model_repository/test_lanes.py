@@ -1,0 +1,228 @@
+"""One contract for every lane: the same tensors, texts, errors and metrics, asked of real servers.
+
+Lane trtllm-pytorch runs our engine process and all of Triton's models for real; ``tensorrt_llm`` itself is the
+contract double of ``tests/trtllm_double``. Its tokens come from the same weights as lane torch's, so that every text
+can be compared.
+"""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+
+from client import Client
+from model_repository.serve import Server
+from tests.model_repository.doors import Call, GrpcError, ask, idle, post, stop, wait_until
+from tests.model_repository.test_contract import FACTS
+from tests.serving import tensorrt_llm_lane
+
+pytestmark = pytest.mark.slow
+
+LANES = ["torch", "trtllm-pytorch"]
+DOORS = ["ensemble", "text_generation"]
+WILD = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
+PROMPT, LENGTH = "the quick brown", 24
+
+
+@pytest.fixture(scope="module")
+def pytorch_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with tensorrt_llm_lane(tmp_path_factory.mktemp("pytorch"), "trtllm-pytorch") as server:
+        yield server
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> Server:
+    return request.getfixturevalue("served" if request.param == "torch" else "pytorch_lane")
+
+
+@pytest.fixture(params=DOORS)
+def door(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def wire_type(text: str) -> str:
+    return "BYTES" if text == "TYPE_STRING" else text.removeprefix("TYPE_")
+
+
+def test_metadata_is_nvidias(lane: Server) -> None:
+    """What Triton itself says about the models, against the facts."""
+    client = grpcclient.InferenceServerClient(lane.settings.grpc_url)
+    fills = {"${logits_datatype}": "TYPE_FP32", "${encoder_input_features_data_type}": "TYPE_FP16"}
+    fills["${prompt_embedding_table_data_type}"] = "TYPE_FP16"
+    for model, facts in FACTS.items():
+        metadata = client.get_model_metadata(model)
+        for side, tensors in (("input", metadata.inputs), ("output", metadata.outputs)):
+            expected = {
+                each["name"]: (wire_type(fills.get(each["dtype"], each["dtype"])), [-1, *each["dims"]])
+                for each in facts[side]
+            }
+            assert {each.name: (each.datatype, list(each.shape)) for each in tensors} == expected, model
+    client.close()
+
+
+def test_greedy_text(lane: Server, door: str) -> None:
+    """The baseline is the witness: the same checkpoint in plain Transformers."""
+    expected = ask(lane, "hf_baseline", PROMPT, LENGTH).text
+    assert ask(lane, door, PROMPT, LENGTH).text == expected
+    streamed = ask(lane, door, PROMPT, LENGTH, stream=True)
+    assert streamed.text == expected and len(streamed.responses) > 1
+
+
+def test_streamed_text_is_the_whole_text(lane: Server, door: str) -> None:
+    inputs = {"prompt": "the 日本 dog 👩‍🚀", "max_tokens": 80, "seed": 7, **WILD}
+    assert ask(lane, door, stream=True, **inputs).text == ask(lane, door, **inputs).text
+
+
+def test_stop_words(lane: Server, door: str) -> None:
+    text = ask(lane, door, "the dog", 60, end_id=-1).text
+    word = text[20:24]
+    inputs = {"prompt": "the dog", "max_tokens": 60, "end_id": -1, "stop_words": ["not in there", word]}
+    for stream in (False, True):
+        assert ask(lane, door, stream=stream, **inputs).text == text[: text.index(word)]
+
+
+def test_bad_words(lane: Server) -> None:
+    text = ask(lane, "text_generation", "the dog", 40, end_id=-1).text
+    word = max((part for part in text.split() if part.isalpha() and part.isascii()), key=len, default="")
+    assert word
+    assert word not in ask(lane, "text_generation", "the dog", 40, end_id=-1, bad_words=[word]).text
+
+
+def test_end_id_and_min_tokens(lane: Server, door: str) -> None:
+    alone = ask(lane, door, "the dog", 1, return_num_output_tokens=True, end_id=-1)
+    assert alone.last("num_output_tokens") == 1
+    vocabulary = ask(lane, door, "the dog", 20, return_num_output_tokens=True, end_id=-1, min_tokens=20)
+    assert vocabulary.last("num_output_tokens") == 20
+
+
+def test_sampling_depends_on_the_seed_alone(lane: Server, door: str) -> None:
+    def sample(seed: int) -> str:
+        return ask(lane, door, "the dog", 16, seed=seed, temperature=1.0, top_k=50).text
+
+    assert sample(7) == sample(7)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_counts_times_and_log_probs(lane: Server, door: str) -> None:
+    wanted = ("num_input_tokens", "num_output_tokens", "perf_metrics", "log_probs")
+    asked = {f"return_{name}": True for name in wanted}
+    for stream in (False, True):
+        answer = ask(lane, door, "the dog", 10, end_id=-1, stream=stream, **asked)
+        assert answer.last("num_output_tokens") == 10
+        names = ("arrival", "first_scheduled", "first_token", "last_token")
+        stamps = [answer.last(f"{name}_time_ns") for name in names]
+        assert stamps == sorted(stamps) and stamps[0] > 0
+        log_probs = np.concatenate([array.ravel() for array in answer.column("output_log_probs")])
+        assert len(log_probs) == 10 and (log_probs < 0).all()
+        assert log_probs.sum() == pytest.approx(answer.last("cum_log_probs"), rel=1e-3)
+        assert answer.last("kv_cache_alloc_total_blocks") + answer.last("kv_cache_reused_blocks") > 0
+
+
+def test_lanes_agree(served: Server, pytorch_lane: Server) -> None:
+    """The same weights: what differs between the lanes is the engine, not the contract."""
+    for seed in range(3):
+        texts = {
+            ask(lane, "ensemble", "and then", 40, seed=seed, **WILD).text for lane in (served, pytorch_lane)
+        }
+        assert len(texts) == 1
+
+
+def test_rows_of_a_batch(lane: Server) -> None:
+    prompts = ["the dog", "a token is a piece", "x"]
+    inputs = {
+        "text_input": np.array([[prompt.encode()] for prompt in prompts], dtype=np.object_),
+        "max_tokens": np.full((3, 1), 8, np.int32),
+    }
+    answer = Call(lane, "text_generation", inputs, outputs=["text_output", "batch_index"]).read()
+    rows = ["", "", ""]
+    for index, text in zip(answer.column("batch_index"), answer.texts, strict=True):
+        rows[index.item()] += text
+    assert rows == [ask(lane, "text_generation", prompt, 8).text for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"max_tokens": 600}, "is 600: after 2 prompt tokens it must be at most 510"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"beam_width": 2}, "beam_width is 2: beam search is not supported"),
+        ({"top_p": 1.5}, "top_p is 1.5: it must be between 0 and 1"),
+    ],
+)
+def test_errors_are_the_same(lane: Server, door: str, inputs: dict, says: str) -> None:
+    with pytest.raises(GrpcError, match=says):
+        ask(lane, door, **{"max_tokens": 4, **inputs})
+
+
+def test_a_client_that_goes_away_frees_its_blocks(lane: Server) -> None:
+    wait_until(lambda: idle(lane))
+    before = lane.engine.stats.generated_tokens
+    inputs = {"text_input": "the dog", "max_tokens": 480, "end_id": -1, "stream": True}
+    calls = [Call(lane, "text_generation", inputs) for _ in range(4)]
+    for call in calls:
+        call.next()
+    for call in calls:
+        call.close()
+    wait_until(lambda: idle(lane))
+    assert lane.engine.stats.generated_tokens - before < 4 * 480
+
+
+def test_stop_by_request_id(lane: Server) -> None:
+    wait_until(lambda: idle(lane))
+    inputs = {"text_input": "the dog", "max_tokens": 480, "end_id": -1, "stream": True}
+    call = Call(lane, "ensemble", inputs, request_id="one")
+    call.next()
+    assert stop(lane, "one").responses == []
+    call.read()  # ends, with what there was and without an error
+    wait_until(lambda: idle(lane))
+
+
+def test_many_at_once(lane: Server) -> None:
+    """Requests are batched in flight: more of them than one step can hold all end, and no block is lost."""
+    inputs = {"text_input": "the dog", "max_tokens": 12, "end_id": -1, "stream": True}
+    calls = [Call(lane, DOORS[index % 2], inputs) for index in range(80)]
+    assert len({call.read().text for call in calls}) == 1
+    wait_until(lambda: idle(lane))
+    assert lane.engine.stats.kv_blocks_free == lane.engine.stats.kv_blocks_max > 0
+
+
+def test_metrics(lane: Server) -> None:
+    """All families that upstream's own LLM API model lacks."""
+    ask(lane, "ensemble")
+    with urllib.request.urlopen(f"{lane.settings.metrics_url}/metrics") as response:
+        text = response.read().decode()
+    families = ("request", "kv_cache_block", "inflight_batcher", "general")
+    for name in [*(f"nv_trt_llm_{family}_metrics" for family in families), "nv_llm_output_token_len_count"]:
+        assert f"{name}{{" in text
+    label = 'kv_cache_block_type="max",model="tensorrt_llm",version="1"'
+    assert f"nv_trt_llm_kv_cache_block_metrics{{{label}}} {lane.engine.stats.kv_blocks_max}" in text
+
+
+def test_our_client_and_http_do_not_know_the_lane(lane: Server) -> None:
+    expected = ask(lane, "hf_baseline", PROMPT, 12).text
+    with Client(lane.settings.grpc_url) as client:
+        assert client.generate(PROMPT, max_tokens=12).text == expected
+        assert "".join(piece.text for piece in client.generate_stream(PROMPT, max_tokens=12)) == expected
+    assert post(lane, "ensemble", {"text_input": PROMPT, "max_tokens": 12}).text == expected
+
+
+def test_no_caller_names_a_lane() -> None:
+    """Clients and load tests choose an endpoint, never a lane."""
+    root = Path(__file__).parents[2]
+    for path in [*(root / "client").glob("*.py"), *(root / "loadtest").glob("*.py")]:
+        assert "trtllm-" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_engine_process_comes_back(pytorch_lane: Server) -> None:
+    import os
+    import signal
+
+    os.kill(pytorch_lane.engine_pid, signal.SIGKILL)
+    wait_until(lambda: not pytorch_lane.engine.connected)
+    wait_until(lambda: pytorch_lane.engine.connected and pytorch_lane.wait_ready(0))
+    assert ask(pytorch_lane, "ensemble", PROMPT, LENGTH).text

@@ -1,0 +1,238 @@
+"""``LLM``: arguments as strict as upstream's, an asyncio result, tokens from our own engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from torch_engine.config import EngineConfig
+from torch_engine.engine import Engine
+from torch_engine.request import FinishReason, GenerationRequest, RequestOutput
+from torch_engine.request import SamplingParams as OurSampling
+
+from .sampling import SamplingParams
+from .surface import SURFACE
+
+FAIL_ON = "TRTLLM_DOUBLE_FAIL_ON"
+"""Environment: a prompt token that makes the executor fail, to see errors arrive."""
+
+
+class LLM:
+    def __init__(self, model: str, **arguments: Any) -> None:
+        from . import __version__
+
+        _check_arguments(arguments, __version__)
+        pool = arguments["kv_cache_config"].max_tokens or 4 * arguments["max_seq_len"]
+        # What the real one detokenises and stops by is ours to do: only bare tokens are asked of this engine.
+        self._engine = Engine(
+            EngineConfig(
+                model_dir=model,
+                num_threads=1,
+                max_seq_len=arguments["max_seq_len"],
+                max_batch_size=arguments["max_batch_size"],
+                max_num_tokens=max(256, arguments["max_batch_size"]),
+                num_kv_blocks=pool // 16,
+            )
+        )
+        self._tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+        self._results: dict[int, Result] = {}
+        self._fail_on = int(os.environ.get(FAIL_ON, "-1"))
+        self._commands: list[tuple[str, Any]] = []
+        self._records: list[dict] = []
+        self._collect = arguments.get("enable_iter_perf_stats", False)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
+        self._thread.start()
+
+    def generate_async(
+        self,
+        inputs: list[int],
+        sampling_params: SamplingParams | None = None,
+        lora_request: None = None,
+        prompt_adapter_request: None = None,
+        streaming: bool = False,
+    ) -> Result:
+        params = sampling_params or SamplingParams()
+        if params.end_id is None:
+            eos_id = self._engine.info.end_ids[0]
+            params.setup(eos_id, lambda word: self._tokenizer.encode(word, add_special_tokens=False).ids)
+        result = Result(self, inputs, params, streaming)
+        self._command("add", result)
+        return result
+
+    def get_stats_async(self, timeout: float | None = 2) -> Any:
+        async def records() -> Any:
+            await asyncio.sleep(min(timeout or 2, 0.05))
+            with self._changed:
+                taken, self._records = self._records[-1:], []
+            for record in taken:
+                yield record
+
+        return records()
+
+    def shutdown(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout=5)
+
+    def _command(self, kind: str, result: Result) -> None:
+        with self._changed:
+            self._commands.append((kind, result))
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._commands or self._closed or self._engine.busy)
+                commands, self._commands = self._commands, []
+                if self._closed:
+                    return
+            for kind, result in commands:
+                self._obey(kind, result)
+            if self._engine.busy:
+                for key, output in self._engine.step():
+                    self._results[key].receive(output)
+            if self._collect:
+                self._record()
+
+    def _obey(self, kind: str, result: Result) -> None:
+        key = id(result)
+        if kind == "add":
+            if self._fail_on in result.prompt_token_ids:
+                return result.receive(None, RuntimeError("Executor failed process requestId 1"))
+            self._results[key] = result
+            self._engine.add(key, result.request(), 1)
+        elif (output := self._engine.cancel(key)) is not None:
+            result.receive(output)
+
+    def _record(self) -> None:
+        stats = self._engine.stats
+        with self._changed:
+            self._records.append(
+                {
+                    "iter": stats.iterations,
+                    "numActiveRequests": stats.active_requests,
+                    "numQueuedRequests": stats.waiting_requests,
+                    "kvCacheStats": {
+                        "maxNumBlocks": stats.kv_blocks_max,
+                        "freeNumBlocks": stats.kv_blocks_free,
+                        "usedNumBlocks": stats.kv_blocks_used,
+                        "tokensPerBlock": stats.tokens_per_block,
+                        "reusedBlocks": stats.kv_blocks_reused,
+                    },
+                    "inflightBatchingStats": {
+                        "numScheduledRequests": stats.scheduled_requests,
+                        "numContextRequests": stats.context_requests,
+                    },
+                }
+            )
+
+
+class Result:
+    """Upstream's ``RequestOutput``: async-iterable, ``outputs[0]`` with all tokens so far, ``abort``."""
+
+    def __init__(self, llm: LLM, prompt: list[int], params: SamplingParams, streaming: bool) -> None:
+        self.prompt_token_ids, self.finished = prompt, False
+        self.outputs = [
+            SimpleNamespace(token_ids=[], logprobs=[], cumulative_logprob=None, finish_reason=None, text="")
+        ]
+        self._llm, self._params, self._streaming = llm, params, streaming
+        self._loop = asyncio.get_running_loop()  # upstream needs one, too
+        self._queue: asyncio.Queue = asyncio.Queue()
+
+    def request(self) -> GenerationRequest:
+        params = self._params
+        greedy = params.greedy
+        return GenerationRequest(
+            prompt_ids=self.prompt_token_ids,
+            max_tokens=params.max_tokens,
+            sampling=OurSampling(
+                temperature=1.0 if params.temperature is None else params.temperature,
+                top_k=1 if greedy else params.top_k,
+                top_p=None if greedy else params.top_p,
+                repetition_penalty=params.repetition_penalty or 1.0,
+                presence_penalty=params.presence_penalty or 0.0,
+                frequency_penalty=params.frequency_penalty or 0.0,
+                seed=params.seed,
+            ),
+            end_id=-1 if params.ignore_eos else None if params.stop_token_ids else params.end_id,
+            bad_ids=tuple(tuple(word) for word in params.bad_words()),
+            min_tokens=params.min_tokens or 0,
+            return_log_probs=bool(params.logprobs),
+        )
+
+    def abort(self) -> None:
+        self._llm._command("cancel", self)
+
+    def receive(self, output: RequestOutput | None, error: Exception | None = None) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, error or output)
+
+    def __aiter__(self) -> Result:
+        return self
+
+    async def __anext__(self) -> Result:
+        if self.finished:
+            raise StopAsyncIteration
+        while True:
+            received = await self._queue.get()
+            if isinstance(received, Exception):
+                raise received
+            self._add(received)
+            if self.finished or self._streaming:
+                return self
+
+    def _add(self, received: RequestOutput) -> None:
+        (output,) = self.outputs
+        output.token_ids = output.token_ids + received.token_ids
+        output.logprobs = output.logprobs + [
+            {token: SimpleNamespace(logprob=value, rank=1)}
+            for token, value in zip(received.token_ids, received.log_probs, strict=bool(received.log_probs))
+        ]
+        if received.finish_reason is None:
+            return
+        self.finished = True
+        reasons = {FinishReason.LENGTH: "length", FinishReason.CANCELLED: "cancelled"}
+        output.finish_reason = reasons.get(received.finish_reason, "stop")
+        if self._params.return_perf_metrics and received.metrics is not None:
+            output.request_perf_metrics = _perf(received.metrics)
+
+
+def _perf(metrics: Any) -> SimpleNamespace:
+    def clock(ns: int) -> datetime.timedelta:
+        return datetime.timedelta(microseconds=ns / 1000)
+
+    return SimpleNamespace(
+        timing_metrics=SimpleNamespace(
+            arrival_time=clock(metrics.arrival_time_ns), first_scheduled_time=clock(metrics.arrival_time_ns)
+        ),
+        kv_cache_metrics=SimpleNamespace(
+            num_new_allocated_blocks=metrics.kv_cache_alloc_new_blocks,
+            num_reused_blocks=metrics.kv_cache_reused_blocks,
+            num_total_allocated_blocks=metrics.kv_cache_alloc_total_blocks,
+        ),
+    )
+
+
+def _check_arguments(arguments: dict[str, Any], version: str) -> None:
+    if version not in SURFACE["versions"]:
+        raise RuntimeError(f"the facts know no release {version}")
+    facts = SURFACE["llm_arguments"]
+    release = ".".join(version.split(".")[:2])
+    known = {*facts["common"], *facts["pytorch"]}
+    known |= {name for name, releases in facts["pytorch_only_in"].items() if release in releases}
+    engine = sorted(arguments.keys() & set(facts["engine_only"]))
+    if engine:
+        raise ValueError(f"The following arguments are specific to TensorRT backend {engine}")
+    unknown = sorted(arguments.keys() - known)
+    if unknown:
+        raise ValueError(f"LLM got invalid argument: {unknown[0]}")
+    if arguments.get("sampler_type", "auto") not in SURFACE["sampler_types"]:
+        raise ValueError(f"sampler_type {arguments['sampler_type']} is not one of {SURFACE['sampler_types']}")

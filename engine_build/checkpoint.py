@@ -48,7 +48,7 @@ def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False)
         return _inspect(EMBEDDED_MODEL, folder, hashes, cached)
     path = Path(model).expanduser()
     if path.is_dir():
-        _check_small_files(path)
+        check_small_files(path)
         return _inspect(slug(path.resolve().name), path.resolve(), hashes, True)
     if not HUB_ID.fullmatch(model):
         raise BuildError(
@@ -57,7 +57,7 @@ def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False)
         )
     from engine_build.hub import fetch
 
-    return _inspect(slug(model), fetch(model, _check_small_files), hashes, True)
+    return _inspect(slug(model), fetch(model, check_small_files), hashes, True)
 
 
 def slug(name: str) -> str:
@@ -91,7 +91,7 @@ def _embedded(build_dir: Path, hashes: FileHashes, force: bool) -> tuple[Path, b
     return folder, False
 
 
-def _check_small_files(folder: Path) -> None:
+def check_small_files(folder: Path) -> None:
     """Refuses what cannot be used before its weights are read or fetched."""
     config = read_json(folder / "config.json")
     if not (config.get("architectures") or [None])[0]:

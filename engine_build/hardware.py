@@ -62,7 +62,7 @@ def detect() -> Hardware:
         if gpu is not None:
             return gpu
         note = "an NVIDIA device is present, but this torch cannot use it: install a CUDA build of torch"
-    return _cpu(note)
+    return cpu(note)
 
 
 def _cuda() -> Hardware | None:
@@ -83,7 +83,8 @@ def _cuda() -> Hardware | None:
     )
 
 
-def _cpu(note: str) -> Hardware:
+def cpu(note: str = "") -> Hardware:
+    """Describes the CPU."""
     name, flags = _cpu_description()
     total, free = _cpu_memory()
     return Hardware(

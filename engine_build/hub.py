@@ -23,8 +23,15 @@ def fetch(model_id: str, check: Any) -> Path:
     Raises:
         BuildError: offline, not found, gated, refused, or ``check`` said so.
     """
-    check(_download(model_id, [*CONFIG_FILES, *TOKENIZER_FILES]))
+    fetch_configuration(model_id, check)
     return _download(model_id, [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_PATTERNS])
+
+
+def fetch_configuration(model_id: str, check: Any) -> Path:
+    """The small files of a model, checked; raises as :func:`fetch`."""
+    folder = _download(model_id, [*CONFIG_FILES, *TOKENIZER_FILES])
+    check(folder)
+    return folder
 
 
 def _download(model_id: str, patterns: list[str]) -> Path:

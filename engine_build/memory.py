@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 WEIGHT_BYTES = {"fp8": 1.0, "int8_sq": 1.0, "int4_awq": 0.5, "nvfp4": 0.5 + 1 / 16, "bf16": 2.0}
 """Bytes of one weight of a decoder's linear layer. NVFP4 has an 8-bit scale for each 16 weights."""
 
@@ -29,3 +31,35 @@ def weight_bytes(
         wide: bytes of each of the others (embeddings, norms, output head); ``pp`` does not spread them evenly.
     """
     return int(linear * WEIGHT_BYTES[precision] / (tp * pp)) + (parameters - linear) * wide // tp
+
+
+@dataclass(frozen=True)
+class BuildCost:
+    """Upper bounds of an FP8 build: calibration, export and the accuracy gate."""
+
+    device_bytes: int
+    """GPU memory; 0 if it runs on the CPU."""
+    host_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+def fp8_build_cost(parameters: int, linear: int, on_gpu: bool) -> BuildCost:
+    """What an FP8 build takes at most.
+
+    The model runs in bf16 (on a CPU up to float32), its export holds the FP8 weights beside it, and writing the
+    final checkpoint holds source, export and result in host memory. Times assume a disk of 0.3 GB/s and, on a CPU,
+    50 GFLOP/s for the 25,000 tokens that calibration and gate run.
+    """
+    source = 2 * parameters
+    resident = source if on_gpu else 2 * source
+    spare = 3 << 30 if on_gpu else 1 << 30
+    writing = source + 2 * linear + 2 * (parameters - linear) * 2
+    copied = 3 * source + 3 * (linear + 2 * (parameters - linear))
+    computing = 60.0 if on_gpu else 2 * parameters * 25_000 / 50e9
+    return BuildCost(
+        device_bytes=resident + linear + spare if on_gpu else 0,
+        host_bytes=max(writing, 0 if on_gpu else resident + linear) + (2 << 30),
+        disk_bytes=2 * (linear + 2 * (parameters - linear)),
+        seconds=60.0 + copied / 0.3e9 + computing,
+    )

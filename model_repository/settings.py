@@ -21,6 +21,22 @@ def _port(variable: str, default: int) -> int:
     return int(text)
 
 
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "") or str(default)
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ServeError(f"{variable}={text!r} is not valid: use a whole number of at least 1")
+    return int(text)
+
+
+def _file(variable: str) -> Path | None:
+    text = os.environ.get(variable, "")
+    if not text:
+        return None
+    if not Path(text).is_file():
+        raise ServeError(f"{variable}={text!r} is not a file: give the path of one, or leave it out")
+    return Path(text).absolute()
+
+
 @dataclass(frozen=True)
 class ServeSettings:
     """Addresses, folders and patience of one server."""
@@ -38,15 +54,35 @@ class ServeSettings:
     """Time that running requests get at a stop."""
     probe_period_s: float = 10.0
     probe_timeout_s: float = 20.0
+    admin_key_file: Path | None = None
+    """Holds the key that opens the restricted endpoints (header ``flightline-key``); None = nobody has it."""
+    tls_cert: Path | None = None
+    """Certificate of the gRPC port; Triton's HTTP port knows no TLS, put a proxy before it."""
+    tls_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ServeError("TLS_CERT and TLS_KEY belong together: set both or neither")
 
     @classmethod
     def from_environment(cls) -> ServeSettings:
-        """Defaults, changed by ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT`` and ``HOST``."""
+        """Defaults, changed by the environment.
+
+        ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT``, ``HOST``, ``START_TIMEOUT_S``, ``TRITON_ADMIN_KEY_FILE``,
+        ``TLS_CERT`` and ``TLS_KEY``.
+
+        Raises:
+            ServeError: a value that cannot work, or a file that is not there.
+        """
         return cls(
             host=os.environ.get("HOST") or cls.host,
             http_port=_port("HTTP_PORT", cls.http_port),
             grpc_port=_port("GRPC_PORT", cls.grpc_port),
             metrics_port=_port("METRICS_PORT", cls.metrics_port),
+            start_timeout_s=float(_number("START_TIMEOUT_S", int(cls.start_timeout_s))),
+            admin_key_file=_file("TRITON_ADMIN_KEY_FILE"),
+            tls_cert=_file("TLS_CERT"),
+            tls_key=_file("TLS_KEY"),
         )
 
     @property

@@ -26,7 +26,7 @@ CONTAINER_HOME = Path("/opt/tritonserver")
 PROJECT = Path(__file__).parents[1]
 STUB = "triton_python_backend_stub"
 RESTRICTED = "model-repository,shared-memory,trace,logging"
-"""Endpoints that run code, map memory or write files. They want a random key, which nobody has."""
+"""Endpoints that run code, map memory or write files. They want a key, which nobody has unless a file names it."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,33 @@ def command(
     return parts
 
 
+def _admin_key(settings: ServeSettings) -> str:
+    """Raises ServeError: the key file is empty or its key has odd characters."""
+    if settings.admin_key_file is None:
+        return secrets.token_hex(16)
+    key = settings.admin_key_file.read_text(encoding="utf-8").strip()
+    if not key.isalnum():
+        raise ServeError(
+            f"TRITON_ADMIN_KEY_FILE={settings.admin_key_file}: its key must be letters and digits, at least one"
+        )
+    return key
+
+
 def _shm(prefix: str) -> str:
     return f"--backend-config=python,shm-region-prefix-name={prefix}"
 
 
 def _server(triton: Triton, settings: ServeSettings, models: Path, backends: Path) -> list[str]:
-    key = secrets.token_hex(16)
+    key = _admin_key(settings)
+    tls = (
+        []
+        if settings.tls_cert is None
+        else [
+            "--grpc-use-ssl=true",
+            f"--grpc-server-cert={settings.tls_cert}",
+            f"--grpc-server-key={settings.tls_key}",
+        ]
+    )
     return [
         str(triton.binary),
         f"--model-repository={models}",
@@ -157,6 +178,7 @@ def _server(triton: Triton, settings: ServeSettings, models: Path, backends: Pat
         f"--metrics-port={settings.metrics_port}",
         f"--grpc-restricted-protocol={RESTRICTED}:flightline-key={key}",
         f"--http-restricted-api={RESTRICTED}:flightline-key={key}",
+        *tls,
         f"--exit-timeout-secs={max(1, int(settings.drain_s) - 2)}",
         "--pinned-memory-pool-byte-size=0",
         "--allow-gpu-metrics=false",

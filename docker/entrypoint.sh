@@ -1,0 +1,17 @@
+#!/bin/sh
+# What a server's container runs: "serve" builds what is not built yet and serves it; anything else runs as it is.
+set -eu
+
+if [ "${1:-serve}" != serve ]; then
+    exec "$@"
+fi
+
+# An empty secret is no token.
+if [ -n "${HF_TOKEN_PATH:-}" ] && [ ! -s "${HF_TOKEN_PATH}" ]; then
+    unset HF_TOKEN_PATH
+fi
+
+# Only the build may need the hub and its token; the server runs without either.
+python3 -m engine_build --build-dir "${BUILD_DIR}"
+unset HF_TOKEN_PATH
+exec env HF_HUB_OFFLINE=1 python3 -m model_repository.serve --build-dir "${BUILD_DIR}"

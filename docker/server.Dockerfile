@@ -1,0 +1,34 @@
+# The server on an NVIDIA GPU: NVIDIA's Triton with TensorRT-LLM, and our models baked in.
+# Declared before FROM only because FROM uses it; nothing after FROM does.
+ARG IMAGE=nvcr.io/nvidia/tritonserver:26.06-trtllm-python-py3
+FROM ${IMAGE}
+
+# NVIDIA's Python packages live in a virtual environment from 26.05 on; before, the folder does not exist.
+ENV PATH=/opt/venv-tritonserver/bin:${PATH} \
+    PYTHONPATH=/opt/flightline \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/cache/huggingface \
+    BUILD_DIR=/engines
+
+# Only what NVIDIA's image lacks, and without dependencies: its own torch, numpy and protobuf must stay.
+RUN python3 -m pip install --no-cache-dir --no-deps \
+        tritonclient==2.73.0 python-rapidjson==1.25 grpcio==1.85.1 psutil==7.2.2 gguf==0.19.0 \
+    && mkdir -p /engines /cache/huggingface \
+    && chown -R 1000:1000 /engines /cache
+
+COPY engine_build /opt/flightline/engine_build
+COPY model_repository /opt/flightline/model_repository
+COPY torch_engine /opt/flightline/torch_engine
+COPY docker/entrypoint.sh docker/healthcheck.py /opt/flightline/docker/
+
+# Not the repository's root: a clone of TensorRT-LLM as working folder hides the installed package.
+WORKDIR /opt/flightline
+USER 1000:1000
+VOLUME ["/engines", "/cache"]
+EXPOSE 8000 8001 8002
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=25s --start-period=30m --retries=3 \
+    CMD ["python3", "/opt/flightline/docker/healthcheck.py"]
+ENTRYPOINT ["/opt/flightline/docker/entrypoint.sh"]
+CMD ["serve"]

@@ -84,7 +84,7 @@ lint: $(TESTS_READY) ## Style and types
 	@$(BIN)/mypy torch_engine engine_build model_repository client loadtest
 
 verify-gpu-host: $(READY) ## On a machine with a GPU: confirms what docs/VERIFICATION.md leaves open, pass or fail
-	@$(BIN)/python benchmarks/verify_gpu_host.py
+	@docker/verify.sh $(BIN)/python
 
 clean: ## Remove what was built (not the environment, not the reports)
 	rm -rf build

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..surface import Strict
+from ..surface import SURFACE, Strict
 
 
 class KvCacheConfig(Strict):
@@ -11,3 +11,16 @@ class KvCacheConfig(Strict):
 
 class CudaGraphConfig(Strict):
     table = "cuda_graph_config"
+
+
+class llm_args:
+    class TorchLlmArgs:
+        """Arguments of ``LLM`` as pydantic lists them."""
+
+        model_fields = dict.fromkeys(
+            [
+                *SURFACE["llm_arguments"]["common"],
+                *SURFACE["llm_arguments"]["pytorch"],
+                *SURFACE["llm_arguments"]["pytorch_only_in"],
+            ]
+        )

@@ -1,0 +1,386 @@
+"""The container files, by the tools of their field: hadolint, shellcheck, Compose itself, PromQL's grammar.
+
+Nothing here needs a docker daemon. What these tools do not see (a build argument lost after FROM, a path that is not
+there, a metric that nobody exports) is checked by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from model_repository import triton
+from model_repository.serve import Server, ServeSettings
+from model_repository.settings import ServeError
+from tests.model_repository.doors import ask
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+SCRIPTS = [*sorted(DOCKER.glob("*.sh")), ROOT / ".ci/run"]
+PROFILES = ["cpu", "gpu", "loadtest", "observability", "dcgm"]
+DASHBOARD = DOCKER / "grafana/dashboards/flightline.json"
+
+
+def tool(name: str) -> str:
+    """A program of the development environment."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert found, f"{name} is missing: pip install -e '.[dev]'"
+    return found
+
+
+def check(*command: str | Path) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_hadolint(path: Path) -> None:
+    check(tool("hadolint"), path)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(path: Path) -> None:
+    check(tool("shellcheck"), path)
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_no_argument_is_lost_after_from(path: Path) -> None:
+    """An ARG before FROM is empty after it, and hadolint does not say so."""
+    before, after = re.split(r"^FROM .*$", path.read_text(encoding="utf-8"), maxsplit=1, flags=re.M)
+    for name in re.findall(r"^ARG (\w+)", before, flags=re.M):
+        assert not re.search(rf"\$\{{?{name}\b", after), f"{name} is empty there: declare it again"
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_what_is_copied_is_there_and_not_ignored(path: Path) -> None:
+    let_in = path.with_name(f"{path.name}.dockerignore").read_text(encoding="utf-8").split()
+    for line in re.findall(r"^COPY (.+)$", path.read_text(encoding="utf-8"), flags=re.M):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in let_in, f"{source} is ignored"
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_run_as_nobody_special_from_a_pinned_base(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"^USER (.+)$", text, flags=re.M)[-1] == "1000:1000"
+    base = re.search(r"^FROM (.+)$", text, flags=re.M)[1].replace(
+        "${IMAGE}", re.search(r"IMAGE=(\S+)|$", text)[1] or ""
+    )
+    assert ":" in base and not base.endswith(":latest")
+
+
+def test_pins_are_the_projects() -> None:
+    """The images install what the project pins; the server's image names versions of its own for what NVIDIA lacks."""
+    import tomllib
+
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    versions = dict(re.split(r"(?:\[\w+\])?==", pin) for pin in pins)
+    text = (DOCKER / "server.Dockerfile").read_text(encoding="utf-8")
+    for name, version in re.findall(r"([\w-]+)==([\w.]+)", text):
+        assert versions.get(name, version) == version, name
+
+
+def compose(*profiles: str, **variables: str) -> dict[str, Any]:
+    flags = [flag for profile in profiles for flag in ("--profile", profile)]
+    command = [tool("docker-compose"), "-f", "docker/compose.yaml", *flags, "config", "--format", "json"]
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip(), done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_valid_compose(profile: str) -> None:
+    services = compose(profile)["services"]
+    assert services
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        if "image" in service and "build" not in service:
+            assert ":" in service["image"] and not service["image"].endswith(":latest"), name
+        for port in service.get("ports", []):
+            assert port["host_ip"] == "127.0.0.1", f"{name} is published to everybody"
+        for mount in service.get("volumes", []):
+            if mount["type"] == "bind" and mount["source"].startswith(str(ROOT)):
+                assert Path(mount["source"]).exists(), mount["source"]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_server(profile: str) -> None:
+    (service,) = compose(profile)["services"].values()
+    assert {port["target"] for port in service["ports"]} == {8000, 8001}  # metrics are for Prometheus alone
+    assert (
+        service["user"] == "1000:1000"
+        and service["init"]
+        and service["security_opt"] == ["no-new-privileges:true"]
+    )
+    assert int(service["shm_size"]) >= 1 << 30
+    grace = int(re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", service["stop_grace_period"])[1] or 0) * 60
+    assert grace >= ServeSettings().drain_s + 20
+    assert service["environment"]["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
+    assert not [name for name in service["environment"] if re.search("TOKEN$|PASSWORD|SECRET|KEY$", name)]
+    assert service["secrets"][0]["source"] == "hf_token"
+    assert {mount["target"] for mount in service["volumes"]} >= {"/engines", "/cache/huggingface"}
+
+
+def test_gpu_server() -> None:
+    service = compose("gpu", GPUS="2")["services"]["gpu"]
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 2, ["gpu"])
+    assert service["ulimits"] == {"memlock": -1, "stack": 67108864}  # NVIDIA's own advice
+    assert int(service["shm_size"]) >= 8 << 30
+
+
+def test_all_at_once_and_settings_arrive() -> None:
+    found = compose(*PROFILES, HTTP_PORT="18000", ENGINE="trtllm-engine", HF_TOKEN_FILE="/dev/null")
+    gpu = found["services"]["gpu"]
+    assert gpu["environment"]["ENGINE"] == "trtllm-engine"
+    assert "18000" in {port["published"] for port in gpu["ports"]}
+    assert {"locust", "locust-worker", "prometheus", "grafana", "dcgm-exporter"} < found["services"].keys()
+
+
+def test_health_check_waits_for_a_long_load() -> None:
+    for name in ("server", "cpu"):
+        text = (DOCKER / f"{name}.Dockerfile").read_text(encoding="utf-8")
+        start = int(re.search(r"--start-period=(\d+)m", text)[1])
+        assert start * 60 >= 900
+
+
+# -- scripts ---------------------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def run_script(
+    name: str, tmp_path: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    environment = {"PATH": path, "BUILD_DIR": str(tmp_path / "engines"), **variables}
+    return subprocess.run(
+        [str(DOCKER / name), *arguments], capture_output=True, text=True, timeout=30, env=environment
+    )
+
+
+def test_entrypoint_builds_then_serves_without_the_token(tmp_path: Path) -> None:
+    stand_in(
+        tmp_path / "bin", "python3", 'echo "$2 token=${HF_TOKEN_PATH:-none} offline=${HF_HUB_OFFLINE:-0}"'
+    )
+    token = tmp_path / "token"
+    token.write_text("secret")
+    done = run_script("entrypoint.sh", tmp_path, HF_TOKEN_PATH=str(token))
+    assert done.stdout.splitlines() == [
+        f"engine_build token={token} offline=0",
+        "model_repository.serve token=none offline=1",
+    ]
+    token.write_text("")
+    assert "engine_build token=none" in run_script("entrypoint.sh", tmp_path, HF_TOKEN_PATH=str(token)).stdout
+
+
+def test_entrypoint_does_not_serve_what_was_not_built(tmp_path: Path) -> None:
+    stand_in(tmp_path / "bin", "python3", 'echo "$2"; [ "$2" != engine_build ] || exit 1')
+    done = run_script("entrypoint.sh", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "engine_build\n")
+    assert run_script("entrypoint.sh", tmp_path, "echo", "hello").stdout == "hello\n"
+
+
+def up(
+    tmp_path: Path, *arguments: str, gpu: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    stand_in(tmp_path / "bin", "docker", '[ "$1" = info ] || echo "$@"')
+    stand_in(tmp_path / "bin", "nvidia-smi", "exit 0" if gpu else "exit 9")
+    return run_script("up.sh", tmp_path, *arguments, **variables)
+
+
+def test_up_chooses_the_profile(tmp_path: Path) -> None:
+    tail = "up --build --detach --wait\n"
+    assert up(tmp_path).stdout.endswith(f"--profile cpu {tail}")
+    assert up(tmp_path, gpu=True).stdout.endswith(f"--profile gpu {tail}")
+    more = up(tmp_path, gpu=True, PROFILES="loadtest observability")
+    assert more.stdout.endswith(
+        f"--profile gpu --profile loadtest --profile observability --profile dcgm {tail}"
+    )
+    assert "dcgm" not in up(tmp_path, PROFILES="observability").stdout
+    assert up(tmp_path, "down").stdout.endswith("--profile * down\n")
+
+
+def test_up_says_what_is_missing(tmp_path: Path) -> None:
+    refused = up(tmp_path, ENGINE="trtllm-engine")
+    assert refused.returncode == 1 and "ENGINE=trtllm-engine needs an NVIDIA GPU" in refused.stderr
+    stand_in(tmp_path / "bin", "docker", "exit 1")
+    dead = run_script("up.sh", tmp_path)
+    assert dead.returncode == 1 and "its daemon does not answer" in dead.stderr
+    only = tmp_path / "only"
+    only.mkdir()
+    for name in ("dirname", "sh"):
+        (only / name).symlink_to(shutil.which(name))
+    none = subprocess.run([DOCKER / "up.sh"], capture_output=True, text=True, env={"PATH": str(only)})
+    assert (
+        none.returncode == 1
+        and "docker is not installed: 'make serve' runs the server without it" in none.stderr
+    )
+
+
+@pytest.mark.slow
+def test_health_check_asks_for_a_real_answer(served: Server) -> None:
+    def health(port: int) -> int:
+        command = [sys.executable, str(DOCKER / "healthcheck.py")]
+        return subprocess.run(
+            command, env={"HTTP_PORT": str(port)}, capture_output=True, timeout=60
+        ).returncode
+
+    assert health(served.settings.http_port) == 0
+    assert health(1) == 1
+
+
+# -- metrics ---------------------------------------------------------------------------------------------
+
+
+def expressions() -> list[str]:
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    found = [target["expr"] for panel in panels for target in panel["targets"]]
+    groups = yaml.safe_load((DOCKER / "alerts.yml").read_text(encoding="utf-8"))["groups"]
+    return found + [rule["expr"] for group in groups for rule in group["rules"]]
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_queries_parse(expression: str) -> None:
+    promql_parser.parse(expression)
+
+
+def metric_names(expression: str) -> set[str]:
+    return set(re.findall(r"\b(?:nv|DCGM_FI)_\w+", expression))
+
+
+@pytest.mark.slow
+def test_every_metric_of_a_query_is_exported(served: Server) -> None:
+    """By the running server, or by the counters that the DCGM exporter is told to have."""
+    ask(served, "ensemble")
+    with urllib.request.urlopen(f"{served.settings.metrics_url}/metrics") as response:
+        exported = set(re.findall(r"^(\w+)[{ ]", response.read().decode(), flags=re.M))
+    exported |= set(re.findall(r"^(DCGM\w+),", (DOCKER / "dcgm-counters.csv").read_text(), flags=re.M))
+    assert {name for each in expressions() for name in metric_names(each)} <= exported
+
+
+def test_dashboard_and_scrape_targets() -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    sources = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text())
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {sources["datasources"][0]["uid"]}
+    config = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
+    hosts = {
+        target.split(":")[0]
+        for job in config["scrape_configs"]
+        for each in job["static_configs"]
+        for target in each["targets"]
+    }
+    services = compose(*PROFILES)["services"]
+    assert hosts <= {"server", *services} and "server" in services["cpu"]["networks"]["default"]["aliases"]
+
+
+def test_promtool_if_it_is_installed() -> None:
+    """It is in Debian's package prometheus and in no wheel; the grammar check above runs everywhere."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    check(promtool, "check", "rules", DOCKER / "alerts.yml")
+    check(promtool, "check", "config", "--syntax-only", DOCKER / "prometheus.yml")
+
+
+# -- Triton's own command line ---------------------------------------------------------------------------
+
+
+def test_every_flag_exists(tmp_path: Path) -> None:
+    """In the real server's help; TLS and the restricted endpoints' key included."""
+    home = triton.find()
+    (tmp_path / "key").write_text("abc123\n")
+    settings = ServeSettings(admin_key_file=tmp_path / "key", tls_cert=tmp_path / "c", tls_key=tmp_path / "k")
+    command = triton.command(home, settings, tmp_path, tmp_path, "prefix")
+    done = subprocess.run(
+        [str(home.binary), "--help"],
+        capture_output=True,
+        text=True,
+        env=triton.environment(home, "s"),
+        timeout=60,
+    )
+    known = set(re.findall(r"--[a-z-]+", done.stdout + done.stderr))
+    assert {part.split("=")[0] for part in command[1:]} <= known
+    assert "--model-control-mode=none" in command and "--grpc-use-ssl=true" in command
+    assert any(part.endswith("shared-memory,trace,logging:flightline-key=abc123") for part in command)
+    # No way around the header: not served, and not opened by any client.
+    assert not [part for part in command if "allow-client-shm=true" in part or "sagemaker" in part]
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"TLS_CERT": __file__}, "TLS_CERT and TLS_KEY belong together"),
+        ({"TLS_CERT": "/nowhere", "TLS_KEY": __file__}, "TLS_CERT='/nowhere' is not a file"),
+        ({"START_TIMEOUT_S": "soon"}, "START_TIMEOUT_S='soon' is not valid"),
+    ],
+)
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ServeError, match=says):
+        ServeSettings.from_environment()
+
+
+def test_admin_key_must_be_one(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("\n")
+    settings = ServeSettings(admin_key_file=tmp_path / "key")
+    with pytest.raises(ServeError, match="its key must be letters and digits"):
+        triton.command(triton.find(), settings, tmp_path, tmp_path, "prefix")
+
+
+# -- make verify-gpu-host --------------------------------------------------------------------------------
+
+
+def verify(**variables: str) -> tuple[int, dict[str, str]]:
+    """Exit code, and check to outcome."""
+    done = subprocess.run(
+        [str(DOCKER / "verify.sh"), sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **variables},
+    )
+    lines = [line for line in done.stdout.splitlines() if line[:4] in ("PASS", "FAIL", "SKIP")]
+    return done.returncode, {line[6:30].strip(): line[:4] for line in lines}
+
+
+def test_nothing_is_confirmed_where_there_is_no_gpu() -> None:
+    code, outcomes = verify(HTTP_PORT="1", METRICS_PORT="1")
+    assert code == 1 and set(outcomes.values()) == {"SKIP"} and len(outcomes) == 11
+
+
+@pytest.mark.slow
+def test_a_server_and_a_release_are_checked(served: Server) -> None:
+    settings = served.settings
+    code, outcomes = verify(
+        HTTP_PORT=str(settings.http_port),
+        METRICS_PORT=str(settings.metrics_port),
+        PYTHONPATH=f"{ROOT / 'tests/trtllm_double'}:{ROOT}",
+    )
+    assert code == 0
+    passed = {name for name, outcome in outcomes.items() if outcome == "PASS"}
+    assert passed == {"release", "LLM API surface", "answers", "streaming", "metrics"}

@@ -29,6 +29,7 @@ help: ## Show this list
 # TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM)
 # TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'
 # HF_TOKEN_FILE          ## file with the hub's token, for make up
+# ARGS                   ## more options of a build: --dry-run prints commands and files, --force
 # CALIB                  ## JSONL file with your own calibration prompts
 # HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
 # CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64)
@@ -52,7 +53,7 @@ preflight: $(READY) ## What this machine can run, in seconds; ends with the comm
 	@$(BIN)/python -m engine_build.preflight
 
 build-engines: $(READY) ## Checkpoint -> calibrated FP8 checkpoint -> engine + model repository (cached)
-	@$(BIN)/python -m engine_build
+	@$(BIN)/python -m engine_build $(ARGS)
 
 serve: build-engines ## Serve on Triton: gRPC 8001, HTTP 8000, metrics 8002; Ctrl-C stops
 	@$(BIN)/python -m model_repository.serve

@@ -23,6 +23,10 @@ server=cpu
 extra=""
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
     server=gpu
+    if [ -z "${IMAGE:-}" ]; then # the newest container that the driver runs
+        IMAGE=$(cd "${here}/.." && python3 -m engine_build.trtllm.containers)
+        export IMAGE
+    fi
     case " ${PROFILES:-} " in *" observability "*) extra=dcgm ;; esac
 elif [ "${ENGINE:-auto}" != auto ] && [ "${ENGINE:-auto}" != torch ]; then
     echo "error: ENGINE=${ENGINE} needs an NVIDIA GPU and nvidia-smi shows none: use ENGINE=torch" >&2

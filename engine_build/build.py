@@ -35,6 +35,7 @@ KERNEL_SOURCES = [
 CPU_STRIDE = 3
 """On a CPU every third of our calibration prompts is taken: minutes less, and no worse by the gate."""
 DEPLOYMENT = "deployment.json"
+DRY_RUN_GPU = Hardware("cuda", "NVIDIA H200", 141 << 30, 139 << 30, capability=(9, 0))
 Say = Callable[[str], None]
 
 
@@ -73,7 +74,7 @@ class Build:
             note.cached = source.cached
             note.text = f"{source.name}, {source.shape.parameters / 1e6:.0f}M parameters"
         with self._stage("plan") as note:
-            hardware = detect()
+            hardware = self._hardware()
             plan = self._plan(source, hardware)
             note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
         for reason in plan.reasons:
@@ -102,6 +103,19 @@ class Build:
             note.cached = not repository.write(rendering, self.root / "model_repository")
             note.text = ", ".join(sorted({name.split("/")[0] for name in rendering}))
         return self._deployment(source.name, plan, hardware, engine_dir, model_dir, source_dir)
+
+    def _hardware(self) -> Hardware:
+        """This machine, or for a dry run of a TensorRT-LLM lane without a GPU the one that NVIDIA's examples have."""
+        here = detect()
+        if (
+            not self.settings.dry_run
+            or here.device == "cuda"
+            or not self.settings.engine.startswith("trtllm")
+        ):
+            return here
+        wanted = self.settings.tp * self.settings.pp
+        note = f"no GPU here: shown for {wanted} x {DRY_RUN_GPU.name}"
+        return dataclasses.replace(DRY_RUN_GPU, count=wanted, note=note)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Note]:
@@ -273,7 +287,7 @@ class Build:
         )
         rendering = repository.render(TEMPLATES, values)
         lines += [f"write  {self.root}/model_repository/{name}" for name in sorted(rendering)]
-        for line in [*lines, f"write  {self.root}/{DEPLOYMENT}", "dry run: nothing was built"]:
+        for line in [*lines, f"write  {self.root}/{DEPLOYMENT}", "dry run: no engine was built"]:
             self.say(line)
         return {}
 

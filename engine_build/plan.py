@@ -181,6 +181,11 @@ def _choose_precision(
     has = f"{hardware.name} has {_dotted(capability)}"
     too_old = f"FP8 needs compute capability 8.9 (Ada, Hopper, Blackwell) and {has}"
     if shape.fp8:
+        if lane == "trtllm-engine":
+            raise BuildError(
+                "MODEL is an FP8 checkpoint and ENGINE=trtllm-engine calibrates a bf16 one: give that, or use "
+                "ENGINE=trtllm-pytorch"
+            )
         if lacks_fp8:
             raise BuildError(
                 f"MODEL is an FP8 checkpoint; {too_old}: give the bf16 checkpoint and {alternatives}"

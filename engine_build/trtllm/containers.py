@@ -1,8 +1,14 @@
-"""NVIDIA's Triton containers that carry TensorRT-LLM 1.0 to 1.2, newest first, and which one a driver runs."""
+"""NVIDIA's Triton containers that carry TensorRT-LLM 1.0 to 1.2, newest first, and which one a driver runs.
+
+``python3 -m engine_build.trtllm.containers`` prints the image for this host; it needs nothing but Python.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+
+from model_repository.trtllm import host
 
 
 @dataclass(frozen=True)
@@ -38,3 +44,26 @@ def newest_for(driver: tuple[int, ...]) -> Container | None:
     """The newest container whose listed driver branch is not newer than ``driver``; None for older drivers."""
     # The branch decides: NVIDIA's table names one build of it.
     return next((each for each in CONTAINERS if driver[:1] >= each.driver[:1]), None)
+
+
+def main() -> int:
+    """Prints the image, or says why there is none."""
+    found = host.gpus()
+    if not found:
+        print("error: no NVIDIA GPU is visible (nvidia-smi)", file=sys.stderr)
+        return 1
+    driver = found[0].driver
+    container = newest_for(driver_version(driver))
+    if container is None:
+        oldest = CONTAINERS[-1]
+        print(
+            f"error: driver {driver} is older than {oldest.driver[0]}, which {oldest.image} wants: update the driver",
+            file=sys.stderr,
+        )
+        return 1
+    print(container.image)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

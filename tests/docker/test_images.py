@@ -207,8 +207,10 @@ def test_entrypoint_does_not_serve_what_was_not_built(tmp_path: Path) -> None:
 def up(
     tmp_path: Path, *arguments: str, gpu: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    stand_in(tmp_path / "bin", "docker", '[ "$1" = info ] || echo "$@"')
-    stand_in(tmp_path / "bin", "nvidia-smi", "exit 0" if gpu else "exit 9")
+    stand_in(tmp_path / "bin", "docker", '[ "$1" = info ] || echo "${IMAGE:-none} $@"')
+    row = "NVIDIA H200, 9.0, 143771, 143000, 580.95.05"
+    stand_in(tmp_path / "bin", "nvidia-smi", f'[ "$1" = -L ] || echo "{row}"' if gpu else "exit 9")
+    stand_in(tmp_path / "bin", "python3", f'exec "{sys.executable}" "$@"')
     return run_script("up.sh", tmp_path, *arguments, **variables)
 
 
@@ -222,6 +224,14 @@ def test_up_chooses_the_profile(tmp_path: Path) -> None:
     )
     assert "dcgm" not in up(tmp_path, PROFILES="observability").stdout
     assert up(tmp_path, "down").stdout.endswith("--profile * down\n")
+
+
+def test_up_takes_the_container_for_the_driver(tmp_path: Path) -> None:
+    assert up(tmp_path, gpu=True).stdout.startswith(
+        "nvcr.io/nvidia/tritonserver:26.02-trtllm-python-py3 compose"
+    )
+    assert up(tmp_path, gpu=True, IMAGE="mine:1").stdout.startswith("mine:1 compose")
+    assert up(tmp_path).stdout.startswith("none compose")
 
 
 def test_up_says_what_is_missing(tmp_path: Path) -> None:

@@ -62,8 +62,16 @@ def test_dry_run_prints_commands_and_builds_nothing(
     runs = [line for line in said if line.startswith("run ")]
     assert len(runs) == 2 and "--kv_cache_dtype fp8" in runs[0] and "--max_seq_len 512" in runs[1]
     assert f"write  {tmp_path}/build/model_repository/tensorrt_llm/config.pbtxt" in said
-    assert said[-1] == "dry run: nothing was built"
+    assert said[-1] == "dry run: no engine was built"
     assert {path.name for path in (tmp_path / "build").rglob("*")} <= {"hashes.json", ".lock"}
+
+
+def test_dry_run_without_a_gpu_says_for_which_it_is(tiny: Path, tmp_path: Path, make_build: Make) -> None:
+    said: list[str] = []
+    options = ("--engine", "trtllm-engine", "--dry-run", "--tp", "2")
+    make_build(tiny, tmp_path / "build", *options, said=said)
+    assert any("no GPU here: shown for 2 x NVIDIA H200" in line for line in said)
+    assert any(line.endswith("rank1.engine") for line in said)
 
 
 @pytest.mark.parametrize("lane", ["trtllm-pytorch", "torch"])
@@ -149,6 +157,13 @@ def test_engine_on_1_3(
     monkeypatch.setattr(build_module, "detect", lambda: dataclasses.replace(H200, tensorrt_llm="1.3.0"))
     with pytest.raises(BuildError, match=r"1\.3\.0 has no compiled engines any more.*ENGINE=trtllm-pytorch"):
         make_build(tiny, tmp_path / "build", "--engine", "trtllm-engine")
+
+
+def test_fp8_checkpoint_as_source(
+    tools: None, tiny: Path, tmp_path: Path, make_build: Make, fp8_build: dict[str, Any]
+) -> None:
+    with pytest.raises(BuildError, match=r"FP8 checkpoint.*trtllm-engine calibrates.*ENGINE=trtllm-pytorch"):
+        make_build(Path(fp8_build["model_dir"]), tmp_path / "build", "--engine", "trtllm-engine")
 
 
 def test_fp8_checkpoint_is_laid_out_like_modelopts(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from torch_engine.config import EngineConfig  # noqa: E402
-from torch_engine.engine import Engine  # noqa: E402
+from torch_engine.engine import Engine, spare_the_collector  # noqa: E402
 from torch_engine.families import LayerSpec, ModelSpec, Rope  # noqa: E402
 from torch_engine.request import GenerationRequest  # noqa: E402
 from torch_engine.text import TokenBytes  # noqa: E402
@@ -124,6 +125,7 @@ def llama_engine(options: argparse.Namespace) -> Engine:
     started = time.perf_counter()
     checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8")
     engine = Engine(config, checkpoint, TokenBytes([b"a"] * spec.vocab_size))
+    spare_the_collector()  # as the engine's server does
     report(
         part="engine", description=engine.info.description, load_s=round(time.perf_counter() - started, 1),
         memory_gib=round(torch.cuda.memory_allocated() / 2**30, 1),
@@ -147,6 +149,7 @@ def throughput(engine: Engine, options: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
     waits: dict[str, list[float]] = defaultdict(list)
+    watched: dict[str, dict[str, float]] = {}
     torch.cuda.reset_peak_memory_stats()
     for repeat in range(options.repeats):
         for case in options.cases.split(","):
@@ -154,12 +157,13 @@ def throughput(engine: Engine, options: argparse.Namespace) -> None:
             if repeat and count * outputs > 100_000 and not options.long:
                 continue  # minutes of device time for little
             batch = requests(count, inputs, outputs, chance)
-            waited = Waiting(engine)
+            waited, watch = Waiting(engine), Watch()
             torch.cuda.synchronize()
             started = time.perf_counter()
             whole = engine.generate(batch)
             took = time.perf_counter() - started
             waits[case].append(waited.stop() / took)
+            watched[case] = watch.stop()
             made = sum(len(output.token_ids) for output in whole)
             assert made == count * outputs, f"{made} tokens instead of {count * outputs}"
             rates[case].append(made / took)
@@ -167,11 +171,33 @@ def throughput(engine: Engine, options: argparse.Namespace) -> None:
     for case, values in rates.items():
         report(
             part="throughput", case=case, output_tokens_per_s=round(statistics.median(values), 1),
-            lowest=round(min(values), 1), highest=round(max(values), 1), repeats=len(values),
+            lowest=round(min(values), 1), highest=round(max(values), 1), rates=[round(v, 1) for v in values],
             seconds=round(statistics.median(seconds[case]), 4),
-            host_waits=round(statistics.median(waits[case]), 2),
+            host_waits=round(statistics.median(waits[case]), 2), gpu=watched[case],
             peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1),
         )  # fmt: skip
+
+
+class Watch:
+    """Utilisation, power and memory of the GPU while something runs, as NVML tells ``nvidia-smi``."""
+
+    def __init__(self) -> None:
+        query = "--query-gpu=utilization.gpu,power.draw,memory.used"
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "100", "-i", "0"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> dict[str, float]:
+        """Means (of utilisation: NVML's own window is longer than our sampling) and the largest memory use."""
+        self._process.terminate()
+        rows = [line.split(",") for line in self._process.communicate()[0].splitlines()]
+        columns = list(zip(*[[float(value) for value in row] for row in rows if len(row) == 3], strict=True))
+        if not columns:
+            return {}
+        busy, power, memory = columns
+        return {
+            "busy_percent": round(statistics.mean(busy)), "power_w": round(statistics.mean(power)),
+            "memory_mib": round(max(memory)),
+        }  # fmt: skip
 
 
 class Waiting:
@@ -198,49 +224,63 @@ class Waiting:
 
 
 def profile(engine: Engine, options: argparse.Namespace) -> None:
-    """One decode step at several batch sizes, by kernel, and the time between kernels."""
+    """One decode step at several batch sizes and one prompt step of several shapes, by kernel."""
     chance = random.Random(1)
     for count in map(int, options.profile_at.split(",")):
         for number, request in enumerate(requests(count, 128, 200, chance)):
             engine.add(number, request)
         while any(sequence.num_generated < 2 for sequence in engine.sequences.values()):
             engine.step()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(20):
-            engine.step()
-        torch.cuda.synchronize()
-        step_ms = (time.perf_counter() - started) / 20 * 1e3
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for _ in range(5):
-                engine.step()
-            torch.cuda.synchronize()
+        by_kernel(f"decode {count}", engine.step, 20)
         for key in list(engine.sequences):
             engine.cancel(key)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        events = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-        events.sort(key=lambda event: event["ts"])
-        kernels: dict[str, list[float]] = defaultdict(list)
-        for event in events:
-            kernels[event["name"]].append(event["dur"])
-        busy = sum(event["dur"] for event in events) / 5
-        gaps = [after["ts"] - before["ts"] - before["dur"] for before, after in itertools.pairwise(events)]
-        report(
-            part="profile", batch=count, step_ms=round(step_ms, 3), kernels_a_step=len(events) // 5,
-            busy_ms=round(busy / 1e3, 3), gaps_ms=round(sum(max(gap, 0) for gap in gaps) / 5e3, 3),
-            largest_gaps_us=[round(gap) for gap in sorted(gaps)[-5:]],
-        )  # fmt: skip
-        top = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:14]
-        for name, times in top:
-            print(
-                f"  batch {count}: {sum(times) / 5:8.1f} us a step, {len(times) / 5:5.0f} x "
-                f"{statistics.median(times):6.1f} us  {name[:100]}",
-                flush=True,
-            )
-        results[-1]["kernels"] = [(name, len(times) / 5, statistics.median(times)) for name, times in top]
+    for case in filter(None, options.profile_prompts.split(",")):
+        count, length = map(int, case.split(":"))
+
+        def prompts(count: int = count, length: int = length) -> None:
+            engine.generate(requests(count, length, 1, chance))
+
+        by_kernel(f"prompts {case}", prompts, 3)
+
+
+def by_kernel(what: str, work: Callable[[], Any], repeats: int) -> None:
+    """Wall time of ``work``, then its kernels and the time between them."""
+    work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    wall_ms = (time.perf_counter() - started) / repeats * 1e3
+    profiled = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(profiled):
+            work()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events.sort(key=lambda event: event["ts"])
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        kernels[event["name"]].append(event["dur"])
+    gaps = [after["ts"] - before["ts"] - before["dur"] for before, after in itertools.pairwise(events)]
+    report(
+        part="profile", what=what, wall_ms=round(wall_ms, 3), kernels=len(events) // profiled,
+        busy_ms=round(sum(event["dur"] for event in events) / profiled / 1e3, 3),
+        gaps_ms=round(sum(max(gap, 0) for gap in gaps) / profiled / 1e3, 3),
+        largest_gaps_us=[round(gap) for gap in sorted(gaps)[-5:]],
+    )  # fmt: skip
+    top = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:14]
+    for name, times in top:
+        print(
+            f"  {what}: {sum(times) / profiled:8.1f} us, {len(times) / profiled:5.0f} x "
+            f"{statistics.median(times):6.1f} us  {name[:100]}",
+            flush=True,
+        )
+    results[-1]["top"] = [(name, len(times) / profiled, statistics.median(times)) for name, times in top]
 
 
 # Correctness -----------------------------------------------------------------------------------------
@@ -438,6 +478,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1024, help="max_batch_size")
     parser.add_argument("--budget", type=int, default=8192, help="max_num_tokens")
     parser.add_argument("--profile-at", default="1,64,256")
+    parser.add_argument("--profile-prompts", default="64:128,1:1000", help="COUNT:LENGTH, ...")
     parser.add_argument("--families", default="", help="only these variants, separated by commas")
     options = parser.parse_args()
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -486,10 +527,10 @@ def table() -> int:
                 f"({result['lowest']} .. {result['highest']}), {result['seconds']:.3f} s, "
                 f"host waits {result['host_waits']:.0%}"
             )
-        elif result["part"] == "profile" and "batch" in result:
+        elif result["part"] == "profile" and "what" in result:
             print(
-                f"  decode step at {result['batch']:>4}: {result['step_ms']} ms; kernels {result['busy_ms']} ms, "
-                f"gaps {result['gaps_ms']} ms, {result['kernels_a_step']} launches"
+                f"  {result['what']:>16}: {result['wall_ms']} ms; kernels {result['busy_ms']} ms, "
+                f"gaps {result['gaps_ms']} ms, {result['kernels']} launches"
             )
     return 1 if failed or crashed else 0
 

@@ -232,8 +232,8 @@ def _choose_kernels(lane: str, hardware: Hardware, reasons: list[str]) -> str:
         return "tensorrt_llm"
     if hardware.device != "cpu":
         reasons.append(
-            "kernels cuda: Triton-language kernels and CUDA graphs; this version was checked without a GPU, "
-            "so run benchmarks/gpu.py --parts kernels,families first"
+            "kernels cuda: Triton-language kernels and CUDA graphs (measured on an H200; on another GPU run "
+            "benchmarks/gpu.py --parts kernels,families first)"
         )
         return "cuda"
     if hardware.compiler is None:

@@ -44,7 +44,7 @@ class EngineConfig:
     lm_head_precision: str = "auto"
     """CUDA: ``auto`` follows the checkpoint; ``fp8`` quantises the output head when it is loaded."""
     kv_dtype: str = "auto"
-    """CUDA: KV cache; ``auto`` is ``fp8`` where the GPU has it, else ``compute_dtype``."""
+    """CUDA: KV cache; ``auto`` is ``fp8``, ``int8`` on GPUs without it, or ``compute_dtype`` if that is not bf16."""
     cuda_graphs: bool = True
     """CUDA: decode steps run as captured graphs."""
     cuda_tuning: bool = True

@@ -139,7 +139,7 @@ class CudaRunner(Runner):
 
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
-        for count in (min(rows, longest) for rows in (triton_ops.SKINNY_ROWS, 4 * triton_ops.SKINNY_ROWS)):
+        for count in (min(rows, longest) for rows in (triton_ops.SKINNY_ROWS, 64, 1024)):
             columns = np.zeros((3, count), dtype=np.int32)
             columns[1], columns[2] = self.spare, np.arange(count)
             tiles = self._tiles(0, count, 0, self.spare)
@@ -217,17 +217,17 @@ class CudaRunner(Runner):
         return list(np.array(rows, dtype=np.int32).T)
 
     def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
+        singles: list[tuple[int, int, int]] = []  # decodes come first
         columns: list[np.ndarray] = []
         tiles: list[tuple[int, int, int, int]] = []
         sampled: list[tuple[int, int]] = []
         updates: list[tuple[int, int]] = []
-        total = decodes = 0
+        total = 0
         for chunk in chunks:
             sequence, count = chunk.sequence, chunk.num_tokens
             token, slot, first = self._row(sequence, updates)
             if count == 1:
-                columns.append(np.array([[token], [slot], [first]], dtype=np.int32))
-                decodes += 1
+                singles.append((token, slot, first))
             else:
                 rows = np.empty((3, count), dtype=np.int32)
                 rows[0] = sequence.tokens[first : first + count]
@@ -238,9 +238,11 @@ class CudaRunner(Runner):
             total += count
             if chunk.samples:
                 sampled.append((total - 1, slot))
+        if singles:
+            columns.insert(0, np.array(singles, dtype=np.int32).T)
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
-        return self._mixed(staging, np.concatenate(columns, axis=1), tiles, sampled, updates, decodes)
+        return self._mixed(staging, np.concatenate(columns, axis=1), tiles, sampled, updates, len(singles))
 
     def _tiles(self, row: int, count: int, first: int, slot: int) -> list[tuple[int, int, int, int]]:
         """The pieces of a prompt chunk that starts at ``row`` of the step and at position ``first``."""
@@ -262,7 +264,8 @@ class CudaRunner(Runner):
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
         parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
         ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
-        where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4))
+        longest = max((first + count for _, count, first, _ in tiles), default=0)
+        where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4), longest)
         logit_rows, logit_slots = logits or self._nothing()
         return self._forward(CudaStep(ids, where, self.last, logit_rows, logit_slots))
 

@@ -10,6 +10,7 @@ dropped. Its blocks can be given away at once all the same, because the device r
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,17 @@ from torch_engine.scheduler import Chunk, Scheduler
 from torch_engine.sequence import Sequence
 from torch_engine.text import TokenBytes
 from torch_engine.weights import Checkpoint
+
+
+def spare_the_collector() -> None:
+    """For a process that has loaded its engine: Python's garbage collector no longer looks at what stays anyway.
+
+    At 1,024 requests it took half of the host's time. Requests hold no reference cycles, so that it frees little.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+
 
 Outputs = list[tuple[Any, RequestOutput]]
 """Request keys, each with what became of its request."""
@@ -143,8 +155,11 @@ class Engine:
             f"exceed max_seq_len={limit}",
         )
         vocab = self.info.vocab_size
-        bad = next((token for token in request.prompt_ids if not 0 <= token < vocab), None)
-        require(bad is None, f"prompt token {bad} is outside the vocabulary: ids must be in 0..{vocab - 1}")
+        for token in (min(request.prompt_ids), max(request.prompt_ids)):
+            require(
+                0 <= token < vocab,
+                f"prompt token {token} is outside the vocabulary: ids must be in 0..{vocab - 1}",
+            )
         require(request.min_tokens >= 0, f"min_tokens is {request.min_tokens}: it must be >= 0")
 
     def cancel(self, key: Any) -> RequestOutput | None:
@@ -196,11 +211,12 @@ class Engine:
         except Exception as error:
             return self._fail(flight.chunks, error)
         outputs: Outputs = []
+        now = time.time_ns()
         for sequence, token in zip(flight.sampling, sampled, strict=True):
             sequence.num_pending -= 1
             if sequence.finish_reason is not None:
                 continue  # it has ended while this step was in flight
-            output = sequence.append(token.token_id, token.log_prob)
+            output = sequence.append(token.token_id, token.log_prob, now)
             if output is not None:
                 outputs.append((sequence.key, output))
             if sequence.finish_reason is not None:

@@ -123,7 +123,7 @@ class PerfMetrics:
     kv_cache_alloc_total_blocks: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """What became of a request since the last message about it; messages add up.
 

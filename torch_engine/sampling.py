@@ -11,7 +11,7 @@ Every request draws from its own random numbers, so that its output does not dep
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from torch_engine.sequence import Sequence
 CANDIDATES = 256
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     token_id: int
     log_prob: float
     """Under the model's own distribution (no temperature, no truncation); 0.0 if not asked for."""

@@ -16,24 +16,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch_engine.blocks import BlockManager
 from torch_engine.config import EngineConfig
 from torch_engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """``num_tokens`` tokens of a sequence from ``sequence.num_computed`` on, computed in one step."""
 
     sequence: Sequence
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Nothing remains after this chunk: its last logits choose the next token."""
-        return self.num_tokens == self.sequence.num_remaining
+    samples: bool
+    """Nothing remains after this chunk: its last logits choose the next token."""
 
 
 class Scheduler:
@@ -58,19 +54,21 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, each with its blocks allocated; decodes first."""
-        chunks: dict[Sequence, int] = {}
+        chunks: dict[Sequence, Chunk] = {}
         budget = self.config.max_num_tokens
-        for sequence in [*self._decoding(), *self._prefilling()]:
+        for sequence, remaining in self._decodes_first():
             if not sequence.block_table:
                 continue  # it was preempted just now
-            count = min(sequence.num_remaining, budget)
+            count = min(remaining, budget)
             if count == 0:
-                continue
-            room, given_up = self._make_room(sequence, count, chunks)
-            budget += given_up
-            if room:
-                chunks[sequence] = count
-                budget -= count
+                break
+            if not sequence.has_room(self.blocks, count):
+                room, given_up = self._make_room(sequence, count, chunks)
+                budget += given_up
+                if not room:
+                    continue
+            chunks[sequence] = Chunk(sequence, count, count == remaining)
+            budget -= count
         promised = None
         while self.waiting and budget > 0 and len(self.running) < self.config.max_batch_size:
             if promised is None:
@@ -81,24 +79,25 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(sequence)
+            sequence.first_scheduled_ns = sequence.first_scheduled_ns or time.time_ns()
             if self.config.batch_scheduler_policy == "guaranteed_no_evict":
                 promised += self._outstanding(sequence)
-            chunks[sequence] = count
+            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
             budget -= count
-        now = time.time_ns()
-        for sequence in chunks:
-            sequence.first_scheduled_ns = sequence.first_scheduled_ns or now
-        return [
-            Chunk(sequence, count) for sequence, count in sorted(chunks.items(), key=lambda item: item[1] > 1)
-        ]
+        return sorted(chunks.values(), key=lambda chunk: chunk.num_tokens > 1)
 
-    def _decoding(self) -> list[Sequence]:
-        return [sequence for sequence in self.running if sequence.num_remaining == 1]
+    def _decodes_first(self) -> list[tuple[Sequence, int]]:
+        """Running sequences that have something to compute, and how many tokens."""
+        decodes, prompts = [], []
+        for sequence in self.running:
+            remaining = sequence.num_remaining
+            if remaining == 1:
+                decodes.append((sequence, 1))
+            elif remaining:
+                prompts.append((sequence, remaining))
+        return decodes + prompts
 
-    def _prefilling(self) -> list[Sequence]:
-        return [sequence for sequence in self.running if sequence.num_remaining > 1]
-
-    def _make_room(self, sequence: Sequence, count: int, chunks: dict[Sequence, int]) -> tuple[bool, int]:
+    def _make_room(self, sequence: Sequence, count: int, chunks: dict[Sequence, Chunk]) -> tuple[bool, int]:
         """Gives a running sequence the blocks for ``count`` more tokens, at the cost of younger ones if need be.
 
         Returns whether it has them, and the budget that preempted chunks set free.
@@ -108,7 +107,8 @@ class Scheduler:
         while missing > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
-            given_up += chunks.pop(victim, 0)
+            if (chunk := chunks.pop(victim, None)) is not None:
+                given_up += chunk.num_tokens
             if victim is sequence:
                 return False, given_up
         if missing > 0:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ class Sequence:
     end_ids: frozenset[int]
     text: TextStream
     arrival_ns: int
-    rng: np.random.Generator
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0
@@ -42,6 +41,8 @@ class Sequence:
     """How often each token was generated, for the presence and frequency penalties."""
     cum_log_prob: float = 0.0
     num_emitted: int = 0
+    samples_on_device: bool = field(init=False)
+    """The next token is the argmax of the untouched logits and nothing else is asked about it."""
     held_log_probs: list[float] = field(default_factory=list)
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
@@ -60,14 +61,25 @@ class Sequence:
     ) -> Sequence:
         if request.end_id is not None:
             end_ids = () if request.end_id < 0 else (request.end_id,)
-        seed = request.sampling.seed
-        rng = np.random.default_rng() if seed is None else np.random.Generator(np.random.Philox(key=seed))
         stream = TextStream(tokens, request.stop)
-        return cls(key, request, frozenset(end_ids), stream, arrival_ns, rng, tokens=list(request.prompt_ids))
+        return cls(key, request, frozenset(end_ids), stream, arrival_ns, tokens=list(request.prompt_ids))
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
+    def __post_init__(self) -> None:
+        request = self.request
+        self.num_prompt = len(request.prompt_ids)
+        self.last_length = self.num_prompt + request.max_tokens
+        self.samples_on_device = (
+            request.sampling.plain_greedy
+            and not request.return_log_probs
+            and not request.bad_ids
+            and not request.min_tokens
+        )
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """This request's own random numbers; most requests need none."""
+        seed = self.request.sampling.seed
+        return np.random.default_rng() if seed is None else np.random.Generator(np.random.Philox(key=seed))
 
     @property
     def num_generated(self) -> int:
@@ -76,42 +88,33 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Tokens to compute next; 0 too while a pending token is bound to be the last."""
-        if self.num_pending and self.num_generated + self.num_pending >= self.request.max_tokens:
+        length = len(self.tokens) + self.num_pending
+        if self.num_pending and length >= self.last_length:
             return 0
-        return len(self.tokens) + self.num_pending - self.num_computed
-
-    @property
-    def samples_on_device(self) -> bool:
-        """The next token is the argmax of the untouched logits and nothing else is asked about it."""
-        request = self.request
-        return (
-            request.sampling.plain_greedy
-            and not request.return_log_probs
-            and not request.bad_ids
-            and not request.min_tokens
-        )
+        return length - self.num_computed
 
     @property
     def max_length(self) -> int:
         """Most tokens whose keys and values this request can ever need; the last token needs none."""
-        return self.num_prompt + self.request.max_tokens - 1
+        return self.last_length - 1
 
-    def append(self, token_id: int, log_prob: float) -> RequestOutput | None:
+    def append(self, token_id: int, log_prob: float, now_ns: int) -> RequestOutput | None:
         """Takes the sampled token; returns what can be told about it, if anything."""
-        now = time.time_ns()
         if not self.first_token_ns:
-            self.first_token_ns = now
-        self.last_token_ns = now
+            self.first_token_ns = now_ns
+        self.last_token_ns = now_ns
         if token_id in self.end_ids:
             return self._finish(FinishReason.END_ID)
         self.tokens.append(token_id)
-        self.counts[token_id] += 1
+        if not self.samples_on_device:
+            self.counts[token_id] += 1
         self.cum_log_prob += log_prob
-        self.held_log_probs.append(log_prob)
+        if self.request.return_log_probs:
+            self.held_log_probs.append(log_prob)
         release = self.text.push(token_id)
         if release.stopped:
             self.finish_reason = FinishReason.STOP
-        elif self.num_generated >= self.request.max_tokens:
+        elif len(self.tokens) >= self.last_length:
             return self._finish(FinishReason.LENGTH, release.token_ids, release.text)
         elif not release.token_ids:
             return None
@@ -127,13 +130,15 @@ class Sequence:
         return self._output((ids or []) + rest.token_ids, text + rest.text)
 
     def _output(self, ids: list[int], text: str) -> RequestOutput:
-        log_probs = self.held_log_probs[: len(ids)]
-        self.held_log_probs = self.held_log_probs[len(ids) :]
+        log_probs: list[float] = []
+        if self.held_log_probs:
+            log_probs = self.held_log_probs[: len(ids)]
+            self.held_log_probs = self.held_log_probs[len(ids) :]
         self.num_emitted += len(ids)
         return RequestOutput(
             token_ids=ids,
             text=text,
-            log_probs=log_probs if self.request.return_log_probs else [],
+            log_probs=log_probs,
             cum_log_prob=self.cum_log_prob,
             num_input_tokens=self.num_prompt,
             num_output_tokens=self.num_emitted,
@@ -167,6 +172,10 @@ class Sequence:
     def grow(self, blocks: BlockManager, count: int) -> None:
         self.block_table += blocks.allocate(count)
         self.new_blocks += count
+
+    def has_room(self, blocks: BlockManager, count: int) -> bool:
+        """Whether ``count`` more tokens fit the blocks it has."""
+        return self.num_computed + count <= len(self.block_table) * blocks.block_size
 
     def computed(self, blocks: BlockManager, num_tokens: int) -> None:
         """``num_tokens`` more have their keys and values; blocks that became full may be reused from now on.

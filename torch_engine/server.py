@@ -20,7 +20,7 @@ import time
 from multiprocessing.connection import Connection, Listener
 
 from torch_engine.config import ConfigError, EngineConfig
-from torch_engine.engine import Engine
+from torch_engine.engine import Engine, spare_the_collector
 from torch_engine.families import UnsupportedModel
 from torch_engine.request import (
     Code,
@@ -242,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         engine = Engine(EngineConfig.load(options.engine_dir))
+        spare_the_collector()
         server = EngineServer(engine, options.socket)
     except (ConfigError, UnsupportedModel, UnsupportedTokenizer, OSError, MemoryError) as error:
         print(f"engine: {error}", file=sys.stderr)

@@ -56,11 +56,19 @@ def _vocabulary(model: dict) -> dict[str, int]:
     raise UnsupportedTokenizer(f"tokenizer model {model.get('type')!r} has no vocabulary")
 
 
+def _whole_text(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 class TokenBytes:
     """The bytes that each token stands for; special tokens stand for none."""
 
     def __init__(self, table: list[bytes]) -> None:
         self._table = table
+        self._texts = [_whole_text(piece) for piece in table]
         self._ids: dict[bytes, int] | None = None
         self._longest = 0
 
@@ -117,6 +125,10 @@ class TokenBytes:
         """Bytes of one token; an id that the tokenizer does not know (padded vocabularies) has none."""
         return self._table[token_id] if 0 <= token_id < len(self._table) else b""
 
+    def text_of(self, token_id: int) -> str | None:
+        """Text of a token that is whole characters by itself; None of one that is not."""
+        return self._texts[token_id] if 0 <= token_id < len(self._texts) else ""
+
     def bytes_of(self, token_ids: Iterable[int]) -> bytes:
         return b"".join(self[token_id] for token_id in token_ids)
 
@@ -141,7 +153,7 @@ class TokenBytes:
         return ids
 
 
-@dataclass
+@dataclass(slots=True)
 class Release:
     """Tokens whose text is whole, and that text."""
 
@@ -173,6 +185,8 @@ class TextStream:
 
     def push(self, token_id: int) -> Release:
         """Adds one token; returns what became final with it, which may be nothing."""
+        if not self._ids and not self._stop and (text := self._tokens.text_of(token_id)) is not None:
+            return Release([token_id], text)
         self._ids.append(token_id)
         self._held += self._tokens[token_id]
         self._ends.append(len(self._held))

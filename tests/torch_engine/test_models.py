@@ -79,7 +79,7 @@ def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
     rows = []
     for begin in range(0, len(prompt), chunk_size):
         sequence.tokens = prompt[: begin + chunk_size]
-        chunk = Chunk(sequence, len(sequence.tokens) - begin)
+        chunk = Chunk(sequence, len(sequence.tokens) - begin, True)
         rows.append(
             engine.model.forward(build_step([chunk], 4, engine.kernels.device), engine.runner.caches)[0]
         )

@@ -40,10 +40,12 @@ def compile_only(self, grid):
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         code = kernel.asm["ptx"]
         units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
-        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units])
+        bytewise = code.count("ld.shared.b8") + code.count("ld.shared.u8")
+        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise])
     return run
 
 JITFunction.__getitem__ = compile_only
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
 from torch_engine.kernels import triton_ops as ops
 from torch_engine.kernels.triton_ops import Form
 
@@ -64,7 +66,10 @@ cache = ops.KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=kind), None if hopper el
 step = ops.AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
 qkv = torch.zeros(4, 48 * 128, dtype=bf16)
 ops.rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
-ops.attend(qkv, cache, step, 32, 0.1, None, None, 8, Form.FP8_STATIC if hopper else Form.PLAIN, one)
+form = Form.FP8_STATIC if hopper else Form.PLAIN
+for sequences in (1, 64, 256):
+    plan = ops.decode_plan(sequences, 8, 4, 128, 132)
+    ops.attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
 if hopper:
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = ops.skinny_plans(6144, 4096, 132)
@@ -80,7 +85,10 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert all(shared <= shared_limit for kernels in found.values() for shared, _ in kernels)
-    prefill = {unit for _, units in found["_prefill_kernel"] for unit in units}
+    assert all(shared <= shared_limit for kernels in found.values() for shared, *_ in kernels)
+    prefill = {unit for _, units, _ in found["_prefill_kernel"] for unit in units}
     assert prefill == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
-    assert all(units == ["mma.sync"] for _, units in found["_decode_kernel"])
+    assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
+    # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
+    attention = found["_decode_kernel"] + found["_prefill_kernel"]
+    assert not any(bytewise for _, _, bytewise in attention)

@@ -252,7 +252,8 @@ class TestKernels:
             close(got[block, :, :, position % block_size], writes[row], tolerance)
         scale = torch.tensor(0.01, device=DEVICE)
         for splits, form in ((1, Form.PLAIN), (4, Form.PLAIN), (4, Form.FP8_STATIC)):
-            out = ops.attend(flat, cache, step, heads, 0.2, window, softcap, splits, form, scale).float()
+            plan = ops.DecodePlan(splits, 32, 2)
+            out = ops.attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
 

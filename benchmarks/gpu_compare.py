@@ -1,0 +1,88 @@
+"""Ours and a peer on one GPU, in turns: ``python3 benchmarks/gpu_compare.py --peer 'python3 vllm_bench.py fp8'``.
+
+The peer is any command that takes ``--cases C:I:O,...`` and prints a line of JSON a case with ``concurrency``,
+``isl``, ``osl`` and ``output_tokens_per_s``. Each side runs in processes of its own, ours first, ``--rounds`` times;
+what follows ``--`` goes to ``benchmarks/gpu.py``. Prints medians, spreads and ratios; all rates are also in
+$OUT/compare.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+GPU = Path(__file__).with_name("gpu.py")
+CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,1:1000:1,512:1000:500"
+REPEATED_UP_TO = 50_000
+"""Output tokens of a case that is run three times a round; larger ones once, they take seconds by themselves."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", required=True, help="command of the peer")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cases", default=CASES)
+    options, ours = parser.parse_known_args()
+    ours = [argument for argument in ours if argument != "--"]
+    cases = options.cases.split(",")
+    rates: dict[str, dict[str, list[float]]] = {"ours": defaultdict(list), "peer": defaultdict(list)}
+    gpu: dict[str, Any] = {}
+    for _ in range(options.rounds):
+        command = [sys.executable, str(GPU), "--parts", "throughput", "--cases", options.cases, *ours]
+        for line in lines_of(command):
+            if line.get("part") == "throughput":
+                rates["ours"][line["case"]] += line["rates"]
+                gpu[line["case"]] = line["gpu"]
+        for line in lines_of([*shlex.split(options.peer), "--cases", ",".join(repeated(cases))]):
+            case = f"{line['concurrency']}:{line['isl']}:{line['osl']}"
+            rates["peer"][case].append(line["output_tokens_per_s"])
+    if out := os.environ.get("OUT"):
+        (Path(out) / "compare.json").write_text(json.dumps({"rates": rates, "gpu": gpu}, indent=1))
+    return table(cases, rates, gpu)
+
+
+def repeated(cases: list[str]) -> Iterator[str]:
+    for case in cases:
+        count, _, outputs = map(int, case.split(":"))
+        yield from [case] * (3 if count * outputs <= REPEATED_UP_TO else 1)
+
+
+def lines_of(command: list[str]) -> Iterator[dict[str, Any]]:
+    print("$", shlex.join(command), flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            print(text, end="", flush=True)
+            if text.startswith("{"):
+                yield json.loads(text)
+    if process.returncode:
+        sys.exit(f"{command[0]} ended with {process.returncode}: see its output above")
+
+
+def table(cases: list[str], rates: dict[str, dict[str, list[float]]], gpu: dict[str, Any]) -> int:
+    print(f"\n{'case':>14} {'ours tok/s':>24} {'peer tok/s':>24} {'ratio':>6}   GPU busy, power")
+    for case in cases:
+        ours, peer = rates["ours"][case], rates["peer"][case]
+        if not ours or not peer:
+            print(f"{case:>14} not measured on both sides")
+            continue
+        ratio = statistics.median(ours) / statistics.median(peer)
+        print(f"{case:>14} {spread(ours):>24} {spread(peer):>24} {ratio:>6.2f}   {gpu[case]}")
+    return 0
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f}..{max(values):.0f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

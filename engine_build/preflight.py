@@ -100,8 +100,7 @@ def verdicts(shape: ModelShape, hardware: Hardware, asked: Settings, problem: st
     """Every lane with every precision; ``problem`` is why TensorRT-LLM cannot run here at all."""
     table = []
     for lane in LANES:
-        # What a machine with a GPU of no limits would offer, so that each refusal is shown with its reason.
-        for precision in _precisions(lane):
+        for precision in _precisions(lane, hardware):
             if lane != "torch" and problem:
                 table.append(Verdict(lane, precision, IMPOSSIBLE, problem))
             else:
@@ -109,9 +108,11 @@ def verdicts(shape: ModelShape, hardware: Hardware, asked: Settings, problem: st
     return table
 
 
-def _precisions(lane: str) -> tuple[str, ...]:
+def _precisions(lane: str, hardware: Hardware) -> list[str]:
+    """What the lane runs here, and what only a GPU without limits would: its refusal names the reason."""
     everything = Hardware("cuda", "", 0, 0, capability=(12, 0))
-    return available_precisions(lane, everything)
+    offered = (*available_precisions(lane, everything), *available_precisions(lane, hardware))
+    return list(dict.fromkeys(offered))
 
 
 def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, asked: Settings) -> Verdict:

@@ -135,8 +135,11 @@ def test_server(profile: str) -> None:
     grace = int(re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", service["stop_grace_period"])[1] or 0) * 60
     assert grace >= ServeSettings().drain_s + 20
     assert service["environment"]["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
-    assert not [name for name in service["environment"] if re.search("TOKEN$|PASSWORD|SECRET|KEY$", name)]
-    assert service["secrets"][0]["source"] == "hf_token"
+    secret = {
+        name: value for name, value in service["environment"].items() if re.search("TOKEN|PASSWORD|KEY", name)
+    }
+    assert set(secret.values()) <= {"", "/run/secrets/hf_token"}, "a secret is in the environment"
+    assert {each["source"] for each in service["secrets"]} == {"hf_token", "admin_key", "tls_cert", "tls_key"}
     assert {mount["target"] for mount in service["volumes"]} >= {"/engines", "/cache/huggingface"}
 
 
@@ -154,6 +157,18 @@ def test_all_at_once_and_settings_arrive() -> None:
     assert gpu["environment"]["ENGINE"] == "trtllm-engine"
     assert "18000" in {port["published"] for port in gpu["ports"]}
     assert {"locust", "locust-worker", "prometheus", "grafana", "dcgm-exporter"} < found["services"].keys()
+
+
+def test_secrets_are_files(tmp_path: Path) -> None:
+    found = compose("cpu", ADMIN_KEY_FILE="/k", TLS_CERT="/c", TLS_KEY="/p", HF_TOKEN_FILE="/t")
+    environment = found["services"]["cpu"]["environment"]
+    assert environment["TRITON_ADMIN_KEY_FILE"] == "/run/secrets/admin_key"
+    assert (environment["TLS_CERT"], environment["TLS_KEY"]) == (
+        "/run/secrets/tls_cert",
+        "/run/secrets/tls_key",
+    )
+    files = {name: each["file"] for name, each in found["secrets"].items()}
+    assert files == {"hf_token": "/t", "admin_key": "/k", "tls_cert": "/c", "tls_key": "/p"}
 
 
 def test_health_check_waits_for_a_long_load() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from typing import Any
 
@@ -140,7 +141,11 @@ class LlmEngine:
             result = self._llm.generate_async(
                 progress.request.prompt_ids, self._sampling(**arguments), streaming=True
             )
-            self._results[key] = result
+        except (TypeError, ValueError, NotImplementedError) as error:  # this request, not the engine
+            progress.fail(RequestError(Code.INVALID_ARG, f"TensorRT-LLM refused the request: {error}"))
+            return
+        self._results[key] = result
+        try:
             await self._read(progress, result)
         except Exception as error:
             progress.fail(RequestError(Code.INTERNAL, f"TensorRT-LLM failed: {error}"))
@@ -174,7 +179,10 @@ class LlmEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch_stats(self) -> None:
-        while True:
-            async for record in self._llm.get_stats_async(timeout=STATS_WAIT_S):
-                self._record = json.loads(record) if isinstance(record, str) else record
-            await asyncio.sleep(STATS_WAIT_S)
+        try:
+            while True:
+                async for record in self._llm.get_stats_async(timeout=STATS_WAIT_S):
+                    self._record = json.loads(record) if isinstance(record, str) else record
+                await asyncio.sleep(STATS_WAIT_S)
+        except Exception as error:  # metrics are worth a line in the log, not the requests
+            print(f"engine: no statistics any more: {error!r}", file=sys.stderr, flush=True)

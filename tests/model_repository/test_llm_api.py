@@ -155,15 +155,19 @@ def test_failures_cancellation_and_a_full_queue(
     api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRTLLM_DOUBLE_FAIL_ON", "77")
-    engine = LlmEngine(config(tiny, max_batch_size=2, max_queue_size=1), api)
+    monkeypatch.setenv("TRTLLM_DOUBLE_REFUSE", "78")
+    engine = LlmEngine(config(tiny, max_batch_size=2, max_queue_size=2), api)
     engine.add("fails", GenerationRequest([5, 77], 8), 1)
+    engine.add("refused", GenerationRequest([5, 78], 8), 1)
     engine.add("works", GenerationRequest([5, 6], 8, end_id=-1), 1)
     engine.add("leaves", GenerationRequest([5, 6], 400, end_id=-1), 1)
-    with pytest.raises(RequestError, match="the queue is full: 1 requests are waiting"):
+    with pytest.raises(RequestError, match="the queue is full: 2 requests are waiting"):
         engine.add("too much", GenerationRequest([5], 8), 1)
     engine.cancel("leaves")
     last = run_to_the_end(engine)
     assert last["fails"].error.message == "TensorRT-LLM failed: Executor failed process requestId 1"
+    assert last["refused"].error.code is Code.INVALID_ARG
+    assert last["refused"].error.message.endswith("refused the request: this sampler has no such thing")
     assert (last["works"].finish_reason, last["works"].num_output_tokens) == (FinishReason.LENGTH, 8)
     assert last["leaves"].finish_reason is FinishReason.CANCELLED
     engine.close()

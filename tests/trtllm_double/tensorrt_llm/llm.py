@@ -20,7 +20,8 @@ from .sampling import SamplingParams
 from .surface import SURFACE
 
 FAIL_ON = "TRTLLM_DOUBLE_FAIL_ON"
-"""Environment: a prompt token that makes the executor fail, to see errors arrive."""
+REFUSE = "TRTLLM_DOUBLE_REFUSE"
+"""Environment: prompt tokens that make the executor fail and the API refuse, to see errors arrive."""
 
 
 class LLM:
@@ -43,6 +44,7 @@ class LLM:
         self._tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         self._results: dict[int, Result] = {}
         self._fail_on = int(os.environ.get(FAIL_ON, "-1"))
+        self._refuse = int(os.environ.get(REFUSE, "-1"))
         self._commands: list[tuple[str, Any]] = []
         self._records: list[dict] = []
         self._collect = arguments.get("enable_iter_perf_stats", False)
@@ -60,6 +62,8 @@ class LLM:
         streaming: bool = False,
     ) -> Result:
         params = sampling_params or SamplingParams()
+        if self._refuse in inputs:
+            raise ValueError("this sampler has no such thing")
         if params.end_id is None:
             eos_id = self._engine.info.end_ids[0]
             params.setup(eos_id, lambda word: self._tokenizer.encode(word, add_special_tokens=False).ids)

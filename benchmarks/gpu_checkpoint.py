@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +92,7 @@ def measure(shape: dict[str, Any], folder: Path, device: str) -> list[dict[str, 
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    host = HostMemory()
     dtype, start = "bfloat16" if device == "cuda" else "float32", time.monotonic()
     seen = quantize(source, read_prompts(CALIBRATION), target, device, dtype)
     say(stage="quantize", seconds=round(time.monotonic() - start, 1), **asdict(seen))
@@ -101,7 +102,7 @@ def measure(shape: dict[str, Any], folder: Path, device: str) -> list[dict[str, 
 
     measured = {
         "device_bytes": torch.cuda.max_memory_reserved() if device == "cuda" else 0,
-        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_bytes": host.peak(),
         "disk_bytes": sum(path.stat().st_size for path in target.iterdir()),
         "seconds": time.monotonic() - start,
     }
@@ -110,6 +111,28 @@ def measure(shape: dict[str, Any], folder: Path, device: str) -> list[dict[str, 
         say(figure=name, measured=value, predicted_at_most=limit, held=value <= limit)
     say(stage="layout", tensors=check_layout(target), held=True)
     return results
+
+
+class HostMemory:
+    """The most anonymous memory that this process had: what cannot be taken back (mapped files can)."""
+
+    def __init__(self) -> None:
+        self._most = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))
+            self._most = max(self._most, int(kilobytes) * 1024)
+
+    def peak(self) -> int:
+        """Bytes; ends the watch."""
+        self._done.set()
+        self._thread.join()
+        return self._most
 
 
 def random_checkpoint(folder: Path, shape: dict[str, Any], device: str) -> None:

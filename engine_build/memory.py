@@ -40,6 +40,7 @@ class BuildCost:
     device_bytes: int
     """GPU memory; 0 if it runs on the CPU."""
     host_bytes: int
+    """Memory that cannot be taken back; the pages of mapped files are not in it."""
     disk_bytes: int
     seconds: float
 
@@ -51,15 +52,14 @@ def fp8_build_cost(parameters: int, linear: int, on_gpu: bool) -> BuildCost:
     final checkpoint holds source, export and result in host memory. Times assume two minutes for starting libraries, a
     disk of 0.3 GB/s and, on a CPU, 50 GFLOP/s for the 25,000 tokens that calibration and gate run.
     """
-    source = 2 * parameters
-    resident = source if on_gpu else 2 * source
-    spare = 3 << 30 if on_gpu else 1 << 30
-    writing = source + 2 * linear + 2 * (parameters - linear) * 2
-    copied = 3 * source + 3 * (linear + 2 * (parameters - linear))
+    source, result = 2 * parameters, linear + 2 * (parameters - linear)
+    running = source if on_gpu else 2 * source
+    writing = source + result + linear
+    host = max(writing, 0 if on_gpu else running + linear)
     computing = 60.0 if on_gpu else 2 * parameters * 25_000 / 50e9
     return BuildCost(
-        device_bytes=resident + linear + spare if on_gpu else 0,
-        host_bytes=max(writing, 0 if on_gpu else resident + linear) + (2 << 30),
-        disk_bytes=2 * (linear + 2 * (parameters - linear)),
-        seconds=120.0 + copied / 0.3e9 + computing,
+        device_bytes=running + linear + (3 << 30) if on_gpu else 0,
+        host_bytes=int(1.1 * host) + (2 << 30),
+        disk_bytes=2 * result + (16 << 20),
+        seconds=120.0 + 3 * (source + result) / 0.3e9 + computing,
     )

@@ -328,6 +328,7 @@ def test_promtool_if_it_is_installed() -> None:
     if promtool is None:
         pytest.skip("promtool is not installed")
     check(promtool, "check", "rules", DOCKER / "alerts.yml")
+    check(promtool, "test", "rules", Path(__file__).parent / "alerts_test.yml")
     check(promtool, "check", "config", "--syntax-only", DOCKER / "prometheus.yml")
 
 

@@ -215,7 +215,7 @@ def test_sizes_from_the_configuration(llama: Path, tmp_path: Path) -> None:
 
 def test_fp8_build_of_an_8b_model() -> None:
     cost = fp8_build_cost(LLAMA_8B.parameters, LLAMA_8B.linear_parameters, on_gpu=True)
-    assert 16 < cost.device_bytes / 2**30 < 30 and 30 < cost.host_bytes / 2**30 < 48
+    assert 16 < cost.device_bytes / 2**30 < 30 and 30 < cost.host_bytes / 2**30 < 40
 
 
 def test_it_is_quick_because_it_imports_no_torch() -> None:

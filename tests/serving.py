@@ -72,7 +72,11 @@ DOUBLE = Path(__file__).parent / "trtllm_double"
 
 @contextmanager
 def tensorrt_llm_lane(
-    folder: Path, lane: str, version: str = "1.2.1", prepare: Callable[[Path], None] = lambda build: None
+    folder: Path,
+    lane: str,
+    version: str = "1.2.1",
+    prepare: Callable[[Path], None] = lambda build: None,
+    baseline: bool = True,
 ) -> Iterator[Server]:
     """A real Triton that serves a TensorRT-LLM lane of a tiny model, with TensorRT-LLM itself replaced.
 
@@ -96,5 +100,5 @@ def tensorrt_llm_lane(
             tools.setenv("PATH", str(trtllm_tools.install(folder / "bin")), prepend=os.pathsep)
             build.Build(settings, say=lambda line: None).run()
         prepare(folder / "build")
-        with Server(settings_for(folder / "build"), say=print) as server:
+        with Server(settings_for(folder / "build", baseline=baseline), say=print) as server:
             yield server

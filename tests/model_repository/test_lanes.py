@@ -31,7 +31,8 @@ PROMPT, LENGTH = "the quick brown", 24
 
 @pytest.fixture(scope="module")
 def pytorch_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with tensorrt_llm_lane(tmp_path_factory.mktemp("pytorch"), "trtllm-pytorch") as server:
+    folder = tmp_path_factory.mktemp("pytorch")
+    with tensorrt_llm_lane(folder, "trtllm-pytorch", baseline=False) as server:
         yield server
 
 
@@ -65,9 +66,9 @@ def test_metadata_is_nvidias(lane: Server) -> None:
     client.close()
 
 
-def test_greedy_text(lane: Server, door: str) -> None:
-    """The baseline is the witness: the same checkpoint in plain Transformers."""
-    expected = ask(lane, "hf_baseline", PROMPT, LENGTH).text
+def test_greedy_text(lane: Server, door: str, served: Server) -> None:
+    """The baseline is the witness: the same weights in plain Transformers."""
+    expected = ask(served, "hf_baseline", PROMPT, LENGTH).text
     assert ask(lane, door, PROMPT, LENGTH).text == expected
     streamed = ask(lane, door, PROMPT, LENGTH, stream=True)
     assert streamed.text == expected and len(streamed.responses) > 1
@@ -203,8 +204,8 @@ def test_metrics(lane: Server) -> None:
     assert f"nv_trt_llm_kv_cache_block_metrics{{{label}}} {lane.engine.stats.kv_blocks_max}" in text
 
 
-def test_our_client_and_http_do_not_know_the_lane(lane: Server) -> None:
-    expected = ask(lane, "hf_baseline", PROMPT, 12).text
+def test_our_client_and_http_do_not_know_the_lane(lane: Server, served: Server) -> None:
+    expected = ask(served, "hf_baseline", PROMPT, 12).text
     with Client(lane.settings.grpc_url) as client:
         assert client.generate(PROMPT, max_tokens=12).text == expected
         assert "".join(piece.text for piece in client.generate_stream(PROMPT, max_tokens=12)) == expected

@@ -11,7 +11,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from engine_build import repository
+from engine_build.plan import make_plan
 from model_repository.shared.tensors import BY_NAME
+from tests.engine_build.test_plan import H200, SMALL
 
 TEMPLATES = Path(__file__).parents[2] / "model_repository"
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "io_tables.json").read_text())
@@ -86,6 +89,19 @@ def test_tensors_are_nvidias(model: str) -> None:
     config = config_of(model)
     assert table(config.input) == expected(FACTS[model]["input"], ours=True)
     assert table(config.output) == expected(FACTS[model]["output"], ours=False)
+
+
+@pytest.mark.parametrize("lane", ["torch", "trtllm-pytorch", "trtllm-engine"])
+def test_what_a_lane_serves_is_nvidias(lane: str, tmp_path: Path) -> None:
+    """The rendered files of each lane, through Triton's schema; no lane changes a tensor."""
+    plan = make_plan(SMALL, H200, lane, "bf16")
+    rendering = repository.render(TEMPLATES, repository.values_for(plan, "m", tmp_path, tmp_path))
+    for model in MODELS:
+        text = rendering[f"{model}/config.pbtxt"].decode()
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+        facts = FACTS.get(model, FACTS["ensemble"])
+        assert table(config.input) == expected(facts["input"], ours=True)
+        assert dict.fromkeys(table(config.output)) == dict.fromkeys(expected(facts["output"], ours=False))
 
 
 def test_ensemble_is_wired_like_nvidias() -> None:

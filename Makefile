@@ -37,8 +37,10 @@ help: ## Show this list
 
 setup: $(READY) ## Make the virtual environment (the other targets do it themselves)
 
+CHECK_PYTHON := $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: install 3.11 or later, or say make PYTHON=..." % v[:2])'
+
 $(READY): pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: install 3.11 or later, or say make PYTHON=..." % v[:2])'
+	@$(CHECK_PYTHON)
 	@echo 'Setting up $(VENV) (once, a few minutes)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
@@ -49,8 +51,9 @@ $(TESTS_READY): $(READY)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-preflight: $(READY) ## What this machine can run, in seconds; ends with the command to type
-	@$(BIN)/python -m engine_build.preflight
+preflight: ## What this machine can run, in seconds and before any setup; ends with the command to type
+	@python=$(PYTHON); if [ -f $(READY) ]; then python=$(BIN)/python; fi; $(CHECK_PYTHON) && \
+	    $$python -m engine_build.preflight
 
 build-engines: $(READY) ## Checkpoint -> calibrated FP8 checkpoint -> engine + model repository (cached)
 	@$(BIN)/python -m engine_build $(ARGS)

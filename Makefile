@@ -32,7 +32,7 @@ help: ## Show this list
 # ARGS                   ## more options of a build: --dry-run prints commands and files, --force
 # CALIB                  ## JSONL file with your own calibration prompts
 # HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
-# CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64)
+# CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (150 seconds)
 # PYTHON                 ## interpreter for the virtual environment (python3, 3.11 or later)
 
 setup: $(READY) ## Make the virtual environment (the other targets do it themselves)

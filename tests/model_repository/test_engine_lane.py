@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 
 from model_repository import triton
 from model_repository.serve import Server, ServeSettings
 from model_repository.settings import Deployment, ServeError
 from model_repository.trtllm import guard, host
 from model_repository.trtllm.in_triton import parse
-from tests.model_repository.doors import Call, ask, post, stop
+from tests.model_repository.doors import Call, ask, post, stop, wait_until
 from tests.serving import DOUBLE, GPU, tensorrt_llm_lane
 
 TWO_ENDS = [1, 5]
@@ -56,7 +57,8 @@ def test_both_doors_answer_like_the_baseline(engine_lane: Server) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_streamed_text_is_exact_where_tokens_cut_characters(engine_lane: Server, seed: int) -> None:
     inputs = {"prompt": "the 日本 dog 👩‍🚀", "max_tokens": 80, "seed": seed, **WILD}
-    whole = ask(engine_lane, "text_generation", **inputs)
+    whole = ask(engine_lane, "ensemble", **inputs)  # all tokens decoded at once
+    assert ask(engine_lane, "text_generation", **inputs).text == whole.text
     streamed = ask(engine_lane, "text_generation", stream=True, **inputs)
     assert streamed.text == whole.text and len(streamed.responses) > 10
 
@@ -66,9 +68,20 @@ def test_stop_words_do_not_leak_and_the_engine_is_told(engine_lane: Server) -> N
     text = ask(engine_lane, "text_generation", "the dog", 60, end_id=-1).text
     word = text[20:24]
     inputs = {"max_tokens": 400, "end_id": -1, "stop_words": [word], "return_num_output_tokens": True}
+    before = requests_of_the_backend(engine_lane)
     answer = ask(engine_lane, "text_generation", "the dog", **inputs)
     assert answer.text == text[: text.index(word)]
     assert answer.last("num_output_tokens") < 60
+    wait_until(
+        lambda: requests_of_the_backend(engine_lane) == before + 2
+    )  # the request, and the order to stop it
+
+
+def requests_of_the_backend(server: Server) -> int:
+    client = grpcclient.InferenceServerClient(server.settings.grpc_url)
+    statistics = client.get_inference_statistics("tensorrt_llm").model_stats[0].inference_stats
+    client.close()
+    return statistics.success.count
 
 
 @pytest.mark.slow

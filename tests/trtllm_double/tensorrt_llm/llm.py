@@ -12,7 +12,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from torch_engine.config import EngineConfig
-from torch_engine.engine import Engine
 from torch_engine.request import FinishReason, GenerationRequest, RequestOutput
 from torch_engine.request import SamplingParams as OurSampling
 
@@ -26,6 +25,8 @@ REFUSE = "TRTLLM_DOUBLE_REFUSE"
 
 class LLM:
     def __init__(self, model: str, **arguments: Any) -> None:
+        from torch_engine.engine import Engine  # imports torch, which a look at the surface does not need
+
         from . import __version__
 
         _check_arguments(arguments, __version__)

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         return _fail(f"{message}; nothing half-written was left")
+    if not deployment:  # a dry run
+        return 0
     print(f"built {deployment['engine_dir']} in {time.monotonic() - start:.1f} s")
     return 0
 

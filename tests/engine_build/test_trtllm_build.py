@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine_build import build as build_module
+from engine_build.__main__ import main
 from engine_build.errors import BuildError
 from engine_build.hf_format import read_tensors
 from engine_build.prompts import Sample
@@ -72,6 +74,15 @@ def test_dry_run_without_a_gpu_says_for_which_it_is(tiny: Path, tmp_path: Path, 
     make_build(tiny, tmp_path / "build", *options, said=said)
     assert any("no GPU here: shown for 2 x NVIDIA H200" in line for line in said)
     assert any(line.endswith("rank1.engine") for line in said)
+
+
+def test_dry_run_from_the_command_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest has its own
+    arguments = ["--model", str(tiny), "--build-dir", str(tmp_path), "--engine", "trtllm-engine", "--dry-run"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.endswith("dry run: no engine was built\n")
 
 
 @pytest.mark.parametrize("lane", ["trtllm-pytorch", "torch"])

@@ -60,6 +60,9 @@ class EngineConfig:
     batch_scheduler_policy: str = "guaranteed_no_evict"
     enable_kv_cache_reuse: bool = True
     enable_chunked_context: bool = True
+    speculation_tokens: int = 0
+    """Most tokens guessed beside each greedy decode (:mod:`torch_engine.speculation`); 0 = none. On a GPU the host then
+    waits for every step, and steps with guesses run without a graph."""
     num_threads: int = 0
     """Intra-op threads; 0 = the cores of this process, less one from four cores up."""
     max_queue_size: int = 256
@@ -92,7 +95,7 @@ class EngineConfig:
         )
         for name in ("block_size", "num_kv_blocks", "max_batch_size", "max_num_tokens", "max_seq_len"):
             require(getattr(self, name) >= 1, name, "use a positive number")
-        for name in ("num_threads", "max_queue_size", "max_queue_delay_ms"):
+        for name in ("num_threads", "max_queue_size", "max_queue_delay_ms", "speculation_tokens"):
             require(getattr(self, name) >= 0, name, "use 0 or a positive number")
         require(self.abandon_after_s > 0, "abandon_after_s", "use a positive number of seconds")
         require(

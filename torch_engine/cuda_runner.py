@@ -81,13 +81,14 @@ class CudaRunner(Runner):
         self.tables[slots] = config.num_kv_blocks
         self.last = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.spare = slots
-        self.tokens = torch.zeros(max(slots, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
+        samples = slots * (1 + config.speculation_tokens)
+        self.tokens = torch.zeros(max(samples, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
         spec = model.spec
         self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
         tiles = config.max_num_tokens // self.tile + slots + 1
         # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables; alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
-        capacity = 3 * longest + 4 * tiles + 2 * slots + 2 * slots * self.width + 8 * ALIGNMENT
+        capacity = 3 * longest + 4 * tiles + 2 * samples + 2 * slots * self.width + 8 * ALIGNMENT
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
@@ -174,7 +175,7 @@ class CudaRunner(Runner):
             logits = self._launch_decodes(chunks, staging)
         else:
             logits = self._launch_mixed(chunks, staging)
-            rows = list(range(len(rows)))  # only the sampled rows have logits
+            rows = list(range(len(sampling)))  # only the sampled rows have logits
         if not all(sequence.samples_on_device for sequence in sampling):
             sampled = self._sample(logits[rows], sampling)
             return lambda: sampled
@@ -230,14 +231,13 @@ class CudaRunner(Runner):
                 singles.append((token, slot, first))
             else:
                 rows = np.empty((3, count), dtype=np.int32)
-                rows[0] = sequence.tokens[first : first + count]
+                rows[0] = chunk.inputs
                 rows[1] = slot
                 rows[2] = np.arange(first, first + count)
                 columns.append(rows)
                 tiles += self._tiles(total, count, first, slot)
             total += count
-            if chunk.samples:
-                sampled.append((total - 1, slot))
+            sampled += [(row, slot) for row in range(total - chunk.num_sampled, total)]
         if singles:
             columns.insert(0, np.array(singles, dtype=np.int32).T)
         # The longest tiles first: they take the most time.

@@ -32,6 +32,7 @@ from torch_engine.request import (
     RequestOutput,
 )
 from torch_engine.runner import Runner, Ticket
+from torch_engine.sampling import Sampled
 from torch_engine.scheduler import Chunk, Scheduler
 from torch_engine.sequence import Sequence
 from torch_engine.text import TokenBytes
@@ -57,7 +58,6 @@ class Flight:
     """A launched step whose tokens have not been fetched."""
 
     chunks: list[Chunk]
-    sampling: list[Sequence]
     ticket: Ticket
 
 
@@ -177,7 +177,7 @@ class Engine:
         A failing step ends the requests that took part in it with INTERNAL, no others.
         """
         outputs = self._expire()
-        lags = self.runner.lags and not self._host_sampled
+        lags = self.runner.lags and not self._host_sampled and not self.config.speculation_tokens
         if not lags:
             outputs += self._land()
         chunks = self.scheduler.schedule()
@@ -193,13 +193,13 @@ class Engine:
         return outputs if lags else outputs + self._land()
 
     def _launch(self, chunks: list[Chunk]) -> Flight:
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        sampling = [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)]
         ticket = self.runner.launch(chunks, sampling)
         for chunk in chunks:
             chunk.sequence.computed(self.blocks, chunk.num_tokens)
-        for sequence in sampling:
-            sequence.num_pending += 1
-        return Flight(chunks, sampling, ticket)
+            if chunk.samples:
+                chunk.sequence.num_pending += 1
+        return Flight(chunks, ticket)
 
     def _land(self) -> Outputs:
         """Fetches the tokens of the step in flight, if there is one."""
@@ -211,16 +211,41 @@ class Engine:
         except Exception as error:
             return self._fail(flight.chunks, error)
         outputs: Outputs = []
-        now = time.time_ns()
-        for sequence, token in zip(flight.sampling, sampled, strict=True):
+        now, at = time.time_ns(), 0
+        for chunk in flight.chunks:
+            if not chunk.samples:
+                continue
+            sequence, first, at = chunk.sequence, at, at + chunk.num_sampled
             sequence.num_pending -= 1
             if sequence.finish_reason is not None:
                 continue  # it has ended while this step was in flight
-            output = sequence.append(token.token_id, token.log_prob, now)
-            if output is not None:
-                outputs.append((sequence.key, output))
+            if chunk.guesses:
+                outputs += self._take(chunk, sampled[first:at], now)
+            else:
+                output = sequence.append(sampled[first].token_id, sampled[first].log_prob, now)
+                if output is not None:
+                    outputs.append((sequence.key, output))
             if sequence.finish_reason is not None:
                 self._retire(sequence)
+        return outputs
+
+    def _take(self, chunk: Chunk, tokens: list[Sampled], now_ns: int) -> Outputs:
+        """Appends sampled tokens: the first, and each later one if the token before it was guessed right."""
+        sequence, outputs, taken = chunk.sequence, [], 0
+        for token, guess in zip(tokens, (*chunk.guesses, None), strict=True):
+            taken += 1
+            output = sequence.append(token.token_id, token.log_prob, now_ns)
+            if output is not None:
+                outputs.append((sequence.key, output))
+            if sequence.finish_reason is not None or token.token_id != guess:
+                break
+        sequence.reject(len(tokens) - taken)
+        self._stats = replace(
+            self._stats,
+            guessed_tokens=self._stats.guessed_tokens + len(chunk.guesses),
+            accepted_tokens=self._stats.accepted_tokens + taken - 1,
+            generated_tokens=self._stats.generated_tokens + taken - 1,
+        )
         return outputs
 
     def _retire(self, sequence: Sequence) -> None:
@@ -264,7 +289,7 @@ class Engine:
         self._stats = replace(
             self._stats,
             scheduled_requests=len(chunks),
-            context_requests=sum(chunk.num_tokens > 1 for chunk in chunks),
+            context_requests=sum(chunk.num_tokens - len(chunk.guesses) > 1 for chunk in chunks),
             iterations=self._stats.iterations + bool(chunks),
             generated_tokens=self._stats.generated_tokens + sum(chunk.samples for chunk in chunks),
         )

@@ -174,6 +174,9 @@ class EngineStats:
     tokens_per_block: int = 0
     iterations: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    """Tokens guessed, and of those the right ones (:mod:`torch_engine.speculation`)."""
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
-        """Runs the step; ``sampling`` are the sequences of those chunks that end in a sampled token."""
+        """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
         kernels = self.model.kernels
         logits = self.model.forward(build_step(chunks, self.block_size, kernels.device), self.caches)
         sampled = sample(logits, sampling, kernels.argmax) if sampling else []
@@ -57,7 +57,7 @@ def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> St
     for chunk in chunks:
         sequence, begin = chunk.sequence, chunk.sequence.num_computed
         end, start = begin + chunk.num_tokens, len(tokens)
-        tokens += sequence.tokens[begin:end]
+        tokens += chunk.inputs
         position = np.arange(begin, end)
         table = np.asarray(sequence.block_table)
         positions.append(position)
@@ -67,8 +67,7 @@ def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> St
         else:
             used = torch.from_numpy(table[: -(-end // block_size)]).to(device)
             prefills.append(PrefillChunk(start, len(tokens), end, used))
-        if chunk.samples:
-            rows.append(len(tokens) - 1)
+        rows += range(len(tokens) - chunk.num_sampled, len(tokens))
     lengths = np.array([chunk.sequence.num_computed + 1 for chunk in decodes], dtype=np.int64)
     longest = -(-int(lengths.max(initial=0)) // block_size)
     tables = np.zeros((len(decodes), longest), dtype=np.int64)

@@ -30,6 +30,19 @@ class Chunk(NamedTuple):
     num_tokens: int
     samples: bool
     """Nothing remains after this chunk: its last logits choose the next token."""
+    guesses: tuple[int, ...] = ()
+    """Of the tokens the last ones are only guessed; each is followed by logits that choose what comes after it."""
+
+    @property
+    def inputs(self) -> list[int]:
+        """Token ids that are computed."""
+        begin = self.sequence.num_computed
+        return [*self.sequence.tokens[begin : begin + self.num_tokens - len(self.guesses)], *self.guesses]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that its logits choose."""
+        return 1 + len(self.guesses) if self.samples else 0
 
 
 class Scheduler:
@@ -69,6 +82,8 @@ class Scheduler:
                     continue
             chunks[sequence] = Chunk(sequence, count, count == remaining)
             budget -= count
+        if self.config.speculation_tokens:
+            budget = self._guess(chunks, budget)
         promised = None
         while self.waiting and budget > 0 and len(self.running) < self.config.max_batch_size:
             if promised is None:
@@ -85,6 +100,24 @@ class Scheduler:
             chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
             budget -= count
         return sorted(chunks.values(), key=lambda chunk: chunk.num_tokens > 1)
+
+    def _guess(self, chunks: dict[Sequence, Chunk], budget: int) -> int:
+        """Adds guesses to decodes, as far as they fit the budget and the blocks that a sequence has anyway."""
+        for sequence, chunk in chunks.items():
+            if (
+                chunk.num_tokens > 1
+                or not chunk.samples
+                or not sequence.samples_on_device
+                or sequence.num_pending
+            ):
+                continue
+            room = len(sequence.block_table) * self.blocks.block_size - sequence.num_computed - 1
+            left = sequence.last_length - len(sequence.tokens) - 1
+            count = min(self.config.speculation_tokens, room, left, budget)
+            if count > 0 and (guesses := sequence.lookup.guess(sequence.tokens, count)):
+                chunks[sequence] = Chunk(sequence, 1 + len(guesses), True, tuple(guesses))
+                budget -= len(guesses)
+        return budget
 
     def _decodes_first(self) -> list[tuple[Sequence, int]]:
         """Running sequences that have something to compute, and how many tokens."""

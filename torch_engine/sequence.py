@@ -11,6 +11,7 @@ import numpy as np
 
 from torch_engine.blocks import ROOT, BlockManager
 from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
+from torch_engine.speculation import PromptLookup
 from torch_engine.text import TextStream, TokenBytes
 
 
@@ -80,6 +81,10 @@ class Sequence:
         """This request's own random numbers; most requests need none."""
         seed = self.request.sampling.seed
         return np.random.default_rng() if seed is None else np.random.Generator(np.random.Philox(key=seed))
+
+    @cached_property
+    def lookup(self) -> PromptLookup:
+        return PromptLookup()
 
     @property
     def num_generated(self) -> int:
@@ -189,6 +194,10 @@ class Sequence:
             index = self.block_table[self.num_registered]
             self.last_uid = blocks.register(index, self.last_uid, self.tokens[start : start + size])
             self.num_registered += 1
+
+    def reject(self, count: int) -> None:
+        """The last ``count`` computed tokens were wrong guesses; their places in the blocks are written again."""
+        self.num_computed -= count
 
     def release_blocks(self, blocks: BlockManager) -> None:
         """Gives all blocks back; what was computed has to be computed (or matched) again."""

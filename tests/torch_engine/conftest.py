@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_checkpoint
 from torch_engine.config import EngineConfig
@@ -22,6 +23,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     if compiler() is None:
         return ""
     return str(compile_library(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of few words that soon repeats itself, but not always."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("parrot"), "llama")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= 0.35
+        if name == "lm_head.weight":
+            tensor[12:] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -266,16 +268,53 @@ def test_up_says_what_is_missing(tmp_path: Path) -> None:
     )
 
 
+def health(port: int) -> int:
+    command = [sys.executable, "-S", str(DOCKER / "healthcheck.py")]
+    environment = {"HTTP_PORT": str(port), "HEALTH_PATIENCE_S": "0.5"}
+    return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode
+
+
 @pytest.mark.slow
 def test_health_check_asks_for_a_real_answer(served: Server) -> None:
-    def health(port: int) -> int:
-        command = [sys.executable, str(DOCKER / "healthcheck.py")]
-        return subprocess.run(
-            command, env={"HTTP_PORT": str(port)}, capture_output=True, timeout=60
-        ).returncode
-
     assert health(served.settings.http_port) == 0
     assert health(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "healthy"),
+    [
+        (503, {"error": "the queue is full: 256 requests are waiting"}, True),
+        (500, {"error": "Stub process 'text_generation_0_0' is not healthy."}, False),
+        (200, {"outputs": []}, False),
+        (None, {}, True),  # no answer in time, and Triton itself is there
+    ],
+)
+def test_health_check_of_a_busy_and_of_a_broken_server(
+    status: int | None, answer: dict, healthy: bool
+) -> None:
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            if status is None:
+                over.wait(20)
+                return
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert (health(server.server_port) == 0) == healthy
+        over.set()
+        server.shutdown()
 
 
 # -- metrics ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -15,12 +16,14 @@ import torch_engine
 from engine_build import record, repository
 from engine_build.cache import FileHashes, digest, source_version
 from engine_build.checkpoint import Checkpoint, obtain
+from engine_build.errors import GateRefused, PrecisionRefused
 from engine_build.hardware import Hardware, detect
 from engine_build.package import package, package_llm_api
-from engine_build.plan import Plan, make_plan, require_tensorrt_llm
+from engine_build.plan import AUTO, CPU_INTEGERS, Plan, make_plan, require_tensorrt_llm
 from engine_build.prompts import read_prompts
 from engine_build.settings import Settings
 from engine_build.workspace import locked, new_folder, write_text
+from torch_engine.toolchain import SOURCES
 
 DATA = Path(__file__).parent / "data"
 CALIBRATION, GATE_TEXT, GATE_PROMPTS = (
@@ -30,7 +33,9 @@ CALIBRATION, GATE_TEXT, GATE_PROMPTS = (
 )
 TEMPLATES = Path(__file__).parent.parent / "model_repository"
 KERNEL_SOURCES = [
-    Path(torch_engine.__file__).parent / "kernels" / name for name in ("native.cpp", "native.py")
+    Path(torch_engine.__file__).parent / "kernels" / "native.py",
+    Path(torch_engine.__file__).parent / "toolchain.py",
+    *sorted(path for path in SOURCES.iterdir() if path.is_file()),
 ]
 CPU_STRIDE = 3
 """On a CPU every third of our calibration prompts is taken: minutes less, and no worse by the gate."""
@@ -73,12 +78,8 @@ class Build:
             source = obtain(self.settings.model, self.root, self.hashes, self.settings.force)
             note.cached = source.cached
             note.text = f"{source.name}, {source.shape.parameters / 1e6:.0f}M parameters"
-        with self._stage("plan") as note:
-            hardware = self._hardware()
-            plan = self._plan(source, hardware)
-            note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
-        for reason in plan.reasons:
-            self.say(f"              - {reason}")
+        hardware = self._hardware()
+        plan = self._plan(source, hardware)
         if self.settings.dry_run:
             return self._dry_run(source, plan)
         require_tensorrt_llm(plan, hardware.tensorrt_llm)
@@ -87,8 +88,7 @@ class Build:
             source_dir = model_dir = source.folder
             engine_dir, logits_type = self._trtllm_engine(source, plan, hardware)
         else:
-            source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
-            engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
+            plan, source_dir, model_dir, engine_dir = self._engine(source, hardware, plan)
         with self._stage("repository") as note:
             values = repository.values_for(
                 plan,
@@ -125,18 +125,42 @@ class Build:
         state = "unchanged" if note.cached else f"{self.seconds[name]:.1f} s"
         self.say(f"{name:<12}{state:>10}  {note.text}")
 
-    def _plan(self, source: Checkpoint, hardware: Hardware) -> Plan:
+    def _plan(self, source: Checkpoint, hardware: Hardware, refused: tuple[str, ...] = ()) -> Plan:
         asked = self.settings
-        return make_plan(
-            source.shape,
-            hardware,
-            asked.engine,
-            asked.precision,
-            asked.max_seq_len,
-            asked.max_batch_size,
-            asked.tp,
-            asked.pp,
-        )
+        with self._stage("plan") as note:
+            plan = make_plan(
+                source.shape,
+                hardware,
+                asked.engine,
+                asked.precision,
+                asked.max_seq_len,
+                asked.max_batch_size,
+                asked.tp,
+                asked.pp,
+                refused,
+            )
+            note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
+        for reason in plan.reasons:
+            self.say(f"              - {reason}")
+        return plan
+
+    def _engine(
+        self, source: Checkpoint, hardware: Hardware, plan: Plan, refused: tuple[str, ...] = ()
+    ) -> tuple[Plan, Path, Path, Path]:
+        """The plan, and the folders of bf16 checkpoint, engine checkpoint and engine.
+
+        Where the user leaves the precision to us, the next one follows one that is refused.
+        """
+        try:
+            source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
+            engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
+        except PrecisionRefused as refusal:
+            if self.settings.precision != AUTO or plan.precision not in CPU_INTEGERS:
+                raise
+            self.say(f"              - {refusal}")
+            refused = (*refused, plan.precision)
+            return self._engine(source, hardware, self._plan(source, hardware, refused), refused)
+        return plan, source_dir, model_dir, engine_dir
 
     def _engine_checkpoint(self, source: Checkpoint, plan: Plan) -> tuple[Path, Path, dict[str, Any]]:
         """bf16 folder (for tokenizer and baseline), the folder the engine runs, and the latter's record."""
@@ -197,13 +221,29 @@ class Build:
         return folder, built
 
     def _gate(self, source: Path, quantized: Path, plan: Plan) -> dict[str, Any]:
+        from engine_build.gate import become_w8a8
+
+        remedy = (
+            "use PRECISION=bf16, or calibrate with more prompts like your own traffic (CALIB=prompts.jsonl)"
+        )
+        return self._judged(source, lambda model: become_w8a8(model, quantized), plan, remedy)
+
+    def _engine_gate(self, source: Path, plan: Plan, engine_dir: Path) -> dict[str, Any]:
+        from engine_build.engine_model import EngineModel
+        from engine_build.gate import MAX_TOKENS
+
+        other = next(name for name in CPU_INTEGERS if name != plan.precision)
+        remedy = f"use PRECISION={other} or PRECISION=bf16"
+        return {"gate": self._judged(source, lambda _: EngineModel(engine_dir, MAX_TOKENS), plan, remedy)}
+
+    def _judged(self, source: Path, become: Any, plan: Plan, remedy: str) -> dict[str, Any]:
         with self._stage("gate") as note:
             from engine_build import gate
 
             text, prompts = GATE_TEXT.read_text(encoding="utf-8"), read_prompts(GATE_PROMPTS)
-            result = gate.measure(source, quantized, text, prompts, plan.device, plan.build_dtype)
+            result = gate.measure(source, become, text, prompts, plan.device, plan.build_dtype)
             note.text = str(result)
-        result.require()
+        result.require(f"PRECISION={plan.precision}", remedy)
         return result.record() | {"summary": str(result)}
 
     def _package(
@@ -218,9 +258,16 @@ class Build:
             "max_seq_len": self.settings.max_seq_len,
             "max_batch_size": self.settings.max_batch_size,
         }
+        options: dict[str, Any] = {}
+        if plan.precision in CPU_INTEGERS:
+            inputs |= self._gate_inputs()
+            options["check"] = functools.partial(self._engine_gate, source.folder, plan)
         key = digest(inputs)
+        built = self._current(folder, key)
+        if built is not None and "refused" in built:
+            raise GateRefused(built["refused"])
         with self._stage("package") as note:
-            note.cached = self._current(folder, key) is not None
+            note.cached = built is not None
             if not note.cached:
                 facts = self._facts(source, plan, hardware, inputs) | {
                     "gate": checkpoint.get("gate"),
@@ -228,7 +275,13 @@ class Build:
                     "checkpoint_files": checkpoint.get("files"),
                 }
                 write = package if plan.lane == "torch" else package_llm_api
-                for remark in write(folder, model_dir, plan, key, facts):
+                try:
+                    remarks = write(folder, model_dir, plan, key, facts, **options)
+                except GateRefused as refusal:  # remembered, so that it is not measured again every time
+                    with new_folder(folder) as fresh:
+                        record.close(fresh, key, {"inputs": inputs, "refused": str(refusal)})
+                    raise
+                for remark in remarks:
                     self.say(f"              - {remark}")
             note.text = _shown(folder)
         return folder

@@ -1,12 +1,14 @@
-"""Stage 4: is the FP8 checkpoint still the same model? Perplexity and teacher-forced agreement with its source.
+"""Stage 4: is what we serve still the same model? Perplexity and teacher-forced agreement with its source.
 
 The FP8 checkpoint is run as a W8A8 engine runs it: dequantised weights, activations rounded to e4m3 with the
-static input scale. That is the strictest lane; weight-only lanes are closer to the source.
+static input scale. That is the strictest lane; weight-only lanes are closer to the source. int8 and int4 on a CPU
+are judged as they are served: by the engine itself (engine_model.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from engine_build import source_model
-from engine_build.errors import BuildError
+from engine_build.errors import GateRefused
 from engine_build.hf_format import read_tensors
 from engine_build.prompts import Sample
 from engine_build.quantize import to_e4m3
@@ -22,8 +24,12 @@ from engine_build.quantize import to_e4m3
 MAX_PERPLEXITY_RISE = 0.04
 MIN_AGREEMENT = 0.85
 WINDOW = 512
+MAX_TOKENS = 2048
+"""More than any gate prompt has together with its continuation, and than a window."""
 MAX_WINDOWS = 6
 CONTINUATION_TOKENS = 32
+Become = Callable[[Any], Any]
+"""From the source model to what is compared with it: called like a Transformers model, and gives ``logits``."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,20 @@ class GateResult:
             f"top-1 agreement {self.agreement:.3f} ± {self.agreement_error:.3f} (limit {MIN_AGREEMENT})"
         )
 
-    def require(self) -> None:
+    def require(self, what: str, remedy: str) -> None:
         """Raises:
-        BuildError: a limit is passed.
+        GateRefused: a limit is passed; the message names ``what`` failed.
         """
         # Written so that a NaN fails.
         if self.perplexity_rise <= MAX_PERPLEXITY_RISE and self.agreement >= MIN_AGREEMENT:
             return
-        raise BuildError(
-            f"the FP8 checkpoint failed the accuracy gate: {self}: use PRECISION=bf16, "
-            "or calibrate with more prompts like your own traffic (CALIB=prompts.jsonl)"
-        )
+        raise GateRefused(f"{what} failed the accuracy gate: {self}: {remedy}")
 
 
 def measure(
-    source: Path, quantized: Path, text: str, prompts: list[Sample], device: str, dtype: str
+    source: Path, become: Become, text: str, prompts: list[Sample], device: str, dtype: str
 ) -> GateResult:
-    """Runs the source and then, in the same memory, the FP8 checkpoint."""
+    """Runs the source and then what ``become`` makes of it: the FP8 checkpoint in the same memory, or our engine."""
     model, tokenizer = source_model.load(source, device, dtype)
     window = min(WINDOW, model.config.max_position_embeddings)
     windows = _windows(source_model.encode(tokenizer, text), window)
@@ -85,7 +88,7 @@ def measure(
     answers = source_model.greedy(model, rows, CONTINUATION_TOKENS)
 
     before = _surprisals(model, windows)
-    become_w8a8(model, quantized)
+    model = become(model)
     after = _surprisals(model, windows)
     agreed = sum(_agreements(model, row, answer) for row, answer in zip(rows, answers, strict=True))
     compared = sum(map(len, answers))
@@ -99,8 +102,8 @@ def measure(
     )
 
 
-def become_w8a8(model: Any, quantized: Path) -> None:
-    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place."""
+def become_w8a8(model: Any, quantized: Path) -> Any:
+    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it."""
     tensors = dict(read_tensors(quantized))
     modules = dict(model.named_modules())
     for name in tensors:
@@ -110,6 +113,7 @@ def become_w8a8(model: Any, quantized: Path) -> None:
         with torch.no_grad():
             modules[layer].weight.copy_(tensors[f"{layer}.weight"].float() * tensors[name])
         modules[layer].register_forward_pre_hook(_rounding(float(tensors[f"{layer}.input_scale"])))
+    return model
 
 
 def _rounding(scale: float) -> Any:

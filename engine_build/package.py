@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine_build import record
+from engine_build.errors import PrecisionRefused
 from engine_build.hf_format import write_json
-from engine_build.plan import Plan
+from engine_build.plan import CPU_INTEGERS, Plan
 from engine_build.workspace import new_folder
 from torch_engine.config import EngineConfig
+from torch_engine.toolchain import NoCompiler, compile_library
 
 LLM_API_FILE = "llm_api.json"
+Check = Callable[[Path], dict[str, Any]]
 
 
-def package(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any]) -> list[str]:
+def package(
+    folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any], check: Check | None = None
+) -> list[str]:
     """Writes ``engine.json``, ``manifest.json`` and the compiled CPU kernels for lane torch.
 
     Args:
@@ -24,18 +30,25 @@ def package(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str
         plan: sizes and dtypes.
         key: digest of every input.
         facts: goes into the manifest.
+        check: looks at the finished folder before it takes its place; what it returns goes into the manifest.
+
+    Raises:
+        PrecisionRefused: the kernels for integers cannot be compiled, or ``check`` refuses.
 
     Returns what did not go as planned, in words.
     """
     remarks: list[str] = []
     with new_folder(folder) as fresh:
-        kernels, dtype, library = plan.kernels, plan.compute_dtype, ""
+        kernels, dtype = plan.kernels, plan.compute_dtype
+        integers = plan.precision in CPU_INTEGERS
         if kernels == "native":
-            from torch_engine.kernels.native import NoCompiler, compile_library
-
             try:
-                library = compile_library(fresh).name
+                compile_library(fresh)
             except NoCompiler as error:
+                if integers:
+                    raise PrecisionRefused(
+                        f"PRECISION={plan.precision} needs compiled kernels, and {error}: use PRECISION=bf16"
+                    ) from None
                 kernels, dtype = "pytorch", plan.build_dtype
                 remarks.append(f"kernels pytorch instead of native, in {dtype}: {error}")
         EngineConfig(
@@ -43,13 +56,16 @@ def package(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str
             device=plan.device,
             compute_dtype=dtype,
             kernels=kernels,
-            kernel_library=library,
+            kernel_dir="." if kernels == "native" else "",
+            weight_precision=plan.precision if integers else "auto",
             block_size=plan.block_size,
             num_kv_blocks=plan.num_kv_blocks,
             max_batch_size=plan.max_batch_size,
             max_num_tokens=plan.max_num_tokens,
             max_seq_len=plan.max_seq_len,
         ).save(fresh)
+        if check is not None:
+            facts = facts | check(fresh)
         record.close(fresh, key, facts | {"kernels": kernels, "remarks": remarks})
     return remarks
 

@@ -10,7 +10,9 @@ from engine_build.memory import kv_bytes_per_token, weight_bytes
 from model_repository.trtllm import versions
 
 LANES = ("trtllm-engine", "trtllm-pytorch", "torch")
-PRECISIONS = ("fp8", "nvfp4", "int8_sq", "int4_awq", "bf16")
+PRECISIONS = ("fp8", "nvfp4", "int8", "int4", "int8_sq", "int4_awq", "bf16")
+CPU_INTEGERS = ("int4", "int8")
+"""Of the compiled CPU kernels, the faster first: both weights and activations are integers."""
 AUTO = "auto"
 
 FP8_CAPABILITY = (8, 9)
@@ -82,15 +84,18 @@ def make_plan(
     max_batch_size: int | None = None,
     tp: int = 1,
     pp: int = 1,
+    refused: tuple[str, ...] = (),
 ) -> Plan:
     """Decides everything the engine needs to know.
+
+    ``refused`` are precisions that ``auto`` must not choose, because an attempt to build them has failed.
 
     Raises:
         BuildError: the request cannot work on this hardware; the message names the alternative.
     """
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
-    precision = _choose_precision(precision, lane, shape, hardware, reasons)
+    precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
     _require_gpus(lane, tp * pp, hardware)
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
     kernels = _choose_kernels(lane, hardware, reasons)
@@ -103,7 +108,10 @@ def make_plan(
     weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu, tp, pp)
     block_size = BLOCK_SIZE if lane == "torch" else TRTLLM_BLOCK_SIZE
     kv_bytes = 1 if lane != "torch" and precision in ("fp8", "nvfp4") else DTYPE_BYTES[dtype]
-    per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
+    if precision in CPU_INTEGERS:  # int8 with a float32 scale for each token and head
+        per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1)
+    else:
+        per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
     blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons)
     return Plan(
         lane=lane,
@@ -161,11 +169,17 @@ def available_precisions(lane: str, hardware: Hardware) -> tuple[str, ...]:
     if lane == "trtllm-engine":
         nvfp4 = ("nvfp4",) if (hardware.capability or (0, 0)) >= NVFP4_CAPABILITY else ()
         return (*fp8, *nvfp4, *(("int8_sq", "int4_awq") if integer else ()), "bf16")
-    return (*fp8, "bf16")
+    integers = CPU_INTEGERS if hardware.device == "cpu" and hardware.compiler else ()
+    return (*integers, *fp8, "bf16")
 
 
 def _choose_precision(
-    precision: str, lane: str, shape: ModelShape, hardware: Hardware, reasons: list[str]
+    precision: str,
+    lane: str,
+    shape: ModelShape,
+    hardware: Hardware,
+    reasons: list[str],
+    refused: tuple[str, ...],
 ) -> str:
     if precision not in (AUTO, *PRECISIONS):
         raise BuildError(f"PRECISION={precision} is unknown: use one of auto, {', '.join(PRECISIONS)}")
@@ -197,14 +211,22 @@ def _choose_precision(
         reasons.append("precision fp8: the checkpoint is ModelOpt FP8 already")
         return "fp8"
     if precision == AUTO:
-        precision = offered[0]
+        precision = next(name for name in offered if name not in refused)
         why = f"{too_old}, so {lane} takes {precision}" if lacks_fp8 else "the best that this machine runs"
+        if precision in CPU_INTEGERS:
+            following = offered[offered.index(precision) + 1]
+            why = (
+                f"measured faster than {following} on a CPU (benchmarks/cpu); "
+                f"{following} is tried if the accuracy gate refuses it"
+            )
         reasons.append(f"precision {precision}: {why}")
         return precision
     if precision == "fp8" and lacks_fp8:
         raise BuildError(f"PRECISION=fp8 is not possible: {too_old}: use {alternatives} (ENGINE={lane})")
     if precision not in offered:
         remedy = f"use PRECISION={offered[0]}"
+        if precision in CPU_INTEGERS:
+            remedy += " or, on a CPU, install a C++ compiler (g++): its kernels are compiled by the build"
         if lane != "trtllm-engine" and precision in ("int8_sq", "int4_awq"):
             remedy += " or, on an NVIDIA GPU below compute capability 10.0, ENGINE=trtllm-engine"
         raise BuildError(
@@ -253,7 +275,10 @@ def _compute_dtype(
         return build_dtype
     if kernels == "native":
         dtype = "float32"
-        reasons.append("compute dtype float32: the compiled kernels read bf16 weights and sum in float32")
+        held = "bf16 weights"
+        if precision in CPU_INTEGERS:
+            held = f"{precision} weights (output head int8), int8 activations and an int8 KV cache,"
+        reasons.append(f"compute dtype float32: the compiled kernels read {held} and sum in float32")
     else:
         dtype = build_dtype
         why = "this CPU has bf16 instructions" if hardware.fast_bf16 else "this CPU has no bf16 instructions"
@@ -282,6 +307,9 @@ def _weights_bytes(
     shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
 ) -> int:
     wide = DTYPE_BYTES[dtype]
+    if precision in CPU_INTEGERS:  # with scales; the rest is the head in int8 and the embedding in float32
+        linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
+        return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:
         return shape.parameters * (2 if kernels == "native" else wide)
     return weight_bytes(shape.parameters, shape.linear_parameters, precision, wide, tp, pp)

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch_engine.toolchain import ISAS
+
 ENGINE_FILE = "engine.json"
 
 SCHEDULER_POLICIES = ("guaranteed_no_evict", "max_utilization")
 DEVICES = ("cpu", "cuda")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", *COMPUTE_DTYPES, "fp8", "int8")
-WEIGHT_PRECISIONS = ("auto", "dequantised", "int8")
+WEIGHT_PRECISIONS = ("auto", "dequantised", "int8", "int4")
+CPU_ISAS = ("auto", *ISAS)
 LM_HEAD_PRECISIONS = ("auto", "fp8")
 
 
@@ -37,14 +40,18 @@ class EngineConfig:
     """Dtype of activations and matrix products; FP8 weights are dequantised to it where the device has no FP8."""
     kernels: str = "auto"
     """Implementation of the kernel interface: ``auto`` or a name in ``torch_engine.kernels``."""
-    kernel_library: str = ""
-    """Compiled CPU kernels of this build (relative to the engine folder in the file); empty = none."""
+    kernel_dir: str = ""
+    """Folder of this build's compiled CPU kernels (relative to the engine folder in the file); empty = none."""
+    cpu_isa: str = "auto"
+    """Instruction set of the compiled CPU kernels; ``auto`` is the best that the CPU has."""
     weight_precision: str = "auto"
-    """CUDA: ``auto`` follows the checkpoint, ``dequantised`` computes in ``compute_dtype``, ``int8`` is W8A8."""
+    """CUDA: ``auto`` follows the checkpoint, ``dequantised`` computes in ``compute_dtype``, ``int8`` is W8A8.
+    Compiled CPU kernels: ``auto`` is bfloat16 with float32 activations, ``int8`` and ``int4`` have int8 ones."""
     lm_head_precision: str = "auto"
     """CUDA: ``auto`` follows the checkpoint; ``fp8`` quantises the output head when it is loaded."""
     kv_dtype: str = "auto"
-    """CUDA: KV cache; ``auto`` is ``fp8``, ``int8`` on GPUs without it, or ``compute_dtype`` if that is not bf16."""
+    """KV cache. CUDA: ``auto`` is ``fp8``, ``int8`` on GPUs without it, or ``compute_dtype`` if that is not bf16.
+    Compiled CPU kernels: ``auto`` is ``int8`` beside integer weights, else ``float32``."""
     cuda_graphs: bool = True
     """CUDA: decode steps run as captured graphs."""
     cuda_tuning: bool = True
@@ -86,6 +93,7 @@ class EngineConfig:
             ("weight_precision", WEIGHT_PRECISIONS),
             ("lm_head_precision", LM_HEAD_PRECISIONS),
             ("kv_dtype", KV_DTYPES),
+            ("cpu_isa", CPU_ISAS),
         ):
             require(getattr(self, name) in allowed, name, f"use one of {', '.join(allowed)}")
         require(
@@ -138,7 +146,7 @@ class EngineConfig:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"{path}: unknown settings {sorted(unknown)}: run 'make build-engines' again")
-        for name in ("model_dir", "kernel_library"):
+        for name in ("model_dir", "kernel_dir"):
             if values.get(name):
                 values[name] = str((Path(engine_dir) / values[name]).resolve())
         return cls(**values)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from engine_build import gate
-from engine_build.build import CALIBRATION
+from engine_build.build import CALIBRATION, Build
 from engine_build.cache import FileHashes
 from engine_build.errors import BuildError
 from tests.tiny import tiny_checkpoint
+from torch_engine.toolchain import compiler
 
 Make = Callable[..., dict[str, Any]]
 
@@ -164,6 +165,29 @@ def test_failed_gate_leaves_no_checkpoint_and_no_engine(
         make_build(tiny_checkpoint(tmp_path / "model"), target, "--precision", "fp8")
     left = {path.name for path in target.rglob("*")}
     assert left <= {"checkpoints", "hashes.json", ".lock"}
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_auto_goes_on_to_the_next_precision_and_remembers_it(
+    tmp_path: Path, make_build: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "MAX_PERPLEXITY_RISE", -1.0)
+    model, target, said = tiny_checkpoint(tmp_path / "model"), tmp_path / "build", []
+    for gates in (2, 0):  # int4 and int8 are measured once
+        said.clear()
+        monkeypatch.setattr(Build, "_quantized", refuse_fp8)
+        with pytest.raises(BuildError, match="PRECISION=fp8 is not what this test is about"):
+            make_build(model, target, said=said)
+        told = "\n".join(said)
+        assert sum(line.startswith("gate") for line in said) == gates
+        for tried in ("int4", "int8"):
+            assert f"PRECISION={tried} failed the accuracy gate" in told
+        with pytest.raises(BuildError, match=r"PRECISION=int4 failed.*use PRECISION=int8 or PRECISION=bf16"):
+            make_build(model, target, "--precision", "int4")
+
+
+def refuse_fp8(*_: Any) -> None:
+    raise BuildError("PRECISION=fp8 is not what this test is about")
 
 
 def test_fp8_checkpoint_as_input(

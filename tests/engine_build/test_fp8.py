@@ -131,6 +131,10 @@ def test_zero_weights_have_no_scale(tmp_path: Path) -> None:
         quantize(source, SAMPLES, tmp_path / "fp8", "cpu", "float32")
 
 
+def becoming(folder: Path) -> gate.Become:
+    return lambda model: gate.become_w8a8(model, folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_quantises(tmp_path: Path, family: str) -> None:
@@ -144,7 +148,7 @@ def test_every_family_quantises(tmp_path: Path, family: str) -> None:
     assert sum(name.endswith(".weight_scale") for name in quantized) == 14
     assert ("lm_head.weight" in quantized) == (not family.startswith("gemma"))
     text = GATE_TEXT.read_text(encoding="utf-8")
-    result = gate.measure(source, target, text, SAMPLES[:2], "cpu", "float32")
+    result = gate.measure(source, becoming(target), text, SAMPLES[:2], "cpu", "float32")
     assert abs(result.perplexity_rise) < 0.1
 
 
@@ -171,9 +175,11 @@ def test_gate_results_are_recorded(fp8_build: dict[str, Any]) -> None:
 def test_gate_limits(perplexity: float, agreement: float, passes: bool) -> None:
     result = gate.GateResult(10.0, perplexity, agreement, 1000, 100, 0.005)
     if passes:
-        return result.require()
-    with pytest.raises(BuildError, match=r"accuracy gate: perplexity 10\.00.*PRECISION=bf16.*CALIB="):
-        result.require()
+        return result.require("PRECISION=fp8", "use PRECISION=bf16")
+    with pytest.raises(
+        BuildError, match=r"PRECISION=fp8 failed the accuracy gate: .* 10\.00.*: use PRECISION=bf16"
+    ):
+        result.require("PRECISION=fp8", "use PRECISION=bf16")
 
 
 def test_the_error_of_the_rise_is_that_of_paired_differences() -> None:
@@ -189,8 +195,8 @@ def test_gate_sees_bad_weights(fp8_build: dict[str, Any], tiny: Path, tmp_path: 
     tensors["model.layers.0.mlp.down_proj.weight_scale"] *= 2
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     text, prompts = "the lazy dog jumps " * 200, [Sample(text="the quick"), Sample(text="a token is")]
-    good = gate.measure(tiny, Path(fp8_build["model_dir"]), text, prompts, "cpu", "float32")
-    bad = gate.measure(tiny, tmp_path, text, prompts, "cpu", "float32")
+    good = gate.measure(tiny, becoming(Path(fp8_build["model_dir"])), text, prompts, "cpu", "float32")
+    bad = gate.measure(tiny, becoming(tmp_path), text, prompts, "cpu", "float32")
     assert bad.agreement < good.agreement - 0.2
 
 

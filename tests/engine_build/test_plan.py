@@ -39,6 +39,9 @@ LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856)
         (CPU, "auto", "auto", ("torch", "fp8", "float32")),
         (CPU_BF16, "auto", "auto", ("torch", "fp8", "bfloat16")),
         (CPU, "torch", "bf16", ("torch", "bf16", "float32")),
+        (CPU_COMPILER, "auto", "auto", ("torch", "int4", "float32")),
+        (CPU_COMPILER, "torch", "int8", ("torch", "int8", "float32")),
+        (CPU_COMPILER, "torch", "fp8", ("torch", "fp8", "float32")),
     ],
 )
 def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, str, str]) -> None:
@@ -69,7 +72,7 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
         (B200, {"precision": "int8_sq", "lane": "trtllm-engine"}, ["int8_sq", "B200", "fp8, nvfp4, bf16"]),
         (CPU, {"lane": "trtllm-engine"}, ["ENGINE=trtllm-engine", "NVIDIA GPU", "ENGINE=torch"]),
         (T4, {}, ["Tesla T4", "7.5", "8.0", "CUDA_VISIBLE_DEVICES"]),
-        (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, nvfp4, int8_sq, int4_awq, bf16"]),
+        (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, nvfp4, int8, int4, int8_sq, int4_awq, bf16"]),
         (A100, {"lane": "trtllm-engine", "precision": "nvfp4"}, ["nvfp4", "A100", "int8_sq, int4_awq, bf16"]),
         (H200, {"tp": 2}, ["TP times PP is 2", "ENGINE=torch runs on one GPU", "trtllm-pytorch"]),
         (H200, {"tp": 2, "pp": 2, "lane": "trtllm-engine"}, ["is 4", "1 GPU(s)", "CUDA_VISIBLE_DEVICES"]),
@@ -105,6 +108,20 @@ def test_reasons_say_what_was_not_asked_for() -> None:
     assert "8.9" in told and "A100 has 8.0" in told and "torch takes bf16" in told
     told = " ".join(make_plan(SMALL, CPU).reasons)
     assert "dequantised to float32" in told and "activations are not quantised" in told
+
+
+def test_integers_on_a_cpu() -> None:
+    plan = make_plan(SMALL, CPU_COMPILER)
+    told = " ".join(plan.reasons)
+    assert "int8 is tried if the accuracy gate refuses it" in told and "int8 KV cache" in told
+    assert plan.kv_bytes == plan.num_kv_blocks * 16 * kv_bytes_per_token(30, 3, 64 + 4, 1)
+    assert plan.weights_bytes < make_plan(SMALL, CPU_COMPILER, precision="bf16").weights_bytes
+    assert make_plan(SMALL, CPU_COMPILER, refused=("int4",)).precision == "int8"
+    assert make_plan(SMALL, CPU_COMPILER, refused=("int4", "int8")).precision == "fp8"
+    with pytest.raises(BuildError, match=r"PRECISION=int4 is not available.*install a C\+\+ compiler"):
+        make_plan(SMALL, CPU, precision="int4")
+    with pytest.raises(BuildError, match="PRECISION=int8 is not available"):
+        make_plan(SMALL, H200, precision="int8")
 
 
 @pytest.mark.parametrize(("version", "lane"), [("1.2.1", "trtllm-pytorch"), ("0.21.0", "torch")])
@@ -162,7 +179,7 @@ def test_cpu_pool() -> None:
 
 
 def test_a_cpu_with_a_compiler_gets_compiled_kernels_and_one_without_is_told() -> None:
-    plan = make_plan(SMALL, CPU_COMPILER)
+    plan = make_plan(SMALL, CPU_COMPILER, precision="bf16")
     assert (plan.kernels, plan.compute_dtype, plan.build_dtype) == ("native", "float32", "float32")
     assert any("/usr/bin/g++" in reason for reason in plan.reasons)
     assert plan.weights_bytes == SMALL.parameters * 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_checkpoint
 from torch_engine.config import EngineConfig
 from torch_engine.engine import Engine
-from torch_engine.kernels.native import compile_library, compiler
+from torch_engine.toolchain import compile_library, compiler
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +20,12 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The compiled CPU kernels; empty where there is no compiler."""
+    """Folder of the compiled CPU kernels; empty where there is no compiler."""
     if compiler() is None:
         return ""
-    return str(compile_library(tmp_path_factory.mktemp("kernels")))
+    folder = tmp_path_factory.mktemp("kernels")
+    compile_library(folder, extra_flags=tuple(os.environ.get("FLIGHTLINE_TEST_CXXFLAGS", "").split()))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

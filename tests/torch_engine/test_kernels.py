@@ -1,27 +1,50 @@
-"""Compiled kernels against the PyTorch ones in float32: odd shapes, ragged batches, blocks in random order."""
+"""Compiled kernels against float references: odd shapes, group tails, ragged batches, blocks in random order.
+
+``test_sanitizers`` runs all of this once more under AddressSanitizer and UBSan, with vectors of another width.
+"""
 
 from __future__ import annotations
 
 import random
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from torch_engine.config import ConfigError
-from torch_engine.kernels.native import NativeKernels, NoCompiler, compile_library, compiler
+from torch_engine.config import ConfigError, EngineConfig
+from torch_engine.kernels.native import GROUP, NativeKernels
 from torch_engine.kernels.pytorch import PrefillChunk, PyTorchKernels, StepInput
 from torch_engine.request import GenerationRequest
+from torch_engine.toolchain import ISAS, NoCompiler, available_isas, compile_library, compiler
 
 CPU = torch.device("cpu")
+FLOATS, INTEGERS = SimpleNamespace(integers=0), SimpleNamespace(integers=1)
 needs_compiler = pytest.mark.skipif(
     compiler() is None, reason="no C++ compiler: the build takes the PyTorch kernels"
 )
+Make = Callable[..., NativeKernels]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(4)
+
+
+@pytest.fixture
+def make(library: str) -> Make:
+    def kernels(threads: int = 2, **settings: str) -> NativeKernels:
+        config = EngineConfig(model_dir="none", kernel_dir=library, **settings)
+        return NativeKernels(config, CPU, torch.float32, threads)
+
+    return kernels
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
-def native(library: str, request: pytest.FixtureRequest) -> NativeKernels:
-    return NativeKernels(CPU, torch.float32, library, request.param)
+def native(make: Make, request: pytest.FixtureRequest) -> NativeKernels:
+    return make(request.param)
 
 
 @pytest.fixture
@@ -34,10 +57,51 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> 
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+def pack(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of ``x [T, K]`` as the kernels write them (int_linear.h), and the float64 values they stand for."""
+    rows, size = x.shape
+    padded = torch.nn.functional.pad(x, (0, -size % GROUP)).view(rows, -1, GROUP)
+    scales = padded.abs().amax(-1) / 127
+    codes = (padded / scales.clamp(min=1e-30)[..., None]).round().clamp(-127, 127)
+    words = b"".join(
+        struct.pack("2f", scale, scale * row.sum()) + bytes(row.to(torch.int8).view(torch.uint8).tolist())
+        for scale, row in zip(scales.flatten().tolist(), codes.view(-1, GROUP), strict=True)
+    )
+    groups = torch.frombuffer(bytearray(words), dtype=torch.uint8).view(rows, -1)
+    return groups, (codes.double() * scales.double()[..., None]).view(rows, -1)[:, :size]
+
+
+def unpack(groups: torch.Tensor, size: int) -> torch.Tensor:
+    parts = groups.view(groups.shape[0], -1, 8 + GROUP)
+    scales = parts[..., :4].contiguous().view(torch.float32)
+    codes = parts[..., 8:].contiguous().view(torch.int8).float()
+    sums = parts[..., 4:8].contiguous().view(torch.float32)
+    assert torch.allclose(sums[..., 0], codes.sum(-1) * scales[..., 0], rtol=1e-6)
+    return (codes * scales).flatten(1)[:, :size]
+
+
+def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """The float64 weights that int8 (symmetric) and int4 (with a minimum) stand for; scales are bfloat16."""
+    rows = weight.shape[0]
+    parts = []
+    for part in weight.split(GROUP, dim=1):
+        if bits == 8:
+            scale, low = part.abs().amax(1, keepdim=True) / 127, torch.zeros(rows, 1)
+        else:
+            low = part.amin(1, keepdim=True)
+            scale = (part.amax(1, keepdim=True) - low) / 15
+        scale, low = scale.bfloat16().float(), low.bfloat16().float()
+        limits = (-127, 127) if bits == 8 else (0, 15)
+        codes = torch.where(scale > 0, (part - low) / scale, 0.0).round().clamp(*limits)
+        parts.append(codes.double() * scale.double() + low.double())
+    return torch.cat(parts, dim=1)
+
+
+SHAPES = [(1, 64, 7), (1, 96, 300), (3, 33, 65), (13, 576, 130), (70, 50, 1)]
+
+
 @needs_compiler
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 64, 7), (1, 96, 300), (3, 33, 65), (13, 576, 130), (70, 50, 1)]
-)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear(native, rows: int, inputs: int, outputs: int, biased: bool) -> None:
     weight = torch.randn(outputs, inputs).bfloat16().float()
@@ -50,34 +114,69 @@ def test_linear(native, rows: int, inputs: int, outputs: int, biased: bool) -> N
 
 
 @needs_compiler
-def test_a_row_does_not_depend_on_its_neighbours(native) -> None:
-    linear = native.linear(torch.randn(200, 96), None)
-    x = torch.randn(40, 96)
+@pytest.mark.parametrize("isa", ["auto", "portable"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_integer_linear(make: Make, isa: str, precision: str, rows: int, inputs: int, outputs: int) -> None:
+    kernels, bits = make(cpu_isa=isa, weight_precision=precision), int(precision[3:])
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    weight[:, ::7] *= 20
+    groups, x = pack(torch.randn(rows, inputs) * torch.rand(rows, inputs).pow(4) * 50)
+    checkpoint = SimpleNamespace(fused=lambda modules, dtype: (weight, bias))
+    linear = kernels.load_linear(checkpoint, ["mlp.up_proj"])
+    assert linear.bits == bits
+    close(linear(groups).double(), x @ rounded(weight, bits).T + bias.double(), 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["auto", "portable"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integer_sums_do_not_saturate(make: Make, isa: str, precision: str) -> None:
+    """The largest codes of both signs, in every combination that a pair of products can have."""
+    kernels, bits = make(cpu_isa=isa, weight_precision=precision), int(precision[3:])
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    weight, x = signs.repeat(6, 32), signs.repeat(3, 32)
+    weight[:, 31::32] = 1 - 2 * (torch.arange(18)[:, None] % 2)  # int4 needs a range
+    groups, values = pack(x)
+    checkpoint = SimpleNamespace(fused=lambda modules, dtype: (weight, None))
+    close(kernels.load_linear(checkpoint, ["x"])(groups).double(), values @ rounded(weight, bits).T, 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
+def test_a_row_does_not_depend_on_its_neighbours(make: Make, precision: str) -> None:
+    kernels = make(weight_precision=precision)
+    weight = torch.randn(200, 96)
+    linear = kernels.load_linear(SimpleNamespace(fused=lambda modules, dtype: (weight, None)), ["x"])
+    x = torch.randn(70, 96)
+    x = pack(x)[0] if linear.integers else x
     whole = linear(x)
-    for rows in (1, 2, 5, 6, 7, 13, 40):
+    for rows in (1, 2, 5, 6, 7, 13, 40, 49):
         assert torch.equal(linear(x[:rows].contiguous()), whole[:rows])
 
 
 @needs_compiler
 @pytest.mark.parametrize("size", [1, 16, 77, 576])
 def test_norm_and_gate(native, reference, size: int) -> None:
-    x, weight = torch.randn(5, size) * 3, torch.randn(size)
-    close(native.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
-    heads = torch.randn(5, 4, size)[:, 1:3]
-    close(native.rms_norm(heads, weight, 1e-6), reference.rms_norm(heads, weight, 1e-6))
+    x, delta, weight, post = (
+        torch.randn(5, size) * 3,
+        torch.randn(5, size),
+        torch.randn(size),
+        torch.randn(size),
+    )
+    for args in ((None, None), (delta, None), (delta, post)):
+        expected, residual = reference.add_norm(x, *args, weight, 1e-6, None)
+        ours = x.clone()
+        floats, same = native.add_norm(ours, *args, weight, 1e-6, FLOATS)
+        close(floats, expected)
+        close(same, residual)
+        groups, _ = native.add_norm(x.clone(), *args, weight, 1e-6, INTEGERS)
+        close(unpack(groups, size), expected, 0.51 / 127)
     gate_up = torch.randn(5, 2 * size) * 20
     for activation in ("silu", "gelu_tanh"):
-        close(native.gate(gate_up.clone(), activation), reference.gate(gate_up.clone(), activation))
-
-
-@needs_compiler
-def test_rotate(native, reference) -> None:
-    x = torch.randn(7, 6, 20)
-    table, positions = torch.randn(50, 2, 10), torch.randint(0, 50, (7,))
-    expected = reference.rotate(x[:, :4], table, positions)
-    whole = x.clone()
-    close(native.rotate(whole[:, :4], table, positions), expected)
-    assert torch.equal(whole[:, 4:], x[:, 4:]), "nothing beside the heads is touched"
+        expected = reference.gate(gate_up.clone(), activation)
+        close(native.gate(gate_up, activation, FLOATS), expected)
+        close(unpack(native.gate(gate_up, activation, INTEGERS), size), expected, 0.51 / 127)
 
 
 @needs_compiler
@@ -88,73 +187,114 @@ def test_argmax_takes_the_first_of_equals(native) -> None:
     assert native.argmax(logits)[3] == 70
 
 
-def ragged_step(chance: random.Random, block_size: int, num_blocks: int) -> StepInput:
-    """Decodes and prompt chunks of random lengths whose blocks lie in random order."""
+def steps_of(chance: random.Random, block_size: int, num_blocks: int) -> list[StepInput]:
+    """A step of prompt chunks, then one of decodes and chunks that go on; blocks lie in random order."""
     free = chance.sample(range(num_blocks), num_blocks)
-    contexts = [chance.randrange(1, 40) for _ in range(5)]
-    counts = [1, 1, 1, chance.randrange(2, contexts[3] + 2), chance.randrange(2, contexts[4] + 2)]
-    slots, tables, prefills, start = [], [], [], 0
-    for context, count in zip(contexts, counts, strict=True):
-        context = max(context, count)
-        blocks = [free.pop() for _ in range(-(-context // block_size))]
-        tables.append((blocks, context))
-        for position in range(context - count, context):
-            slots.append(blocks[position // block_size] * block_size + position % block_size)
-        if count > 1:
-            prefills.append(PrefillChunk(start, start + count, context, torch.tensor(blocks)))
-        start += count
-    decodes = tables[:3]
-    width = max(len(blocks) for blocks, _ in decodes)
+    contexts = [chance.randrange(2, 70) for _ in range(6)]
+    first = [context - 1 for context in contexts[:3]] + [
+        chance.randrange(1, context) for context in contexts[3:]
+    ]
+    tables = [[free.pop() for _ in range(-(-context // block_size))] for context in contexts]
+    spans = [[(0, end) for end in first], list(zip(first, contexts, strict=True))]
+    return [_step(tables, spans_of_step, block_size) for spans_of_step in spans]
+
+
+def _step(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int) -> StepInput:
+    order = sorted(range(len(spans)), key=lambda i: spans[i][1] - spans[i][0] > 1)
+    positions, slots, prefills, decodes = [], [], [], []
+    for number in order:
+        (begin, end), table = spans[number], tables[number]
+        used = table[: -(-end // block_size)]
+        if end - begin > 1:
+            prefills.append(
+                PrefillChunk(len(positions), len(positions) + end - begin, end, torch.tensor(used))
+            )
+        else:
+            decodes.append((used, end))
+        positions += range(begin, end)
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(begin, end)]
+    width = max((len(used) for used, _ in decodes), default=0)
+    padded = [used + [0] * (width - len(used)) for used, _ in decodes]
     return StepInput(
-        token_ids=torch.zeros(start, dtype=torch.int64),
-        positions=torch.zeros(start, dtype=torch.int64),
+        token_ids=torch.zeros(len(positions), dtype=torch.int64),
+        positions=torch.tensor(positions),
         slots=torch.tensor(slots),
-        decode_blocks=torch.tensor([blocks + [0] * (width - len(blocks)) for blocks, _ in decodes]),
-        decode_lengths=torch.tensor([context for _, context in decodes]),
+        decode_blocks=torch.tensor(padded, dtype=torch.int64).view(len(decodes), width),
+        decode_lengths=torch.tensor([end for _, end in decodes], dtype=torch.int64),
         prefills=prefills,
         logit_rows=torch.tensor([0]),
     )
 
 
 @needs_compiler
+@pytest.mark.parametrize(("kv", "tolerance"), [("float32", 5e-5), ("bfloat16", 0.02), ("int8", 0.03)])
 @pytest.mark.parametrize(("kv_heads", "group", "size"), [(1, 1, 8), (3, 3, 64), (2, 4, 40), (2, 1, 128)])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (17, 3.0)])
-def test_attention(native, reference, kv_heads: int, group: int, size: int, window, softcap) -> None:
+def test_attention(
+    make: Make, reference, kv: str, tolerance: float, kv_heads: int, group: int, size: int, window, softcap
+) -> None:
+    """Rotary embedding, norms of queries and keys, cache writes and attention, over two steps."""
     chance = random.Random(kv_heads * 100 + size)
     torch.manual_seed(size)
+    native = make(kv_dtype=kv)
+    heads = kv_heads * group
+    spec = SimpleNamespace(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, norm_eps=1e-6, attention_scale=size**-0.5,
+        attention_softcap=softcap,
+    )  # fmt: skip
+    norm = torch.rand(size) + 0.5 if window else None
+    layer = SimpleNamespace(q_norm=norm, k_norm=norm, spec=SimpleNamespace(window=window), out=FLOATS)
+    angles = torch.rand(80, size // 2) * 6
+    rope = torch.stack([angles.cos(), angles.sin()], dim=1)
     for block_size in (1, 4, 16):
-        step = ragged_step(chance, block_size, 400)
-        tokens = step.slots.shape[0]
-        qkv = torch.randn(tokens, kv_heads * (group + 2), size)
-        q, k, v = qkv.split([kv_heads * group, kv_heads, kv_heads], dim=1)
-        cache = torch.randn(400, block_size, 2, kv_heads, size)
-        ours, theirs = cache.clone(), cache.clone()
-        result = native.attend(q, k, v, ours, step, 0.3, window, softcap)
-        close(result, reference.attend(q, k, v, theirs, step, 0.3, window, softcap), 5e-5)
-        assert torch.equal(ours, theirs)
+        caches = [kernels.new_cache(430, block_size, kv_heads, size) for kernels in (native, reference)]
+        for step in steps_of(chance, block_size, 430):
+            qkv = torch.randn(step.positions.shape[0], (heads + 2 * kv_heads) * size)
+            expected = reference.attention(qkv, layer, spec, rope, caches[1], step)
+            close(native.attention(qkv.clone(), layer, spec, rope, caches[0], step), expected, tolerance)
+        layer.out = INTEGERS
+        groups = native.attention(qkv.clone(), layer, spec, rope, caches[0], step)
+        layer.out = FLOATS
+        close(unpack(groups, heads * size), expected, tolerance + 0.51 / 127)
 
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2])
-def test_tokens_do_not_depend_on_threads_or_neighbours(make_engine, library: str, threads: int) -> None:
+@pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
+def test_tokens_do_not_depend_on_threads_or_neighbours(
+    make_engine, library: str, threads: int, precision: str
+) -> None:
     chance = random.Random(8)
     requests = [
         GenerationRequest([chance.randrange(3, 250) for _ in range(chance.randrange(1, 40))], 24, end_id=-1)
         for _ in range(9)
     ]
-    settings = {"kernel_library": library, "max_num_tokens": 64, "num_kv_blocks": 512, "max_batch_size": 32}
-    engine = make_engine(num_threads=threads, **settings)
+    settings = {
+        "kernel_dir": library, "weight_precision": precision, "num_kv_blocks": 512, "max_num_tokens": 64,
+    }  # fmt: skip
+    engine = make_engine(num_threads=threads, max_batch_size=32, **settings)
     assert engine.kernels.name == "native"
     together = [output.token_ids for output in engine.generate(requests)]
-    alone = [make_engine(num_threads=1, **settings).generate([request])[0].token_ids for request in requests]
-    plain = [output.token_ids for output in make_engine(kernels="pytorch").generate(requests)]
-    assert together == alone == plain
+    single = make_engine(num_threads=1, **settings)
+    assert together == [single.generate([request])[0].token_ids for request in requests]
+    if precision == "auto":
+        plain = make_engine(kernels="pytorch").generate(requests)
+        assert together == [output.token_ids for output in plain]
+
+
+@needs_compiler
+def test_the_instruction_set_can_be_forced(make: Make) -> None:
+    assert make().isa == available_isas()[0]
+    assert make(cpu_isa="portable").isa == "portable"
+    for isa in set(ISAS) - set(available_isas()):
+        with pytest.raises(ConfigError, match=f"cpu_isa='{isa}' does not run on this CPU"):
+            make(cpu_isa=isa)
 
 
 @needs_compiler
 def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoCompiler, match="failed"):
-        compile_library(tmp_path, ("-not-a-flag",))
+        compile_library(tmp_path, extra_flags=("-not-a-flag",))
     assert not list(tmp_path.iterdir()), "nothing half-written"
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NoCompiler, match="no C\\+\\+ compiler"):
@@ -162,10 +302,11 @@ def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_library_that_cannot_run_is_refused_with_the_remedy(make_engine, tmp_path: Path) -> None:
-    broken = tmp_path / "kernels.so"
-    broken.write_bytes(b"not a library")
-    with pytest.raises(ConfigError, match="make build-engines"):
-        make_engine(kernel_library=str(broken))
+    with pytest.raises(ConfigError, match=r"has no kernels.*make build-engines"):
+        make_engine(kernel_dir=str(tmp_path))
+    (tmp_path / f"kernels-{available_isas()[0]}.so").write_bytes(b"not a library")
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*make build-engines"):
+        make_engine(kernel_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="make build-engines"):
         make_engine(kernels="native")
     with pytest.raises(ConfigError, match="kernels='fast'"):

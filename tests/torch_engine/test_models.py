@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILIES, tiny_checkpoint
 from torch_engine.families import UnsupportedModel, load_spec
-from torch_engine.kernels.native import compiler
 from torch_engine.request import GenerationRequest
 from torch_engine.runner import build_step
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
+from torch_engine.toolchain import compiler
 
 needs_compiler = pytest.mark.skipif(
     compiler() is None, reason="no C++ compiler: the build takes the PyTorch kernels"
@@ -121,7 +121,7 @@ def test_greedy_tokens_equal_transformers(
     checkpoint: Path, make_engine, library: str, kernels: str, reuse: bool
 ) -> None:
     """Ragged batch, prompts longer than the token budget, then the same prompts again (reused or not)."""
-    engine = make_engine(checkpoint, enable_kv_cache_reuse=reuse, kernels=kernels, kernel_library=library)
+    engine = make_engine(checkpoint, enable_kv_cache_reuse=reuse, kernels=kernels, kernel_dir=library)
     assert engine.kernels.name == kernels
     model = reference(checkpoint, torch.float32)
     batch = prompts(engine.info.vocab_size)

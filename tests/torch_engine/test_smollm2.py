@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from engine_build.cache import FileHashes
 from engine_build.checkpoint import obtain
-from torch_engine.kernels.native import compiler
 from torch_engine.request import GenerationRequest
+from torch_engine.toolchain import compiler
 
 NEW_TOKENS = 12
 BF16_STEP = 0.125
@@ -67,7 +67,7 @@ def test_float32_tokens_equal(make_engine, smollm2: Path, library: str, kernels:
     if kernels == "native" and compiler() is None:
         pytest.skip("no C++ compiler: the build takes the PyTorch kernels")
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    for prompt, output in engine_tokens(make_engine, smollm2, kernels=kernels, kernel_library=library):
+    for prompt, output in engine_tokens(make_engine, smollm2, kernels=kernels, kernel_dir=library):
         assert reference_logits(model, prompt, output).argmax(-1).tolist() == output
 
 

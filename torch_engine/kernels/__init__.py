@@ -33,9 +33,7 @@ def choose(config: EngineConfig) -> PyTorchKernels:
     """
     name = config.kernels
     if name == "auto":
-        name = (
-            "cuda" if config.device.startswith("cuda") else "native" if config.kernel_library else "pytorch"
-        )
+        name = "cuda" if config.device.startswith("cuda") else "native" if config.kernel_dir else "pytorch"
     device, dtype = torch.device(config.device), getattr(torch, config.compute_dtype)
     threads = config.num_threads or default_threads()
     if name == "pytorch":
@@ -43,7 +41,7 @@ def choose(config: EngineConfig) -> PyTorchKernels:
             torch.set_num_threads(threads)
         return PyTorchKernels(device, dtype)
     if name == "native":
-        return NativeKernels(device, dtype, config.kernel_library, threads)
+        return NativeKernels(config, device, dtype, threads)
     if name == "cuda":
         try:
             from torch_engine.kernels.cuda import CudaKernels

@@ -1,107 +1,108 @@
-"""The kernel interface in compiled C++ for CPUs: float32 activations, bfloat16 weights.
+"""The kernel interface in compiled C++ for CPUs.
 
-``compile_library`` is what ``make build-engines`` runs; the library lands in the engine folder. It needs a
-C++20 compiler and nothing else (no PyTorch headers: two seconds, not a minute).
+Weights are bfloat16 with float32 activations, or int8 or int4 with int8 activations (both in groups of 32);
+norms, attention and sums are float32. The KV cache is float32, bfloat16 or int8.
+
+The libraries lie in the engine folder, one for each instruction set (``torch_engine.toolchain``); the best that
+the CPU has is taken.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from torch_engine.config import ConfigError
-from torch_engine.kernels.pytorch import Linear, PyTorchKernels, StepInput
-from torch_engine.toolchain import compiler
-
-SOURCE = Path(__file__).with_name("native.cpp")
-LIBRARY = "kernels.so"
-# No -ffast-math: it would break infinities and set the flush-to-zero flag of the whole process.
-FLAGS = [
-    *(
-        "-O3",
-        "-march=native",
-        "-std=c++20",
-        "-fPIC",
-        "-shared",
-        "-pthread",
-        "-fopenmp-simd",
-        "-ffp-contract=fast",
-    ),
-    *(
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fno-signed-zeros",
-        "-fassociative-math",
-        "-freciprocal-math",
-    ),
-]
+from torch_engine.config import ConfigError, EngineConfig
+from torch_engine.families import ModelSpec
+from torch_engine.kernels.pytorch import Hidden, PyTorchKernels, StepInput
+from torch_engine.toolchain import available_isas, library
+from torch_engine.weights import Checkpoint
 
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 SIGNATURES = {
     "fl_set_threads": (I64,),
     "fl_pack": (POINTER, I64, I64, POINTER),
+    "fl_pack_ints": (I64, POINTER, I64, I64, POINTER),
     "fl_linear": (POINTER, I64, I64, POINTER, POINTER, I64, POINTER),
-    "fl_rms_norm": (POINTER, I64, I64, I64, POINTER, F32, POINTER),
-    "fl_silu_mul": (POINTER, I64, I64, POINTER),
-    "fl_rotate": (POINTER, I64, I64, I64, I64, POINTER, POINTER),
-    "fl_write_cache": (POINTER, POINTER, I64, I64, I64, I64, POINTER, POINTER),
-    "fl_attend_decodes": (
-        *(POINTER, I64, I64, I64, I64, I64),
-        *(POINTER, I64, POINTER, I64, POINTER, F32, I64, F32, POINTER),
-    ),
-    "fl_attend_prefill": (
-        *(POINTER, I64, I64, I64, I64, I64),
-        *(POINTER, I64, POINTER, I64, F32, I64, F32, POINTER),
-    ),
+    "fl_int_linear": (I64, POINTER, I64, I64, POINTER, POINTER, I64, POINTER),
+    "fl_add_norm": (POINTER, POINTER, POINTER, POINTER, F32, I64, I64, I64, POINTER),
+    "fl_gate": (POINTER, I64, I64, I64, I64, POINTER),
+    "fl_attention": (POINTER, POINTER, POINTER, I64, POINTER),
     "fl_argmax": (POINTER, I64, I64, POINTER),
 }
+GROUP = 32
+"""Inputs that share a scale."""
+WEIGHT_BITS = {"auto": 16, "int8": 8, "int4": 4}
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class NoCompiler(RuntimeError):
-    """The kernels cannot be compiled on this machine; the message says why."""
+class AttentionLayer(ctypes.Structure):
+    """``AttentionLayer`` of cpu/attention.h."""
 
-
-def compile_library(folder: str | Path, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Compiles the kernels for this machine's CPU into ``folder``; returns the library's path.
-
-    Raises:
-        NoCompiler: there is no C++ compiler, or it failed.
-    """
-    command = compiler()
-    if command is None:
-        raise NoCompiler("no C++ compiler found (CXX, g++, clang++)")
-    target = Path(folder) / LIBRARY
-    partial = target.with_suffix(f".{os.getpid()}.tmp")
-    run = subprocess.run(
-        [command, *FLAGS, *extra_flags, "-o", str(partial), str(SOURCE)],
-        capture_output=True,
-        text=True,
-        check=False,
+    _fields_ = (
+        *[(name, POINTER) for name in ("cache", "scales", "rope", "q_norm", "k_norm")],
+        *[(name, I64) for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window")],
+        *[(name, F32) for name in ("eps", "scale", "softcap")],
     )
-    if run.returncode != 0:
-        partial.unlink(missing_ok=True)
-        reason = (run.stderr.strip().splitlines() or ["no message"])[0]
-        raise NoCompiler(f"{command} failed: {reason}")
-    os.replace(partial, target)
-    return target
 
 
-def _load(path: str) -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(path)
-    except OSError as error:
-        raise ConfigError(
-            f"kernel_library={path!r} cannot be loaded ({error}): run 'make build-engines' again on this machine"
-        ) from None
-    for name, types in SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, None
-    library.fl_panel.restype = I64
-    return library
+class AttentionStep(ctypes.Structure):
+    """``AttentionStep`` of cpu/attention.h."""
+
+    _fields_ = (
+        *[(name, I64) for name in ("rows", "chunks")],
+        *[(name, POINTER) for name in ("positions", "slots", "spans", "tables")],
+    )
+
+
+@dataclass
+class NativeCache:
+    """One layer's KV cache, laid out as cpu/attention.h says."""
+
+    codes: torch.Tensor
+    """[blocks, V, 2, block_size * D]."""
+    scales: torch.Tensor | None
+    """[blocks, V, 2, block_size] float32, for int8 only."""
+    block_size: int
+    layer: Any = None
+    """The layer's constants for the library, made when it first runs."""
+
+
+class NativeLinear:
+    """``x -> [T, N]``; x is [T, K] float32, or the groups that the other kernels write for this reader."""
+
+    def __init__(
+        self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None, bits: int
+    ) -> None:
+        self.outputs, self.inputs = weight.shape
+        self.bits = bits
+        self.integers = int(bits < 16)
+        lib = kernels.library
+        weight = weight.float().contiguous()
+        shape = (self.outputs, self.inputs)
+        if self.integers:
+            self._packed = torch.zeros(lib.fl_int_bytes(bits, *shape), dtype=torch.uint8)
+            lib.fl_pack_ints(bits, weight.data_ptr(), *shape, self._packed.data_ptr())
+        else:
+            panels = -(-self.outputs // kernels.panel)
+            self._packed = torch.empty(panels * kernels.panel * self.inputs, dtype=torch.bfloat16)
+            lib.fl_pack(weight.data_ptr(), *shape, self._packed.data_ptr())
+        self._bias = None if bias is None else bias.float().contiguous()
+        self._at = self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr()
+        self._run, self._run_ints = lib.fl_linear, lib.fl_int_linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        out = torch.empty(rows, self.outputs)
+        arguments = x.data_ptr(), rows, self.inputs, *self._at, self.outputs, out.data_ptr()
+        if self.integers:
+            self._run_ints(self.bits, *arguments)
+        else:
+            self._run(*arguments)
+        return out
 
 
 class NativeKernels(PyTorchKernels):
@@ -112,120 +113,174 @@ class NativeKernels(PyTorchKernels):
 
     name = "native"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, library: str, threads: int) -> None:
+    def __init__(self, config: EngineConfig, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         super().__init__(device, dtype)
         if device.type != "cpu" or dtype != torch.float32:
             raise ConfigError(f"kernels='native' computes in float32 on a CPU, not in {dtype} on {device}")
-        if not library:
+        if config.weight_precision not in WEIGHT_BITS:
             raise ConfigError(
-                "kernels='native' needs kernel_library: run 'make build-engines', or use kernels='pytorch'"
+                f"weight_precision={config.weight_precision!r} is not for kernels='native': "
+                f"use one of {', '.join(WEIGHT_BITS)}"
             )
-        self._library = _load(library)
-        self._library.fl_set_threads(threads)
+        self.bits = WEIGHT_BITS[config.weight_precision]
+        kv = config.kv_dtype
+        self.kv = ("float32" if self.bits == 16 else "int8") if kv == "auto" else kv
+        if self.kv not in CACHE_DTYPES:
+            raise ConfigError(f"kv_dtype={kv!r} is not for kernels='native': use {', '.join(CACHE_DTYPES)}")
+        self.isa, self.library = _load(config)
+        self.library.fl_set_threads(threads)
         torch.set_num_threads(1)
-        self._panel = self._library.fl_panel()
+        self.panel = self.library.fl_panel()
+        self.group_bytes = self.library.fl_group_bytes()
 
     def describe(self) -> str:
-        return f"compiled CPU kernels (bfloat16 weights, {self._panel // 2}-lane vectors)"
+        weights = "bfloat16 weights" if self.bits == 16 else f"int{self.bits} weights, int8 activations"
+        return f"compiled CPU kernels ({weights}, {self.kv} KV cache, {self.isa})"
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        rows, columns = weight.shape
-        padded = -(-rows // self._panel) * self._panel
-        packed = torch.empty(padded * columns, dtype=torch.bfloat16)
-        weight = weight.float().contiguous()
-        self._library.fl_pack(weight.data_ptr(), rows, columns, packed.data_ptr())
-        bias = None if bias is None else bias.float().contiguous()
-        run, packed_at = self._library.fl_linear, packed.data_ptr()
-        bias_at = None if bias is None else bias.data_ptr()
-
-        def linear(x: torch.Tensor, _keep: tuple = (packed, bias)) -> torch.Tensor:
-            x = x.contiguous()
-            out = torch.empty(x.shape[0], rows)
-            run(x.data_ptr(), x.shape[0], columns, packed_at, bias_at, rows, out.data_ptr())
-            return out
-
-        return linear
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        size = x.shape[-1]
-        if x.dim() == 3:
-            return self.rms_norm(x.reshape(-1, size), weight, eps).view(x.shape)
-        out = torch.empty(x.shape)
-        self._library.fl_rms_norm(
-            x.data_ptr(), x.shape[0], size, x.stride(0), weight.data_ptr(), eps, out.data_ptr()
+    def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> NativeLinear:
+        weight, bias = checkpoint.fused(modules, self.dtype)
+        return (
+            self.linear(weight, bias)
+            if modules == ["lm_head"]
+            else NativeLinear(self, weight, bias, self.bits)
         )
-        return out
 
-    def gate(self, gate_up: torch.Tensor, activation: str, reader: Linear | None = None) -> torch.Tensor:
-        if activation != "silu":
-            return super().gate(gate_up, activation)
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
+        """The output head: int8 at the least, since int4 there costs more accuracy than time it saves."""
+        return NativeLinear(self, weight, bias, max(self.bits, 8))
+
+    def _hidden(self, rows: int, size: int, integers: int) -> torch.Tensor:
+        """What a reader reads: float32, or groups."""
+        if integers:
+            return torch.empty(rows, -(-size // GROUP) * self.group_bytes, dtype=torch.uint8)
+        return torch.empty(rows, size)
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Any,
+    ) -> tuple[Hidden, torch.Tensor]:
+        """In place in ``x``."""
+        rows, size = x.shape
+        out = self._hidden(rows, size, reader.integers)
+        self.library.fl_add_norm(
+            x.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            None if post is None else post.data_ptr(),
+            *(weight.data_ptr(), eps, rows, size, reader.integers, out.data_ptr()),
+        )
+        return out, x
+
+    def gate(self, gate_up: torch.Tensor, activation: str, reader: Any = None) -> Hidden:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, size)
-        self._library.fl_silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
+        out = self._hidden(rows, size, reader.integers)
+        gelu = activation != "silu"
+        self.library.fl_gate(gate_up.data_ptr(), rows, size, gelu, reader.integers, out.data_ptr())
         return out
 
-    def rotate(self, x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """In place: ``x`` is the model's own fresh projection."""
-        rows, heads, size = x.shape
-        self._library.fl_rotate(
-            x.data_ptr(), rows, heads, size, x.stride(0), table.data_ptr(), positions.data_ptr()
-        )
-        return x
+    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> NativeCache:
+        shape, dtype = (num_blocks, num_kv_heads, 2, block_size), CACHE_DTYPES[self.kv]
+        codes = torch.zeros(*shape[:3], block_size * head_dim, dtype=dtype)
+        return NativeCache(codes, torch.zeros(shape) if dtype == torch.int8 else None, block_size)
 
-    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, step: StepInput) -> None:
-        rows, heads, size = k.shape
-        self._library.fl_write_cache(
-            *(k.data_ptr(), v.data_ptr(), rows, heads * size, k.stride(0), v.stride(0)),
-            *(step.slots.data_ptr(), cache.data_ptr()),
-        )
-
-    def attend_decodes(
+    def attention(
         self,
-        q: torch.Tensor,
-        cache: torch.Tensor,
+        qkv: torch.Tensor,
+        layer: Any,
+        spec: ModelSpec,
+        rope: torch.Tensor,
+        cache: NativeCache,
         step: StepInput,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        rows, width = step.decode_blocks.shape
-        block_size, _, kv_heads, size = cache.shape[1:]
-        out = torch.empty(rows, q.shape[1], size)
-        self._library.fl_attend_decodes(
-            *(q.data_ptr(), rows, q.stride(0), kv_heads, q.shape[1] // kv_heads, size),
-            *(
-                cache.data_ptr(),
-                block_size,
-                step.decode_blocks.data_ptr(),
-                width,
-                step.decode_lengths.data_ptr(),
-            ),
-            *(scale, window or 0, softcap or 0.0, out.data_ptr()),
-        )
-        return out
-
-    def attend_prefill(
-        self,
-        q: torch.Tensor,
-        cache: torch.Tensor,
-        step: StepInput,
-        number: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        chunk = step.prefills[number]
-        block_size, _, kv_heads, size = cache.shape[1:]
-        q = q[chunk.start : chunk.end]
-        out = torch.empty(q.shape)
-        self._library.fl_attend_prefill(
-            *(q.data_ptr(), q.shape[0], q.stride(0), kv_heads, q.shape[1] // kv_heads, size),
-            *(cache.data_ptr(), block_size, chunk.blocks.data_ptr(), chunk.context),
-            *(scale, window or 0, softcap or 0.0, out.data_ptr()),
+    ) -> Hidden:
+        """In place in ``qkv``."""
+        if cache.layer is None:
+            cache.layer = _layer(layer, spec, rope, cache)
+        where = step.made.get("native") or step.made.setdefault("native", _where(step))
+        integers = layer.out.integers
+        out = self._hidden(qkv.shape[0], spec.num_heads * spec.head_dim, integers)
+        self.library.fl_attention(
+            ctypes.byref(cache.layer), ctypes.byref(where[0]), qkv.data_ptr(), integers, out.data_ptr()
         )
         return out
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         out = torch.empty(logits.shape[0], dtype=torch.int64)
-        self._library.fl_argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
+        self.library.fl_argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
         return out
+
+
+def _load(config: EngineConfig) -> tuple[str, ctypes.CDLL]:
+    """The library of ``config.cpu_isa``, or of the best instruction set that this CPU and the build have."""
+    if not config.kernel_dir:
+        raise ConfigError(
+            "kernels='native' needs kernel_dir: run 'make build-engines', or use kernels='pytorch'"
+        )
+    available = available_isas()
+    if config.cpu_isa != "auto" and config.cpu_isa not in available:
+        raise ConfigError(f"cpu_isa={config.cpu_isa!r} does not run on this CPU: use {', '.join(available)}")
+    wanted = available if config.cpu_isa == "auto" else [config.cpu_isa]
+    again = "run 'make build-engines' again on this machine"
+    isa = next((isa for isa in wanted if library(config.kernel_dir, isa).exists()), None)
+    if isa is None:
+        raise ConfigError(
+            f"kernel_dir={config.kernel_dir!r} has no kernels for {' or '.join(wanted)}: {again}"
+        )
+    try:
+        loaded = ctypes.CDLL(str(library(config.kernel_dir, isa)))
+    except OSError as error:
+        raise ConfigError(f"kernel_dir={config.kernel_dir!r} cannot be loaded ({error}): {again}") from None
+    for name, types in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+    for name in ("fl_panel", "fl_group_bytes"):
+        getattr(loaded, name).restype = I64
+    loaded.fl_int_bytes.argtypes, loaded.fl_int_bytes.restype = (I64, I64, I64), I64
+    return isa, loaded
+
+
+def _layer(layer: Any, spec: ModelSpec, rope: torch.Tensor, cache: NativeCache) -> AttentionLayer:
+    def at(tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    return AttentionLayer(
+        cache=at(cache.codes),
+        scales=at(cache.scales),
+        rope=at(rope),
+        q_norm=at(layer.q_norm),
+        k_norm=at(layer.k_norm),
+        element_bytes=cache.codes.element_size(),
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        d=spec.head_dim,
+        block_size=cache.block_size,
+        window=layer.spec.window or 0,
+        eps=spec.norm_eps,
+        scale=spec.attention_scale,
+        softcap=spec.attention_softcap or 0.0,
+    )
+
+
+def _where(step: StepInput) -> tuple[AttentionStep, tuple[torch.Tensor, ...]]:
+    """The step for the library, and the tensors that it points to."""
+    decodes, width = step.decode_blocks.shape
+    spans = torch.empty(decodes + len(step.prefills), 4, dtype=torch.int64)
+    rows = torch.arange(decodes)
+    spans[:decodes] = torch.stack([rows, torch.ones_like(rows), step.decode_lengths, rows * width], dim=1)
+    begin = decodes * width
+    for number, chunk in enumerate(step.prefills, decodes):
+        spans[number] = torch.tensor([chunk.start, chunk.end - chunk.start, chunk.context, begin])
+        begin += chunk.blocks.shape[0]
+    tables = torch.cat([step.decode_blocks.flatten(), *[chunk.blocks for chunk in step.prefills]])
+    where = AttentionStep(
+        rows=step.positions.shape[0],
+        chunks=spans.shape[0],
+        positions=step.positions.data_ptr(),
+        slots=step.slots.data_ptr(),
+        spans=spans.data_ptr(),
+        tables=tables.data_ptr(),
+    )
+    return where, (spans, tables, step.positions, step.slots)

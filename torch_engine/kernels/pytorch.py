@@ -60,8 +60,8 @@ class StepInput:
     """[sampled] int64: rows of the step whose logits are wanted."""
 
     def __post_init__(self) -> None:
-        self.masks: dict[tuple, torch.Tensor] = {}
-        """Attention masks, made once a step and shared by its layers."""
+        self.made: dict[Any, Any] = {}
+        """What an implementation makes once a step and its layers share: attention masks, for example."""
 
     @property
     def num_decodes(self) -> int:
@@ -209,10 +209,10 @@ class PyTorchKernels:
         """One query token of each sequence: ``q`` [decodes, H, D] -> [decodes, H, D]."""
         rows, heads, head_dim = q.shape
         keys, values = _gather(cache, step.decode_blocks.flatten(), rows)
-        mask = step.masks.get(("decode", window))
+        mask = step.made.get(("decode", window))
         if mask is None:
             mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
-            step.masks["decode", window] = mask
+            step.made["decode", window] = mask
         grouped = q.view(rows, keys.shape[1], -1, head_dim)
         return _attention(grouped, keys, values, mask, scale, softcap).reshape(rows, heads, head_dim)
 
@@ -232,10 +232,10 @@ class PyTorchKernels:
         keys, values = _gather(cache, chunk.blocks, 1)
         keys, values = keys[:, :, : chunk.context], values[:, :, : chunk.context]
         kv_heads = keys.shape[1]
-        mask = step.masks.get((number, window))
+        mask = step.made.get((number, window))
         if mask is None:
             mask = _prefill_mask(chunk, heads // kv_heads, window, self.dtype, self.device)
-            step.masks[number, window] = mask
+            step.made[number, window] = mask
         # The group's heads become query rows, [1, V, G * tokens, D]: five times faster than repeating K and V.
         grouped = q[chunk.start : chunk.end].view(count, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         out = _attention(grouped.reshape(1, kv_heads, -1, head_dim), keys, values, mask, scale, softcap)

@@ -1,0 +1,46 @@
+"""Our engine, called like a Transformers model: what the accuracy gate runs for precisions made at load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from torch_engine import kernels
+from torch_engine.config import EngineConfig
+from torch_engine.families import load_spec
+from torch_engine.kernels.pytorch import PrefillChunk, StepInput
+from torch_engine.model import Model
+from torch_engine.weights import Checkpoint
+
+
+class EngineModel:
+    """Prompts of up to ``max_tokens`` through the engine folder's model and kernels, one at a time."""
+
+    def __init__(self, engine_dir: Path, max_tokens: int) -> None:
+        config = EngineConfig.load(engine_dir)
+        checkpoint = Checkpoint(config.model_dir, load_spec(config.model_dir))
+        self.device = torch.device(config.device)
+        self._block_size = config.block_size
+        self._blocks = -(-max_tokens // config.block_size)
+        with torch.inference_mode():
+            self._model = Model(checkpoint, kernels.choose(config), config.max_seq_len)
+            self._caches = self._model.new_caches(self._blocks, config.block_size)
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+        """Logits of the last ``logits_to_keep`` tokens of ``ids [1, T]``, of all by default: [1, kept, vocab]."""
+        count = ids.shape[1]
+        every = torch.arange(count)
+        step = StepInput(
+            token_ids=ids[0],
+            positions=every,
+            slots=every,
+            decode_blocks=torch.zeros(0, 0, dtype=torch.int64),
+            decode_lengths=torch.zeros(0, dtype=torch.int64),
+            prefills=[PrefillChunk(0, count, count, torch.arange(-(-count // self._block_size)))],
+            logit_rows=every[-logits_to_keep:],
+        )
+        return SimpleNamespace(logits=self._model.forward(step, self._caches)[None])

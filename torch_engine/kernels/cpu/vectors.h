@@ -1,0 +1,105 @@
+// Vector types and float32 arithmetic that the kernels share.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(FL_LANES)  // tests: another width than the machine's
+constexpr int kLanes = FL_LANES;
+#elif defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // of one tile: two sums a row, two weights and a broadcast fit the registers
+constexpr int kPanel = 2 * kLanes;
+
+typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+constexpr int64_t kParallelWork = 1 << 15;  // below, starting the other threads costs more than it saves
+
+// y [ROWS, one panel] (+)= x [ROWS, k_size] w [k_size, one panel], all float32.
+template <int ROWS>
+inline void float_tile(const float* x, int64_t x_stride, int64_t k_size, const float* w, int64_t w_stride, float* y,
+                       int64_t y_stride, bool add) {
+    Floats sums[ROWS][2] = {};
+    if (add) {
+        for (int r = 0; r < ROWS; r++) {
+            sums[r][0] = *reinterpret_cast<const Floats*>(y + r * y_stride);
+            sums[r][1] = *reinterpret_cast<const Floats*>(y + r * y_stride + kLanes);
+        }
+    }
+    for (int64_t k = 0; k < k_size; k++) {
+        const Floats low = *reinterpret_cast<const Floats*>(w + k * w_stride);
+        const Floats high = *reinterpret_cast<const Floats*>(w + k * w_stride + kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            const float value = x[r * x_stride + k];
+            sums[r][0] += value * low;
+            sums[r][1] += value * high;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        *reinterpret_cast<Floats*>(y + r * y_stride) = sums[r][0];
+        *reinterpret_cast<Floats*>(y + r * y_stride + kLanes) = sums[r][1];
+    }
+}
+
+template <int ROWS>
+inline void float_rows(int64_t rows, const float* x, int64_t x_stride, int64_t k_size, const float* w, int64_t w_stride,
+                       float* y, int64_t y_stride, bool add) {
+    if (rows == ROWS) {
+        float_tile<ROWS>(x, x_stride, k_size, w, w_stride, y, y_stride, add);
+    } else if constexpr (ROWS > 1) {
+        float_rows<ROWS - 1>(rows, x, x_stride, k_size, w, w_stride, y, y_stride, add);
+    }
+}
+
+// y [rows, columns] (+)= x [rows, k_size] w [k_size, columns]; columns in whole panels.
+__attribute__((noinline)) void float_product(int64_t rows, const float* x, int64_t x_stride, int64_t k_size, const float* w,
+                          int64_t w_stride, int64_t columns, float* y, int64_t y_stride, bool add) {
+    for (int64_t c = 0; c < columns; c += kPanel) {
+        for (int64_t r = 0; r < rows; r += kRows) {
+            float_rows<kRows>(rows - r < kRows ? rows - r : kRows, x + r * x_stride, x_stride, k_size, w + c, w_stride,
+                              y + r * y_stride + c, y_stride, add);
+        }
+    }
+}
+
+// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of r (Cephes' coefficients); 0 for -inf.
+inline float fast_exp(float x) {
+    x = x > 88.f ? 88.f : (x < -87.f ? -87.f : x);
+    const float n = std::nearbyint(x * 1.44269504f);
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+}  // namespace

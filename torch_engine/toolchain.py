@@ -15,11 +15,11 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "kernels" / "cpu"
 X86 = platform.machine() in ("x86_64", "AMD64")
 
-# No -ffast-math: it would break infinities and set the flush-to-zero flag of the whole process.
+# No -ffast-math: it would break infinities, set the flush-to-zero flag of the whole process, and add up sums in an
+# order that depends on the number of rows. Sums that may be reordered say so (omp simd reduction).
 FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-ffp-contract=fast"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
-    "-freciprocal-math",
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512": (

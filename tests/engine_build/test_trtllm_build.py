@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -170,11 +171,12 @@ def test_engine_on_1_3(
         make_build(tiny, tmp_path / "build", "--engine", "trtllm-engine")
 
 
-def test_fp8_checkpoint_as_source(
-    tools: None, tiny: Path, tmp_path: Path, make_build: Make, fp8_build: dict[str, Any]
-) -> None:
+def test_fp8_checkpoint_as_source(tools: None, tiny: Path, tmp_path: Path, make_build: Make) -> None:
+    source = tmp_path / "fp8"
+    shutil.copytree(tiny, source)
+    shutil.copyfile(trtllm_tools.DATA / "modelopt_hf_quant_config.json", source / "hf_quant_config.json")
     with pytest.raises(BuildError, match=r"FP8 checkpoint.*trtllm-engine calibrates.*ENGINE=trtllm-pytorch"):
-        make_build(Path(fp8_build["model_dir"]), tmp_path / "build", "--engine", "trtllm-engine")
+        make_build(source, tmp_path / "build", "--engine", "trtllm-engine")
 
 
 def test_fp8_checkpoint_is_laid_out_like_modelopts(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def verdicts(shape: ModelShape, hardware: Hardware, asked: Settings, problem: st
 def _precisions(lane: str, hardware: Hardware) -> list[str]:
     """What the lane runs here, and what only a GPU without limits would: its refusal names the reason."""
     everything = Hardware("cuda", "", 0, 0, capability=(12, 0))
-    offered = (*available_precisions(lane, everything), *available_precisions(lane, hardware))
-    return list(dict.fromkeys(offered))
+    here = available_precisions(lane, hardware) if lane == "torch" or hardware.device == "cuda" else ()
+    return list(dict.fromkeys((*here, *available_precisions(lane, everything))))
 
 
 def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, asked: Settings) -> Verdict:

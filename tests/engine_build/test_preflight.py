@@ -15,7 +15,9 @@ import pytest
 
 from engine_build import preflight, shape
 from engine_build.errors import BuildError
+from engine_build.hardware import cpu
 from engine_build.memory import fp8_build_cost
+from engine_build.plan import available_precisions
 from engine_build.shape import look_up
 from model_repository.trtllm import versions
 from tests.engine_build.test_plan import LLAMA_8B
@@ -156,7 +158,9 @@ def test_no_gpu(report: Report) -> None:
     _, output = report(model="", docker=False)
     assert "no NVIDIA GPU is visible" in row(output, "trtllm-engine", "fp8")
     assert "compatible" in row(output, "torch", "fp8")
-    assert output.splitlines()[-1].startswith("next       make bench ENGINE=torch PRECISION=fp8")
+    default = available_precisions("torch", cpu())[0]
+    assert output.splitlines()[-1].startswith(f"next       make bench ENGINE=torch PRECISION={default}")
+    assert "int8 " not in "".join(line for line in output.splitlines() if "trtllm-pytorch" in line)
 
 
 def test_problems_that_would_come_later(

@@ -55,6 +55,7 @@ def package(
             model_dir=os.path.relpath(model_dir, folder),
             device=plan.device,
             compute_dtype=dtype,
+            kv_dtype=plan.kv_dtype,
             kernels=kernels,
             kernel_dir="." if kernels == "native" else "",
             weight_precision=plan.precision if integers else "auto",

@@ -64,6 +64,8 @@ class Plan:
     """GPUs that share each layer."""
     pp: int = 1
     """GPUs that share the layers."""
+    kv_dtype: str = "auto"
+    """Of lane torch: see :class:`torch_engine.config.EngineConfig`."""
 
     @property
     def world_size(self) -> int:
@@ -107,7 +109,9 @@ def make_plan(
     step_tokens = max(batch, 256 if on_cpu else 8192)
     weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu, tp, pp)
     block_size = BLOCK_SIZE if lane == "torch" else TRTLLM_BLOCK_SIZE
-    kv_bytes = 1 if lane != "torch" and precision in ("fp8", "nvfp4") else DTYPE_BYTES[dtype]
+    kv_dtype = _kv_dtype(lane, precision, dtype, on_cpu, reasons)
+    fp8_kv = kv_dtype == "fp8" or (lane != "torch" and precision in ("fp8", "nvfp4"))
+    kv_bytes = 1 if fp8_kv else DTYPE_BYTES[dtype]
     if precision in CPU_INTEGERS:  # int8 with a float32 scale for each token and head
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1)
     else:
@@ -130,7 +134,20 @@ def make_plan(
         reasons=tuple(reasons),
         tp=tp,
         pp=pp,
+        kv_dtype=kv_dtype,
     )
+
+
+def _kv_dtype(lane: str, precision: str, dtype: str, on_cpu: bool, reasons: list[str]) -> str:
+    if lane != "torch" or on_cpu:
+        return "auto"
+    if precision != "fp8":
+        return dtype
+    reasons.append(
+        "KV cache fp8: int8 with scales ('kv_dtype' in engine.json) has a fifth of the error and up to 11 % fewer "
+        "tokens/s on an H200"
+    )
+    return "fp8"
 
 
 def require_tensorrt_llm(plan: Plan, version: str | None) -> None:

@@ -203,6 +203,14 @@ def test_tensorrt_llm_lanes_cache_in_fp8() -> None:
     assert bf16.kv_bytes == bf16.num_kv_blocks * 32 * 128 * 1024
 
 
+def test_kv_cache_of_lane_torch_on_a_gpu() -> None:
+    """fp8 beside FP8 weights, and said; as the weights where those are not quantised."""
+    fp8, bf16 = (make_plan(LLAMA_8B, H200, "torch", precision) for precision in ("fp8", "bf16"))
+    assert (fp8.kv_dtype, bf16.kv_dtype) == ("fp8", "bfloat16")
+    assert fp8.kv_bytes * bf16.num_kv_blocks * 2 == bf16.kv_bytes * fp8.num_kv_blocks
+    assert any("KV cache fp8" in reason for reason in fp8.reasons)
+
+
 def test_gpu_pool_leaves_room_for_both_models() -> None:
     plan = make_plan(LLAMA_8B, H200)
     assert plan.max_seq_len == 8192

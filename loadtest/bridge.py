@@ -2,7 +2,8 @@
 
 Streaming under gevent costs three to five times the CPU per token, and delays tokens long before the
 worker looks busy; on a thread of its own the client holds several times the load. Timestamps are taken
-on that thread. Needs real threads: start Locust through :mod:`loadtest.locust_main`.
+on that thread, and so are the times of an open loop. Needs real threads: start Locust through
+:mod:`loadtest.locust_main`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -20,10 +22,16 @@ from gevent.event import AsyncResult
 from tritonclient.grpc import service_pb2
 
 from client import wire
-from client.errors import ClientError, from_rpc_error
+from client.errors import from_rpc_error
 from client.leaving import leave_async
 from client.params import GenerateParams
-from loadtest.records import RecordWriter, RequestRecord
+from loadtest.records import ClientSample, RequestRecord
+
+Messages = list[tuple[int, service_pb2.ModelStreamInferResponse]]
+
+WATCH_S = 0.020
+"""Distance of the moments at which the event loop's lateness is looked at."""
+SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,21 +44,49 @@ class Load:
     output_tokens: int
     block: str = ""
     timeout_s: float | None = None
+    exact: bool = True
+    turn: int = 0
+    intended_ns: int | None = None
+    """None: now."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The record of a request, and the text for who wants to go on from it."""
+
+    record: RequestRecord
+    text: str
 
 
 class Bridge:
-    """One channel and one event loop for all users of a worker process; create it after any fork."""
+    """One channel and one event loop for all users of a worker process; create it after any fork.
 
-    def __init__(self, url: str, writer: RecordWriter | None = None) -> None:
+    Args:
+        url: gRPC address.
+        on_record: Called on the bridge's thread with every request that has ended.
+        on_sample: Called on the bridge's thread about once a second.
+        worker: Number of this process among the workers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        on_record: Callable[[RequestRecord], None] = lambda record: None,
+        on_sample: Callable[[ClientSample], None] = lambda sample: None,
+        worker: int = 0,
+    ) -> None:
         self._url = url
-        self._writer = writer
+        self._on_record = on_record
+        self._on_sample = on_sample
+        self._worker = worker
         self._running: set[asyncio.Task] = set()
+        self._helpers: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc-aio", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
-    def run(self, load: Load) -> RequestRecord:
+    def run(self, load: Load) -> Answer:
         """Sends the request and waits, in a greenlet, until it is answered or has failed.
 
         A greenlet that is killed meanwhile cancels its request; the record is written all the same.
@@ -64,34 +100,106 @@ class Bridge:
             future.cancel()
             raise
 
+    def send_at_times(
+        self, loads: Iterable[Load], report: Callable[[RequestRecord], None], done: Callable[[], None]
+    ) -> None:
+        """Sends each request at its ``intended_ns``, whatever became of those before it: an open loop.
+
+        Args:
+            loads: In the order of their times; drawn shortly before they are due.
+            report: Called in gevent's hub with the record of every request that was not cut off.
+            done: Called in gevent's hub when all of them have been answered or have failed.
+        """
+        hub = gevent.get_hub()
+
+        async def one(load: Load) -> None:
+            answer = await self._measure(load)
+            if not answer.record.cancelled:
+                hub.loop.run_callback_threadsafe(report, answer.record)
+
+        async def all_of_them() -> None:
+            sent = []
+            for load in loads:
+                assert load.intended_ns is not None
+                await asyncio.sleep(max(0.0, (load.intended_ns - time.monotonic_ns()) / 1e9))
+                sent.append(asyncio.create_task(one(load)))
+                sent = [task for task in sent if not task.done()] if len(sent) > 1000 else sent
+            await asyncio.gather(*sent, return_exceptions=True)
+            hub.loop.run_callback_threadsafe(done)
+
+        self._loop.call_soon_threadsafe(lambda: self._help(all_of_them()))
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._running)
+
     def close(self) -> None:
         """Cancels what is in flight, waits until its records are written, and ends the thread."""
-        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(timeout=10)
+        closing = asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
+        deadline = time.monotonic() + 10.0
+        while not closing.done() and time.monotonic() < deadline:
+            gevent.sleep(0.005)  # Locust's messages must go on meanwhile
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
-    async def _connect(self) -> None:
+    async def _open(self) -> None:
         self._channel = grpc.aio.insecure_channel(self._url, options=wire.CHANNEL_OPTIONS)
         self._call = self._channel.unary_stream(
             wire.STREAM_INFER,
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
+        self._help(self._watch())
+
+    def _help(self, coroutine) -> None:
+        task = self._loop.create_task(coroutine)
+        self._helpers.add(task)
+        task.add_done_callback(self._helpers.discard)
+
+    async def _watch(self) -> None:
+        """How late this thread is at regular moments: no arrival can be stamped more exactly."""
+        lags: list[float] = []
+        due = last = self._loop.time()
+        try:
+            while True:
+                due = max(due + WATCH_S, self._loop.time())
+                await asyncio.sleep(due - self._loop.time())
+                now = self._loop.time()
+                lags.append(round((now - due) * 1e3, 3))
+                if now - last >= SAMPLE_S:
+                    last = now
+                    self._sample(lags)
+                    lags = []
+        finally:
+            self._sample(lags)
+
+    def _sample(self, lags: list[float]) -> None:
+        self._on_sample(
+            ClientSample(
+                worker=self._worker,
+                time_ns=time.monotonic_ns(),
+                wall_ns=time.time_ns(),
+                cpu_s=time.process_time(),
+                in_flight=len(self._running),
+                lags_ms=lags,
+            )
+        )
 
     async def _shut_down(self) -> None:
-        for task in self._running:
+        for task in [*self._helpers, *self._running]:
             if not task.cancelling():  # a second time would cut its clean-up short
                 task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*self._helpers, *self._running, return_exceptions=True)
         await self._channel.close()
 
-    async def _measure(self, load: Load) -> RequestRecord:
+    async def _measure(self, load: Load) -> Answer:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         # min_tokens = max_tokens makes the length exact, whatever the model wants to say.
-        params = GenerateParams(max_tokens=load.output_tokens, min_tokens=load.output_tokens)
+        least = load.output_tokens if load.exact else None
+        params = GenerateParams(max_tokens=load.output_tokens, min_tokens=least)
         request = wire.infer_request(load.endpoint, uuid.uuid4().hex, load.prompt, params, stream=True)
         record = RequestRecord(
             id=request.id,
@@ -101,8 +209,12 @@ class Bridge:
             requested_tokens=load.output_tokens,
             sent_ns=time.monotonic_ns(),
             sent_unix_ns=time.time_ns(),
+            intended_ns=load.intended_ns,
+            exact=load.exact,
+            turn=load.turn,
+            worker=self._worker,
         )
-        messages: list[tuple[int, service_pb2.ModelStreamInferResponse]] = []
+        messages: Messages = []
         call = self._call(request, timeout=load.timeout_s)
 
         async def read() -> None:
@@ -117,10 +229,9 @@ class Bridge:
         except asyncio.CancelledError:
             record.cancelled = True
             await leave_async(call, request, self._call, reading)
-        _fill(record, messages)
-        if self._writer is not None:
-            self._writer.write(record)
-        return record
+        text = fill(record, messages)
+        self._on_record(record)
+        return Answer(record, text)
 
 
 def _hand_over(done: Future, answer: AsyncResult) -> None:
@@ -132,26 +243,50 @@ def _hand_over(done: Future, answer: AsyncResult) -> None:
         answer.set(done.result())
 
 
-def _fill(record: RequestRecord, messages: list[tuple[int, service_pb2.ModelStreamInferResponse]]) -> None:
-    """Parses the responses, after the last one has come."""
+def fill(record: RequestRecord, messages: Messages) -> str:
+    """Reads the responses, after the last one has come, into the record; returns the text.
+
+    Only the last response is parsed in full: between them there may be thousands.
+    """
+    words: list[bytes] = []
     tokens = 0
     for arrived_ns, message in messages:
-        try:
-            chunk = wire.parse_response(message)
-        except ClientError as error:
-            record.error = str(error)
-            return
-        if chunk is None:
+        if message.error_message:
+            record.error = message.error_message
+            break
+        response = message.infer_response
+        if not response.outputs:
             continue
-        if chunk.text and record.first_text_chunk is None:
+        word, count = _text_and_count(response)
+        if word and record.first_text_chunk is None:
             record.first_text_chunk = len(record.chunk_ns)
-        tokens = tokens + 1 if chunk.num_output_tokens is None else chunk.num_output_tokens
+        words.append(word)
+        tokens = tokens + 1 if count is None else count
         record.chunk_ns.append(arrived_ns)
         record.chunk_tokens.append(tokens)
-        record.num_input_tokens = chunk.num_input_tokens or record.num_input_tokens
-        record.num_output_tokens = chunk.num_output_tokens or record.num_output_tokens
+        last = message
+    if record.error is not None:
+        return ""
+    if record.chunk_ns:
+        chunk = wire.parse_response(last)
+        assert chunk is not None
+        record.num_input_tokens = chunk.num_input_tokens
+        record.num_output_tokens = chunk.num_output_tokens
         if chunk.perf_metrics is not None:
-            times = {name: getattr(chunk.perf_metrics, name) for name in wire.REQUIRED_PERF_FIELDS}
-            record.server_times_ns = times
-    if not record.cancelled and record.error is None and not record.chunk_ns:
+            record.server_times_ns = {
+                name: value for name, value in vars(chunk.perf_metrics).items() if value is not None
+            }
+    elif not record.cancelled:
         record.error = "the stream ended without any output"
+    return b"".join(words).decode(errors="replace")
+
+
+def _text_and_count(response: service_pb2.ModelInferResponse) -> tuple[bytes, int | None]:
+    """Text and number of output tokens so far (None if it is not said) of one response."""
+    word, count = b"", None
+    for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=False):
+        if tensor.name == "text_output":
+            word = b"".join(wire.strings(raw))
+        elif tensor.name == "num_output_tokens":
+            count = int.from_bytes(raw[:4], "little")
+    return word, count

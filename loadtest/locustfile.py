@@ -1,34 +1,52 @@
-"""Locust users, one class per endpoint, closed loop: a user sends its next request when one is answered.
+"""Locust users, one class per endpoint.
+
+Closed loop (the default): a user sends its next request when one is answered, ``-u`` is the concurrency,
+``-r`` the ramp. Open loop (``--rate`` or ``--trace``): requests go out at their times whatever the server
+does; one user is enough, and Locust's number of users means nothing.
 
 Locust's own table is the live view. Its percentiles are rounded (two digits); reports are computed from
-the raw records (``--records``).
+the raw records (``--records``), and ``/llm`` shows live figures with 1 % resolution.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 
 import gevent
 from locust import User, constant, events, task
 from locust.env import Environment
-from locust.runners import WorkerRunner
+from locust.runners import MasterRunner, WorkerRunner
 
 from client import wire
-from loadtest.bridge import Bridge, Load
-from loadtest.prompts import Prompts
-from loadtest.records import RecordWriter, RequestRecord
+from loadtest import llm_page
+from loadtest.collector import Collector
+from loadtest.config import ConfigError
+from loadtest.schedule import PATTERNS
+from loadtest.session import Reporter, Session, plan_of
+from loadtest.workload import PRESETS
 
-PROMPTS_PER_WORKER = 1_000_000
+collector: Collector | None = None
+"""Of this process, if it is the master or the only one."""
 
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser) -> None:
     """Options that the command line, the environment and the web UI's form offer."""
     add = parser.add_argument
-    add("--output-tokens", type=int, default=64, env_var="OUTPUT_TOKENS", help="Exact output length")
+    add("--workload", default="short", choices=list(PRESETS), env_var="WORKLOAD", help="What is asked")
+    add("--input-tokens", default="", env_var="INPUT_TOKENS", help="Length of prompts, or its distribution")
+    add("--output-tokens", default="64", env_var="OUTPUT_TOKENS", help="Length of answers, or its distribution")
+    add("--turns", type=int, default=0, env_var="TURNS", help="Of a conversation; 0: as the workload has")
     add("--prompts", default="", env_var="PROMPTS", help="Prompt file; empty: unique generated prompts")
-    add("--seed", type=int, default=0, env_var="SEED", help="Of the generated prompts")
+    add("--natural-length", action="store_true", help="Answers may end before --output-tokens")
+    add("--seed", type=int, default=0, env_var="SEED", help="Of prompts, lengths and arrivals")
+    add("--rate", default="", env_var="RATE", help="Open loop: requests/s, like 4, 1-8 or 2@30,8@30")
+    add("--arrivals", default="poisson", choices=list(PATTERNS), env_var="ARRIVALS", help="Of an open loop")
+    add("--burstiness", type=float, default=1.0, help="Shape of gamma arrivals; below 1 is burstier")
+    add("--trace", default="", env_var="TRACE", help="Open loop: JSONL file of requests to replay")
+    add("--trace-speed", type=float, default=1.0, help="2 replays a trace twice as fast")
+    add("--ramp-s", type=float, default=0.0, help="Seconds in which an open loop's rate rises from 0")
+    add("--arrive-for", type=float, default=0.0, help="Seconds of arrivals, then the rest is awaited; 0: no end")
     add("--request-timeout", type=float, default=600.0, help="Seconds until a request has failed")
     hidden = {"include_in_web_ui": False}
     add("--records", default="", env_var="RECORDS", help="JSON-lines file to append to", **hidden)
@@ -36,62 +54,69 @@ def add_arguments(parser) -> None:
     add("--block", default="", help="Label written into the records", **hidden)
 
 
-class Session:
-    """What the users of one worker process share; made by the first user, after any fork."""
-
-    _current: Session | None = None
-
-    def __init__(self, environment: Environment, url: str) -> None:
-        options = environment.parsed_options
-        assert options is not None  # Locust's command line has been read
-        self.options = options
-        self.stats = environment.stats
-        self.prompts = Prompts(options.seed, options.prompts)
-        self.bridge = Bridge(url, RecordWriter(options.records) if options.records else None)
-        runner = environment.runner
-        worker = runner.worker_index if isinstance(runner, WorkerRunner) else 0
-        first = options.first_prompt + worker * PROMPTS_PER_WORKER
-        self._counters = {endpoint: itertools.count(first) for endpoint in wire.ENDPOINTS}
-
-    @classmethod
-    def of(cls, environment: Environment, url: str) -> Session:
-        if cls._current is None:
-            cls._current = cls(environment, url)
-        return cls._current
-
-    @classmethod
-    def close(cls) -> None:
-        if cls._current is not None:
-            cls._current.bridge.close()
-            cls._current = None
-
-    def next_load(self, endpoint: str) -> Load:
-        index = next(self._counters[endpoint])
-        return Load(
-            endpoint=endpoint,
-            prompt=self.prompts[index],
-            prompt_index=index,
-            output_tokens=int(self.options.output_tokens),
-            block=self.options.block,
-            timeout_s=float(self.options.request_timeout),
-        )
-
-
 @events.init.add_listener
-def set_the_clock(**_: object) -> None:
-    """``--run-time`` counts from gevent's cached time, which the imports have made seconds old."""
-    gevent.get_hub().loop.update_now()
+def set_up(environment: Environment, **_: object) -> None:
+    global collector
+    gevent.get_hub().loop.update_now()  # --run-time counts from its cached time, seconds old after the imports
+    runner = environment.runner
+    if isinstance(runner, WorkerRunner):
+        runner.register_message("llm_finish", finish_worker, concurrent=True)
+        return
+    collector = Collector(environment)
+    if isinstance(runner, MasterRunner):
+        runner.register_message("llm", collector.on_message)
+        runner.register_message("llm_done", collector.on_done)
+        runner.register_message("llm_idle", collector.on_idle)
+    if environment.web_ui is not None:
+        llm_page.add_to(environment.web_ui, collector.live)
+
+
+@events.test_start.add_listener
+def start(environment: Environment, **_: object) -> None:
+    options = environment.parsed_options
+    assert options is not None
+    if collector is not None:
+        endpoints = [user.endpoint for user in environment.user_classes if issubclass(user, EndpointUser)]
+        options.llm_plan = plan_of(environment, endpoints)
+        collector.start(options.llm_plan["workers"])
+    if not isinstance(environment.runner, MasterRunner):
+        try:
+            Session.current = Session(environment, environment.host or EndpointUser.host, collector)
+        except ConfigError as error:
+            environment.process_exit_code = 2
+            # Not raised: Locust would only log it and go on without a session.
+            print(f"error: {error}", flush=True)
+            gevent.spawn(environment.runner.quit)  # type: ignore[union-attr]
+
+
+@events.test_stopping.add_listener
+def gather(environment: Environment, **_: object) -> None:
+    if isinstance(environment.runner, MasterRunner) and collector is not None:
+        collector.finish()
+
+
+def finish_worker(environment: Environment, **_: object) -> None:
+    close_session()
+    environment.runner.send_message("llm_done")  # type: ignore[union-attr]
 
 
 @events.test_stop.add_listener
 @events.quitting.add_listener
-def close_session(environment: Environment, **_: object) -> None:
+def stop(environment: Environment, **_: object) -> None:
+    close_session()
+    if collector is not None:
+        collector.stop()
+
+
+def close_session() -> None:
     """The next test gets the options of the form anew."""
-    Session.close()
+    session, Session.current = Session.current, None
+    if session is not None:
+        session.close()
 
 
 class EndpointUser(User):
-    """Sends one prompt after the other to ``endpoint`` and reports E2E, TTFT and TPOT."""
+    """Sends one prompt after the other to ``endpoint``; in an open loop it only shows that the test runs."""
 
     abstract = True
     wait_time = constant(0)
@@ -99,30 +124,27 @@ class EndpointUser(User):
     endpoint = ""
 
     def on_start(self) -> None:
-        self.session = Session.of(self.environment, self.host)
+        self.report = Reporter(self.environment, self.endpoint)
 
     @task
-    def generate(self) -> None:
-        record = self.session.bridge.run(self.session.next_load(self.endpoint))
-        if not record.cancelled:
-            self._report(record)
-        if record.error is not None:
-            gevent.sleep(1.0)  # a server that is gone would be asked thousands of times a second
-
-    def _report(self, record: RequestRecord) -> None:
-        problem = record.problem
-        self.environment.events.request.fire(
-            request_type="E2E",
-            name=self.endpoint,
-            response_time=record.e2e_s * 1e3 if record.chunk_ns else 0,
-            response_length=record.num_output_tokens or 0,
-            exception=RuntimeError(problem) if problem else None,
-            context={},
-        )
-        # Rows of their own, past the totals: they are parts of requests and not requests.
-        for row, seconds in (("TTFT", record.ttft_s), ("TPOT", record.tpot_s)):
-            if seconds is not None:
-                self.session.stats.get(self.endpoint, row).log(seconds * 1e3, 0)  # type: ignore[arg-type]
+    def talk(self) -> None:
+        session = Session.current
+        if session is None or session.open_loop:
+            gevent.sleep(0.2)
+            return
+        turns = session.ask(self.endpoint)
+        index, turn, ask = next(turns)
+        while not session.closing:
+            answer = session.send(self.endpoint, index, turn, ask)
+            if not answer.record.cancelled:
+                self.report(answer.record)
+            if answer.record.error is not None:
+                gevent.sleep(1.0)  # a server that is gone would be asked thousands of times a second
+                return
+            try:
+                index, turn, ask = turns.send(answer.text)
+            except StopIteration:
+                return
 
 
 class TextGeneration(EndpointUser):

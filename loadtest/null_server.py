@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -18,12 +20,12 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import triton_to_np_dtype
 
 from client import wire
 
-Responses = AsyncIterator[service_pb2.ModelStreamInferResponse]
+Responses = AsyncIterator[bytes]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Timing:
     """One request at a time; the others wait in the order of their arrival."""
     missing_tokens: int = 0
     """How much shorter an answer is than it should be."""
+    step: bool = False
+    """All requests get their tokens at the same moments, ``tpot_s`` apart, as in-flight batching gives them."""
 
 
 @dataclass
@@ -54,7 +58,9 @@ class Served:
     """``running``, ``complete``, ``cancelled`` or ``stopped`` (by a stop request)."""
 
 
-class NullService(service_pb2_grpc.GRPCInferenceServiceServicer):
+class NullService:
+    """The methods of ``inference.GRPCInferenceService`` that a load generator calls."""
+
     def __init__(self, timing: Timing) -> None:
         self.timing = timing
         self.log: list[Served] = []
@@ -75,9 +81,9 @@ class NullService(service_pb2_grpc.GRPCInferenceServiceServicer):
             inputs = _inputs(request)
             if request.model_name == "tensorrt_llm" and inputs.get("stop"):
                 self.stop_requests.append(request.id)
-                yield _response(request, {}, final=True)
+                yield _response(request, final=True).SerializeToString()
             elif error := _refusal(request, inputs):
-                yield service_pb2.ModelStreamInferResponse(error_message=error)
+                yield service_pb2.ModelStreamInferResponse(error_message=error).SerializeToString()
             else:
                 async for response in self._generate(request, inputs):
                     yield response
@@ -102,9 +108,11 @@ class NullService(service_pb2_grpc.GRPCInferenceServiceServicer):
         start, total = time.perf_counter(), served.inputs["max_tokens"] - self.timing.missing_tokens
         served.first_scheduled_ns = time.time_ns()
         first = min(self.timing.first_chunk_tokens, total)
-        words = []
+        writer, words = _Writer(request, served), []
         for count in range(first, total + 1):
             due = start + self.timing.ttft_s + (count - first) * self.timing.tpot_s
+            if self.timing.step:
+                due = math.ceil(due / self.timing.tpot_s) * self.timing.tpot_s
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             if request.id in self.stop_requests:
                 served.outcome = "stopped"
@@ -112,9 +120,9 @@ class NullService(service_pb2_grpc.GRPCInferenceServiceServicer):
             served.token_times_ns.append(time.time_ns())
             words.append(" word" * (first if count == first else 1))
             if served.inputs.get("stream"):
-                yield _response(request, _outputs(words.pop(), count, served), final=count == total)
+                yield writer.write(words.pop(), count, final=count == total)
         if words:
-            yield _response(request, _outputs("".join(words), total, served), final=True)
+            yield writer.write("".join(words), total, final=True)
         served.outcome = "complete"
 
 
@@ -138,35 +146,62 @@ def _refusal(request: service_pb2.ModelInferRequest, inputs: dict) -> str | None
     return None
 
 
-def _outputs(text: str, count: int, served: Served) -> dict:
-    times = (
-        served.arrival_ns,
-        served.first_scheduled_ns,
-        served.token_times_ns[0],
-        served.token_times_ns[-1],
+def _handlers(service: NullService) -> grpc.GenericRpcHandler:
+    def unary(name: str) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(
+            getattr(service, name),
+            request_deserializer=getattr(service_pb2, f"{name}Request").FromString,
+            response_serializer=getattr(service_pb2, f"{name}Response").SerializeToString,
+        )
+
+    methods = {name: unary(name) for name in ("ServerLive", "ServerReady", "ModelReady")}
+    methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        service.ModelStreamInfer, request_deserializer=service_pb2.ModelInferRequest.FromString
     )
-    return {
-        "text_output": ("BYTES", text),
-        "num_input_tokens": ("INT32", len(served.inputs["text_input"].split())),
-        "num_output_tokens": ("INT32", count),
-        **{name: ("INT64", value) for name, value in zip(wire.REQUIRED_PERF_FIELDS, times, strict=True)},
-    }
+    return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)
 
 
-def _response(request, outputs: dict, *, final: bool) -> service_pb2.ModelStreamInferResponse:
+def _response(request, *, final: bool) -> service_pb2.ModelStreamInferResponse:
     message = service_pb2.ModelStreamInferResponse()
     response = message.infer_response
     response.model_name, response.id = request.model_name, request.id
     response.parameters["triton_final_response"].bool_param = final
-    for name, (datatype, value) in outputs.items():
-        tensor = response.outputs.add(name=name, datatype=datatype)
-        tensor.shape.extend([1, 1])
-        if datatype == "BYTES":
-            raw = serialize_byte_tensor(np.array([value.encode()], dtype=np.object_)).item()
-        else:
-            raw = np.array([value], dtype=triton_to_np_dtype(datatype)).tobytes()
-        response.raw_output_contents.append(raw)
     return message
+
+
+OUTPUTS = (("text_output", "BYTES"), ("num_input_tokens", "INT32"), ("num_output_tokens", "INT32"),
+           *((name, "INT64") for name in wire.REQUIRED_PERF_FIELDS))  # fmt: skip
+
+
+class _Writer:
+    """Responses of one request as bytes; all of its messages but the values are made once.
+
+    A null server that is busy making messages would measure itself.
+    """
+
+    def __init__(self, request, served: Served) -> None:
+        self._served = served
+        self._message = _response(request, final=False)
+        for name, datatype in OUTPUTS:
+            self._message.infer_response.outputs.add(name=name, datatype=datatype).shape.extend([1, 1])
+        self._input_tokens = struct.pack("<i", len(served.inputs["text_input"].split()))
+
+    def write(self, text: str, count: int, *, final: bool) -> bytes:
+        served, word = self._served, text.encode()
+        times = (served.arrival_ns, served.first_scheduled_ns, served.token_times_ns[0], served.token_times_ns[-1])
+        response = self._message.infer_response
+        del response.raw_output_contents[:]
+        response.raw_output_contents.extend(
+            (
+                struct.pack("<I", len(word)) + word,
+                self._input_tokens,
+                struct.pack("<i", count),
+                *(struct.pack("<q", at) for at in times),
+            )
+        )
+        if final:
+            response.parameters["triton_final_response"].bool_param = True
+        return self._message.SerializeToString()
 
 
 class NullServer:
@@ -215,7 +250,7 @@ class NullServer:
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
         self._service = NullService(self._timing)
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._service, server)
+        server.add_generic_rpc_handlers([_handlers(self._service)])
         try:
             self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
         except RuntimeError:
@@ -238,8 +273,9 @@ def main() -> None:
     parser.add_argument(
         "--serial", action="store_true", help="one request at a time, like a batch-1 baseline"
     )
+    parser.add_argument("--step", action="store_true", help="all requests at once, like in-flight batching")
     args = parser.parse_args()
-    timing = Timing(args.ttft_ms / 1e3, args.tpot_ms / 1e3, serial=args.serial)
+    timing = Timing(args.ttft_ms / 1e3, args.tpot_ms / 1e3, serial=args.serial, step=args.step)
     try:
         server = NullServer(timing, args.port).start()
     except OSError as error:

@@ -1,0 +1,75 @@
+"""Confidence: how many samples a percentile needs, and what a ratio of repeats is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy.special import bdtr, stdtrit
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+@cache
+def samples_needed(percent: float) -> int:
+    """Least number of samples for a percentile to be shown.
+
+    With so many, the second largest sample is above the true percentile with 99 % confidence: p90 needs 64,
+    p99 662. The rule is that of MLPerf's early stopping (mlcommons/endpoints, docs/early_stopping.md).
+    """
+    above = 1 - percent / 100
+    n = 2
+    while bdtr(1, n, above) > 0.01:
+        n += 1
+    return n
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """First against second, more than 1 is better, with the interval that holds the true one with 95 %."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    """Pairs of repeats behind it."""
+    method: str = ""
+
+    @property
+    def significant(self) -> bool:
+        """The interval does not hold 1."""
+        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
+
+
+def paired_ratio(pairs: Sequence[tuple[float | None, float | None]]) -> Ratio:
+    """Geometric mean of the pairs' ratios, with Student's t interval of their logarithms."""
+    logs = [math.log(a / b) for a, b in pairs if a and b and a > 0 and b > 0]
+    if not logs:
+        return Ratio(None)
+    mean = sum(logs) / len(logs)
+    if len(logs) < 2:
+        return Ratio(math.exp(mean), n=1, method="one pair: no interval")
+    half = stdtrit(len(logs) - 1, 0.5 + CONFIDENCE / 2) * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    return Ratio(math.exp(mean), low, high, len(logs), "t interval over pairs of neighbouring repeats")
+
+
+def bootstrap_ratio(first: Sequence[float], second: Sequence[float], percent: float = 50, seed: int = 0) -> Ratio:
+    """``percentile(first) / percentile(second)`` of two unpaired samples, with a percentile bootstrap interval."""
+    if len(first) < 2 or len(second) < 2:
+        return Ratio(None)
+    rng = np.random.default_rng(seed)
+
+    def resampled(values: Sequence[float]) -> np.ndarray:
+        array = np.asarray(values, dtype=float)
+        picks = rng.integers(0, len(array), size=(RESAMPLES, len(array)))
+        return np.percentile(array[picks], percent, axis=1)
+
+    ratios = resampled(first) / resampled(second)
+    low, high = np.percentile(ratios, [50 * (1 - CONFIDENCE), 100 - 50 * (1 - CONFIDENCE)])
+    value = float(np.percentile(first, percent) / np.percentile(second, percent))
+    return Ratio(value, float(low), float(high), min(len(first), len(second)), "bootstrap over requests")

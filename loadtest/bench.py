@@ -7,7 +7,6 @@ Exit status: 0 the run is VALID, 1 it is INVALID or could not be done, 2 a setti
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import signal
 import subprocess
@@ -15,9 +14,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -30,27 +26,14 @@ from loadtest.plan import Block, neighbours, plan_blocks, planned_s, too_short
 from loadtest.prompts import Prompts
 from loadtest.records import RequestRecord, read_records
 from loadtest.report import BlockResult, Report, number, publish, table
+from loadtest.target import Target, TargetError, target
 from loadtest.telemetry import Sampler
+from loadtest.trial import LOCUST_LOG, LOCUSTFILE, RECORDS, USER_CLASSES
 from loadtest.warmup import wait_until_idle, warm_up
-
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-USER_CLASSES = {"text_generation": "TextGeneration", "ensemble": "Ensemble", "hf_baseline": "HfBaseline"}
-RECORDS, LOCUST_LOG = "records.jsonl", "locust.log"
 
 
 class BenchError(Exception):
     """The run cannot go on; one line that says why."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """The server under test."""
-
-    url: str
-    pids: Callable[[], list[int]]
-    """Roots of its process trees now; none if it was started elsewhere."""
-    deployment: dict
-    """What it serves; empty if it was started elsewhere."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server too
     try:
         return run(config, prompts)
-    except (BenchError, ClientError) as error:
+    except (BenchError, TargetError, ClientError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -79,7 +62,7 @@ def run(config: BenchConfig, prompts: Prompts) -> int:
     work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
     work.chmod(0o755)
     try:
-        with target(config) as server:
+        with target(config.url, config.build_dir, say) as server:
             report = measure(config, prompts, server, work, deadline)
         if report.valid:
             plot.comparison(report, work / "comparison.png")
@@ -88,32 +71,6 @@ def run(config: BenchConfig, prompts: Prompts) -> int:
         shutil.rmtree(work, ignore_errors=True)
     print(f"\n{table(report)}\n\n{report.verdict}\nreport: {folder / 'report.md'}")
     return 0 if report.valid else 1
-
-
-@contextmanager
-def target(config: BenchConfig) -> Iterator[Target]:
-    """The server that was named, or the one that was built, started here and stopped at the end."""
-    if config.url:
-        yield Target(config.url, lambda: [], {})
-        return
-    # Only here: to measure a server that runs elsewhere, this machine needs no Triton.
-    from model_repository.serve import ServeError, Server, ServeSettings
-
-    build_dir = Path(config.build_dir)
-    deployed = conditions.deployment(build_dir)
-    if not deployed:
-        raise BenchError(f"nothing is built in {build_dir}: run 'make build-engines' first")
-    say("starting {model}, lane {lane}, precision {precision}".format(**deployed))
-    settings = dataclasses.replace(ServeSettings.from_environment(), build_dir=build_dir)
-    server = Server(settings, say)
-    try:
-        server.start()
-    except ServeError as error:
-        raise BenchError(str(error)) from None
-    try:
-        yield Target(settings.grpc_url, lambda: [server.engine_pid, server.triton_pid], deployed)
-    finally:
-        server.stop()
 
 
 def measure(config: BenchConfig, prompts: Prompts, server: Target, work: Path, deadline: float) -> Report:

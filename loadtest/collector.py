@@ -17,13 +17,11 @@ from locust.env import Environment
 from locust.runners import MasterRunner
 
 from loadtest.live import Live
-from loadtest.records import ClientSample, JsonLines, RecordsFull
+from loadtest.records import CLIENTS, RECORDS_FULL_STATUS, WORKERS, ClientSample, JsonLines, RecordsFull
 
-CLIENTS, WORKERS = "clients.jsonl", "workers.jsonl"
 FINISH_S = 20.0
 HOPELESS_S, HOPELESS_ERRORS = 10.0, 20
 """Nothing but errors for so long, and at least so many: the server is not coming back."""
-RECORDS_FULL_STATUS = 4
 
 
 def wall_offset_ns() -> int:
@@ -124,7 +122,14 @@ class Collector:
             return
         try:
             ended = JsonLines(Path(options.records).with_name(WORKERS))
-            ended.write({"block": options.block, "expected": len(self._workers), "finished": len(finished)})
+            ended.write(
+                {
+                    "block": options.block,
+                    "expected": len(self._workers),
+                    "finished": len(finished),
+                    "start_ns": options.llm_plan["start_unix_ns"] - wall_offset_ns(),
+                }
+            )
             ended.close()
         except RecordsFull as error:
             self._give_up(str(error), RECORDS_FULL_STATUS)
@@ -165,5 +170,3 @@ def shifted(record: dict, shift_ns: int) -> dict:
         return record
     moved = {name: record[name] + shift_ns for name in ("sent_ns", "intended_ns") if record[name] is not None}
     return {**record, **moved, "chunk_ns": [at + shift_ns for at in record["chunk_ns"]]}
-
-

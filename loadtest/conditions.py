@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from loadtest.config import BenchConfig
+from loadtest.options import LoadOptions
 from loadtest.telemetry import Gpus
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,12 @@ def deployment(build_dir: Path) -> dict:
         return {}
 
 
-def gather(config: BenchConfig, gpus: Gpus, deployed: dict) -> dict:
+def cores() -> int:
+    """Logical CPUs of this machine."""
+    return psutil.cpu_count() or 1
+
+
+def gather(config: BenchConfig | LoadOptions, gpus: Gpus, deployed: dict) -> dict:
     """Everything but the measurements; ``deployed`` is empty if the server was started elsewhere."""
     return {
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -15,7 +15,7 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names the setting, the value and the remedy."""
 
 
-def _setting(default: Any, help_text: str) -> Any:
+def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
@@ -23,16 +23,16 @@ def _setting(default: Any, help_text: str) -> Any:
 class BenchConfig:
     """``make bench``. Each field is also ``--field-name`` and the environment variable ``FIELD_NAME``."""
 
-    url: str = _setting("", "gRPC address of a running server; empty: start the one that was built")
-    candidate: str = _setting(wire.TEXT_GENERATION, "endpoint under test")
-    baseline: str = _setting(wire.HF_BASELINE, "endpoint that it is compared with")
-    concurrency: int = _setting(16, "requests in flight, each user sending the next when one is answered")
-    output_tokens: int = _setting(64, "exact length of every answer")
-    prompts: str = _setting("", "file of prompts (text lines or JSONL); empty: unique generated prompts")
-    seed: int = _setting(0, "of the generated prompts")
-    budget_s: float = _setting(150.0, "seconds for the server's start, warm-up and measurement together")
-    build_dir: str = _setting("build", "folder of 'make build-engines', whose model is served")
-    reports: str = _setting("reports", "folder that gets one folder per run")
+    url: str = setting("", "gRPC address of a running server; empty: start the one that was built")
+    candidate: str = setting(wire.TEXT_GENERATION, "endpoint under test")
+    baseline: str = setting(wire.HF_BASELINE, "endpoint that it is compared with")
+    concurrency: int = setting(16, "requests in flight, each user sending the next when one is answered")
+    output_tokens: int = setting(64, "exact length of every answer")
+    prompts: str = setting("", "file of prompts (text lines or JSONL); empty: unique generated prompts")
+    seed: int = setting(0, "of the generated prompts")
+    budget_s: float = setting(150.0, "seconds for the server's start, warm-up and measurement together")
+    build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
+    reports: str = setting("reports", "folder that gets one folder per run")
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, remedy: str) -> None:
@@ -55,23 +55,32 @@ class BenchConfig:
         Raises:
             ConfigError: a value that does not parse or cannot work.
         """
-        parser = argparse.ArgumentParser(prog="python -m loadtest.bench", description=cls.__doc__)
-        for setting in fields(cls):
-            option = "--" + setting.name.replace("_", "-")
-            default = f"default: {setting.default or 'none'}"
-            parser.add_argument(option, help=f"{setting.metadata['help']} ({default})")
-        given = vars(parser.parse_args(arguments))
-        values = {}
-        for setting in fields(cls):
-            text = given[setting.name]
-            if text is None:
-                text = os.environ.get(setting.name.upper())
-            if text is not None and text != "":
-                values[setting.name] = _parse(setting.name, text, type(setting.default))
-        return cls(**values)
+        return cls(**read_settings(cls, "python -m loadtest.bench", arguments))
 
 
-def _parse(name: str, text: str, kind: type) -> Any:
+def read_settings(cls: type, program: str, arguments: list[str]) -> dict[str, Any]:
+    """Values of a dataclass of settings: command line before environment; the rest keeps its default.
+
+    Raises:
+        ConfigError: a value that does not parse.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=cls.__doc__)
+    for field_ in fields(cls):
+        option = "--" + field_.name.rstrip("_").replace("_", "-")
+        help_text = f"{field_.metadata['help']} (default: {field_.default or 'none'})"
+        parser.add_argument(option, dest=field_.name, help=help_text.replace("%", "%%"))
+    given = vars(parser.parse_args(arguments))
+    values = {}
+    for field_ in fields(cls):
+        text = given[field_.name]
+        if text is None:
+            text = os.environ.get(field_.name.rstrip("_").upper())
+        if text is not None and text != "":
+            values[field_.name] = parse_value(field_.name.rstrip("_"), text, type(field_.default))
+    return values
+
+
+def parse_value(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:

@@ -119,7 +119,9 @@ class Live:
         reasons = []
         for endpoint, live in sorted(self.endpoints.items()):
             if live.failed or live.wrong:
-                reasons.append(f"{endpoint}: {live.failed} failed, {live.wrong} of the wrong length: {live.problem}")
+                reasons.append(
+                    f"{endpoint}: {live.failed} failed, {live.wrong} of the wrong length: {live.problem}"
+                )
         busy = max((use for _, use in self.clients.values()), default=0.0)
         if busy > MAX_CPU:
             reasons.append(f"a worker uses {100 * busy:.0f} % of a core: add workers")
@@ -144,7 +146,9 @@ class Live:
             "seconds": seconds,
             "verdict": "INVALID" if reasons else "VALID" if answered else "WAITING",
             "reasons": reasons,
-            "endpoints": {name: live.snapshot(now_s, seconds) for name, live in sorted(self.endpoints.items())},
+            "endpoints": {
+                name: live.snapshot(now_s, seconds) for name, live in sorted(self.endpoints.items())
+            },
             "clients": {
                 str(worker): {"cpu": use, "in_flight": sample.in_flight}
                 for worker, (sample, use) in sorted(self.clients.items())

@@ -35,7 +35,12 @@ def add_arguments(parser) -> None:
     add = parser.add_argument
     add("--workload", default="short", choices=list(PRESETS), env_var="WORKLOAD", help="What is asked")
     add("--input-tokens", default="", env_var="INPUT_TOKENS", help="Length of prompts, or its distribution")
-    add("--output-tokens", default="64", env_var="OUTPUT_TOKENS", help="Length of answers, or its distribution")
+    add(
+        "--output-tokens",
+        default="64",
+        env_var="OUTPUT_TOKENS",
+        help="Length of answers, or its distribution",
+    )
     add("--turns", type=int, default=0, env_var="TURNS", help="Of a conversation; 0: as the workload has")
     add("--prompts", default="", env_var="PROMPTS", help="Prompt file; empty: unique generated prompts")
     add("--natural-length", action="store_true", help="Answers may end before --output-tokens")
@@ -46,7 +51,12 @@ def add_arguments(parser) -> None:
     add("--trace", default="", env_var="TRACE", help="Open loop: JSONL file of requests to replay")
     add("--trace-speed", type=float, default=1.0, help="2 replays a trace twice as fast")
     add("--ramp-s", type=float, default=0.0, help="Seconds in which an open loop's rate rises from 0")
-    add("--arrive-for", type=float, default=0.0, help="Seconds of arrivals, then the rest is awaited; 0: no end")
+    add(
+        "--arrive-for",
+        type=float,
+        default=0.0,
+        help="Seconds of arrivals, then the rest is awaited; 0: no end",
+    )
     add("--request-timeout", type=float, default=600.0, help="Seconds until a request has failed")
     hidden = {"include_in_web_ui": False}
     add("--records", default="", env_var="RECORDS", help="JSON-lines file to append to", **hidden)

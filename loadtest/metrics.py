@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loadtest.confidence import samples_needed
 from loadtest.records import RequestRecord
+from loadtest.slo import Slo
 
 P50_SAMPLES = 6
-"""Below this number of samples even their whole range holds the median with less than 95 % probability."""
-P99_SAMPLES = 100
-"""Below this number of samples the 99th percentile would be the maximum by another name."""
+"""Fewer samples are called n/a and not a median."""
+P90_SAMPLES, P95_SAMPLES, P99_SAMPLES = (samples_needed(percent) for percent in (90, 95, 99))
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Window:
         return (self.end_ns - self.start_ns) / 1e9
 
 
-def steady_window(records: Iterable[RequestRecord]) -> Window | None:
-    """First to last completion of a block; None if there are not two at different times."""
-    done = [record.done_ns for record in records if record.complete]
+def steady_window(records: Iterable[RequestRecord], ramp_end_ns: int = 0) -> Window | None:
+    """First to last completion of a block, after the ramp; None if there are not two at different times."""
+    done = [record.done_ns for record in records if record.complete and record.done_ns >= ramp_end_ns]
     if not done or min(done) == max(done):
         return None
     return Window(min(done), max(done))
@@ -59,10 +60,27 @@ def tokens_in(window: Window, records: Iterable[RequestRecord]) -> int:
     return total
 
 
-def latency_sample(window: Window, records: Sequence[RequestRecord]) -> list[RequestRecord]:
-    """The completed requests whose latencies count; see the module's text."""
-    cut_off = min((record.sent_ns for record in records if record.cancelled), default=window.end_ns)
-    return [record for record in records if record.complete and window.start_ns <= record.sent_ns < cut_off]
+def latency_sample(
+    window: Window, records: Sequence[RequestRecord], open_loop: bool = False
+) -> list[RequestRecord]:
+    """The completed requests whose latencies count; see the module's text.
+
+    An open loop waits for all of its requests. Those that were not answered even so are failures, and the
+    others count.
+    """
+    cut_off = window.end_ns
+    if not open_loop:
+        cut_off = min((record.start_ns for record in records if record.cancelled), default=cut_off)
+    return [record for record in records if record.complete and window.start_ns <= record.start_ns < cut_off]
+
+
+def input_tokens_in(window: Window, records: Iterable[RequestRecord]) -> int:
+    """Input tokens of the requests whose first output arrived in the window: then they had been read."""
+    return sum(
+        record.num_input_tokens or 0
+        for record in records
+        if record.chunk_ns and window.start_ns < record.chunk_ns[0] <= window.end_ns
+    )
 
 
 @dataclass(frozen=True)
@@ -75,15 +93,21 @@ class Distribution:
     p99: float | None
     """None below :data:`P99_SAMPLES` samples."""
     worst: float | None
+    mean: float | None = None
+    p90: float | None = None
+    p95: float | None = None
 
     @classmethod
     def of(cls, samples: Iterable[float | None]) -> Distribution:
         values = [sample for sample in samples if sample is not None]
         if not values:
             return cls(0, None, None, None)
-        p50 = float(np.median(values)) if len(values) >= P50_SAMPLES else None
-        p99 = float(np.percentile(values, 99)) if len(values) >= P99_SAMPLES else None
-        return cls(len(values), p50, p99, max(values))
+        needed = {50: P50_SAMPLES, 90: P90_SAMPLES, 95: P95_SAMPLES, 99: P99_SAMPLES}
+        p50, p90, p95, p99 = (
+            float(np.percentile(values, percent)) if len(values) >= least else None
+            for percent, least in needed.items()
+        )
+        return cls(len(values), p50, p99, max(values), sum(values) / len(values), p90, p95)
 
 
 @dataclass(frozen=True)
@@ -103,25 +127,76 @@ class Summary:
     completed: int
     cut_off: int
     failed: int
+    wrong_length: int = 0
+    total_tokens_per_s: float | None = None
+    ntpot_s: Distribution = Distribution(0, None, None, None)
+    gap_s: Distribution = Distribution(0, None, None, None)
+    stall_s: Distribution = Distribution(0, None, None, None)
+    user_tokens_per_s: Distribution = Distribution(0, None, None, None)
+    server_ttft_s: Distribution = Distribution(0, None, None, None)
+    schedule_delay_s: Distribution = Distribution(0, None, None, None)
+    input_tokens: float | None = None
+    output_tokens: float | None = None
+    """Mean lengths of the answered requests, by the server's count."""
+    offered_per_s: float | None = None
+    """Requests that an open loop meant to send, per second of its window."""
+    attained: float | None = None
+    """Share of the requests of the window that kept the SLO; failed ones did not."""
+    goodput_per_s: float | None = None
+    """Requests/s that kept the SLO."""
 
 
-def summarise(endpoint: str, blocks: Sequence[Sequence[RequestRecord]]) -> Summary:
-    """Pools the blocks: tokens over time from their windows, latencies from all samples together."""
-    windows = [(steady_window(records), records) for records in blocks]
+def summarise(
+    endpoint: str,
+    blocks: Sequence[Sequence[RequestRecord]],
+    windows: Sequence[Window | None] | None = None,
+    slo: Slo | None = None,
+    open_loop: bool = False,
+) -> Summary:
+    """Pools the blocks: tokens over time from their windows, latencies from all samples together.
+
+    Args:
+        windows: Of the blocks, where they are known: an open loop's are those of its schedule. ``None``:
+            each from its first completion to its last.
+    """
+    given = [steady_window(records) for records in blocks] if windows is None else windows
+    return _summarise(endpoint, list(zip(given, blocks, strict=True)), slo, open_loop)
+
+
+def _summarise(
+    endpoint: str,
+    windows: list[tuple[Window | None, Sequence[RequestRecord]]],
+    slo: Slo | None,
+    open_loop: bool,
+) -> Summary:
+    blocks = [records for _, records in windows]
     usable = [(window, records) for window, records in windows if window is not None]
     seconds = sum(window.seconds for window, _ in usable)
-    sample = [record for window, records in usable for record in latency_sample(window, records)]
+    sample = [record for window, records in usable for record in latency_sample(window, records, open_loop)]
     tokens = sum(tokens_in(window, records) for window, records in usable)
     rate = tokens / seconds if seconds else None
     everything = [record for records in blocks for record in records]
     lengths = [
         record.num_output_tokens for record in everything if record.complete and record.num_output_tokens
     ]
+    requests_per_s = rate * len(lengths) / sum(lengths) if rate and lengths else None
+    failed = sum(
+        (record.error is not None or (open_loop and record.cancelled))
+        and window.start_ns <= record.start_ns < window.end_ns
+        for window, records in usable
+        for record in records
+    )
+    judged = len(sample) + failed
+    attained = sum(map(slo.kept_by, sample)) / judged if slo and judged else None
+    read = sum(input_tokens_in(window, records) for window, records in usable)
+    due = sum(
+        window.start_ns <= record.start_ns < window.end_ns for window, records in usable for record in records
+    )
     return Summary(
         endpoint=endpoint,
         window_s=seconds,
         output_tokens_per_s=rate,
-        requests_per_s=rate * len(lengths) / sum(lengths) if rate and lengths else None,
+        requests_per_s=requests_per_s,
         e2e_s=Distribution.of(record.e2e_s for record in sample),
         ttft_s=Distribution.of(record.ttft_s for record in sample),
         tpot_s=Distribution.of(record.tpot_s for record in sample),
@@ -129,7 +204,25 @@ def summarise(endpoint: str, blocks: Sequence[Sequence[RequestRecord]]) -> Summa
         completed=sum(record.complete for record in everything),
         cut_off=sum(record.cancelled for record in everything),
         failed=sum(record.error is not None for record in everything),
+        wrong_length=sum(record.error is None and record.problem is not None for record in everything),
+        total_tokens_per_s=rate + read / seconds if rate is not None else None,
+        ntpot_s=Distribution.of(record.ntpot_s for record in sample),
+        gap_s=Distribution.of(gap for record in sample for gap in record.gaps_s),
+        stall_s=Distribution.of(record.stall_s for record in sample),
+        user_tokens_per_s=Distribution.of(1 / record.tpot_s for record in sample if record.tpot_s),
+        server_ttft_s=Distribution.of(record.server_ttft_s for record in sample),
+        schedule_delay_s=Distribution.of(record.schedule_delay_s for record in sample),
+        input_tokens=_mean(record.num_input_tokens for record in sample),
+        output_tokens=_mean(record.num_output_tokens for record in sample),
+        offered_per_s=due / seconds if open_loop and seconds else None,
+        attained=attained,
+        goodput_per_s=attained * requests_per_s if attained is not None and requests_per_s else None,
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,12 @@ class _Writer:
 
     def write(self, text: str, count: int, *, final: bool) -> bytes:
         served, word = self._served, text.encode()
-        times = (served.arrival_ns, served.first_scheduled_ns, served.token_times_ns[0], served.token_times_ns[-1])
+        times = (
+            served.arrival_ns,
+            served.first_scheduled_ns,
+            served.token_times_ns[0],
+            served.token_times_ns[-1],
+        )
         response = self._message.infer_response
         del response.raw_output_contents[:]
         response.raw_output_contents.extend(

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from loadtest.report import Report, number
+from loadtest.result import Result
 
 CANDIDATE, BASELINE, INK, FAINT = "#5a9e0f", "#b8bec6", "#1d2733", "#6b7684"
 
@@ -74,3 +75,40 @@ def _footnote(report: Report) -> str:
     served = ", ".join(str(given[name]) for name in ("model", "lane", "precision") if given[name])
     load = f"{settings['concurrency']} requests in flight, {settings['output_tokens']} output tokens each"
     return "  ·  ".join(part for part in (served, load, where, given["created"][:10]) if part)
+
+
+def summary(result: Result, path: Path) -> None:
+    """Throughput and latency over load, or of each contestant, as a PNG for a README (1600 by 640 pixels)."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=160, facecolor="white")
+    arms = list(dict.fromkeys(cell.arm for cell in result.cells))
+    shades = dict(zip(arms, [CANDIDATE, "#1c6fd1", "#b4540a", "#8a3fbf"] * len(arms), strict=False))
+    if len(arms) > 1:
+        shades[arms[0]] = BASELINE
+    figures = (
+        ("output tokens per second", lambda cell: cell.summary.output_tokens_per_s),
+        (
+            "TTFT p50, ms",
+            lambda cell: 1e3 * cell.summary.ttft_s.p50 if cell.summary.ttft_s.p50 is not None else None,
+        ),
+    )
+    for axes, (title, value) in zip(panels, figures, strict=True):
+        for arm in arms:
+            points = [(c.x, value(c)) for c in result.cells if c.arm == arm and c.x is not None]
+            points = [(x, y) for x, y in points if y is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", color=shades[arm], label=arm, linewidth=2)
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        axes.set_xlabel(
+            "requests in flight" if result.cells[0].closed else "requests/s", fontsize=9, color=FAINT
+        )
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=9, colors=FAINT)
+        axes.grid(axis="y", color="#e6eaee")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(frameon=False, fontsize=9)
+    verdict = "" if result.valid else "INVALID  ·  "
+    figure.text(0.04, 0.93, verdict + result.title, fontsize=13, fontweight="bold", color=INK)
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.82, bottom=0.14, wspace=0.16)
+    figure.savefig(path)
+    plt.close(figure)

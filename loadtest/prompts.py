@@ -14,21 +14,22 @@ from pathlib import Path
 from loadtest.config import ConfigError
 
 
-def _split(table: str) -> list[str]:
+def split_table(table: str) -> list[str]:
+    """Entries between bars."""
     return [" ".join(entry.split()) for entry in table.split("|")]
 
 
-NAMES = _split("""
+NAMES = split_table("""
 Amara| Bruno| Chen| Dalia| Emil| Farah| Goran| Hana| Ivo| Jana| Kofi| Lena| Mateo| Nadia| Otto|
 Priya| Quentin| Rosa| Samir| Tove| Uma| Viktor| Wanda| Xavier| Yuki| Zora
 """)
-ROLES = _split("""
+ROLES = split_table("""
 a nurse| a retired sailor| a new teacher| the night guard| a bridge engineer| my neighbour| a young
 baker| the head gardener| a piano tuner| a bus driver| a travelling vet| a museum guide| a
 beekeeper| a potter| an amateur astronomer| the village clerk| a chess coach| a stage painter| a
 cheese maker| a tax adviser
 """)
-TOPICS = _split("""
+TOPICS = split_table("""
 how tides follow the moon| why bread rises| how to plan a small garden| what makes a good handover|
 how locks on a canal work| why leaves change colour| how to learn a song by ear| how vaccines are
 tested| what a fair rota looks like| how to store apples in winter| why old maps are wrong| how
@@ -37,19 +38,19 @@ pack for a long hike| how a sewing machine makes a stitch| why the sky turns red
 read a contract| how to keep a diary for a year| what causes an echo| how to split a bill fairly|
 why cats purr| how a rumour spreads| how to choose a bicycle| what makes concrete strong
 """)
-REQUESTS = _split("""
+REQUESTS = split_table("""
 Explain {topic} in simple words.| Write a short letter about {topic}.| List five facts about
 {topic}.| Give a careful answer on {topic} and add one example.| Describe {topic} to a curious
 child.| Compare two opinions on {topic}.| Tell a little story that shows {topic}.| Summarise what is
 known on {topic}.
 """)
-DETAILS = _split("""
+DETAILS = split_table("""
 Mention {place} if it helps.| The answer is read aloud in {place}.| It should fit on a card sent
 from {place}.| Please start with a question about {place}.| Keep the tone friendly, as people in
 {place} would.| Somebody in {place} disagrees, so give reasons.| Use the number {number} somewhere.|
 There are {number} listeners, most of them tired.| Finish with a line about {place}.
 """)
-PLACES = _split("""
+PLACES = split_table("""
 Lisbon| the harbour| a mountain hut| Nairobi| the school kitchen| Oslo| a small library| the bus
 station| Kyoto| an island farm| the old theatre| Montevideo| a rainy campsite| Tartu| the market
 square| a quiet office

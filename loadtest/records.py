@@ -8,6 +8,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+CLIENTS, WORKERS = "clients.jsonl", "workers.jsonl"
+"""Beside the records: how the worker processes were doing, and how many of them came to the end."""
+RECORDS_FULL_STATUS = 4
+"""Locust's exit status if the records could not be written."""
+
 
 @dataclass
 class RequestRecord:

@@ -70,13 +70,18 @@ class Profile:
             if min(start, end) < 0 or max(start, end) <= 0 or stage.seconds <= 0:
                 raise ConfigError(f"RATE={text!r} is not valid: rates and lengths must be positive")
             if math.isinf(stage.seconds) and start != end:
-                raise ConfigError(f"RATE={text!r} is not valid: a rate that changes needs a length, as in 1-8@60")
+                raise ConfigError(
+                    f"RATE={text!r} is not valid: a rate that changes needs a length, as in 1-8@60"
+                )
             stages.append(stage)
         if ramp_s:
             first = stages[0]
             if ramp_s >= first.seconds:
                 raise ConfigError(f"RAMP_S={ramp_s:g} is not valid: it must be shorter than the load")
-            stages[:1] = [Stage(0, first.start, ramp_s), Stage(first.start, first.end, first.seconds - ramp_s)]
+            stages[:1] = [
+                Stage(0, first.start, ramp_s),
+                Stage(first.start, first.end, first.seconds - ramp_s),
+            ]
         return cls(tuple(stages))
 
     @property
@@ -88,7 +93,9 @@ class Profile:
         total = 0.0
         for stage in self.stages:
             part = min(seconds, stage.seconds)
-            end = stage.start + (stage.end - stage.start) * (part / stage.seconds if part < stage.seconds else 1)
+            end = stage.start + (stage.end - stage.start) * (
+                part / stage.seconds if part < stage.seconds else 1
+            )
             total += (stage.start + end) / 2 * part
             seconds -= part
             if seconds <= 0:

@@ -40,7 +40,9 @@ class Slo:
                 break
         if not {"ttft", "tpot"} <= set(values) or min(values.values()) <= 0 or values.get("p", 99) > 100:
             names = ", ".join(PRESETS)
-            raise ConfigError(f"SLO={text!r} is not valid: use {names}, or limits like ttft=2s,tpot=100ms,p=99")
+            raise ConfigError(
+                f"SLO={text!r} is not valid: use {names}, or limits like ttft=2s,tpot=100ms,p=99"
+            )
         return cls(text, values["ttft"], values["tpot"], values.get("p", 99.0))
 
     def describe(self) -> str:

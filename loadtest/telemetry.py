@@ -1,11 +1,15 @@
-"""Utilisation of the machine, of the server's processes, and of the GPU, on the records' clock."""
+"""Utilisation of the machine, of the server's processes and of the GPU, and the server's own metrics, all on
+the records' clock.
+"""
 
 from __future__ import annotations
 
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -27,6 +31,35 @@ class Sample:
     gpu_percent: float | None = None
     gpu_memory_mib: float | None = None
     gpu_power_w: float | None = None
+    series: dict[str, float] = field(default_factory=dict)
+    """Everything else by the names of :data:`SERIES`; what could not be read is missing."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """How a report shows one of a sample's values."""
+
+    title: str
+    unit: str
+    scale: float = 1.0
+
+
+SERIES = {
+    "active": Series("Requests in the engine", ""),
+    "waiting": Series("Requests waiting in the engine", ""),
+    "batch": Series("Requests in a step", ""),
+    "pending": Series("Requests waiting in Triton", ""),
+    "kv_used": Series("KV cache in use", "%", 100),
+    "kv_reused": Series("KV blocks reused", ""),
+    "memory_mib": Series("Memory of the machine in use", "MiB"),
+    "server_memory_mib": Series("Memory of the server", "MiB"),
+    "gpu_energy_j": Series("GPU energy so far", "J"),
+    "gpu_clock_mhz": Series("GPU clock (SM)", "MHz"),
+    "gpu_throttled": Series("GPU slowed down by heat or power", "%", 100),
+    "sm_active": Series("SMs active", "%", 100),
+    "tensor_active": Series("Tensor cores active", "%", 100),
+    "dram_active": Series("GPU memory active", "%", 100),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +74,11 @@ class Utilisation:
     gpu_percent: float | None = None
     gpu_memory_mib: float | None = None
     gpu_power_w: float | None = None
+    gpu_energy_j: float | None = None
+    """Used in the windows, by the GPUs' own counters."""
+    seconds: float = 0.0
+    """Of the windows, as far as they were sampled."""
+    series: dict[str, float] = field(default_factory=dict)
 
 
 class Gpus:
@@ -65,6 +103,7 @@ class Gpus:
         return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles]
 
     def read(self) -> dict[str, float]:
+        """Fields of :class:`Sample`; empty without a GPU."""
         if not self._handles:
             return {}
         nvml = self._nvml
@@ -75,18 +114,46 @@ class Gpus:
             "gpu_power_w": sum(nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1e3,
         }
 
+    def read_series(self) -> dict[str, float]:
+        """Values of :data:`SERIES` that the GPUs offer: not all offer all."""
+        values: dict[str, float] = {}
+        if not self._handles:
+            return values
+        nvml, handles = self._nvml, self._handles
+        slow = nvml.nvmlClocksThrottleReasonHwSlowdown | nvml.nvmlClocksThrottleReasonSwThermalSlowdown
+        slow |= (
+            nvml.nvmlClocksThrottleReasonHwThermalSlowdown | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
+        )
+        with suppress(nvml.NVMLError):
+            values["gpu_clock_mhz"] = sum(
+                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM) for handle in handles
+            ) / len(handles)
+        with suppress(nvml.NVMLError):
+            values["gpu_energy_j"] = sum(map(nvml.nvmlDeviceGetTotalEnergyConsumption, handles)) / 1e3
+        with suppress(nvml.NVMLError):
+            reasons = [nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle) for handle in handles]
+            values["gpu_throttled"] = sum(bool(reason & slow) for reason in reasons) / len(handles)
+        return values
+
 
 class Sampler:
     """A thread that samples until it is stopped.
 
     Args:
         server_pids: Roots of the server's process trees now; none if it was started elsewhere.
+        triton_url: Triton's metrics page; empty: none.
+        dcgm_url: Metrics page of a DCGM exporter; empty: none.
     """
 
-    def __init__(self, server_pids: Callable[[], list[int]]) -> None:
+    def __init__(
+        self, server_pids: Callable[[], list[int]], triton_url: str = "", dcgm_url: str = ""
+    ) -> None:
         self.gpus = Gpus()
         self.samples: list[Sample] = []
+        self.missing: dict[str, str] = {}
+        """Metrics page -> why it could not be read, the first time."""
         self._pids = server_pids
+        self._pages = {url: pick for url, pick in ((triton_url, _of_triton), (dcgm_url, _of_dcgm)) if url}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -110,11 +177,20 @@ class Sampler:
             for name, used in last.process_s.items():
                 cores[name] = cores.get(name, 0.0) + (used - first.process_s.get(name, 0.0)) / seconds
         inside = [s for s in self.samples for w in windows if w.start_ns <= s.time_ns <= w.end_ns]
+        joules = [
+            last.series["gpu_energy_j"] - first.series["gpu_energy_j"]
+            for first, last in spans
+            if "gpu_energy_j" in first.series and "gpu_energy_j" in last.series
+        ]
+        means = {name: [s.series[name] for s in inside if name in s.series] for name in SERIES}
         return Utilisation(
             cpu_percent=100 * busy / seconds / psutil.cpu_count(),
             server_cores=sum(cores.values()) if cores else None,
             cores_by_process={name: used for name, used in sorted(cores.items(), key=lambda item: -item[1])},
             **{name: _mean(inside, name) for name in ("gpu_percent", "gpu_memory_mib", "gpu_power_w")},
+            gpu_energy_j=sum(joules) if joules else None,
+            seconds=seconds,
+            series={name: sum(values) / len(values) for name, values in means.items() if values},
         )
 
     def _span(self, window: Window) -> tuple[Sample, Sample] | None:
@@ -125,9 +201,89 @@ class Sampler:
         while not self._stop.wait(INTERVAL_S):
             times = psutil.cpu_times()
             busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+            pids = self._pids()
+            series = {"memory_mib": psutil.virtual_memory().used / 2**20, **self.gpus.read_series()}
+            if pids:
+                series["server_memory_mib"] = process_memory_mib(pids)
+            for url, pick in self._pages.items():
+                try:
+                    series |= pick(fetch_metrics(url))
+                except (OSError, ValueError) as error:
+                    self.missing.setdefault(url, str(error))
             self.samples.append(
-                Sample(time.monotonic_ns(), busy, process_seconds(self._pids()), **self.gpus.read())
+                Sample(time.monotonic_ns(), busy, process_seconds(pids), **self.gpus.read(), series=series)
             )
+
+
+Metrics = dict[tuple[str, str], float]
+"""(family, the values of its labels) -> sum over the models and GPUs that have it."""
+
+
+def fetch_metrics(url: str, timeout_s: float = 1.0) -> Metrics:
+    """A Prometheus page's samples, keyed by name and by name with each label value.
+
+    Raises:
+        OSError: nobody answers.
+        ValueError: it is not such a page.
+    """
+    with urllib.request.urlopen(url, timeout=timeout_s) as response:
+        return parse_metrics(response.read().decode())
+
+
+def parse_metrics(text: str) -> Metrics:
+    """Prometheus' text format; values of the same name and label value are added up."""
+    values: Metrics = {}
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([A-Za-z_:][\w:]*)(\{.*\})?\s+(\S+)(\s+\d+)?", line.strip())
+        if match is None:
+            raise ValueError(f"not a metrics page: {line[:60]!r}")
+        name, labels, number = match[1], match[2] or "", float(match[3])
+        for label in {"", *re.findall(r'="((?:[^"\\]|\\.)*)"', labels)}:
+            values[name, label] = values.get((name, label), 0.0) + number
+    return values
+
+
+def _of_triton(page: Metrics) -> dict[str, float]:
+    """Triton's and the engine's values under the names of :data:`SERIES`."""
+    wanted = {
+        "active": ("nv_trt_llm_request_metrics", "active"),
+        "waiting": ("nv_trt_llm_request_metrics", "waiting"),
+        "batch": ("nv_trt_llm_request_metrics", "scheduled"),
+        "kv_used": ("nv_trt_llm_kv_cache_block_metrics", "fraction"),
+        "kv_reused": ("nv_trt_llm_kv_cache_block_metrics", "reused"),
+        "pending": ("nv_inference_pending_request_count", ""),
+    }
+    return {name: page[key] for name, key in wanted.items() if key in page}
+
+
+def _of_dcgm(page: Metrics) -> dict[str, float]:
+    """DCGM's profiling values (shares from 0 to 1), as means over the GPUs."""
+    gpus = max(
+        1,
+        len({label for name, label in page if name == "DCGM_FI_PROF_SM_ACTIVE" and label.startswith("GPU-")}),
+    )
+    wanted = {
+        "sm_active": "DCGM_FI_PROF_SM_ACTIVE",
+        "tensor_active": "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
+        "dram_active": "DCGM_FI_PROF_DRAM_ACTIVE",
+    }
+    return {name: page[family, ""] / gpus for name, family in wanted.items() if (family, "") in page}
+
+
+def process_memory_mib(roots: list[int]) -> float:
+    """Memory of the processes below ``roots`` (resident, shared pages counted for each)."""
+    total = 0
+    for root in roots:
+        try:
+            processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+        for process in processes:
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+    return total / 2**20
 
 
 def process_seconds(roots: list[int]) -> dict[str, float]:

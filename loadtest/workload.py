@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.config import ConfigError
-from loadtest.prompts import NAMES, Prompts
+from loadtest.prompts import NAMES, Prompts, split_table
 
-WORDS = """
-time year people way day man thing woman life child world school state family student group country problem
-hand part place case week company system program question work night point home water room mother area money
-story fact month lot right study book eye job word business issue side kind head house service friend father
-power hour game line end member law car city name team minute idea body back face door health person art war
-history party result change morning reason research girl guy moment air teacher force education foot boy age
-policy music market sense nation plan college interest death experience effect use class control field light
-road river garden winter summer paper table window letter picture voice mountain train island silver forest
-""".split()
+WORDS = split_table("""
+time| year| people| way| day| man| thing| woman| life| child| world| school| state| family| student| group|
+country| problem| hand| part| place| case| week| company| system| program| question| work| night| point|
+home| water| room| mother| area| money| story| fact| month| lot| right| study| book| eye| job| word|
+business| issue| side| kind| head| house| service| friend| father| power| hour| game| line| end| member|
+law| car| city| name| team| minute| idea| body| back| face| door| health| person| art| war| history| party|
+result| change| morning| reason| research| girl| guy| moment| air| teacher| force| education| foot| boy|
+age| policy| music| market| sense| nation| plan| college| interest| death| experience| effect| use| class|
+control| field| light| road| river| garden| winter| summer| paper| table| window| letter| picture| voice|
+mountain| train| island| silver| forest
+""")
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,14 @@ class Lengths:
         wanted = {"fixed": 1, "uniform": 2, "normal": 2, "lognormal": 2}
         try:
             lengths = cls(text, kind, *(float(v) for v in values), longest=int(longest or cls.longest))
-            ok = wanted.get(kind) == len(values) and lengths.a >= 1 and lengths.b >= 0 and lengths.longest >= 1
-            ok = ok and (kind != "uniform" or lengths.b >= lengths.a) and (kind != "fixed" or lengths.a % 1 == 0)
+            ok = (
+                wanted.get(kind) == len(values) and lengths.a >= 1 and lengths.b >= 0 and lengths.longest >= 1
+            )
+            ok = (
+                ok
+                and (kind != "uniform" or lengths.b >= lengths.a)
+                and (kind != "fixed" or lengths.a % 1 == 0)
+            )
         except (ValueError, TypeError):
             ok = False
         if not ok:
@@ -143,10 +151,10 @@ class Workload:
         return self.preset.prefix_tokens > 0 or self.turns > 1
 
     @property
-    def longest_output(self) -> int:
-        """A length that few answers exceed."""
+    def typical_output(self) -> int:
+        """Median length of an answer."""
         rng = random.Random(0)
-        return max(self._outputs.draw(rng) for _ in range(100))
+        return sorted(self._outputs.draw(rng) for _ in range(101))[50]
 
     def describe(self) -> str:
         about = f"prompts of {self.spec.prompts}" if self.spec.prompts else self.preset.about

@@ -63,10 +63,11 @@ def test_client_against_model_clock():
 
 
 def test_percentiles_need_samples():
-    few, some, many = (Distribution.of(range(count)) for count in (5, 99, 101))
+    few, some, many = (Distribution.of(range(count)) for count in (5, 661, 662))
     assert (few.n, few.p50, few.p99, few.worst) == (5, None, None, 4)
-    assert (some.n, some.p50, some.p99, some.worst) == (99, 49, None, 98)
-    assert many.p99 == 99.0
+    assert (some.n, some.p50, some.p99, some.worst) == (661, 330, None, 660)
+    assert many.p99 == pytest.approx(654.39)
+    assert Distribution.of(range(63)).p90 is None and Distribution.of(range(64)).p90 == pytest.approx(56.7)
     assert Distribution.of([None]) == Distribution(0, None, None, None)
 
 

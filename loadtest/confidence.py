@@ -58,18 +58,23 @@ def paired_ratio(pairs: Sequence[tuple[float | None, float | None]]) -> Ratio:
     return Ratio(math.exp(mean), low, high, len(logs), "t interval over pairs of neighbouring repeats")
 
 
-def bootstrap_ratio(first: Sequence[float], second: Sequence[float], percent: float = 50, seed: int = 0) -> Ratio:
-    """``percentile(first) / percentile(second)`` of two unpaired samples, with a percentile bootstrap interval."""
+def bootstrap_ratio(
+    first: Sequence[float], second: Sequence[float], percent: float | None = 50, seed: int = 0
+) -> Ratio:
+    """Ratio of two unpaired samples' percentiles, or means if ``percent`` is None, with a bootstrap interval."""
     if len(first) < 2 or len(second) < 2:
         return Ratio(None)
     rng = np.random.default_rng(seed)
 
+    def statistic(values: np.ndarray) -> np.ndarray:
+        return values.mean(axis=-1) if percent is None else np.percentile(values, percent, axis=-1)
+
     def resampled(values: Sequence[float]) -> np.ndarray:
         array = np.asarray(values, dtype=float)
         picks = rng.integers(0, len(array), size=(RESAMPLES, len(array)))
-        return np.percentile(array[picks], percent, axis=1)
+        return statistic(array[picks])
 
     ratios = resampled(first) / resampled(second)
     low, high = np.percentile(ratios, [50 * (1 - CONFIDENCE), 100 - 50 * (1 - CONFIDENCE)])
-    value = float(np.percentile(first, percent) / np.percentile(second, percent))
-    return Ratio(value, float(low), float(high), min(len(first), len(second)), "bootstrap over requests")
+    value = float(statistic(np.asarray(first, dtype=float)) / statistic(np.asarray(second, dtype=float)))
+    return Ratio(value, float(low), float(high), min(len(first), len(second)), "bootstrap, unpaired")

@@ -1,0 +1,220 @@
+"""Settings of ``run``, ``compare``, ``sweep``, ``search`` and ``calibrate``, checked once at the edge.
+
+Each field is also ``--field-name`` and the environment variable ``FIELD_NAME``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from client import wire
+from loadtest.assertions import parse_all
+from loadtest.config import ConfigError, read_settings, setting
+from loadtest.schedule import PATTERNS, Profile
+from loadtest.slo import Slo
+from loadtest.workload import PRESETS, Workload, WorkloadSpec, read_trace
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A contestant: an endpoint of a server."""
+
+    label: str
+    url: str
+    """gRPC address."""
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What all commands share."""
+
+    url: str = setting("", "gRPC address of a running server; empty: start the one that was built")
+    workload: str = setting("short", f"what is asked: {', '.join(PRESETS)}")
+    input_tokens: str = setting("", "length of prompts, like 128, uniform:64:256 or lognormal:180:0.8<=1500")
+    output_tokens: str = setting("", "length of answers, exact; a number or a distribution")
+    natural_length: int = setting(0, "1: answers may end before that")
+    turns: int = setting(0, "of a conversation; 0: as the workload has")
+    prompts: str = setting("", "file of prompts (text lines or JSONL) instead of generated ones")
+    seed: int = setting(0, "of prompts, lengths and arrivals")
+    arrivals: str = setting("poisson", f"of an open loop: {', '.join(PATTERNS)}")
+    burstiness: float = setting(1.0, "shape of gamma arrivals: below 1 is burstier than Poisson")
+    ramp_s: float = setting(0.0, "seconds in which the load rises; not measured")
+    discard_s: float = setting(0.0, "seconds after the ramp that are not measured either")
+    drain_s: float = setting(60.0, "longest wait for the last answers of an open loop")
+    request_timeout: float = setting(600.0, "seconds until a request has failed")
+    processes: int = setting(1, "worker processes of the load generator on this machine")
+    workers: int = setting(0, "wait for so many 'python -m loadtest worker', on any machines, instead")
+    master_port: int = setting(5557, "where those workers connect")
+    slo: str = setting(
+        "mlperf-server", "mlperf-server, mlperf-interactive, or limits like ttft=2s,tpot=100ms,p=99"
+    )
+    price: float = setting(0.0, "dollars per hour of the machine, for the cost of a million tokens")
+    metrics_url: str = setting("", "Triton's metrics page; empty: that of the server started here, else none")
+    dcgm_url: str = setting("", "metrics page of a DCGM exporter, like http://127.0.0.1:9400/metrics")
+    calibrate_s: float = setting(4.0, "seconds to find the load generator's own ceiling; 0: do not")
+    assert_: str = setting(
+        "", "what must hold, like 'ttft_p99<500ms, ratio>=6'; exit status 3 if it does not"
+    )
+    build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
+    reports: str = setting("reports", "folder that gets one folder per run")
+
+    def __post_init__(self) -> None:
+        self._require(self.arrivals in PATTERNS, "arrivals", f"use one of {', '.join(PATTERNS)}")
+        for name in ("burstiness", "drain_s", "request_timeout"):
+            self._require(getattr(self, name) > 0, name, "use a positive number")
+        for name in ("ramp_s", "discard_s", "price", "calibrate_s", "seed", "workers", "turns"):
+            self._require(getattr(self, name) >= 0, name, "use 0 or a positive number")
+        self._require(1 <= self.processes <= 256, "processes", "use a number from 1 to 256")
+        self._require(not self.prompts or Path(self.prompts).is_file(), "prompts", "no such file")
+        Workload.of(self.workload_spec)
+        Slo.parse(self.slo)
+        parse_all(self.assert_)
+
+    def _require(self, ok: bool, name: str, remedy: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name.upper()}={getattr(self, name)!r} is not valid: {remedy}")
+
+    @property
+    def workload_spec(self) -> WorkloadSpec:
+        return WorkloadSpec(
+            self.workload, self.input_tokens, self.output_tokens, self.prompts, self.seed, self.turns
+        )
+
+    @classmethod
+    def from_arguments(cls, command: str, arguments: list[str]) -> Self:
+        """Command line before environment before defaults.
+
+        Raises:
+            ConfigError: a value that does not parse or cannot work.
+        """
+        return cls(**read_settings(cls, f"python -m loadtest {command}", arguments))
+
+
+@dataclass(frozen=True)
+class RunOptions(LoadOptions):
+    """One load on one endpoint: closed loop, open loop (--rate) or the replay of a trace (--trace)."""
+
+    endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test")
+    concurrency: int = setting(16, "closed loop: requests in flight")
+    rate: str = setting("", "open loop: requests/s, like 4, 1-8 (rising) or 2@30,8@30 (stages)")
+    trace: str = setting("", "open loop: JSONL file of requests to replay")
+    trace_speed: float = setting(1.0, "2 replays a trace twice as fast")
+    seconds: float = setting(30.0, "of load; a trace may be shorter")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.endpoint in wire.ENDPOINTS, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}")
+        self._require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
+        self._require(self.seconds >= 1, "seconds", "use at least 1")
+        self._require(self.trace_speed > 0, "trace_speed", "use a positive number")
+        self._require(not (self.rate and self.trace), "trace", "give either a rate or a trace")
+        self._require(
+            self.ramp_s + self.discard_s < self.seconds, "seconds", "use more than RAMP_S and DISCARD_S"
+        )
+        if self.rate:
+            Profile.parse(self.rate, self.seconds, self.ramp_s)
+        if self.trace:
+            read_trace(self.trace, self.seed)
+
+
+@dataclass(frozen=True)
+class CompareOptions(LoadOptions):
+    """Several endpoints, or servers, under the same loads, in turns."""
+
+    arms: str = setting("", "contestants as LABEL=HOST:PORT/ENDPOINT with commas between, slowest first; "
+                             "empty: hf_baseline and text_generation of one server")  # fmt: skip
+    levels: str = setting("1,8", "concurrencies that all get")
+    rounds: int = setting(3, "repeats; fewer (at least 2) if the budget does not hold them")
+    budget_s: float = setting(270.0, "seconds for the server's start, warm-up and measurement together")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(2 <= self.rounds <= 20, "rounds", "use a number from 2 to 20")
+        self._require(self.budget_s > 0, "budget_s", "use a positive number of seconds")
+        concurrencies("levels", self.levels)
+        parse_arms(self.arms, self.url)
+
+
+@dataclass(frozen=True)
+class SweepOptions(LoadOptions):
+    """Loads from low to high: the curve of latency over throughput, with its knee."""
+
+    arms: str = setting("", "as in compare; empty: text_generation of one server")
+    levels: str = setting("1,2,4,8,16", "concurrencies, or requests/s if they start with 'rate:'")
+    seconds: float = setting(20.0, "of load at each level")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.seconds >= 1, "seconds", "use at least 1")
+        parse_levels("levels", self.levels)
+        parse_arms(self.arms, self.url)
+
+
+@dataclass(frozen=True)
+class SearchOptions(LoadOptions):
+    """The highest rate of requests that holds the SLO."""
+
+    endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test")
+    start: float = setting(1.0, "requests/s to begin with")
+    precision: float = setting(0.1, "relative width at which the search ends")
+    most_trials: int = setting(12, "trials at most")
+    seconds: float = setting(30.0, "of load in each trial")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.endpoint in wire.ENDPOINTS, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}")
+        self._require(self.start > 0, "start", "use a positive number of requests/s")
+        self._require(0.01 <= self.precision <= 1, "precision", "use a number from 0.01 to 1")
+        self._require(self.seconds >= 1, "seconds", "use at least 1")
+        self._require(2 <= self.most_trials <= 50, "most_trials", "use a number from 2 to 50")
+
+
+def concurrencies(name: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1 or max(values) > 4096 or len(set(values)) < len(values):
+        raise ConfigError(
+            f"{name.upper()}={text!r} is not valid: use different numbers from 1 to 4096, like 1,8"
+        )
+    return values
+
+
+def parse_levels(name: str, text: str) -> tuple[list[int], list[float]]:
+    """(concurrencies, rates); one of them is empty."""
+    if not text.startswith("rate:"):
+        return sorted(concurrencies(name, text)), []
+    try:
+        rates = [float(part) for part in text.removeprefix("rate:").split(",")]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+        raise ConfigError(
+            f"{name.upper()}={text!r} is not valid: use different positive rates, like rate:1,2,4"
+        )
+    return [], sorted(rates)
+
+
+def parse_arms(text: str, url: str) -> list[Arm]:
+    """``LABEL=HOST:PORT/ENDPOINT`` with commas between; an address that is left out is ``url``.
+
+    Raises:
+        ConfigError: not such a list, or a label twice.
+    """
+    arms = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        label, equals, where = part.partition("=")
+        address, slash, endpoint = (where if equals else label).rpartition("/")
+        if endpoint not in wire.ENDPOINTS or not label:
+            raise ConfigError(
+                f"ARMS={part!r} is not valid: use LABEL=HOST:PORT/ENDPOINT with an endpoint of "
+                f"{', '.join(wire.ENDPOINTS)}"
+            )
+        arms.append(Arm(label if equals else endpoint, address if slash else url, endpoint))
+    if len({arm.label for arm in arms}) < len(arms):
+        raise ConfigError(f"ARMS={text!r} is not valid: each label may come once")
+    return arms

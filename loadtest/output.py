@@ -1,0 +1,197 @@
+"""A result as files and on the console: JSON, HTML, Markdown, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtest import html, plot
+from loadtest.metrics import Distribution
+from loadtest.report import LATEST, number
+from loadtest.result import DEFINITIONS, Cell, Comparison, Result
+from loadtest.words import (
+    AUDIT,
+    ROWS,
+    ceiling_text,
+    comparison_title,
+    flat,
+    ratio_text,
+    rows_of,
+    search_line,
+    value_text,
+)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def markdown(result: Result, base: str = "") -> str:
+    """The whole report; its first line is the verdict."""
+    parts = [
+        result.verdict,
+        f"# {result.title}",
+        f"{result.created} · SLO {result.slo.name}: {result.slo.describe()}",
+    ]
+    if result.checked:
+        rows = [(c.text, "n/a" if c.value is None else f"{c.value:.4g}", "holds" if c.ok else "**fails**")
+                for c in result.checked]  # fmt: skip
+        parts += ["## Assertions", _table(("condition", "value", ""), rows)]
+    if result.search:
+        parts.append(search_line(result))
+    if result.comparisons:
+        parts += ["## Ratios", _ratio_table(result.comparisons), f"Ratio: {DEFINITIONS['ratio']}."]
+    parts += ["## Figures", _table(["", *(f"{c.arm}, {c.level}" for c in result.cells)],
+                                   [(t, *shown) for t, shown in rows_of(result.cells, ROWS)])]  # fmt: skip
+    if result.kind != "compare" or not result.comparisons:
+        for arm, level in result.knees.items():
+            parts.append(f"Knee of {arm}: {level}.")
+    for cell in result.cells:
+        if cell.over_capacity:
+            parts.append(f"{cell.arm} at {cell.level} is over capacity: {cell.over_capacity}.")
+    if result.trials:
+        parts.append(f"![{result.title}]({base}summary.png)")
+    parts += ["## The load generator itself", _table(["", *(f"{c.arm}, {c.level}" for c in result.cells)],
+                                                     [(t, *shown) for t, shown in rows_of(result.cells, AUDIT)])]  # fmt: skip
+    if result.ceiling:
+        parts.append(ceiling_text(result))
+    if result.trials:
+        parts += ["## Repeats", _trials(result)]
+    parts += [
+        "## Conditions",
+        "\n".join(f"- {name}: {flat(value)}" for name, value in result.conditions.items()),
+    ]
+    if result.notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in result.notes)]
+    parts += ["## Definitions", "\n".join(f"- **{name}**: {text}." for name, text in DEFINITIONS.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio_table(found: Sequence[Comparison]) -> str:
+    rows = [
+        (
+            comparison_title(c),
+            f"{c.first}: {value_text(c.metric, c.first_value)}",
+            f"{c.second}: {value_text(c.metric, c.second_value)}",
+            f"**{ratio_text(c.ratio)}**" if c.ratio.value else c.note or "n/a",
+        )
+        for c in found
+    ]
+    return _table(("", "first", "second", "ratio"), rows)
+
+
+def _trials(result: Result) -> str:
+    head = (
+        "repeat",
+        "load",
+        "tokens/s",
+        "TTFT p50 ms",
+        "TPOT p50 ms",
+        "E2E p50 s",
+        "answered",
+        "cut off",
+        "failed",
+    )
+    rows = [
+        (
+            t.name,
+            t.level,
+            number(t.output_tokens_per_s),
+            number(t.ttft_p50_s, 1e3),
+            number(t.tpot_p50_s, 1e3),
+            number(t.e2e_p50_s),
+            str(t.answered),
+            str(t.cut_off),
+            str(t.failed),
+        )
+        for t in result.trials
+    ]
+    return _table(head, rows)
+
+
+def write_csv(result: Result, path: Path) -> None:
+    """One line per contestant and load, with every figure in SI units."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        flat_cells = [_columns(cell) for cell in result.cells]
+        names = list(dict.fromkeys(name for columns in flat_cells for name in columns))
+        writer.writerow(["verdict", *names])
+        for columns in flat_cells:
+            writer.writerow(
+                ["VALID" if result.valid else "INVALID", *(columns.get(name, "") for name in names)]
+            )
+
+
+def _columns(cell: Cell) -> dict[str, object]:
+    columns: dict[str, object] = {
+        name: getattr(cell, name) for name in ("arm", "endpoint", "level", "repeats")
+    }
+    for name, value in vars(cell.summary).items():
+        if isinstance(value, Distribution):
+            columns |= {
+                f"{name}_{part}": getattr(value, part)
+                for part in ("n", "mean", "p50", "p90", "p95", "p99", "worst")
+            }
+        elif name != "endpoint":
+            columns[name] = value
+    for name in (
+        "cpu_percent",
+        "server_cores",
+        "gpu_percent",
+        "gpu_memory_mib",
+        "gpu_power_w",
+        "gpu_energy_j",
+    ):
+        columns[name] = getattr(cell.utilisation, name)
+    columns |= {name: cell.utilisation.series[name] for name in cell.utilisation.series}
+    columns |= {"joules_per_token": cell.joules_per_token, "cost_per_million": cell.cost_per_million}
+    columns |= {"slo_held": cell.slo_held, "over_capacity": bool(cell.over_capacity)}
+    return columns
+
+
+def console(result: Result, folder: Path) -> str:
+    """What is printed at the end."""
+    lines = [""]
+    width = max((len(f"{c.arm}, {c.level}") for c in result.cells), default=0) + 2
+    keys = ("output tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "E2E p50", "kept the SLO")
+    shown = dict(rows_of(result.cells, ROWS))
+    keys = tuple(key for key in keys if key in shown)
+    lines.append(" " * width + "".join(f"{key:>18}" for key in keys))
+    for index, cell in enumerate(result.cells):
+        name = f"{cell.arm}, {cell.level}"
+        over = "  over capacity" if cell.over_capacity else ""
+        lines.append(f"{name:<{width}}" + "".join(f"{shown[key][index]:>18}" for key in keys) + over)
+    for found in result.comparisons:
+        if found.metric == "output_tokens_per_s" or found.metric == "ttft_p50":
+            title = f"{found.second} against {found.first}, {comparison_title(found)}"
+            lines.append(f"{title}: {ratio_text(found.ratio) if found.ratio.value else found.note or 'n/a'}")
+    if result.search:
+        lines.append(search_line(result).replace("**", ""))
+    lines += [f"knee of {arm}: {level}" for arm, level in result.knees.items() if result.kind == "sweep"]
+    for check in result.checked:
+        value = "not measured" if check.value is None else f"{check.value:.4g}"
+        lines.append(f"assert {check.text}: {'ok' if check.ok else 'FAILED'} ({value})")
+    return "\n".join([*lines, "", result.verdict, f"report: {folder / 'report.html'}"])
+
+
+def publish(result: Result, work: Path, reports: Path, name: str) -> Path:
+    """Writes the reports into ``work``, gives the folder its name, and points ``reports/latest`` at it."""
+    result.save(work / "report.json")
+    (work / "report.md").write_text(markdown(result), encoding="utf-8")
+    (work / "report.html").write_text(html.page(result), encoding="utf-8")
+    write_csv(result, work / "figures.csv")
+    if any(cell.summary.output_tokens_per_s for cell in result.cells):
+        plot.summary(result, work / "summary.png")
+    folder = reports / name
+    number_ = 1
+    while folder.exists():
+        number_ += 1
+        folder = reports / f"{name}-{number_}"
+    work.rename(folder)
+    link = reports / f".{LATEST}.{os.getpid()}"
+    link.symlink_to(folder.name)
+    link.replace(reports / LATEST)
+    return folder

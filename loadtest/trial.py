@@ -1,0 +1,287 @@
+"""One stretch of load on one endpoint: a headless Locust in a process of its own, and what it recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loadtest.conditions import PROJECT
+from loadtest.metrics import Window, steady_window
+from loadtest.options import Arm, LoadOptions
+from loadtest.records import (
+    CLIENTS,
+    RECORDS_FULL_STATUS,
+    WORKERS,
+    ClientSample,
+    RequestRecord,
+    read_clients,
+    read_records,
+)
+from loadtest.schedule import Profile
+from loadtest.workload import read_trace
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+USER_CLASSES = {"text_generation": "TextGeneration", "ensemble": "Ensemble", "hf_baseline": "HfBaseline"}
+RECORDS, LOCUST_LOG = "records.jsonl", "locust.log"
+PROGRESS_S = 10.0
+START_S = 90.0
+"""Longest that Locust may take beyond the load itself: its start, its workers', its end."""
+
+
+class LoadError(Exception):
+    """The run cannot go on; one line that says why."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard: exactly one of the three."""
+
+    concurrency: int = 0
+    rate: str = ""
+    trace: str = ""
+    trace_speed: float = 1.0
+
+    @property
+    def closed(self) -> bool:
+        return self.concurrency > 0
+
+    @property
+    def label(self) -> str:
+        if self.closed:
+            return f"{self.concurrency} in flight"
+        return f"trace {Path(self.trace).name}" if self.trace else f"{self.rate} requests/s"
+
+    @property
+    def x(self) -> float | None:
+        """Its place on the axis of loads."""
+        if self.closed:
+            return float(self.concurrency)
+        try:
+            return float(self.rate)
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be done."""
+
+    name: str
+    arm: Arm
+    level: Level
+    seconds: float
+    round: int = 1
+    first_prompt: int = 0
+
+
+@dataclass
+class Outcome:
+    """What was recorded."""
+
+    trial: Trial
+    records: list[RequestRecord] = field(default_factory=list)
+    clients: list[ClientSample] = field(default_factory=list)
+    window: Window | None = None
+    """The part that counts; None if there is none."""
+    expected: float | None = None
+    """Requests that an open loop was to send in the window."""
+    failure: str | None = None
+
+
+def run_trial(
+    trial: Trial, options: LoadOptions, work: Path, say: Callable[[str], None], locustfile: Path = LOCUSTFILE
+) -> Outcome:
+    """Runs Locust to its end and reads what it left in ``work``; a failure is told and not raised."""
+    failure = None
+    try:
+        _run_locust(trial, options, work, say, locustfile)
+    except LoadError as error:
+        failure = str(error)
+    except KeyboardInterrupt:
+        failure = "stopped by Ctrl-C"
+    return read_outcome(trial, options, work, failure)
+
+
+def read_outcome(trial: Trial, options: LoadOptions, work: Path, failure: str | None = None) -> Outcome:
+    """The trial's part of the files."""
+    records = [record for record in read_records(work / RECORDS) if record.block == trial.name]
+    clients = [sample for sample in read_clients(work / CLIENTS) if sample.block == trial.name]
+    ended = _workers(work / WORKERS, trial.name)
+    if failure is None and ended is None:
+        failure = "the load generator did not say that it had ended"
+    if ended is not None and ended["finished"] < ended["expected"]:
+        lost = ended["expected"] - ended["finished"]
+        failure = (
+            failure or f"{lost} of {ended['expected']} workers went missing, and their last records with them"
+        )
+    start_ns = ended["start_ns"] if ended else min((record.start_ns for record in records), default=0)
+    window, expected = _window(trial, options, records, start_ns)
+    return Outcome(trial, records, clients, window, expected, failure)
+
+
+def _window(
+    trial: Trial, options: LoadOptions, records: list[RequestRecord], start_ns: int
+) -> tuple[Window | None, float | None]:
+    settled_s = options.ramp_s + options.discard_s
+    if trial.level.closed:
+        return steady_window(records, start_ns + int(settled_s * 1e9)), None
+    if trial.level.trace:
+        times = [row.at_s / trial.level.trace_speed for row in read_trace(trial.level.trace, options.seed)]
+        end_s = min(trial.seconds, max(times) + 1e-3)
+        expected = float(sum(settled_s <= at < end_s for at in times))
+    else:
+        profile = Profile.parse(trial.level.rate, trial.seconds, options.ramp_s)
+        end_s = min(trial.seconds, profile.seconds)
+        # The schedule's own number and not its mean: chance is no fault of the client.
+        expected = _scheduled(options, profile, settled_s, end_s)
+    if end_s <= settled_s:
+        return None, expected
+    return Window(start_ns + int(settled_s * 1e9), start_ns + int(end_s * 1e9)), expected
+
+
+def _scheduled(options: LoadOptions, profile: Profile, start_s: float, end_s: float) -> float:
+    from loadtest.schedule import unit_times
+
+    count = 0
+    for at_s in profile.times(unit_times(options.arrivals, options.seed, options.burstiness)):
+        if at_s >= end_s:
+            break
+        count += at_s >= start_s
+    return float(count)
+
+
+def _workers(path: Path, block: str) -> dict | None:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return None
+    return next((line for line in reversed(lines) if line["block"] == block), None)
+
+
+def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) -> list[str]:
+    """Locust's command line."""
+    level, endpoint = trial.level, trial.arm.endpoint
+    closed, run_s = level.closed, trial.seconds
+    users = level.concurrency if closed else max(1, options.processes, options.workers)
+    ramp_s = options.ramp_s if closed else 0.0
+    values = {
+        "-f": locustfile,
+        "--host": trial.arm.url,
+        "-u": users,
+        "-r": round(users / ramp_s, 3) if ramp_s else users,
+        "-t": math.ceil(run_s if closed else run_s + options.drain_s),
+        "--workload": options.workload,
+        "--input-tokens": options.input_tokens,
+        "--turns": options.turns,
+        "--prompts": Path(options.prompts).resolve() if options.prompts else "",
+        "--seed": options.seed,
+        "--request-timeout": options.request_timeout,
+        "--first-prompt": trial.first_prompt,
+        "--records": work / RECORDS,
+        "--block": trial.name,
+        "--exit-code-on-error": 0,  # the records tell what failed
+    }
+    if options.output_tokens:
+        values["--output-tokens"] = options.output_tokens
+    else:
+        values["--output-tokens"] = ""  # as the workload has, and not the environment's
+    if not closed:
+        values |= {
+            "--rate": level.rate,
+            "--trace": Path(level.trace).resolve() if level.trace else "",
+            "--trace-speed": level.trace_speed,
+            "--arrivals": options.arrivals,
+            "--burstiness": options.burstiness,
+            "--ramp-s": options.ramp_s,
+            "--arrive-for": run_s,
+        }
+    else:
+        values |= {"--rate": "", "--trace": ""}
+    if options.workers:
+        values |= {
+            "--master-bind-port": options.master_port,
+            "--expect-workers": options.workers,
+            "--expect-workers-max-wait": 60,
+        }
+    elif options.processes > 1:
+        values["--processes"] = options.processes
+    words = [
+        f"{name}={value}" if name.startswith("--") else f"{name}{value}" for name, value in values.items()
+    ]
+    words += ["--natural-length"] if options.natural_length else []
+    words += ["--master"] if options.workers else []
+    program = [sys.executable, "-m", "loadtest.locust_main", "--headless", "--only-summary"]
+    return [*program, *words, USER_CLASSES[endpoint]]
+
+
+def _run_locust(
+    trial: Trial, options: LoadOptions, work: Path, say: Callable[[str], None], locustfile: Path
+) -> None:
+    limit_s = START_S + trial.seconds + (0 if trial.level.closed else options.drain_s)
+    with (work / LOCUST_LOG).open("a", encoding="utf-8") as log:
+        log_start = log.tell()
+        locust = subprocess.Popen(
+            command(trial, options, work, locustfile), cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            status = _wait(locust, trial, work, limit_s, say)
+        except BaseException:
+            _end(locust)
+            raise
+    if status is None:
+        raise LoadError("Locust did not end in time")
+    if status != 0:
+        last = _last_line(work / LOCUST_LOG, log_start)
+        if status == RECORDS_FULL_STATUS:
+            raise LoadError(last)
+        raise LoadError(f"Locust ended with status {status}: {last}")
+
+
+def _wait(
+    locust: subprocess.Popen, trial: Trial, work: Path, limit_s: float, say: Callable[[str], None]
+) -> int | None:
+    """Its exit status, or None if it did not end in time; says how it goes on meanwhile."""
+    start, seen, answered = time.monotonic(), 0, 0
+    while (passed := time.monotonic() - start) < limit_s:
+        try:
+            return locust.wait(timeout=PROGRESS_S)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            with (work / RECORDS).open("rb") as records:
+                records.seek(seen)
+                new = records.read()
+        except FileNotFoundError:
+            new = b""
+        seen, answered = seen + len(new), answered + new.count(b"\n")
+        say(
+            f"{trial.name}: {passed + PROGRESS_S:.0f} s of about {trial.seconds + 3:.0f}, {answered} requests ended"
+        )
+    _end(locust)
+    return None
+
+
+def _end(locust: subprocess.Popen) -> None:
+    """Gives it the time to write what it has."""
+    if locust.poll() is None:
+        locust.send_signal(signal.SIGTERM)
+        try:
+            locust.wait(timeout=25)
+        except subprocess.TimeoutExpired:
+            locust.kill()
+            locust.wait()
+
+
+def _last_line(log: Path, start: int) -> str:
+    """The last error that Locust logged, without its time stamp, else its last line."""
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    told = [line for line in lines if "/ERROR/" in line or line.startswith("error:")]
+    line = (told or lines or [""])[-1]
+    return line.split(": ", 1)[1] if "/ERROR/" in line and ": " in line else line.removeprefix("error: ")

@@ -1,0 +1,127 @@
+"""How figures are written in every report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from loadtest.confidence import Ratio
+from loadtest.metrics import Distribution
+from loadtest.report import number
+from loadtest.result import Cell, Comparison, Result
+
+TITLES = {
+    "output_tokens_per_s": "output throughput",
+    "ttft_p50": "TTFT p50",
+    "tpot_p50": "TPOT p50",
+    "e2e_p50": "E2E p50",
+}
+
+
+def time_of(values: Distribution, percentile: str) -> str:
+    """In milliseconds, or in seconds from ten on; n/a with the reason."""
+    value = getattr(values, percentile)
+    if value is None:
+        return f"n/a (n={values.n})"
+    return f"{number(value)} s" if value >= 10 else f"{number(value, 1e3)} ms"
+
+
+ROWS: list[tuple[str, Callable[[Cell], str]]] = [
+    ("output tokens/s", lambda c: number(c.summary.output_tokens_per_s)),
+    ("total tokens/s", lambda c: number(c.summary.total_tokens_per_s)),
+    ("requests/s", lambda c: number(c.summary.requests_per_s)),
+    ("TTFT p50", lambda c: time_of(c.summary.ttft_s, "p50")),
+    ("TTFT p90", lambda c: time_of(c.summary.ttft_s, "p90")),
+    ("TTFT p99", lambda c: time_of(c.summary.ttft_s, "p99")),
+    ("TPOT p50", lambda c: time_of(c.summary.tpot_s, "p50")),
+    ("TPOT p99", lambda c: time_of(c.summary.tpot_s, "p99")),
+    ("gap p99", lambda c: time_of(c.summary.gap_s, "p99")),
+    ("worst stall", lambda c: time_of(c.summary.stall_s, "worst")),
+    ("E2E p50", lambda c: time_of(c.summary.e2e_s, "p50")),
+    ("E2E p99", lambda c: time_of(c.summary.e2e_s, "p99")),
+    ("NTPOT p50", lambda c: time_of(c.summary.ntpot_s, "p50")),
+    ("per-user speed p50", lambda c: f"{number(c.summary.user_tokens_per_s.p50)} tokens/s"),
+    ("kept the SLO", lambda c: percent(c.summary.attained)),
+    ("goodput", lambda c: f"{number(c.summary.goodput_per_s)} requests/s"),
+    ("samples", lambda c: str(c.summary.e2e_s.n)),
+    ("input / output tokens, mean", lambda c: f"{number(c.summary.input_tokens)} / {number(c.summary.output_tokens)}"),
+    ("failed / wrong length / cut off", lambda c: f"{c.summary.failed} / {c.summary.wrong_length} / {c.summary.cut_off}"),
+    ("CPU of the machine", lambda c: f"{number(c.utilisation.cpu_percent)} %"),
+    ("KV cache in use", lambda c: percent(c.utilisation.series.get("kv_used"))),
+    ("requests in a step, mean", lambda c: number(c.utilisation.series.get("batch"))),
+    ("GPU utilisation", lambda c: f"{number(c.utilisation.gpu_percent)} %"),
+    ("GPU power", lambda c: f"{number(c.utilisation.gpu_power_w)} W"),
+    ("energy per output token", lambda c: f"{number(c.joules_per_token, 1e3)} mJ"),
+    ("cost of a million output tokens", lambda c: f"${number(c.cost_per_million)}"),
+]  # fmt: skip
+AUDIT: list[tuple[str, Callable[[Cell], str]]] = [
+    ("outside the server's own TTFT, p50", lambda c: time_of(c.summary.outside_s, "p50")),
+    ("outside the server's own TTFT, p99", lambda c: time_of(c.summary.outside_s, "p99")),
+    ("time stamps late, p99", lambda c: f"{number(c.health.lag_p99_ms)} ms"),
+    ("requests sent late, p99", lambda c: f"{number(c.health.schedule_delay_p99_ms)} ms"),
+    ("busiest worker, cores", lambda c: number(c.health.cpu)),
+    ("workers", lambda c: str(c.health.workers)),
+]  # fmt: skip
+
+
+def percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{number(share, 100)} %"
+
+
+def rows_of(
+    cells: Sequence[Cell], rows: Sequence[tuple[str, Callable[[Cell], str]]]
+) -> list[tuple[str, list[str]]]:
+    """Rows with something to say in at least one column."""
+    made = [(title, [show(cell) for cell in cells]) for title, show in rows]
+    return [
+        (title, shown)
+        for title, shown in made
+        if not all(text.startswith(("n/a", "$n/a", "nan")) for text in shown)
+    ]
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """``9.8× (95 %: 9.5–10.1, n=3)``."""
+    if ratio.value is None:
+        return "n/a"
+    if ratio.low is None:
+        return f"{number(ratio.value)}× (n={ratio.n}, no interval)"
+    return f"{number(ratio.value)}× (95 %: {number(ratio.low)}–{number(ratio.high)}, n={ratio.n})"
+
+
+def comparison_title(found: Comparison) -> str:
+    return f"{TITLES[found.metric]}, {found.condition}"
+
+
+def value_text(metric: str, value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    if metric == "output_tokens_per_s":
+        return f"{number(value)} tokens/s"
+    return f"{number(value)} s" if value >= 10 else f"{number(value, 1e3)} ms"
+
+
+def ceiling_text(result: Result) -> str:
+    ceiling = result.ceiling
+    assert ceiling is not None
+    return (
+        f"One worker takes in {number(ceiling.tokens_per_s)} tokens/s on this machine ({number(ceiling.us_per_token)} µs "
+        f"of a core each, {number(ceiling.delay_p99_ms)} ms late at p99), measured before this run against a null server "
+        f"with {ceiling.streams} streams. Runs above 60 % of that are INVALID."
+    )
+
+
+def search_line(result: Result) -> str:
+    found = result.search
+    assert found is not None
+    if found.max_rate is None:
+        return f"No rate holds the SLO, not even {number(found.fails_at)} requests/s ({found.trials} trials)."
+    fails = f"; {number(found.fails_at)} breaks it" if found.fails_at else ""
+    return f"**{number(found.max_rate)} requests/s** hold the SLO{fails} ({found.trials} trials, ended by {found.limit})."
+
+
+def flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {flat(inner)}" for name, inner in value.items() if inner != "")
+    if isinstance(value, list):
+        return "; ".join(flat(item) for item in value)
+    return "not known (the server was started elsewhere)" if value is None else str(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -56,9 +55,13 @@ class Experiment:
         self.workload = Workload.of(options.workload_spec)
         self.slo = Slo.parse(options.slo)
         self.outcomes: list[Outcome] = []
-        self.started_ns = time.monotonic_ns()
         self._used: Counter[str] = Counter()
         self._number = 0
+
+    @property
+    def first_ns(self) -> int:
+        """When the first request was due: the zero of every report's clock."""
+        return min((r.start_ns for o in self.outcomes for r in o.records), default=0)
 
     def check_ready(self) -> None:
         """Raises ClientError: an endpoint is not there."""
@@ -208,27 +211,28 @@ class Experiment:
         with (self.work / REQUESTS).open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["repeat", "arm", "level", "measured", *columns])
+            first_ns = self.first_ns
             for outcome in self.outcomes:
                 trial, window = outcome.trial, outcome.window
                 sample = latency_sample(window, outcome.records, not trial.level.closed) if window else []
                 measured = {record.id for record in sample}
                 for record in outcome.records:
-                    values = [(record.start_ns - self.started_ns) / 1e9]
+                    values = [(record.start_ns - first_ns) / 1e9]
                     values += [getattr(record, name) if record.chunk_ns else None for name in columns[1:]]
                     where = (trial.name, trial.arm.label, trial.level.label, int(record.id in measured))
                     writer.writerow([*where, *("" if value is None else value for value in values)])
 
     def _trial(self, outcome: Outcome) -> TrialResult:
         summary, window = self.summary([outcome]), outcome.window
-        times = [record.start_ns for record in outcome.records] or [self.started_ns]
+        times = [record.start_ns for record in outcome.records] or [self.first_ns]
         start, end = (window.start_ns, window.end_ns) if window else (min(times), max(times))
         return TrialResult(
             name=outcome.trial.name,
             arm=outcome.trial.arm.label,
             level=outcome.trial.level.label,
             round=outcome.trial.round,
-            start_s=(start - self.started_ns) / 1e9,
-            end_s=(end - self.started_ns) / 1e9,
+            start_s=(start - self.first_ns) / 1e9,
+            end_s=(end - self.first_ns) / 1e9,
             output_tokens_per_s=summary.output_tokens_per_s,
             ttft_p50_s=summary.ttft_s.p50,
             tpot_p50_s=summary.tpot_s.p50,
@@ -282,9 +286,9 @@ class Experiment:
         ends = [record.chunk_ns[-1] for record in records if record.chunk_ns]
         if not ends:
             return {}
-        start = min(record.start_ns for record in records)
+        start = self.first_ns
         seconds = (max(ends) - start) / 1e9
-        step_s = max(1.0, round(seconds / TIMELINE_POINTS, 1))
+        step_s = max(0.5, round(seconds / TIMELINE_POINTS, 1))
         count = int(seconds / step_s) + 1
         lines: list[dict] = []
         for arm in dict.fromkeys(outcome.trial.arm.label for outcome in self.outcomes):

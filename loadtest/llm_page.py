@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flask import jsonify
+from flask import Response, jsonify, request
 from locust.web import WebUI
 
 from loadtest.live import Live
@@ -12,13 +12,26 @@ from loadtest.live import Live
 PAGE = Path(__file__).with_name("llm_page.html")
 
 
+LINK = (
+    '<a href="llm" style="position:fixed;right:20px;bottom:20px;z-index:9999;padding:8px 16px;border-radius:999px;'
+    'background:#3f8f0f;color:#fff;font:600 14px system-ui,sans-serif;text-decoration:none">LLM figures</a>'
+)
+
+
 def add_to(web_ui: WebUI, live: Live) -> None:
     """Adds the page, its data, and a link to it on Locust's own page."""
 
-    @web_ui.app.route("/llm")
     def page() -> str:
         return PAGE.read_text(encoding="utf-8")
 
-    @web_ui.app.route("/llm/live")
-    def figures():
+    def figures() -> Response:
         return jsonify(live.snapshot())
+
+    def linked(response: Response) -> Response:
+        if request.path == "/" and response.mimetype == "text/html":
+            response.set_data(response.get_data(as_text=True).replace("</body>", f"{LINK}</body>"))
+        return response
+
+    web_ui.app.add_url_rule("/llm", "llm", page)
+    web_ui.app.add_url_rule("/llm/live", "llm_live", figures)
+    web_ui.app.after_request(linked)

@@ -59,9 +59,9 @@ class Profile:
         stages = []
         for part in text.split(","):
             rates, _, length = part.partition("@")
-            low, _, high = rates.partition("-")
+            low, dash, high = rates.partition("-")
             try:
-                start, end = float(low), float(high or low)
+                start, end = float(low), float(high if dash else low)
                 stage = Stage(start, end, float(length) if length else seconds)
             except ValueError:
                 raise ConfigError(

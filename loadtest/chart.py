@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from loadtest.report import number
-
 WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 38
 COLOURS = 6
@@ -55,6 +53,7 @@ def lines(
 
     Args:
         limits: (y, words) of horizontal lines.
+        y_top: the axis ends there, whatever little is above it.
         shares: y goes from 0 to 1 and is shown in percent.
     """
     xs = [x for line in drawn for x, y in zip(line.x, line.y, strict=True) if y is not None]
@@ -64,7 +63,7 @@ def lines(
     # A limit far above the data would press the data flat; then it is named and not drawn.
     shown = [limit for limit in limits if limit[0] <= 3 * max(ys)]
     x_axis = _Axis.over(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
-    top = 1.0 if shares else max([*ys, *(y for y, _ in shown), y_top or 0.0])
+    top = 1.0 if shares else y_top or max([*ys, *(y for y, _ in shown)])
     y_axis = _Axis.over(min(ys) if log_y else 0.0, top, HEIGHT - BOTTOM, TOP, log_y)
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">']
     parts += [_y_tick(y_axis, value, shares) for value in y_axis.ticks()]
@@ -73,8 +72,9 @@ def lines(
     for y, words in shown:
         at = y_axis.at(y)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        beside = at - 4 if at > TOP + 10 else at + 13
         parts.append(
-            f'<text class="label" x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(words)}</text>'
+            f'<text class="label" x="{WIDTH - RIGHT}" y="{beside:.1f}" text-anchor="end">{escape(words)}</text>'
         )
     for line in drawn:
         parts += _line(line, x_axis, y_axis)
@@ -114,21 +114,21 @@ def intervals(rows: Sequence[tuple[str, float, float | None, float | None]]) -> 
     values = [v for _, value, low, high in rows for v in (value, low, high) if v]
     if not values:
         return ""
-    row_height, left = 30, 12
+    row_height, left, width = 26, 236, 720
     height = row_height * len(rows) + 26
-    axis = _Axis.over(min(0.8, *values) * 0.95, max(1.25, *values) * 1.05, left, WIDTH - RIGHT, True)
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="ratios">']
+    axis = _Axis.over(min(0.8, *values) * 0.95, max(1.25, *values) * 1.05, left, width - RIGHT, True)
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="ratios">']
     for value in axis.ticks():
         at = axis.at(value)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{height - 20}"/>')
         parts.append(
-            f'<text class="tick" x="{at:.1f}" y="{height - 6}" text-anchor="middle">{number(value)}×</text>'
+            f'<text class="tick" x="{at:.1f}" y="{height - 6}" text-anchor="middle">{tick(value)}×</text>'
         )
     at = axis.at(1.0)
     parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{height - 20}"/>')
     for index, (words, value, low, high) in enumerate(rows):
-        y = row_height * index + 22
-        parts.append(f'<text class="word" x="{left}" y="{y - 8}">{escape(words)}</text>')
+        y = row_height * index + 16
+        parts.append(f'<text class="word" x="0" y="{y + 4}">{escape(words)}</text>')
         if low and high:
             parts.append(
                 f'<line class="bar c0" x1="{axis.at(low):.1f}" x2="{axis.at(high):.1f}" y1="{y}" y2="{y}"/>'
@@ -163,7 +163,7 @@ class _Axis:
             share = math.log(max(value, 1e-12) / self.low) / math.log(self.high / self.low)
         else:
             share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        return self.start + min(1.02, share) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
         if self.log:

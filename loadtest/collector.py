@@ -115,7 +115,7 @@ class Collector:
             return
         self.live.ended_s = time.monotonic()
         options, runner = self.environment.parsed_options, self.environment.runner
-        finished = self._finished if isinstance(runner, MasterRunner) else self._workers
+        finished = self._finished & self._workers if isinstance(runner, MasterRunner) else self._workers
         self.live.lost_workers = len(self._workers - finished)
         files, self._files = self._files, None
         if files is None or options is None:

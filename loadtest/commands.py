@@ -50,7 +50,7 @@ def main(command: str, arguments: list[str]) -> int:
     try:
         if command == "compare" and arguments and not arguments[0].startswith("-"):
             return compare_saved(arguments)
-        options_of = {
+        options_of: dict[str, type[LoadOptions]] = {
             "run": RunOptions,
             "compare": CompareOptions,
             "sweep": SweepOptions,
@@ -168,7 +168,8 @@ def compare(experiment: Experiment, started_s: float) -> Result:
     say(f"plan: {rounds} rounds of {len(seconds)} blocks, {total_s:.0f} s")
     if total_s > left_s + 1:
         say(
-            f"{MIN_ROUNDS} short rounds do not fit BUDGET_S={options.budget_s:g} at this load; they are done all the same"
+            f"{MIN_ROUNDS} short rounds do not fit BUDGET_S={options.budget_s:g} at this load; "
+            f"they are done all the same"
         )
     for number in range(1, rounds + 1):
         order = arms if number % 2 else list(reversed(arms))

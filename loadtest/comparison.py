@@ -53,8 +53,8 @@ def _comparison(
     rounds = sorted(set(series[0]) & set(series[1]))
     faster_is_less = metric != "output_tokens_per_s"
     pairs = [(series[0][r], series[1][r]) if faster_is_less else (series[1][r], series[0][r]) for r in rounds]
-    values = [_pooled(result.cells, *where, metric) for where in (one, other)]
-    return Comparison(metric, condition, one[0], other[0], *values, paired_ratio(pairs), note)
+    a, b = (_pooled(result.cells, *where, metric) for where in (one, other))
+    return Comparison(metric, condition, one[0], other[0], a, b, paired_ratio(pairs), note)
 
 
 def _by_round(trials: Sequence[TrialResult], arm: str, level: str, field: str) -> dict[int, float | None]:
@@ -92,9 +92,9 @@ def _at_slo(
     condition = f"at the SLO {result.slo.name}"
     if kept[0] is None or kept[1] is None:
         who = [label for label, cell in zip((first, second), kept, strict=True) if cell is None]
-        values = [cell.summary.output_tokens_per_s if cell else None for cell in kept]
+        a, b = (cell.summary.output_tokens_per_s if cell else None for cell in kept)
         note = f"{' and '.join(who)} kept it at no level"
-        return [Comparison("output_tokens_per_s", condition, first, second, *values, Ratio(None), note)]
+        return [Comparison("output_tokens_per_s", condition, first, second, a, b, Ratio(None), note)]
     one, other = kept[0], kept[1]
     note = f"{first} at {one.level}, {second} at {other.level}"
     where = (first, one.level), (second, other.level)
@@ -159,8 +159,8 @@ def merge(saved: Sequence[Saved]) -> Result:
                 ratio = bootstrap_ratio(samples[1], samples[0], None)
             else:
                 ratio = bootstrap_ratio(samples[0], samples[1])
-            values = [_pooled(result.cells, label, level, metric) for label in (first, second)]
-            result.comparisons.append(Comparison(metric, level, first, second, *values, ratio))
+            a, b = (_pooled(result.cells, label, level, metric) for label in (first, second))
+            result.comparisons.append(Comparison(metric, level, first, second, a, b, ratio))
     return result
 
 

@@ -35,7 +35,10 @@ METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "stall": "Worst stall"}
 
 def page(result: Result) -> str:
     """The whole file."""
-    colours = {arm: i % chart.COLOURS for i, arm in enumerate(dict.fromkeys(c.arm for c in result.cells))}
+    arms = list(dict.fromkeys(c.arm for c in result.cells))
+    # The first of several is what the others are held against: it is grey.
+    shift = 1 if len(arms) > 1 else 0
+    colours = {arm: (i - shift) % chart.COLOURS for i, arm in enumerate(arms)}
     body = [
         _head(result),
         _assertions(result),
@@ -126,7 +129,8 @@ def _tiles(result: Result) -> str:
             (time_of(summary.e2e_s, "p50"), "E2E p50", f"p99 {time_of(summary.e2e_s, 'p99')}"),
         ]
     shown = "".join(
-        f'<div class="tile"><p class="big">{escape(big)}</p><p>{escape(what)}</p><p class="small">{escape(small)}</p></div>'
+        f'<div class="tile"><p class="big">{escape(big)}</p><p>{escape(what)}</p>'
+        f'<p class="small">{escape(small)}</p></div>'
         for big, what, small in tiles[:8]
     )
     told = f'<p class="about">{escape(search_line(result).replace("**", ""))}</p>' if result.search else ""
@@ -137,8 +141,8 @@ def _ratios(result: Result) -> str:
     if not result.comparisons:
         return ""
     groups: dict[tuple[str, str], list[Comparison]] = {}
-    for found in result.comparisons:
-        groups.setdefault((found.first, found.second), []).append(found)
+    for one in result.comparisons:
+        groups.setdefault((one.first, one.second), []).append(one)
     parts = []
     for (first, second), found in groups.items():
         rows = [
@@ -156,9 +160,9 @@ def _ratios(result: Result) -> str:
                 for c in found
             ],
         )
-        figure = f"<figure>{chart.intervals(rows)}</figure>" if rows else ""  # type: ignore[arg-type]
-        parts.append(f'<div class="beside">{figure}{table}</div>')
-    about = f"More than 1 is in favour of the second contestant. {DEFINITIONS['ratio'].capitalize()}."
+        figure = f'<figure class="ratios">{chart.intervals(rows)}</figure>' if rows else ""  # type: ignore[arg-type]
+        parts.append(f"{figure}{table}")
+    about = f"{DEFINITIONS['ratio'].capitalize()}."
     return _section("Ratios", *parts, about=about)
 
 
@@ -271,8 +275,8 @@ def _timeline(result: Result, colours: dict[str, int]) -> str:
             for line in mine
         ]
         unit = f" ({mine[0]['unit']})" if mine[0]["unit"] else ""
-        top = 100.0 if mine[0]["unit"] == "%" else None
-        svg = chart.lines(drawn, x_label="seconds since the first request", y_label=name, y_top=top)
+        whole = 100.0 if mine[0]["unit"] == "%" else None
+        svg = chart.lines(drawn, x_label="seconds since the first request", y_label=name, y_top=whole)
         if svg:
             figures.append(f"<figure><figcaption>{escape(name + unit)}</figcaption>{svg}</figure>")
     about = "All on the client's clock; means over each step of the axis."

@@ -32,6 +32,8 @@ def add_to(web_ui: WebUI, live: Live) -> None:
             response.set_data(response.get_data(as_text=True).replace("</body>", f"{LINK}</body>"))
         return response
 
-    web_ui.app.add_url_rule("/llm", "llm", page)
-    web_ui.app.add_url_rule("/llm/live", "llm_live", figures)
-    web_ui.app.after_request(linked)
+    app = web_ui.app
+    assert app is not None  # made by its constructor
+    app.add_url_rule("/llm", "llm", page)
+    app.add_url_rule("/llm/live", "llm_live", figures)
+    app.after_request(linked)

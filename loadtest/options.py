@@ -126,7 +126,8 @@ class CompareOptions(LoadOptions):
 
     arms: str = setting("", "contestants as LABEL=HOST:PORT/ENDPOINT with commas between, slowest first; "
                              "empty: hf_baseline and text_generation of one server")  # fmt: skip
-    levels: str = setting("1,8", "concurrencies that all get")
+    output_tokens: str = setting("16", LoadOptions.__dataclass_fields__["output_tokens"].metadata["help"])
+    levels: str = setting("1,4", "concurrencies that all get")
     rounds: int = setting(3, "repeats; fewer (at least 2) if the budget does not hold them")
     budget_s: float = setting(270.0, "seconds for the server's start, warm-up and measurement together")
 

@@ -54,8 +54,9 @@ def markdown(result: Result, base: str = "") -> str:
             parts.append(f"{cell.arm} at {cell.level} is over capacity: {cell.over_capacity}.")
     if result.trials:
         parts.append(f"![{result.title}]({base}summary.png)")
-    parts += ["## The load generator itself", _table(["", *(f"{c.arm}, {c.level}" for c in result.cells)],
-                                                     [(t, *shown) for t, shown in rows_of(result.cells, AUDIT)])]  # fmt: skip
+    heads = ["", *(f"{c.arm}, {c.level}" for c in result.cells)]
+    audited = [(title, *shown) for title, shown in rows_of(result.cells, AUDIT)]
+    parts += ["## The load generator itself", _table(heads, audited)]
     if result.ceiling:
         parts.append(ceiling_text(result))
     if result.trials:
@@ -156,9 +157,9 @@ def console(result: Result, folder: Path) -> str:
     """What is printed at the end."""
     lines = [""]
     width = max((len(f"{c.arm}, {c.level}") for c in result.cells), default=0) + 2
-    keys = ("output tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "E2E p50", "kept the SLO")
+    wanted = ("output tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "E2E p50", "kept the SLO")
     shown = dict(rows_of(result.cells, ROWS))
-    keys = tuple(key for key in keys if key in shown)
+    keys = [key for key in wanted if key in shown]
     lines.append(" " * width + "".join(f"{key:>18}" for key in keys))
     for index, cell in enumerate(result.cells):
         name = f"{cell.arm}, {cell.level}"

@@ -138,7 +138,7 @@ class Result:
     checked: list[Checked] = field(default_factory=list)
     """Assertions."""
     timeline: dict = field(default_factory=dict)
-    """``t`` (s since the first request) and series of the same length under ``lines``; None where nothing was measured."""
+    """``t`` (s since the first request) and series of that length under ``lines``; None: not measured."""
     distributions: list[dict] = field(default_factory=list)
     """``arm``, ``level``, ``metric``, and the curve: values ``x`` (s) with the share ``y`` of requests below."""
     conditions: dict = field(default_factory=dict)

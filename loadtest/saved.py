@@ -47,7 +47,7 @@ class Saved:
         if metric == "output_tokens_per_s":
             spans = [(t.start_s, t.end_s) for t in self.result.trials if (t.arm, t.level) == (arm, level)]
             times = self.result.timeline.get("t", [])
-            rates = next(
+            rates: list[float | None] = next(
                 (
                     line["y"]
                     for line in self.result.timeline.get("lines", [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import ClassVar
 
 import gevent
@@ -76,7 +76,7 @@ class Session:
     def open_loop(self) -> bool:
         return bool(self.options.trace or self.options.rate)
 
-    def ask(self, endpoint: str) -> Iterator[tuple[int, int, Ask | None]]:
+    def ask(self, endpoint: str) -> Generator[tuple[int, int, Ask], str, None]:
         """The (prompt index, turn, request) of one conversation; ``send`` the answers' texts."""
         index = next(self._counters[endpoint])
         if self.workload.turns == 1:

@@ -27,7 +27,7 @@ class Slo:
         """
         if text in PRESETS:
             return PRESETS[text]
-        values = {}
+        values: dict[str, float] = {}
         for part in text.split(","):
             match = re.fullmatch(r"\s*(ttft|tpot|p)\s*=\s*([\d.]+)\s*(ms|s|%)?\s*", part)
             if match is None or match[1] in values or (match[1] == "p") == (match[3] in ("ms", "s")):

@@ -25,6 +25,14 @@ def time_of(values: Distribution, percentile: str) -> str:
     return f"{number(value)} s" if value >= 10 else f"{number(value, 1e3)} ms"
 
 
+def _lost(cell: Cell) -> tuple[int, int, int]:
+    return cell.summary.failed, cell.summary.wrong_length, cell.summary.cut_off
+
+
+def with_unit(value: float | None, scale: float = 1.0, *, unit: str) -> str:
+    return "n/a" if value is None else f"{number(value, scale)} {unit}"
+
+
 ROWS: list[tuple[str, Callable[[Cell], str]]] = [
     ("output tokens/s", lambda c: number(c.summary.output_tokens_per_s)),
     ("total tokens/s", lambda c: number(c.summary.total_tokens_per_s)),
@@ -39,25 +47,25 @@ ROWS: list[tuple[str, Callable[[Cell], str]]] = [
     ("E2E p50", lambda c: time_of(c.summary.e2e_s, "p50")),
     ("E2E p99", lambda c: time_of(c.summary.e2e_s, "p99")),
     ("NTPOT p50", lambda c: time_of(c.summary.ntpot_s, "p50")),
-    ("per-user speed p50", lambda c: f"{number(c.summary.user_tokens_per_s.p50)} tokens/s"),
+    ("per-user speed p50", lambda c: with_unit(c.summary.user_tokens_per_s.p50, unit="tokens/s")),
     ("kept the SLO", lambda c: percent(c.summary.attained)),
-    ("goodput", lambda c: f"{number(c.summary.goodput_per_s)} requests/s"),
+    ("goodput", lambda c: with_unit(c.summary.goodput_per_s, unit="requests/s")),
     ("samples", lambda c: str(c.summary.e2e_s.n)),
     ("input / output tokens, mean", lambda c: f"{number(c.summary.input_tokens)} / {number(c.summary.output_tokens)}"),
-    ("failed / wrong length / cut off", lambda c: f"{c.summary.failed} / {c.summary.wrong_length} / {c.summary.cut_off}"),
-    ("CPU of the machine", lambda c: f"{number(c.utilisation.cpu_percent)} %"),
+    ("failed / wrong length / cut off", lambda c: " / ".join(map(str, _lost(c)))),
+    ("CPU of the machine", lambda c: with_unit(c.utilisation.cpu_percent, unit="%")),
     ("KV cache in use", lambda c: percent(c.utilisation.series.get("kv_used"))),
     ("requests in a step, mean", lambda c: number(c.utilisation.series.get("batch"))),
-    ("GPU utilisation", lambda c: f"{number(c.utilisation.gpu_percent)} %"),
-    ("GPU power", lambda c: f"{number(c.utilisation.gpu_power_w)} W"),
-    ("energy per output token", lambda c: f"{number(c.joules_per_token, 1e3)} mJ"),
-    ("cost of a million output tokens", lambda c: f"${number(c.cost_per_million)}"),
+    ("GPU utilisation", lambda c: with_unit(c.utilisation.gpu_percent, unit="%")),
+    ("GPU power", lambda c: with_unit(c.utilisation.gpu_power_w, unit="W")),
+    ("energy per output token", lambda c: with_unit(c.joules_per_token, 1e3, unit="mJ")),
+    ("cost of a million output tokens", lambda c: with_unit(c.cost_per_million, unit="$")),
 ]  # fmt: skip
 AUDIT: list[tuple[str, Callable[[Cell], str]]] = [
     ("outside the server's own TTFT, p50", lambda c: time_of(c.summary.outside_s, "p50")),
     ("outside the server's own TTFT, p99", lambda c: time_of(c.summary.outside_s, "p99")),
-    ("time stamps late, p99", lambda c: f"{number(c.health.lag_p99_ms)} ms"),
-    ("requests sent late, p99", lambda c: f"{number(c.health.schedule_delay_p99_ms)} ms"),
+    ("time stamps late, p99", lambda c: with_unit(c.health.lag_p99_ms, unit="ms")),
+    ("requests sent late, p99", lambda c: with_unit(c.health.schedule_delay_p99_ms, unit="ms")),
     ("busiest worker, cores", lambda c: number(c.health.cpu)),
     ("workers", lambda c: str(c.health.workers)),
 ]  # fmt: skip
@@ -72,11 +80,7 @@ def rows_of(
 ) -> list[tuple[str, list[str]]]:
     """Rows with something to say in at least one column."""
     made = [(title, [show(cell) for cell in cells]) for title, show in rows]
-    return [
-        (title, shown)
-        for title, shown in made
-        if not all(text.startswith(("n/a", "$n/a", "nan")) for text in shown)
-    ]
+    return [(title, shown) for title, shown in made if any(not text.startswith("n/a") for text in shown)]
 
 
 def ratio_text(ratio: Ratio) -> str:
@@ -104,9 +108,9 @@ def ceiling_text(result: Result) -> str:
     ceiling = result.ceiling
     assert ceiling is not None
     return (
-        f"One worker takes in {number(ceiling.tokens_per_s)} tokens/s on this machine ({number(ceiling.us_per_token)} µs "
-        f"of a core each, {number(ceiling.delay_p99_ms)} ms late at p99), measured before this run against a null server "
-        f"with {ceiling.streams} streams. Runs above 60 % of that are INVALID."
+        f"One worker takes in {number(ceiling.tokens_per_s)} tokens/s on this machine "
+        f"({number(ceiling.us_per_token)} µs of a core each, {number(ceiling.delay_p99_ms)} ms late at p99), measured "
+        f"before this run against a null server with {ceiling.streams} streams. Runs above 60 % of that are INVALID."
     )
 
 
@@ -116,7 +120,8 @@ def search_line(result: Result) -> str:
     if found.max_rate is None:
         return f"No rate holds the SLO, not even {number(found.fails_at)} requests/s ({found.trials} trials)."
     fails = f"; {number(found.fails_at)} breaks it" if found.fails_at else ""
-    return f"**{number(found.max_rate)} requests/s** hold the SLO{fails} ({found.trials} trials, ended by {found.limit})."
+    ended = f"({found.trials} trials, ended by {found.limit})"
+    return f"**{number(found.max_rate)} requests/s** hold the SLO{fails} {ended}."
 
 
 def flat(value: object) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +59,11 @@ class Lengths:
         kind, *values = main.split(":") if ":" in main else ("fixed", main)
         wanted = {"fixed": 1, "uniform": 2, "normal": 2, "lognormal": 2}
         try:
-            lengths = cls(text, kind, *(float(v) for v in values), longest=int(longest or cls.longest))
-            ok = (
-                wanted.get(kind) == len(values) and lengths.a >= 1 and lengths.b >= 0 and lengths.longest >= 1
-            )
-            ok = (
-                ok
-                and (kind != "uniform" or lengths.b >= lengths.a)
-                and (kind != "fixed" or lengths.a % 1 == 0)
-            )
-        except (ValueError, TypeError):
+            a, b = (float(value) for value in (*values, "0")[:2])
+            lengths = cls(text, kind, a, b, int(longest or cls.longest))
+            ok = wanted.get(kind) == len(values) and a >= 1 and b >= 0 and lengths.longest >= 1
+            ok = ok and (kind != "uniform" or b >= a) and (kind != "fixed" or a % 1 == 0)
+        except ValueError:
             ok = False
         if not ok:
             remedy = "use tokens like 64, uniform:32:128, normal:128:32, lognormal:200:0.6 or lognormal:200:0.6<=1000"
@@ -253,11 +248,11 @@ def _trace_row(path: str | Path, number: int, line: str, seed: int) -> TraceRow:
     return TraceRow(at_s, Ask(" ".join(words), output_tokens))
 
 
-def conversation(workload: Workload, index: int) -> Iterator[Ask]:
+def conversation(workload: Workload, index: int) -> Generator[Ask, str, None]:
     """The user's turns of one conversation; ``send`` the model's answer to get the next."""
     said = ""
     for turn in range(workload.turns):
         ask = workload[index * workload.turns + turn]
         said += f"{ask.prompt}\n"
         answer = yield Ask(said, ask.output_tokens)
-        said += f"{answer or ''}\n"
+        said += f"{answer}\n"

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from loadtest.assertions import parse_all
-from loadtest.audit import Ceiling, ClientHealth, client_reasons, overload_reasons, request_reasons, sent_reasons
+from loadtest.audit import (
+    Ceiling,
+    ClientHealth,
+    client_reasons,
+    overload_reasons,
+    request_reasons,
+    sent_reasons,
+)
 from loadtest.confidence import bootstrap_ratio, paired_ratio, samples_needed
 from loadtest.config import ConfigError
 from loadtest.histogram import Histogram
@@ -18,7 +25,9 @@ WINDOW = Window(0, 20_000_000_000)
 
 def samples(cpu=0.1, lag_ms=0.5, step_s=0.0) -> list[ClientSample]:
     return [
-        ClientSample(0, i * 10**9, (i * 10**9 if i < 10 else int((i + step_s) * 1e9)), i * cpu, 4, [lag_ms] * 50)
+        ClientSample(
+            0, i * 10**9, (i * 10**9 if i < 10 else int((i + step_s) * 1e9)), i * cpu, 4, [lag_ms] * 50
+        )
         for i in range(20)
     ]
 
@@ -60,7 +69,9 @@ def test_requests_that_were_sent_late_are_told():
         (record(1.0, [], error="gone"), "requests failed: gone"),
         (record(1.0, [2.0] * 7), "wrong length"),
         (
-            record(1.0, [2.0] * TOKENS, server_times_ns={"arrival_time_ns": 0, "first_token_time_ns": 2 * 10**9}),
+            record(
+                1.0, [2.0] * TOKENS, server_times_ns={"arrival_time_ns": 0, "first_token_time_ns": 2 * 10**9}
+            ),
             "one of the clocks was set",
         ),
     ],
@@ -128,7 +139,7 @@ def test_histograms_add_up_and_are_exact_to_one_percent():
     together = Histogram()
     for part in parts:
         together.merge(Histogram(part))
-    everything = sorted(sum(parts, []))
+    everything = sorted(value for part in parts for value in part)
     for percent in (50, 90, 99):
         true = everything[int(len(everything) * percent / 100)]
         assert together.percentile(percent) == pytest.approx(true, rel=0.01)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 import urllib.request
 from contextlib import closing
@@ -117,11 +120,33 @@ def fetch(url: str, form: dict | None = None) -> str:
         return response.read().decode()
 
 
-def test_the_web_ui_offers_the_endpoints_and_runs_them():
+def in_chromium(url: str) -> str:
+    """The page as it stands after its scripts have run for a while."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no browser on this machine")
+    with tempfile.TemporaryDirectory() as profile:
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        command = [chromium, *options, "--virtual-time-budget=4000", "--dump-dom", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_web_ui_offers_the_endpoints_and_runs_them(processes):
+    """With two processes the figures come from workers."""
     port = free_port()
+    more = (
+        [
+            "--processes=2",
+            f"--master-bind-port={free_port()}",
+        ]
+        if processes == 2
+        else []
+    )
     with NullServer(Timing(0.02, 0.002)) as server:
         environment = {**os.environ, "URL": server.url, "LOCUST_PORT": str(port)}
-        process = subprocess.Popen([sys.executable, "-m", "loadtest", "ui"], env=environment)
+        process = subprocess.Popen([sys.executable, "-m", "loadtest", "ui", *more], env=environment)
         try:
             base = f"http://127.0.0.1:{port}"
 
@@ -145,6 +170,12 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
             assert eventually(lambda: wanted <= rows(), 20)
             assert {request.model for request in server.log} == {"hf_baseline"}
             assert {request.inputs["max_tokens"] for request in server.log} == {7}
+            assert 'href="llm"' in page
+            live = json.loads(fetch(f"{base}/llm/live"))["endpoints"]["hf_baseline"]
+            assert live["ttft_s"]["p50"] == pytest.approx(0.02, rel=0.5)
+            seen = in_chromium(f"{base}/llm")
+            assert 'id="card-hf_baseline"' in seen and "<svg" in seen and "TTFT p50" in seen
+            assert re.search(r'id="verdict" class="(IN)?VALID"', seen)
             fetch(f"{base}/stop", {"stop": "now"})
         finally:
             process.terminate()

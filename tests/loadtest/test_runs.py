@@ -20,12 +20,12 @@ import pytest
 
 from loadtest import commands, warmup
 from loadtest.audit import ClientHealth, client_reasons
+from loadtest.metrics import summarise
 from loadtest.null_server import NullServer, Timing
 from loadtest.options import Arm, RunOptions
 from loadtest.records import read_records
 from loadtest.result import SCHEMA
 from loadtest.saved import Saved
-from loadtest.metrics import summarise
 from loadtest.trial import Level, Trial, run_trial
 from tests.client.waiting import eventually
 from tests.serving import free_ports
@@ -62,13 +62,17 @@ def test_figures_are_the_servers_at_64_streams(tmp_path, level, processes):
     assert {r.worker for r in records} == set(range(processes))
 
     def difference(mine, true) -> float:
-        return float(abs(np.median(np.array([mine(r) for r in records]) - [true(r, log[r.id]) for r in records])))
+        return float(
+            abs(np.median(np.array([mine(r) for r in records]) - [true(r, log[r.id]) for r in records]))
+        )
 
     # Against what the server did, and not only what it was told: its own timers may be late on a busy machine.
     assert difference(lambda r: r.ttft_s - r.schedule_delay_s,
                       lambda r, s: (s.token_times_ns[0] - r.sent_unix_ns) / 1e9) < 0.01 * TTFT_S  # fmt: skip
     assert difference(lambda r: r.tpot_s, lambda r, s: np.diff(s.token_times_ns).mean() / 1e9) < 0.001
-    assert difference(lambda r: r.server_ttft_s, lambda r, s: (s.token_times_ns[0] - s.arrival_ns) / 1e9) < 1e-6
+    assert (
+        difference(lambda r: r.server_ttft_s, lambda r, s: (s.token_times_ns[0] - s.arrival_ns) / 1e9) < 1e-6
+    )
     window = outcome.window
     shift_ns = records[0].sent_unix_ns - records[0].sent_ns
     sent = [at - shift_ns for r in outcome.records if r.id in log for at in log[r.id].token_times_ns]
@@ -93,7 +97,9 @@ def test_a_slow_client_is_called_slow(tmp_path):
     assert outcome.window is not None
     health = ClientHealth.of(outcome.clients, outcome.records, [outcome.window])
     reasons = client_reasons(health, summarise("a", [outcome.records]), None)
-    assert any("of a core" in reason for reason in reasons) and any("too slow" in reason for reason in reasons)
+    assert any("of a core" in reason for reason in reasons) and any(
+        "too slow" in reason for reason in reasons
+    )
 
 
 def test_a_trace_is_replayed_and_asserted(tmp_path, capsys):
@@ -125,7 +131,10 @@ def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
             assert commands.main("sweep", load) in (0, 1)
     latest = tmp_path / "slow" / "latest"
     data = report_of(tmp_path / "slow")
-    assert data["schema"] == SCHEMA and [cell["level"] for cell in data["cells"]] == ["1 in flight", "4 in flight"]
+    assert data["schema"] == SCHEMA and [cell["level"] for cell in data["cells"]] == [
+        "1 in flight",
+        "4 in flight",
+    ]
     one, four = (cell["summary"] for cell in data["cells"])
     assert four["output_tokens_per_s"] == pytest.approx(4 * one["output_tokens_per_s"], rel=0.25)
     assert (latest / "report.md").read_text().splitlines()[0].startswith(("VALID", "INVALID: "))
@@ -148,7 +157,18 @@ def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
 def test_a_search_finds_where_the_slo_breaks(tmp_path):
     """A server that works on one request at a time, a fifth of a second each, holds five a second at most."""
     with NullServer(Timing(0.130, 0.010, serial=True)) as server:
-        load = ["--start", "2", "--seconds", "4", "--slo", "ttft=700ms,tpot=100ms,p=80", "--precision", "1", "--drain-s", "20"]
+        load = [
+            "--start",
+            "2",
+            "--seconds",
+            "4",
+            "--slo",
+            "ttft=700ms,tpot=100ms,p=80",
+            "--precision",
+            "1",
+            "--drain-s",
+            "20",
+        ]
         commands.main("search", options(server, tmp_path, *load, "--arrivals", "constant"))
     found = report_of(tmp_path)["search"]
     assert found["max_rate"] in (2.0, 4.0) and found["fails_at"] in (4.0, 8.0)
@@ -161,7 +181,7 @@ def test_an_slo_that_nothing_holds_is_invalid_and_ends(tmp_path, capsys):
     assert "no rate from" in capsys.readouterr().out
 
 
-def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_missed(tmp_path, capfd):
+def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_missed(tmp_path):
     (port,) = free_ports(1)
     worker = [sys.executable, "-m", "loadtest", "worker", f"--master-port={port}"]
     workers = [subprocess.Popen(worker, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -175,10 +195,8 @@ def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_
             assert not [reason for reason in report_of(tmp_path)["reasons"] if "missing" in reason]
 
             def kill_one() -> None:
-                victims = psutil.Process(workers[0].pid).children()
                 eventually(lambda: len(server.log) > seen + 20, 30)
-                victims = victims or psutil.Process(workers[0].pid).children()
-                victims[0].kill()
+                psutil.Process(workers[0].pid).children()[0].kill()
 
             seen = len(server.log)
             killer = threading.Thread(target=kill_one)
@@ -207,7 +225,8 @@ def test_a_server_that_dies_leaves_an_invalid_report_with_what_was_measured(tmp_
         assert commands.main("run", options(server, tmp_path, "--concurrency", "4", "--seconds", "4")) == 1
         stopper.join()
     data = report_of(tmp_path)
-    assert any("requests failed: no server at" in reason for reason in data["reasons"])
+    assert any("requests failed: " in reason for reason in data["reasons"])
+    assert any("no server at" in reason for reason in data["reasons"])
     assert data["cells"][0]["summary"]["completed"] > 20
 
 
@@ -245,10 +264,10 @@ def test_bad_settings_are_one_line(arguments, why, capsys):
 
 
 def test_no_server_and_no_saved_run_are_one_line(tmp_path, capsys):
-    assert commands.main("run", ["--url", "127.0.0.1:9", "--reports", str(tmp_path), "--calibrate-s", "0"]) == 1
+    assert (
+        commands.main("run", ["--url", "127.0.0.1:9", "--reports", str(tmp_path), "--calibrate-s", "0"]) == 1
+    )
     assert commands.main("compare", [str(tmp_path), str(tmp_path)]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: no server at 127.0.0.1:9") and "is no report folder" in second
     assert not list(tmp_path.iterdir())
-
-

@@ -18,7 +18,9 @@ def test_constant_arrivals_are_evenly_spaced():
     assert times("4", 2.0) == pytest.approx(np.arange(8) / 4)
 
 
-@pytest.mark.parametrize(("pattern", "burstiness", "cv"), [("poisson", 1, 1.0), ("gamma", 0.25, 2.0), ("gamma", 4, 0.5)])
+@pytest.mark.parametrize(
+    ("pattern", "burstiness", "cv"), [("poisson", 1, 1.0), ("gamma", 0.25, 2.0), ("gamma", 4, 0.5)]
+)
 def test_random_arrivals_have_the_rate_and_the_burstiness(pattern, burstiness, cv):
     gaps = np.diff(times("50", 400.0, pattern, burstiness=burstiness))
     assert np.mean(gaps) == pytest.approx(1 / 50, rel=0.05)

@@ -68,7 +68,9 @@ def test_traces_are_read_in_the_order_of_their_times(tmp_path):
     assert read[1].ask.prompt == "Hello"
     assert [len(read[i].ask.prompt.split()) for i in (0, 2)] == [700, 600]
     a, b = (read[i].ask.prompt.split() for i in (0, 2))
-    assert a[:512] == b[:512] and a[512:600] != b[512:600]  # the block that both have, and those that they do not
+    assert (
+        a[:512] == b[:512] and a[512:600] != b[512:600]
+    )  # the block that both have, and those that they do not
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class Ceiling:
     us_per_token: float
     """CPU time of the worker per streamed token."""
     streams: int
+    measured_per_s: float
+    """Output tokens/s that it took in while it was measured."""
     delay_p99_ms: float
     """From the null server's sending of a token to its time stamp in the client."""
 

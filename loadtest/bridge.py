@@ -246,22 +246,25 @@ def _hand_over(done: Future, answer: AsyncResult) -> None:
 def fill(record: RequestRecord, messages: Messages) -> str:
     """Reads the responses, after the last one has come, into the record; returns the text.
 
-    Only the last response is parsed in full: between them there may be thousands.
+    Meanwhile the tokens of other requests wait, so only the last response is parsed in full, and of the others
+    just the text and the number of tokens so far.
     """
     words: list[bytes] = []
-    tokens = 0
+    tokens, layout = 0, _Layout()
     for arrived_ns, message in messages:
         if message.error_message:
             record.error = message.error_message
             break
-        response = message.infer_response
-        if not response.outputs:
+        raws = message.infer_response.raw_output_contents
+        if not raws:
             continue
-        word, count = _text_and_count(response)
+        if len(raws) != layout.size:
+            layout = _Layout.of(message.infer_response)
+        word = raws[layout.text][4:] if layout.text >= 0 else b""
         if word and record.first_text_chunk is None:
             record.first_text_chunk = len(record.chunk_ns)
         words.append(word)
-        tokens = tokens + 1 if count is None else count
+        tokens = int.from_bytes(raws[layout.count][:4], "little") if layout.count >= 0 else tokens + 1
         record.chunk_ns.append(arrived_ns)
         record.chunk_tokens.append(tokens)
         last = message
@@ -281,12 +284,19 @@ def fill(record: RequestRecord, messages: Messages) -> str:
     return b"".join(words).decode(errors="replace")
 
 
-def _text_and_count(response: service_pb2.ModelInferResponse) -> tuple[bytes, int | None]:
-    """Text and number of output tokens so far (None if it is not said) of one response."""
-    word, count = b"", None
-    for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=False):
-        if tensor.name == "text_output":
-            word = b"".join(wire.strings(raw))
-        elif tensor.name == "num_output_tokens":
-            count = int.from_bytes(raw[:4], "little")
-    return word, count
+@dataclass(frozen=True)
+class _Layout:
+    """Where a response has its text and its count: the same in all responses of as many outputs."""
+
+    size: int = -1
+    text: int = -1
+    count: int = -1
+
+    @classmethod
+    def of(cls, response: service_pb2.ModelInferResponse) -> _Layout:
+        names = [tensor.name for tensor in response.outputs]
+
+        def place(name: str) -> int:
+            return names.index(name) if name in names else -1
+
+        return cls(len(names), place("text_output"), place("num_output_tokens"))

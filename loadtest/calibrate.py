@@ -16,19 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
+from client import wire
 from loadtest.audit import Ceiling
+from loadtest.conditions import PROJECT
 from loadtest.options import Arm, LoadOptions
-from loadtest.trial import Level, LoadError, Trial, run_trial
+from loadtest.trial import Level, LoadError, Outcome, Trial, run_trial
 
-STREAMS = 64
+STREAMS = 256
 STEP_S = 0.020
 TTFT_S = 0.100
+LENGTHS = "uniform:30:90"
+"""So that answers end one by one."""
+SETTLED_S = 1.0
 
 
 def calibrate(seconds: float, work: Path, say: Callable[[str], None]) -> Ceiling:
-    """Measures one worker under 64 streams of 50 tokens/s, and extrapolates its CPU time per token.
-
-    The null server runs in a process of its own.
+    """Measures one worker under 256 streams of 50 tokens/s that come in steps; the server is a process of its own.
 
     Raises:
         LoadError: the load generator did not run.
@@ -36,37 +39,49 @@ def calibrate(seconds: float, work: Path, say: Callable[[str], None]) -> Ceiling
     folder = work / "calibration"
     folder.mkdir()
     server = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.null_server", "--port=0", "--step", f"--ttft-ms={1e3 * TTFT_S:g}",
-         f"--tpot-ms={1e3 * STEP_S:g}"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "loadtest.burst_server",
+            f"--ttft-ms={1e3 * TTFT_S:g}",
+            f"--step-ms={1e3 * STEP_S:g}",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=PROJECT,
+    )
     try:
         assert server.stdout is not None
         url = server.stdout.readline().rpartition(" ")[2].strip()
-        tokens = max(8, round(min(seconds, 2.0) / 2 / STEP_S))
-        options = LoadOptions(output_tokens=str(tokens))
-        trial = Trial("calibration", Arm("null", url, "text_generation"), Level(STREAMS), math.ceil(seconds))
-        outcome = run_trial(trial, options, folder, lambda line: None)
+        trial = Trial(
+            "calibration",
+            Arm("null", url, wire.TEXT_GENERATION),
+            Level(STREAMS),
+            math.ceil(seconds) + SETTLED_S,
+        )
+        outcome = run_trial(trial, LoadOptions(output_tokens=LENGTHS), folder, lambda line: None)
     finally:
         server.terminate()
         server.wait()
-    window = outcome.window
-    if outcome.failure or window is None:
-        raise LoadError(f"calibration: {outcome.failure or 'the load generator measured nothing'}")
+    if outcome.failure:
+        raise LoadError(f"calibration: {outcome.failure}")
     ceiling = ceiling_of(outcome)
     say(
-        f"calibration: one worker of this load generator takes in {ceiling.tokens_per_s:.0f} tokens/s "
-        f"({ceiling.us_per_token:.0f} us each, {ceiling.delay_p99_ms:.1f} ms late at p99 with {STREAMS} streams)"
+        f"calibration: one worker of this load generator takes in {ceiling.tokens_per_s:.0f} tokens/s at a full core "
+        f"({ceiling.us_per_token:.0f} us each; at {ceiling.measured_per_s:.0f} tokens/s from {STREAMS} streams, "
+        f"tokens are {ceiling.delay_p99_ms:.1f} ms late at p99)"
     )
     return ceiling
 
 
-def ceiling_of(outcome) -> Ceiling:
-    """From a run against the null server, whose answers carry the times at which they were sent."""
-    window = outcome.window
-    inside = [s for s in outcome.clients if window.start_ns <= s.time_ns <= window.end_ns] or outcome.clients
+def ceiling_of(outcome: Outcome) -> Ceiling:
+    """From a run against a null server, whose answers carry the times at which they were sent."""
+    first_ns = min((record.sent_ns for record in outcome.records), default=0) + int(SETTLED_S * 1e9)
+    inside = [sample for sample in outcome.clients if sample.time_ns >= first_ns][:-1]
+    if len(inside) < 2:
+        raise LoadError("calibration: it was too short: raise CALIBRATE_S")
     first, last = inside[0], inside[-1]
-    cpu_s, seconds = last.cpu_s - first.cpu_s, (last.time_ns - first.time_ns) / 1e9
+    seconds = (last.time_ns - first.time_ns) / 1e9
     arrived = sum(first.time_ns < at <= last.time_ns for record in outcome.records for at in record.chunk_ns)
     delays = [
         (
@@ -77,15 +92,16 @@ def ceiling_of(outcome) -> Ceiling:
         )
         / 1e6
         for record in outcome.records
-        if record.complete and record.server_times_ns
+        if record.complete and record.server_times_ns and first.time_ns < record.chunk_ns[-1] <= last.time_ns
     ]
-    if not arrived or seconds <= 0 or cpu_s <= 0 or not delays:
+    if not arrived or not delays:
         raise LoadError("calibration: the load generator measured nothing")
-    per_token_s = cpu_s / arrived
+    per_token_s = (last.cpu_s - first.cpu_s) / arrived
     return Ceiling(
         tokens_per_s=1 / per_token_s,
         us_per_token=1e6 * per_token_s,
         streams=STREAMS,
+        measured_per_s=arrived / seconds,
         delay_p99_ms=float(np.percentile(delays, 99)),
     )
 

@@ -78,7 +78,7 @@ class NullService:
 
     async def ModelStreamInfer(self, requests, context) -> Responses:
         async for request in requests:
-            inputs = _inputs(request)
+            inputs = read_inputs(request)
             if request.model_name == "tensorrt_llm" and inputs.get("stop"):
                 self.stop_requests.append(request.id)
                 yield _response(request, final=True).SerializeToString()
@@ -108,7 +108,7 @@ class NullService:
         start, total = time.perf_counter(), served.inputs["max_tokens"] - self.timing.missing_tokens
         served.first_scheduled_ns = time.time_ns()
         first = min(self.timing.first_chunk_tokens, total)
-        writer, words = _Writer(request, served), []
+        writer, words = ResponseWriter(request, served), []
         for count in range(first, total + 1):
             due = start + self.timing.ttft_s + (count - first) * self.timing.tpot_s
             if self.timing.step:
@@ -126,7 +126,7 @@ class NullService:
         served.outcome = "complete"
 
 
-def _inputs(request: service_pb2.ModelInferRequest) -> dict:
+def read_inputs(request: service_pb2.ModelInferRequest) -> dict:
     """Tensor name -> value; a list for words."""
     values: dict = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
@@ -173,7 +173,7 @@ OUTPUTS = (("text_output", "BYTES"), ("num_input_tokens", "INT32"), ("num_output
            *((name, "INT64") for name in wire.REQUIRED_PERF_FIELDS))  # fmt: skip
 
 
-class _Writer:
+class ResponseWriter:
     """Responses of one request as bytes; all of its messages but the values are made once.
 
     A null server that is busy making messages would measure itself.

@@ -108,9 +108,10 @@ def ceiling_text(result: Result) -> str:
     ceiling = result.ceiling
     assert ceiling is not None
     return (
-        f"One worker takes in {number(ceiling.tokens_per_s)} tokens/s on this machine "
-        f"({number(ceiling.us_per_token)} µs of a core each, {number(ceiling.delay_p99_ms)} ms late at p99), measured "
-        f"before this run against a null server with {ceiling.streams} streams. Runs above 60 % of that are INVALID."
+        f"At a full core, one worker takes in {number(ceiling.tokens_per_s)} tokens/s on this machine "
+        f"({number(ceiling.us_per_token)} µs each); measured before this run against a null server: "
+        f"{number(ceiling.measured_per_s)} tokens/s from {ceiling.streams} streams, {number(ceiling.delay_p99_ms)} ms "
+        f"late at p99. Runs above 60 % of the ceiling are INVALID."
     )
 
 

@@ -34,7 +34,7 @@ def samples(cpu=0.1, lag_ms=0.5, step_s=0.0) -> list[ClientSample]:
 
 def judged(**changes) -> list[str]:
     health = ClientHealth.of(samples(**changes), RECORDS, [WINDOW])
-    return client_reasons(health, summarise("a", [RECORDS]), Ceiling(10_000, 60, 64, 1.0))
+    return client_reasons(health, summarise("a", [RECORDS]), Ceiling(10_000, 60, 64, 5000, 1.0))
 
 
 def test_a_fast_client_is_not_seen():
@@ -52,7 +52,7 @@ def test_a_client_that_could_be_seen_is_told(changes, why):
 
 def test_a_load_near_the_ceiling_is_told():
     health = ClientHealth.of(samples(), RECORDS, [WINDOW])
-    (reason,) = client_reasons(health, summarise("a", [RECORDS]), Ceiling(50, 60, 64, 1.0))
+    (reason,) = client_reasons(health, summarise("a", [RECORDS]), Ceiling(50, 60, 64, 40, 1.0))
     assert "60 % of what 1 worker(s) can take in" in reason
 
 

@@ -102,6 +102,20 @@ def test_a_slow_client_is_called_slow(tmp_path):
     )
 
 
+def test_the_ceiling_is_found_and_stands_in_the_report(tmp_path):
+    with NullServer(Timing(0.05, 0.01)) as server:
+        load = options(server, tmp_path, "--concurrency", "2", "--seconds", "2")
+        load[load.index("--calibrate-s") + 1] = "2"
+        commands.main("run", load)
+    ceiling = report_of(tmp_path)["ceiling"]
+    assert ceiling["streams"] == 256 and ceiling["measured_per_s"] > 500
+    assert ceiling["tokens_per_s"] == pytest.approx(1e6 / ceiling["us_per_token"])
+    assert "One worker" not in (tmp_path / "latest" / "report.md").read_text().splitlines()[0]
+    assert "tokens/s on this machine" in (tmp_path / "latest" / "report.html").read_text()
+    answers = read_records(tmp_path / "latest" / "calibration" / "records.jsonl")
+    assert {r.problem for r in answers if r.complete} == {None}  # the burst server's HTTP/2 loses nothing
+
+
 def test_a_trace_is_replayed_and_asserted(tmp_path, capsys):
     trace = tmp_path / "trace.jsonl"
     rows = [{"timestamp": 250 * i, "input_length": 40, "output_length": 4 + i % 3} for i in range(12)]

@@ -170,7 +170,7 @@ class SearchOptions(LoadOptions):
         self._require(self.start > 0, "start", "use a positive number of requests/s")
         self._require(0.01 <= self.precision <= 1, "precision", "use a number from 0.01 to 1")
         self._require(self.seconds >= 1, "seconds", "use at least 1")
-        self._require(2 <= self.most_trials <= 50, "most_trials", "use a number from 2 to 50")
+        self._require(1 <= self.most_trials <= 50, "most_trials", "use a number from 1 to 50")
 
 
 def concurrencies(name: str, text: str) -> list[int]:

@@ -139,9 +139,9 @@ def test_a_trace_is_replayed_and_asserted(tmp_path, capsys):
 
 def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
     """The second server is twice as fast: the comparison of the saved runs finds that out."""
-    for speed, folder in ((1, "slow"), (2, "fast")):
+    for speed, folder, levels in ((1, "slow", "1,4"), (2, "fast", "4")):
         with NullServer(Timing(0.2 / speed, 0.02 / speed)) as server:
-            load = options(server, tmp_path / folder, "--levels", "1,4", "--seconds", "3")
+            load = options(server, tmp_path / folder, "--levels", levels, "--seconds", "3")
             assert commands.main("sweep", load) in (0, 1)
     latest = tmp_path / "slow" / "latest"
     data = report_of(tmp_path / "slow")
@@ -163,7 +163,7 @@ def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
     names = [str(tmp_path / name / "latest") for name in ("slow", "fast")]
     assert commands.main("compare", names) in (0, 1)
     found = {(c["metric"], c["condition"]): c["ratio"] for c in report_of(tmp_path / "fast")["comparisons"]}
-    ttft = found["ttft_p50", "1 in flight"]
+    ttft = found["ttft_p50", "4 in flight"]
     assert ttft["value"] == pytest.approx(2.0, rel=0.2) and ttft["low"] < ttft["value"] < ttft["high"]
     assert found["output_tokens_per_s", "4 in flight"]["value"] == pytest.approx(2.0, rel=0.25)
 
@@ -173,9 +173,9 @@ def test_a_search_finds_where_the_slo_breaks(tmp_path):
     with NullServer(Timing(0.130, 0.010, serial=True)) as server:
         load = [
             "--start",
-            "2",
-            "--seconds",
             "4",
+            "--seconds",
+            "3",
             "--slo",
             "ttft=700ms,tpot=100ms,p=80",
             "--precision",
@@ -185,12 +185,12 @@ def test_a_search_finds_where_the_slo_breaks(tmp_path):
         ]
         commands.main("search", options(server, tmp_path, *load, "--arrivals", "constant"))
     found = report_of(tmp_path)["search"]
-    assert found["max_rate"] in (2.0, 4.0) and found["fails_at"] in (4.0, 8.0)
+    assert found["max_rate"] in (2.0, 4.0) and found["fails_at"] in (4.0, 8.0) and found["trials"] <= 3
 
 
 def test_an_slo_that_nothing_holds_is_invalid_and_ends(tmp_path, capsys):
     with NullServer(Timing(0.1, 0.01)) as server:
-        load = ["--start", "2", "--seconds", "1", "--slo", "ttft=1ms,tpot=1ms", "--most-trials", "2"]
+        load = ["--start", "2", "--seconds", "1", "--slo", "ttft=1ms,tpot=1ms", "--most-trials", "1"]
         assert commands.main("search", options(server, tmp_path, *load)) == 1
     assert "no rate from" in capsys.readouterr().out
 
@@ -202,20 +202,14 @@ def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_
     try:
         with NullServer(Timing(0.1, 0.01)) as server:
             load = ["--workers", "2", "--master-port", str(port), "--concurrency", "4"]
-            commands.main("run", options(server, tmp_path, *load, "--seconds", "3"))
-            records = read_records(tmp_path / "latest" / "records.jsonl")
-            assert {record.worker for record in records} == {0, 1}
-            assert len({record.prompt_index for record in records}) == len(records)
-            assert not [reason for reason in report_of(tmp_path)["reasons"] if "missing" in reason]
 
             def kill_one() -> None:
-                eventually(lambda: len(server.log) > seen + 20, 30)
+                eventually(lambda: len(server.log) > 40, 40)
                 psutil.Process(workers[0].pid).children()[0].kill()
 
-            seen = len(server.log)
             killer = threading.Thread(target=kill_one)
             killer.start()
-            assert commands.main("run", options(server, tmp_path, *load, "--seconds", "8")) == 1
+            assert commands.main("run", options(server, tmp_path, *load, "--seconds", "7")) == 1
             killer.join()
     finally:
         for process in workers:
@@ -224,7 +218,9 @@ def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_
             process.kill()
             process.wait()
     assert any("1 of 2 workers went missing" in reason for reason in report_of(tmp_path)["reasons"])
-    assert len(read_records(tmp_path / "latest" / "records.jsonl")) > 10
+    records = read_records(tmp_path / "latest" / "records.jsonl")
+    assert {0, 1} <= {record.worker for record in records} and len(records) > 40
+    assert len({record.prompt_index for record in records}) == len(records)
 
 
 def test_a_server_that_dies_leaves_an_invalid_report_with_what_was_measured(tmp_path):

@@ -25,7 +25,7 @@ from loadtest.trial import Level, LoadError, Outcome, Trial, run_trial
 STREAMS = 256
 STEP_S = 0.020
 TTFT_S = 0.100
-LENGTHS = "uniform:30:90"
+LENGTHS = "uniform:100:200"
 """So that answers end one by one."""
 SETTLED_S = 1.0
 

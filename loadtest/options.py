@@ -54,7 +54,7 @@ class LoadOptions:
     price: float = setting(0.0, "dollars per hour of the machine, for the cost of a million tokens")
     metrics_url: str = setting("", "Triton's metrics page; empty: that of the server started here, else none")
     dcgm_url: str = setting("", "metrics page of a DCGM exporter, like http://127.0.0.1:9400/metrics")
-    calibrate_s: float = setting(4.0, "seconds to find the load generator's own ceiling; 0: do not")
+    calibrate_s: float = setting(5.0, "seconds to find the load generator's own ceiling; 0: do not")
     assert_: str = setting(
         "", "what must hold, like 'ttft_p99<500ms, ratio>=6'; exit status 3 if it does not"
     )

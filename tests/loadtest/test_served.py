@@ -64,8 +64,8 @@ def test_a_run_against_real_triton_agrees_with_tritons_own_client(served, tmp_pa
     summary = cell["summary"]
     assert summary["failed"] == summary["wrong_length"] == 0
     assert summary["output_tokens"] == 32 and summary["input_tokens"] > 10
-    assert summary["output_tokens_per_s"] == pytest.approx(rate, rel=0.5)
-    assert summary["e2e_s"]["p50"] == pytest.approx(e2e_s, rel=0.7)
+    assert 0.25 < summary["output_tokens_per_s"] / rate < 4
+    assert 0.25 < summary["e2e_s"]["p50"] / e2e_s < 4
     assert 0 < summary["server_ttft_s"]["p50"] < summary["ttft_s"]["p50"] < 10 * ttft_s
     series = cell["utilisation"]["series"]
     assert series["active"] > 0 and 0 < series["kv_used"] < 1

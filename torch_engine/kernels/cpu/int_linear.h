@@ -180,11 +180,12 @@ inline void group_products(const Group* x, int64_t stride, const uint8_t* codes,
 
 template <int ROWS, class Weights>
 inline void group_products(const Group* x, int64_t stride, const uint8_t* codes, Ints (&sums)[ROWS][kParts], Weights) {
-    int8_t weights[kGroup / 4][kColumns][4];
+    int8_t weights[kGroup * kColumns];  // four inputs of a column, column after column
     if constexpr (std::is_same_v<Weights, Int4>) {
-        for (int i = 0; i < 4 * kColumns * 4; i++) {
-            weights[0][0][i] = codes[i] & 15;
-            weights[4][0][i] = codes[i] >> 4;
+        constexpr int kHalf = kGroup * kColumns / 2;
+        for (int i = 0; i < kHalf; i++) {
+            weights[i] = codes[i] & 15;
+            weights[kHalf + i] = codes[i] >> 4;
         }
     } else {
         std::memcpy(weights, codes, sizeof weights);
@@ -195,7 +196,7 @@ inline void group_products(const Group* x, int64_t stride, const uint8_t* codes,
         for (int s = 0; s < kGroup / 4; s++) {
 #pragma omp simd
             for (int c = 0; c < kColumns; c++) {
-                for (int i = 0; i < 4; i++) sum[c] += weights[s][c][i] * q[s * 4 + i];
+                for (int i = 0; i < 4; i++) sum[c] += weights[(s * kColumns + c) * 4 + i] * q[s * 4 + i];
             }
         }
         std::memcpy(sums[r], sum, sizeof sum);

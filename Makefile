@@ -84,7 +84,7 @@ chat: $(READY) ## Talk to the model of a running server
 	@$(BIN)/python -m client --chat
 
 test: $(TESTS_READY) ## Everything: unit tests, real Triton, real model, real load
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(TESTS_READY) ## Only what starts no servers
 	@$(BIN)/python -m pytest -m 'not slow'

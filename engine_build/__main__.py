@@ -14,7 +14,7 @@ from engine_build.errors import BuildError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one build and returns the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop = _Stop()
     # Spinning OpenMP threads make a shared machine several times slower; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     start = time.monotonic()
@@ -25,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         build = Build(parse(arguments), lambda line: print(line, flush=True))
         deployment = build.run()
-    except BuildError as error:
-        return _fail(str(error))
     except KeyboardInterrupt:
-        print("\nbuild interrupted: nothing half-written was left", file=sys.stderr)
-        return 130
+        return stop.say()
+    except BuildError as error:
+        return stop.say() if stop.asked else _fail(str(error))
     except Exception as error:
+        if stop.asked:  # a library turned the interruption into an error of its own
+            return stop.say()
         message = _known_trouble(error)
         if message is None:
             raise
@@ -41,8 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+class _Stop:
+    """Ctrl-C or SIGTERM, remembered."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: object) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def say(self) -> int:
+        print("\nbuild interrupted: nothing half-written was left", file=sys.stderr)
+        return 130
 
 
 def _fail(message: str) -> int:

@@ -13,6 +13,13 @@ from torch_engine.toolchain import compiler
 
 pytest_plugins = ["tests.serving"]
 
+LONGEST = ("test_triton_ops.py", "test_sanitizers.py", "test_runs.py", "test_embedded.py", "test_smollm2.py")
+"""Files of minutes. Begun last, one of them would keep one worker busy and the other idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -311,6 +311,9 @@ class Engine:
             tokens_per_block=self.config.block_size,
         )
 
+    def close(self) -> None:
+        """The last call. Nothing of this engine outlives its process; other lanes' engines have workers to stop."""
+
     def audit(self) -> None:
         """Raises AssertionError if the block bookkeeping disagrees with the live sequences."""
         self.blocks.check([sequence.block_table for sequence in self.sequences.values()])

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener
 
 from torch_engine.config import ConfigError, EngineConfig
@@ -231,20 +232,37 @@ class EngineServer:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torch_engine.server", description=__doc__.splitlines()[0]
-    )
+    def load(engine_dir: str) -> Engine:
+        engine = Engine(EngineConfig.load(engine_dir))
+        spare_the_collector()
+        return engine
+
+    errors = (ConfigError, UnsupportedModel, UnsupportedTokenizer, OSError, MemoryError)
+    return run("python -m torch_engine.server", "engine.json", load, errors, arguments)
+
+
+def run(
+    program: str,
+    engine_file: str,
+    load: Callable[[str], Engine],
+    errors: tuple[type[Exception], ...],
+    arguments: list[str] | None = None,
+) -> int:
+    """Command line of an engine process: loads, says ``engine ready: ...``, serves until SIGTERM or SIGINT.
+
+    ``errors`` of ``load`` are the user's, told in one line; exit code 1.
+    """
+    parser = argparse.ArgumentParser(prog=program)
     parser.add_argument(
-        "--engine-dir", required=True, help="folder with engine.json, from make build-engines"
+        "--engine-dir", required=True, help=f"folder with {engine_file}, from make build-engines"
     )
     parser.add_argument("--socket", required=True, help="Unix socket to listen on; must not exist")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     try:
-        engine = Engine(EngineConfig.load(options.engine_dir))
-        spare_the_collector()
+        engine = load(options.engine_dir)
         server = EngineServer(engine, options.socket)
-    except (ConfigError, UnsupportedModel, UnsupportedTokenizer, OSError, MemoryError) as error:
+    except errors as error:
         print(f"engine: {error}", file=sys.stderr)
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -255,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = server.run()
     if os.path.exists(options.socket):
         os.unlink(options.socket)
+    engine.close()
     return status
 
 

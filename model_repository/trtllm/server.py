@@ -8,11 +8,7 @@ process of its own: TensorRT-LLM starts MPI workers, which a Python stub of Trit
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
 import sys
-import time
 from typing import Any, cast
 
 from model_repository.trtllm import versions
@@ -20,7 +16,7 @@ from model_repository.trtllm.engine import LlmEngine
 from model_repository.trtllm.llm_api import LlmConfig, LlmConfigError
 from torch_engine.engine import Engine
 from torch_engine.families import UnsupportedModel
-from torch_engine.server import EngineServer
+from torch_engine.server import run
 from torch_engine.text import UnsupportedTokenizer
 
 
@@ -43,36 +39,9 @@ def _tensorrt_llm() -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m model_repository.trtllm.server")
-    parser.add_argument(
-        "--engine-dir", required=True, help="folder with llm_api.json, from make build-engines"
-    )
-    parser.add_argument("--socket", required=True, help="Unix socket to listen on; must not exist")
-    options = parser.parse_args(arguments)
-    started = time.monotonic()
-    try:
-        engine = load(options.engine_dir)
-        server = EngineServer(cast(Engine, engine), options.socket)
-    except (
-        LlmConfigError,
-        UnsupportedModel,
-        UnsupportedTokenizer,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        print(f"engine: {error}", file=sys.stderr)
-        return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    print(
-        f"engine ready: {engine.info.description} (loaded in {time.monotonic() - started:.1f} s)", flush=True
-    )
-    status = server.run()
-    if os.path.exists(options.socket):
-        os.unlink(options.socket)
-    engine.close()
-    return status
+    errors = (LlmConfigError, UnsupportedModel, UnsupportedTokenizer, OSError, ValueError, RuntimeError)
+    program = "python -m model_repository.trtllm.server"
+    return run(program, "llm_api.json", lambda folder: cast(Engine, load(folder)), errors, arguments)
 
 
 if __name__ == "__main__":

@@ -423,6 +423,44 @@ class Fp8View(Checkpoint):
         return codes.to(device), *scales, None if bias is None else bias.to(device)
 
 
+def answers(options: argparse.Namespace) -> None:
+    """A real model's greedy answers, against those of the PyTorch kernels on the CPU in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from engine_build.build import GATE_PROMPTS
+    from engine_build.prompts import read_prompts
+
+    folder = options.model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer.encode(text) for text in read_prompts(GATE_PROMPTS)[:20]]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = {"max_num_tokens": 512, "max_seq_len": 1024, "max_batch_size": 32}
+    expected = spoken(small_engine(folder, **plain, device="cpu", kernels="pytorch"), prompts, 48)
+    for dtype in ("float32", "bfloat16"):
+        for graphs in (True, False):
+            engine = small_engine(folder, **plain, compute_dtype=dtype, kv_dtype=dtype, cuda_graphs=graphs)
+            gaps = [
+                gap_of(model, prompt, ours, theirs)
+                for prompt, ours, theirs in zip(prompts, spoken(engine, prompts, 48), expected, strict=True)
+            ]
+            equal = gaps.count(None)
+            worst = max((gap for gap in gaps if gap is not None), default=0.0)
+            # Logits of about 20 lie 0.125 apart in bf16: a difference there is a tie.
+            ok = equal == len(prompts) if dtype == "float32" else worst <= 0.5
+            detail = f"{equal} of {len(prompts)} equal; where not, the logits differ by at most {worst:.3f}"
+            check(f"{Path(folder).name}: greedy answers in {dtype}, graphs {graphs}", ok, detail)
+
+
+@torch.inference_mode()
+def gap_of(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> float | None:
+    """How far apart the logits of the first two differing tokens are; None if there is no such pair."""
+    at = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+    if at is None:
+        return None
+    logits = model(torch.tensor([prompt + theirs[:at]])).logits[0, -1]
+    return (logits[theirs[at]] - logits[ours[at]]).abs().item()
+
+
 def stress(options: argparse.Namespace) -> None:
     """1,000 requests of random lengths, some cancelled, with too few KV blocks: all end and everything returns."""
     from tests.tiny import tiny_checkpoint
@@ -479,6 +517,7 @@ def main() -> int:
     parser.add_argument("--budget", type=int, default=8192, help="max_num_tokens")
     parser.add_argument("--profile-at", default="1,64,256")
     parser.add_argument("--profile-prompts", default="64:128,1:1000", help="COUNT:LENGTH, ...")
+    parser.add_argument("--model", help="checkpoint folder of part answers")
     parser.add_argument("--families", default="", help="only these variants, separated by commas")
     options = parser.parse_args()
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -499,7 +538,9 @@ def main() -> int:
                 engine = engine or llama_engine(options)
                 {"throughput": throughput, "profile": profile}[part](engine, options)
             else:
-                {"kernels": kernels, "families": families, "stress": stress}[part](options)
+                {"kernels": kernels, "families": families, "answers": answers, "stress": stress}[part](
+                    options
+                )
         except Exception as error:
             traceback.print_exc()
             report(part=part, failed=f"{type(error).__name__}: {error}"[:500])

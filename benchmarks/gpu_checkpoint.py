@@ -10,6 +10,7 @@ one line of JSON a stage; exit code 1 if a prediction did not hold. With OUT set
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.words import write_tokenizer  # noqa: E402
 from engine_build import gate  # noqa: E402
 from engine_build.build import CALIBRATION, GATE_PROMPTS, GATE_TEXT  # noqa: E402
 from engine_build.hf_format import read_tensors, write_json  # noqa: E402
@@ -33,7 +35,6 @@ from engine_build.memory import fp8_build_cost  # noqa: E402
 from engine_build.prompts import read_prompts  # noqa: E402
 from engine_build.quantize import quantize  # noqa: E402
 from engine_build.shape import of_spec  # noqa: E402
-from tests.tiny import byte_level_tokenizer, save_tokenizer  # noqa: E402
 from torch_engine.families import load_spec  # noqa: E402
 
 LLAMA_8B = {
@@ -54,18 +55,18 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-TINY |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 1024}
+TINY |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048, "max_position_embeddings": 8192}
 SHAPES = {"llama-8b": LLAMA_8B, "tiny": TINY}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--folder", type=Path, help="where checkpoints go (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="keep the checkpoints there, in source/ and fp8/")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        results = measure(SHAPES[options.shape], Path(folder), device)
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(SHAPES[options.shape], options.folder or Path(scratch), device)
     if out := os.environ.get("OUT"):
         write_json(Path(out) / "checkpoint.json", results)
     held = [result["held"] for result in results if "held" in result]
@@ -75,7 +76,7 @@ def main() -> int:
 def measure(shape: dict[str, Any], folder: Path, device: str) -> list[dict[str, Any]]:
     """Builds source and FP8 checkpoint, runs the accuracy gate, and compares each figure with its prediction."""
     source, target = folder / "source", folder / "fp8"
-    target.mkdir()
+    target.mkdir(parents=True)
     results: list[dict[str, Any]] = []
 
     def say(**result: Any) -> None:
@@ -97,7 +98,8 @@ def measure(shape: dict[str, Any], folder: Path, device: str) -> list[dict[str, 
     seen = quantize(source, read_prompts(CALIBRATION), target, device, dtype)
     say(stage="quantize", seconds=round(time.monotonic() - start, 1), **asdict(seen))
     text, prompts = GATE_TEXT.read_text(encoding="utf-8"), read_prompts(GATE_PROMPTS)
-    gated = gate.measure(source, target, text, prompts, device, dtype)
+    become = functools.partial(gate.become_w8a8, quantized=target)
+    gated = gate.measure(source, become, text, prompts, device, dtype)
     say(stage="gate", perplexity=gated.perplexity, agreement=gated.agreement)  # of noise: shows that it runs
 
     measured = {
@@ -175,7 +177,7 @@ def random_checkpoint(folder: Path, shape: dict[str, Any], device: str) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **shape}
     config |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1}
     write_json(folder / "config.json", config)
-    save_tokenizer(byte_level_tokenizer(), folder)
+    write_tokenizer(folder, shape["vocab_size"])
 
 
 def check_layout(folder: Path) -> int:

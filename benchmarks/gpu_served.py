@@ -1,7 +1,9 @@
 """The same shape served: through Triton, by our own client, streamed and not: ``python3 benchmarks/gpu_served.py``.
 
 Writes a random FP8 checkpoint of the shape of Llama-3.1-8B (in NVIDIA's unified layout, with a tokenizer whose words
-are single tokens), builds an engine from it, starts the server as ``make serve`` does and loads it over gRPC. Prompts
+are single tokens), or takes the one that gpu_checkpoint.py has made; builds an engine from it; puts the load on the
+engine itself, in a process of its own; then starts the server as ``make serve`` does and puts the same load on it over
+gRPC: a closed loop of users, each of whom sends the next of the same prompts as soon as the last is answered. Prompts
 have 128 tokens, answers 128; end of sequence ignored. One line of JSON a case, a table last; also in $OUT/served.json.
 ``--tiny`` is for trying the script where there is no GPU.
 """
@@ -26,16 +28,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers.pre_tokenizers import ByteLevel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import LLAMA_8B, RandomCheckpoint  # noqa: E402
+from benchmarks.words import BYTES, word, write_tokenizer  # noqa: E402
 from client.aio import AsyncClient  # noqa: E402
 from engine_build.build import Build  # noqa: E402
 from engine_build.settings import parse  # noqa: E402
+from model_repository.settings import Deployment  # noqa: E402
+from model_repository.shared.vocabulary import Vocabulary  # noqa: E402
+from torch_engine.config import EngineConfig  # noqa: E402
+from torch_engine.engine import Engine, spare_the_collector  # noqa: E402
 from torch_engine.families import ModelSpec  # noqa: E402
+from torch_engine.request import GenerationRequest  # noqa: E402
 
 LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -46,32 +53,12 @@ TINY = dataclasses.replace(
     attention_scale=0.25, layers=LLAMA_8B.layers[:2],
 )  # fmt: skip
 LENGTH = 128
-BYTES = 256
+WAVES = 4
+"""Requests of each user."""
+WARM_UP = (1, 8, 64)
 
 
 # A checkpoint ------------------------------------------------------------------------------------------
-
-
-def word(token: int) -> str:
-    letters = []
-    for _ in range(4):
-        token, digit = divmod(token, 26)
-        letters.append(chr(ord("a") + digit))
-    return " " + "".join(letters)
-
-
-def write_tokenizer(folder: Path, size: int) -> None:
-    """After the bytes every token is a word of its own: any ids can be asked for as text and stay what they are."""
-    pieces = [*sorted(ByteLevel.alphabet()), *(word(token).replace(" ", "Ġ") for token in range(BYTES, size))]
-    vocab = {piece: token for token, piece in enumerate(pieces)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": vocab, "merges": [], "ignore_merges": True}
-    tokenizer = {
-        "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": byte_level,
-        "post_processor": None, "decoder": byte_level, "model": model,
-    }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def write_checkpoint(folder: Path, spec: ModelSpec, device: str) -> None:
@@ -121,8 +108,11 @@ def layers(source: RandomCheckpoint, spec: ModelSpec, device: str) -> Iterator[d
 class RandomBuild(Build):
     """The build without what random weights have no use for: a bf16 reading of them and the accuracy gate."""
 
+    baseline: Path | None = None
+    """Unquantised checkpoint."""
+
     def _engine_checkpoint(self, source: Any, plan: Any) -> tuple[Path, Path, dict[str, Any]]:
-        return source.folder, source.folder, {"key": None}
+        return self.baseline or source.folder, source.folder, {"key": None}
 
 
 # The load ----------------------------------------------------------------------------------------------
@@ -193,49 +183,97 @@ async def exact(url: str, prompts: list[str]) -> dict[str, Any]:
     return {"part": "text", "prompts": len(prompts), "same_from_all_doors": same}
 
 
-def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict[str, Any]]:
-    chance = random.Random(0)
-
-    def prompts(count: int) -> list[str]:
-        return [
-            "".join(word(chance.randrange(BYTES, spec.vocab_size)) for _ in range(LENGTH))
-            for _ in range(count)
-        ]
-
-    for count in (1, 8, 64):
-        asyncio.run(load(url, "ensemble", prompts(count), count, True))
-    results: list[dict[str, Any]] = [asyncio.run(exact(url, prompts(4)))]
-    print(json.dumps(results[0]), flush=True)
+def cases(options: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
+    """(repeat, users, requests) of each case."""
     for repeat in range(options.repeats):
-        for concurrency in map(int, options.concurrency.split(",")):
-            for model in options.models.split(","):
-                for stream in (False, True):
-                    count = max(4 if concurrency < 8 else 2 * concurrency, concurrency)
-                    found = asyncio.run(load(url, model, prompts(count), concurrency, stream))
-                    case = {"part": "served", "concurrency": concurrency, "model": model, "stream": stream}
-                    rounded = {name: round(value, 2) for name, value in found.items()}
-                    results.append(case | {"repeat": repeat} | rounded)
-                    print(json.dumps(results[-1]), flush=True)
+        for users in map(int, options.concurrency.split(",")):
+            yield repeat, users, max(4, WAVES * users)
+
+
+class Prompts:
+    """New ones at every call: a second time they would come from the prefix cache."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._words = range(BYTES, spec.vocab_size)
+        self._chance = random.Random(0)
+
+    def __call__(self, count: int) -> list[str]:
+        return ["".join(map(word, self._chance.choices(self._words, k=LENGTH))) for _ in range(count)]
+
+
+def say(result: dict[str, Any]) -> dict[str, Any]:
+    rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in result.items()}
+    print(json.dumps(rounded), flush=True)
+    return rounded
+
+
+def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict[str, Any]]:
+    prompts = Prompts(spec)
+    for count in WARM_UP:
+        asyncio.run(load(url, "ensemble", prompts(count), count, True))
+    results = [say(asyncio.run(exact(url, prompts(4))))]
+    for repeat, users, count in cases(options):
+        for model in options.models.split(","):
+            for stream in (False, True):
+                found = asyncio.run(load(url, model, prompts(count), users, stream))
+                case = {"part": "served", "users": users, "model": model, "stream": stream, "repeat": repeat}
+                results.append(say(case | found))
     return results
 
 
+def measure_engine(engine_dir: Path, spec: ModelSpec, options: argparse.Namespace) -> None:
+    """The same closed loop without a server: prints a line of JSON a case."""
+    prompts = Prompts(spec)
+    engine = Engine(EngineConfig.load(engine_dir))
+    spare_the_collector()
+    vocabulary = Vocabulary(engine.config.model_dir)
+    for count in WARM_UP:
+        closed_loop(engine, vocabulary, prompts(count), count)
+    for repeat, users, count in cases(options):
+        rate = closed_loop(engine, vocabulary, prompts(count), users)
+        say({"part": "engine", "users": users, "repeat": repeat, "tok_s": rate})
+
+
+def closed_loop(engine: Engine, vocabulary: Vocabulary, texts: list[str], users: int) -> float:
+    """Output tokens/s."""
+    waiting = iter(
+        enumerate(GenerationRequest(vocabulary.encode_prompt(text), LENGTH, end_id=-1) for text in texts)
+    )
+    started, made = time.perf_counter(), 0
+    for number, request in itertools.islice(waiting, users):
+        engine.add(number, request)
+    while engine.busy:
+        for _, output in engine.step():
+            made += len(output.token_ids)
+            if output.finish_reason is not None and (following := next(waiting, None)):
+                engine.add(*following)
+    assert made == LENGTH * len(texts), f"{made} tokens instead of {LENGTH * len(texts)}"
+    return made / (time.perf_counter() - started)
+
+
 def table(results: list[dict[str, Any]]) -> None:
-    served = [result for result in results if result["part"] == "served"]
-    heads = ("users", "model", "stream", "tok/s", "TTFT ms", "TPOT ms", "tokens/response")
-    print("\n{:>6} {:>16} {:>7} {:>22} {:>8} {:>8} {:>16}".format(*heads))
-    keys = dict.fromkeys((r["concurrency"], r["model"], r["stream"]) for r in served)
-    for key in keys:
-        same = [r for r in served if (r["concurrency"], r["model"], r["stream"]) == key]
-
-        def middle(name: str, same: list[dict[str, Any]] = same) -> str:
-            return f"{statistics.median(r[name] for r in same):.2f}" if name in same[0] else ""
-
-        rates = [r["tok_s"] for r in same]
+    heads = ("users", "model", "stream", "tok/s", "of engine", "TTFT ms", "TPOT ms", "tokens/response")
+    layout = "{:>6} {:>16} {:>7} {:>22} {:>10} {:>8} {:>8} {:>16}"
+    print("\n" + layout.format(*heads))
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        if result["part"] != "text":
+            key = (result["users"], result.get("model", ""), result.get("stream", ""))
+            groups.setdefault(key, []).append(result)
+    for (users, model, stream), same in sorted(groups.items()):
+        direct = median(groups[users, "", ""], "tok_s")
+        rates = [result["tok_s"] for result in same]
         rate = f"{statistics.median(rates):.0f} ({min(rates):.0f}..{max(rates):.0f})"
-        print(
-            f"{key[0]:>6} {key[1]:>16} {key[2]!s:>7} {rate:>22} {middle('ttft_ms'):>8} {middle('tpot_ms'):>8} "
-            f"{middle('tokens_a_response'):>16}"
-        )
+        share = f"{statistics.median(rates) / direct:.1%}"
+        parts = (f"{median(same, name):.2f}" if name in same[0] else "" for name in TIMES)
+        print(layout.format(users, model or "engine", str(stream), rate, share, *parts))
+
+
+TIMES = ("ttft_ms", "tpot_ms", "tokens_a_response")
+
+
+def median(results: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(result[name] for result in results)
 
 
 def main() -> int:
@@ -247,33 +285,59 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="keep checkpoint and build here; a checkpoint there is used again"
     )
+    parser.add_argument("--from", dest="made", type=Path, help="the folder that gpu_checkpoint.py has filled")
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    spec, device = (TINY, "cpu") if options.tiny else (LLAMA_8B, "cuda")
+    spec = TINY if options.tiny else LLAMA_8B
+    if options.engine_only:
+        measure_engine(options.engine_only, spec, options)
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or Path(scratch)
-        started = time.perf_counter()
-        if not (folder / "random-8b").exists():
-            write_checkpoint(folder / "random-8b", spec, device)
-        print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
-        build = folder / "build"
-        arguments = ["--model", str(folder / "random-8b"), "--build-dir", str(build), "--engine", "torch"]
-        RandomBuild(parse([*arguments, "--precision", "fp8", "--max-seq-len", "4096"])).run()
-        print(f"build: {time.perf_counter() - started:.0f} s", flush=True)
-        serve = [sys.executable, "-m", "model_repository.serve", "--build-dir", str(build), "--no-baseline"]
-        with subprocess.Popen(
-            serve, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as server:
-            try:
-                wait_until_ready(server)
-                print(f"ready: {time.perf_counter() - started:.0f} s", flush=True)
-                results = measure(f"127.0.0.1:{os.environ.get('GRPC_PORT') or 8001}", spec, options)
-            finally:
-                server.terminate()
-                print(server.communicate(timeout=60)[0][-2000:], flush=True)
+        results = run(options.folder or Path(scratch), spec, options)
     if out := os.environ.get("OUT"):
         (Path(out) / "served.json").write_text(json.dumps(results, indent=1))
-    table(results)
+    if results:
+        table(results)
     return 0
+
+
+def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Builds, measures the engine, then the server."""
+    started = time.perf_counter()
+    checkpoint = options.made / "fp8" if options.made else folder / "random-8b"
+    if not checkpoint.exists():
+        write_checkpoint(checkpoint, spec, "cpu" if options.tiny else "cuda")
+        print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
+    arguments = ["--model", str(checkpoint), "--build-dir", str(folder / "build"), "--engine", "torch"]
+    build = RandomBuild(parse([*arguments, "--precision", "fp8", "--max-seq-len", "4096"]))
+    build.baseline = options.made / "source" if options.made else None
+    build.run()
+    print(f"build: {time.perf_counter() - started:.0f} s", flush=True)
+    if options.build_only:
+        return []
+    results = engine_alone(folder / "build")
+    serve = [sys.executable, "-m", "model_repository.serve", "--build-dir", str(folder / "build")]
+    with subprocess.Popen(
+        [*serve, "--no-baseline"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            wait_until_ready(server)
+            print(f"ready: {time.perf_counter() - started:.0f} s", flush=True)
+            results += measure(f"127.0.0.1:{os.environ.get('GRPC_PORT') or 8001}", spec, options)
+        finally:
+            server.terminate()
+            print(server.communicate(timeout=60)[0][-2000:], flush=True)
+    return results
+
+
+def engine_alone(build: Path) -> list[dict[str, Any]]:
+    """In a process of its own, whose memory is free again afterwards."""
+    engine_dir = Deployment.load(build).engine_dir
+    command = [sys.executable, __file__, *sys.argv[1:], "--engine-only", str(engine_dir)]
+    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    print(lines, end="", flush=True)
+    return [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
 
 
 def wait_until_ready(server: subprocess.Popen) -> None:

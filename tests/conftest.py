@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,9 @@ from tests import compiler_cache
 from torch_engine.toolchain import compiler
 
 pytest_plugins = ["tests.serving"]
+
+# A shell that runs this in the background has SIGINT ignored, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("test_triton_ops.py", "test_sanitizers.py", "test_runs.py", "test_embedded.py", "test_smollm2.py")
 """Files of minutes. Begun last, one of them would keep one worker busy and the other idle."""

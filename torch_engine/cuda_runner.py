@@ -6,12 +6,17 @@ together with the entries of the block tables that are new. A token id of -1 mea
 sampled for this slot", so a step can be launched before the tokens of the one before it are known.
 
 Steps of single tokens replay a graph captured for the next larger batch size; rows that pad it belong to a slot
-and a KV block of their own. Steps with prompt chunks run the same kernels without a graph.
+and a KV block of their own. So do steps with prompt chunks up to ``MIXED_ROWS[-1]`` tokens, where the host would
+need longer to launch the kernels than the device to run them; larger ones run without a graph.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +32,10 @@ from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+MIXED_SAMPLES = 256
+MIXED_DECODE = 2048
+"""Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
 MIB = 2**20
 ALIGNMENT = 4
 """Integers in 16 bytes."""
@@ -49,6 +58,47 @@ class CudaStep:
     """[sampled] int32: rows of the step whose logits are wanted; None = all."""
     logit_slots: torch.Tensor
     """[sampled] int32: their slots."""
+
+
+@dataclass(frozen=True)
+class MixedShape:
+    """Sizes of a captured step with prompt chunks; a smaller step is padded to them."""
+
+    rows: int
+    tiles: int
+    samples: int
+    """Rows whose logits are wanted."""
+
+    @classmethod
+    def of(cls, rows: int, tile: int) -> MixedShape:
+        """``tile`` tokens of one prompt share a tile; a decode has a tile of its own."""
+        samples = min(rows, 64 if rows <= 256 else MIXED_SAMPLES)
+        return cls(rows, rows // tile + samples + 8, samples)
+
+    def holds(self, rows: int, tiles: int, samples: int) -> bool:
+        return rows <= self.rows and tiles <= self.tiles and samples <= self.samples
+
+
+class Captured:
+    """A forward pass on static inputs: a CUDA graph, or the pass itself where there are none (in tests)."""
+
+    def __init__(self, forward: Callable[[], torch.Tensor], pool: Any) -> None:
+        """``pool`` is the memory that graphs share; None: do not capture."""
+        self._forward = forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if pool is not None:
+            forward()  # compiles the kernels and warms the libraries up outside of the capture
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._logits = forward()
+
+    def replay(self) -> torch.Tensor:
+        """Queues the pass on the current inputs; returns its logits, valid until the next replay."""
+        if self._graph is None:
+            return self._forward()
+        self._graph.replay()
+        return self._logits
 
 
 class Staging:
@@ -81,11 +131,12 @@ class CudaRunner(Runner):
         self.tables[slots] = config.num_kv_blocks
         self.last = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.spare = slots
-        samples = slots * (1 + config.speculation_tokens)
+        samples = max(slots * (1 + config.speculation_tokens), MIXED_SAMPLES)
         self.tokens = torch.zeros(max(samples, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
         spec = model.spec
         self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
-        tiles = config.max_num_tokens // self.tile + slots + 1
+        mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
+        tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
         # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables; alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
         capacity = 3 * longest + 4 * tiles + 2 * samples + 2 * slots * self.width + 8 * ALIGNMENT
@@ -96,12 +147,15 @@ class CudaRunner(Runner):
         self._free = list(range(slots))[::-1]
         self._known: list[tuple[list[int], int]] = [([], 0)] * slots
         """For each slot the sequence's block table and how much of it is on the device."""
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.graphs: dict[int, Captured] = {}
+        """Of single tokens, by batch size, the largest first."""
+        self.mixed: dict[MixedShape, Captured] = {}
+        """Of steps with prompt chunks, the smallest first."""
         self.graph_bytes = 0
         if config.cuda_graphs and on_gpu:
             if config.cuda_tuning:
                 kernels.tune(model.layers)
-            self._capture(self._ladder(slots))
+            self.capture(self._ladder(slots), mixed)
         if on_gpu:
             self._warm_up(min(config.max_num_tokens, config.max_seq_len))
 
@@ -117,26 +171,28 @@ class CudaRunner(Runner):
         cache = sum(cache.num_bytes for cache in self.caches) / MIB
         graphs = "no CUDA graphs"
         if self.graphs:
-            graphs = f"{len(self.graphs)} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
+            graphs = f"{len(self.graphs) + len(self.mixed)} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
         return f", {cache:.0f} MiB KV cache, {graphs}"
 
     # Graphs ----------------------------------------------------------------------------------------
 
-    def _capture(self, sizes: list[int]) -> None:
-        """One graph for each batch size, largest first, so that the smaller ones fit the memory of the larger."""
-        torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info()[0]
-        pool = torch.cuda.graph_pool_handle()
+    def capture(self, sizes: list[int], mixed: list[MixedShape]) -> None:
+        """A graph for each batch size and shape, largest first: the smaller ones fit the memory of the larger."""
+        pool, before = None, 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            before = torch.cuda.mem_get_info()[0]
+            pool = torch.cuda.graph_pool_handle()
+        for shape in sorted(mixed, key=lambda shape: -shape.rows):
+            self._upload(self.staging[0], self._padded(shape, np.empty((3, 0)), [], []), [])
+            self.mixed[shape] = Captured(functools.partial(self._mixed_forward, shape), pool)
+        self.mixed = dict(reversed(self.mixed.items()))
         for size in sorted(sizes, reverse=True):
             self._upload(self.staging[0], self._columns([(0, self.spare, 0)] * size), [])
-            self._decode(size)  # compiles the kernels and warms the libraries up outside of the capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._decode(size)
-            self.graphs[size] = graph, logits
-        torch.cuda.empty_cache()
-        self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
+            self.graphs[size] = Captured(functools.partial(self._decode, size), pool)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
 
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
@@ -150,9 +206,37 @@ class CudaRunner(Runner):
 
     def _decode(self, size: int) -> torch.Tensor:
         """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
-        ids, slots, positions = self.inputs[: 3 * _aligned(size)].view(3, -1)[:, :size]
+        ids, slots, positions = self._places([size] * 3)
         where = AttentionInput(slots, positions, self.tables, size, None)
         return self._forward(CudaStep(ids, where, self.last, None, slots))
+
+    def _mixed_forward(self, shape: MixedShape) -> torch.Tensor:
+        """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
+        rows, samples = shape.rows, shape.samples
+        ids, slots, positions, tiles, logit_rows, logit_slots = self._places(
+            [rows, rows, rows, 4 * shape.tiles, samples, samples]
+        )
+        where = AttentionInput(slots, positions, self.tables, 0, tiles.view(-1, 4), rows)
+        return self._forward(CudaStep(ids, where, self.last, logit_rows, logit_slots))
+
+    def _padded(
+        self,
+        shape: MixedShape,
+        columns: np.ndarray,
+        tiles: list[tuple[int, int, int, int]],
+        sampled: list[tuple[int, int]],
+    ) -> list[np.ndarray]:
+        """The parts of a step, filled up with rows of the spare slot, empty tiles and samples that nobody reads."""
+        rows = np.zeros((3, shape.rows), dtype=np.int32)
+        rows[1] = self.spare
+        rows[:, : columns.shape[1]] = columns
+        table = np.zeros((shape.tiles, 4), dtype=np.int32)
+        table[:, 3] = self.spare
+        table[: len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1, 4)
+        samples = np.zeros((2, shape.samples), dtype=np.int32)
+        samples[1] = self.spare
+        samples[:, : len(sampled)] = np.array(sampled, dtype=np.int32).reshape(-1, 2).T
+        return [*rows, table.reshape(-1), *samples]
 
     def _forward(self, step: CudaStep) -> torch.Tensor:
         logits = self.model.raw_logits(step, self.caches)
@@ -209,9 +293,7 @@ class CudaRunner(Runner):
         self._upload(staging, self._columns(rows), updates)
         if not self.graphs:
             return self._decode(size)
-        graph, logits = self.graphs[size]
-        graph.replay()
-        return logits
+        return self.graphs[size].replay()
 
     @staticmethod
     def _columns(rows: list[tuple[int, int, int]]) -> list[np.ndarray]:
@@ -240,9 +322,25 @@ class CudaRunner(Runner):
             sampled += [(row, slot) for row in range(total - chunk.num_sampled, total)]
         if singles:
             columns.insert(0, np.array(singles, dtype=np.int32).T)
+        step = np.concatenate(columns, axis=1)
+        shape = self._shape(total, len(tiles), len(sampled), singles)
+        if shape is not None:  # its decodes are tiles of one token
+            tiles += [(row, 1, position, slot) for row, (_, slot, position) in enumerate(singles)]
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
-        return self._mixed(staging, np.concatenate(columns, axis=1), tiles, sampled, updates, len(singles))
+        if shape is not None:
+            self._upload(staging, self._padded(shape, step, tiles, sampled), updates)
+            return self.mixed[shape].replay()
+        return self._mixed(staging, step, tiles, sampled, updates, len(singles))
+
+    def _shape(
+        self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int]]
+    ) -> MixedShape | None:
+        """The smallest captured step that holds this one."""
+        if max((position for _, _, position in decodes), default=0) >= MIXED_DECODE:
+            return None
+        fitting = (shape for shape in self.mixed if shape.holds(rows, tiles + len(decodes), samples))
+        return next(fitting, None)
 
     def _tiles(self, row: int, count: int, first: int, slot: int) -> list[tuple[int, int, int, int]]:
         """The pieces of a prompt chunk that starts at ``row`` of the step and at position ``first``."""
@@ -303,15 +401,20 @@ class CudaRunner(Runner):
         """
         if updates:
             parts = [*parts, np.array(updates, dtype=np.int32).T.reshape(-1)]
-        placed, at = [], 0
+        at = 0
         for part in parts:
             staging.values[at : at + part.size] = part
-            placed.append(self.inputs[at : at + part.size])
             at += _aligned(part.size)
+        placed = self._places([part.size for part in parts])
         self.inputs[:at].copy_(staging.host[:at], non_blocking=True)
         if updates:
             triton_ops.scatter(self.tables, placed.pop().view(2, -1))
         return placed
+
+    def _places(self, sizes: list[int]) -> list[torch.Tensor]:
+        """Where parts of these sizes lie among the inputs on the device."""
+        starts = itertools.accumulate((_aligned(size) for size in sizes), initial=0)
+        return [self.inputs[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
     def forget(self, sequence: Sequence) -> None:
         """Frees the slot. A step in flight may still use it: its successor's first step runs after that one."""

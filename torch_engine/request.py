@@ -100,6 +100,8 @@ class GenerationRequest:
     bad_ids: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     return_log_probs: bool = False
+    stream: bool = True
+    """Whether tokens are wanted as they come; otherwise a front end is told everything at the end."""
 
 
 class FinishReason(StrEnum):

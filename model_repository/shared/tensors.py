@@ -274,6 +274,7 @@ class Inputs:
             bad_ids=bad_ids,
             min_tokens=min_tokens,
             return_log_probs=self.scalar("return_log_probs", row, False),
+            stream=self.scalar("stream", row, False),
         )
 
     def _end_id(self, row: int, info: ModelInfo) -> int | None:

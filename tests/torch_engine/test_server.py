@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import signal
@@ -91,6 +92,18 @@ def test_tokens_stream_and_metrics_come_last(engine: EngineClient) -> None:
     assert 0 < times.arrival_time_ns <= times.first_scheduled_time_ns <= times.first_token_time_ns
     assert times.first_token_time_ns < times.last_token_time_ns
     assert times.kv_cache_alloc_total_blocks == 38
+
+
+def test_a_request_that_does_not_stream_is_told_once(engine: EngineClient) -> None:
+    _, streamed = submit(engine, GenerationRequest([5, 6, 7], 50, end_id=-1))
+    _, outputs = submit(engine, GenerationRequest([5, 6, 7], 50, end_id=-1, stream=False))
+    whole = outputs.get(timeout=60)
+    assert whole.finish_reason is FinishReason.LENGTH and whole.metrics is not None
+    assert whole.token_ids == last(streamed).token_ids and len(whole.token_ids) == 50
+    handle, outputs = submit(engine, dataclasses.replace(LONG, stream=False))
+    engine.cancel(handle)
+    assert outputs.get(timeout=60).finish_reason is FinishReason.CANCELLED
+    assert outputs.empty()
 
 
 def test_cancel_and_disconnect_free_the_blocks(process: Process, engine: EngineClient) -> None:

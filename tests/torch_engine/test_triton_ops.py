@@ -29,6 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.fl
 LINEAR_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 if RUNS:
+    from torch_engine.cuda_runner import MixedShape
     from torch_engine.kernels import cuda
     from torch_engine.kernels import triton_ops as ops
     from torch_engine.kernels.triton_ops import Form
@@ -347,6 +348,17 @@ class TestEngine:
         assert engine.scheduler.num_preemptions > 0
         engine.audit()
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_padding_to_captured_sizes_changes_nothing(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Every step replays; without a GPU the passes that a graph would hold run as they are."""
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        requests = [GenerationRequest(prompt, 3, end_id=-1) for prompt in ([5, 6, 7], [9] * 20)]
+        expected = [output.token_ids for output in make_engine(folder).generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        with torch.inference_mode():
+            engine.runner.capture([4], [MixedShape.of(rows, engine.runner.tile) for rows in (10, 24)])
+        monkeypatch.setattr(engine.runner, "_mixed", None)
+        assert [output.token_ids for output in engine.generate(requests)] == expected
 
     def test_guesses_change_nothing(self, parrot, make_engine) -> None:
         requests = [GenerationRequest([8, 7, 8, 7, 8, 7], 5, end_id=-1)]

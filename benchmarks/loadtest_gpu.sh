@@ -1,17 +1,38 @@
 #!/bin/sh
-# The load test's part on a GPU: the load generator's ceiling, then a sweep from 1 to 256 requests in flight through real
-# Triton. Run from the project's root, after `make build-engines`, with the environment that it made:
+# The load test's part on a GPU: the load generator's ceiling, a sweep from 1 to 256 requests in flight through real
+# Triton, and the high levels once more with a single worker. Run from the project's root, after `make build-engines`,
+# with the environment that it made:
 #
-#   sh benchmarks/loadtest_gpu.sh [FOLDER FOR THE REPORTS]
+#   sh benchmarks/loadtest_gpu.sh [FOLDER FOR THE REPORTS] [PART ...]
 #
-# MODEL, PRECISION, PRICE ($ per hour), LEVELS and SECONDS_EACH may be set; DCGM_URL names a DCGM exporter. Takes about 10 minutes.
-set -eu
+# The parts are ceiling, sweep and one-worker; without any, all of them: about 10 minutes, half of it the sweep.
+# PYTHON, BUILD_DIR, LEVELS, ONE_WORKER_LEVELS, SECONDS_EACH, PROCESSES (of the load generator, for the sweep), INPUT_TOKENS,
+# OUTPUT_TOKENS and PRICE ($ per hour) may be set; DCGM_URL names a DCGM exporter's metrics page.
+# Every part runs, whatever the one before it said; the exit status is the worst of them.
+set -u
 PYTHON=${PYTHON:-.venv/bin/python}
 REPORTS=${1:-reports}
+[ $# -gt 0 ] && shift
+LEVELS=${LEVELS:-1,2,4,8,16,32,64,128,256}
+ONE_WORKER_LEVELS=${ONE_WORKER_LEVELS:-64,128,256}
 export OUTPUT_TOKENS=${OUTPUT_TOKENS:-128} INPUT_TOKENS=${INPUT_TOKENS:-128} PRICE=${PRICE:-0}
-# One worker's ceiling without a server in the way, then through Triton: the sweep is INVALID where it is reached.
-"$PYTHON" -m loadtest calibrate --seconds 10
-PROCESSES=1 "$PYTHON" -m loadtest sweep --levels "${LEVELS:-1,2,4,8,16,32,64,128,256}" --seconds "${SECONDS_EACH:-25}" \
-    --slo mlperf-server --reports "$REPORTS/one-worker" || echo "one worker: not VALID at every level, see its report"
-PROCESSES=4 "$PYTHON" -m loadtest sweep --levels "${LEVELS:-1,2,4,8,16,32,64,128,256}" --seconds "${SECONDS_EACH:-25}" \
-    --slo mlperf-server --reports "$REPORTS/sweep"
+status=0
+
+sweep() { # FOLDER, PROCESSES, LEVELS
+    "$PYTHON" -m loadtest sweep --processes "$2" --levels "$3" --seconds "${SECONDS_EACH:-25}" \
+        --slo mlperf-server --reports "$REPORTS/$1" || status=$?
+}
+
+for part in ${@:-ceiling sweep one-worker}; do
+    echo "== $part"
+    case $part in
+    ceiling) "$PYTHON" -m loadtest calibrate --seconds 10 || status=$? ;;
+    sweep) sweep sweep "${PROCESSES:-4}" "$LEVELS" ;;
+    one-worker) sweep one-worker 1 "$ONE_WORKER_LEVELS" ;; # INVALID where one worker is not enough
+    *)
+        echo "error: PART=$part is not valid: use ceiling, sweep or one-worker" >&2
+        exit 2
+        ;;
+    esac
+done
+exit $status

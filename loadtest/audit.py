@@ -6,6 +6,7 @@ core, or 10 ms late, tokens wait for the client and not for the server.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,9 +91,9 @@ def client_reasons(health: ClientHealth, summary: Summary, ceiling: Ceiling | No
             f"the load generator's busiest process used {100 * health.cpu:.0f} % of a core "
             f"(at most {100 * MAX_CPU:.0f} %): give it more workers with PROCESSES"
         )
-    # A late time stamp matters by its share of what is measured.
-    ttft_ms = 1e3 * (summary.ttft_s.p50 or 0.0)
-    allowed_ms = max(MAX_LAG_MS, MAX_SHARE_OF_TTFT * ttft_ms)
+    # A late time stamp matters by its share of what is measured; without a latency that is the throughput of seconds.
+    ttft_s = summary.ttft_s.p50 or summary.ttft_s.mean
+    allowed_ms = math.inf if ttft_s is None else max(MAX_LAG_MS, MAX_SHARE_OF_TTFT * 1e3 * ttft_s)
     for value, what in (
         (health.lag_p99_ms, "its time stamps are"),
         (health.schedule_delay_p99_ms, "requests were sent"),
@@ -125,6 +126,12 @@ def request_reasons(name: str, records: Sequence[RequestRecord], *, unique: bool
     wrong = [record for record in records if record.error is None and record.problem]
     if wrong:
         reasons.append(f"{name}: {len(wrong)} answers of the wrong length: {wrong[0].problem}")
+    return reasons + server_reasons(name, records, unique=unique)
+
+
+def server_reasons(name: str, records: Sequence[RequestRecord], *, unique: bool) -> list[str]:
+    """What the server's own times and counts say against the records; ``unique`` as for :func:`request_reasons`."""
+    reasons = []
     reused = [r for r in records if (r.server_times_ns or {}).get("kv_cache_reused_blocks")]
     if unique and len(reused) > MAX_REUSED_SHARE * len(records):
         reasons.append(

@@ -14,17 +14,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from client import ClientError
 from client.sync import Client
-from loadtest import conditions, plot
+from loadtest import audit, conditions, plot
 from loadtest.config import BenchConfig, ConfigError
 from loadtest.metrics import Summary, limits, problems, ratio, steady_window, summarise
 from loadtest.plan import Block, neighbours, plan_blocks, planned_s, too_short
 from loadtest.prompts import Prompts
-from loadtest.records import RequestRecord, read_records
+from loadtest.records import CLIENTS, ClientSample, RequestRecord, read_clients, read_records
 from loadtest.report import BlockResult, Report, number, publish, table
 from loadtest.target import Target, TargetError, target
 from loadtest.telemetry import Sampler
@@ -101,8 +102,8 @@ def measure(config: BenchConfig, prompts: Prompts, server: Target, work: Path, d
             latency = number(paces[name].wave_s)
             say(f"BUDGET_S={config.budget_s:g} is too short for latencies of {name} (about {latency} s each)")
         failure = run_blocks(blocks, config, server.url, work)
-        records = read_records(work / RECORDS)
-        return evaluate(config, prompts, server, blocks, records, sampler, failure)
+        records, clients = read_records(work / RECORDS), read_clients(work / CLIENTS)
+        return evaluate(config, prompts, server, blocks, records, sampler, failure, clients)
 
 
 def run_blocks(blocks: list[Block], config: BenchConfig, url: str, work: Path) -> str | None:
@@ -171,6 +172,7 @@ def evaluate(
     records: list[RequestRecord],
     sampler: Sampler,
     failure: str | None = None,
+    clients: Sequence[ClientSample] = (),
 ) -> Report:
     """The report on what was recorded."""
     by_block = {block.name: [record for record in records if record.block == block.name] for block in blocks}
@@ -182,10 +184,15 @@ def evaluate(
     each = {block.name: summarise(block.endpoint, [by_block[block.name]]) for block in blocks}
     pairs = [(each[a.name], each[b.name]) for a, b in neighbours(blocks, config.candidate)]
     utilisation = {}
-    for endpoint in (config.candidate, config.baseline):
-        windows = [steady_window(by_block[block.name]) for block in blocks if block.endpoint == endpoint]
-        utilisation[endpoint] = sampler.over([window for window in windows if window is not None])
     reasons = problems(records, [candidate, baseline])
+    for summary in (candidate, baseline):
+        mine = [by_block[block.name] for block in blocks if block.endpoint == summary.endpoint]
+        windows = [window for answered in mine if (window := steady_window(answered))]
+        utilisation[summary.endpoint] = sampler.over(windows)
+        health = audit.ClientHealth.of(clients, [record for answered in mine for record in answered], windows)
+        reasons += [f"{summary.endpoint}: {why}" for why in audit.client_reasons(health, summary, None)]
+    for name, answered in by_block.items():
+        reasons += audit.server_reasons(name, answered, unique=prompts.count is None)
     return Report(
         reasons=[failure, *reasons] if failure else reasons,
         limits=limits([candidate, baseline]),

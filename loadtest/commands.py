@@ -85,8 +85,10 @@ def conduct(options: LoadOptions, body: Callable[[Experiment], Result]) -> int:
     work.chmod(0o755)
     try:
         ceiling = calibrate(options.calibrate_s, work, say) if options.calibrate_s else None
-        with target(options.url or _first_url(options), options.build_dir, say) as server:
-            arms = [replace(arm, url=arm.url or server.url) for arm in _arms(options)]
+        contestants = _arms(options)
+        baseline = any(arm.endpoint == wire.HF_BASELINE for arm in contestants)
+        with target(options.url or _first_url(options), options.build_dir, say, baseline=baseline) as server:
+            arms = [replace(arm, url=arm.url or server.url) for arm in contestants]
             metrics_url = options.metrics_url or server.metrics_url
             with Sampler(server.pids, metrics_url, options.dcgm_url) as sampler:
                 experiment = Experiment(options, arms, server, sampler, work, say, ceiling)

@@ -40,6 +40,8 @@ class Timing:
     """One request at a time; the others wait in the order of their arrival."""
     missing_tokens: int = 0
     """How much shorter an answer is than it should be."""
+    pause_s: float = 0.0
+    """The text stands still for so long, once, after half of the tokens."""
     step: bool = False
     """All requests get their tokens at the same moments, ``tpot_s`` apart, as in-flight batching gives them."""
 
@@ -111,6 +113,8 @@ class NullService:
         writer, words = ResponseWriter(request, served), []
         for count in range(first, total + 1):
             due = start + self.timing.ttft_s + (count - first) * self.timing.tpot_s
+            if count > (first + total) // 2:
+                due += self.timing.pause_s
             if self.timing.step:
                 due = math.ceil(due / self.timing.tpot_s) * self.timing.tpot_s
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -272,15 +276,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.null_server", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--port", type=int, default=8001)
+    parser.add_argument("--port", type=int, default=8001, help="0: any that is free")
     parser.add_argument("--ttft-ms", type=float, default=50.0)
     parser.add_argument("--tpot-ms", type=float, default=10.0)
+    parser.add_argument("--pause-ms", type=float, default=0.0, help="a stall in the middle of every answer")
     parser.add_argument(
         "--serial", action="store_true", help="one request at a time, like a batch-1 baseline"
     )
     parser.add_argument("--step", action="store_true", help="all requests at once, like in-flight batching")
     args = parser.parse_args()
-    timing = Timing(args.ttft_ms / 1e3, args.tpot_ms / 1e3, serial=args.serial, step=args.step)
+    seconds = {name: getattr(args, f"{name[:-2]}_ms") / 1e3 for name in ("ttft_s", "tpot_s", "pause_s")}
+    timing = Timing(**seconds, serial=args.serial, step=args.step)
     try:
         server = NullServer(timing, args.port).start()
     except OSError as error:

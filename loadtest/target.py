@@ -28,8 +28,14 @@ class Target:
 
 
 @contextmanager
-def target(url: str, build_dir: str, say: Callable[[str], None]) -> Iterator[Target]:
-    """The server at ``url``, or if that is empty the one of the build folder."""
+def target(
+    url: str, build_dir: str, say: Callable[[str], None], *, baseline: bool = True
+) -> Iterator[Target]:
+    """The server at ``url``, or if that is empty the one of the build folder.
+
+    Args:
+        baseline: A server that is started here also loads ``hf_baseline``.
+    """
     if url:
         yield Target(url, lambda: [], {})
         return
@@ -41,7 +47,7 @@ def target(url: str, build_dir: str, say: Callable[[str], None]) -> Iterator[Tar
     if not deployed:
         raise TargetError(f"nothing is built in {folder}: run 'make build-engines' first")
     say("starting {model}, lane {lane}, precision {precision}".format(**deployed))
-    settings = dataclasses.replace(ServeSettings.from_environment(), build_dir=folder)
+    settings = dataclasses.replace(ServeSettings.from_environment(), build_dir=folder, baseline=baseline)
     server = Server(settings, say)
     try:
         server.start()

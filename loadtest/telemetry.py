@@ -103,16 +103,19 @@ class Gpus:
         return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles]
 
     def read(self) -> dict[str, float]:
-        """Fields of :class:`Sample`; empty without a GPU."""
+        """Fields of :class:`Sample`, as far as the GPUs tell them; empty without a GPU."""
+        values: dict[str, float] = {}
         if not self._handles:
-            return {}
-        nvml = self._nvml
-        percents = [nvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self._handles]
-        return {
-            "gpu_percent": sum(percents) / len(percents),
-            "gpu_memory_mib": sum(nvml.nvmlDeviceGetMemoryInfo(h).used for h in self._handles) / 2**20,
-            "gpu_power_w": sum(nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1e3,
-        }
+            return values
+        nvml, handles = self._nvml, self._handles
+        with suppress(nvml.NVMLError):  # a GPU with MIG on tells no utilisation
+            percents = [nvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
+            values["gpu_percent"] = sum(percents) / len(percents)
+        with suppress(nvml.NVMLError):
+            values["gpu_memory_mib"] = sum(nvml.nvmlDeviceGetMemoryInfo(h).used for h in handles) / 2**20
+        with suppress(nvml.NVMLError):
+            values["gpu_power_w"] = sum(map(nvml.nvmlDeviceGetPowerUsage, handles)) / 1e3
+        return values
 
     def read_series(self) -> dict[str, float]:
         """Values of :data:`SERIES` that the GPUs offer: not all offer all."""

@@ -1,73 +1,102 @@
 """The same closed loop without any of ours: Triton's own client, a thread and a stream for each user.
 
-``python tests/loadtest/independent.py HOST:PORT ENDPOINT CONCURRENCY OUTPUT_TOKENS SECONDS`` prints tokens/s, median
-TTFT and median end-to-end latency in seconds. Good for few streams; many would wait for the interpreter's lock.
+``python tests/loadtest/independent.py HOST:PORT ENDPOINT CONCURRENCY OUTPUT_TOKENS SECONDS [PROMPTS.txt]`` prints
+tokens/s, median TTFT and median end-to-end latency in seconds, and how many answers and tokens there were. Good for
+few streams; many would wait for the interpreter's lock.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpcclient
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One answer: when it was asked for, when there was text, and (time, output tokens so far) of each response."""
+
+    sent: float
+    first_text: float
+    chunks: list[tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    tokens_per_s: float
+    ttft_s: float
+    e2e_s: float
+    answers: int
+    tokens: int
+
+
 def tensor(name: str, value, dtype: str):
-    array = (
-        np.array([[value.encode()]], dtype=np.object_)
-        if dtype == "BYTES"
-        else np.array([[value]], dtype=dtype)
-    )
-    made = grpcclient.InferInput(name, [1, 1], {"BYTES": "BYTES", "int32": "INT32", "bool": "BOOL"}[dtype])
-    made.set_data_from_numpy(array)
+    array = np.array([[value.encode() if dtype == "BYTES" else value]], dtype=object)
+    made = grpcclient.InferInput(name, [1, 1], dtype)
+    made.set_data_from_numpy(array if dtype == "BYTES" else array.astype(dtype.lower()))
     return made
 
 
-def user(url: str, endpoint: str, tokens: int, number: int, end: float, seen: list) -> None:
+def user(url: str, endpoint: str, tokens: int, prompts: Iterator[str], end: float, seen: list[Seen]) -> None:
     client, answers = grpcclient.InferenceServerClient(url), queue.Queue()
     client.start_stream(lambda result, error: answers.put((time.monotonic(), result, error)))
     while time.monotonic() < end:
-        prompt = (
-            f"{number} {len(seen)} {time.time_ns()}: tell me about the sea, the harbour and the old bridge."
-        )
-        inputs = [tensor("text_input", prompt, "BYTES"), tensor("max_tokens", tokens, "int32")]
-        inputs += [tensor("min_tokens", tokens, "int32"), tensor("stream", True, "bool")]
-        sent, times, final = time.monotonic(), [], False
+        inputs = [tensor("text_input", next(prompts), "BYTES"), tensor("max_tokens", tokens, "INT32")]
+        inputs += [tensor("min_tokens", tokens, "INT32"), tensor("stream", True, "BOOL")]
+        inputs += [tensor("return_num_output_tokens", True, "BOOL")]
+        sent, first_text, chunks, final = time.monotonic(), 0.0, [], False
         client.async_stream_infer(endpoint, inputs, enable_empty_final_response=True)
         while not final:
             at, result, error = answers.get()
             assert error is None, error
             final = result.get_response().parameters["triton_final_response"].bool_param
-            if result.as_numpy("text_output") is not None:
-                times.append(at)
-        seen.append((sent, times[0], times[-1]))
+            if (text := result.as_numpy("text_output")) is not None:
+                first_text = first_text or (at if text.item() else 0.0)
+                chunks.append((at, result.as_numpy("num_output_tokens").item()))
+        seen.append(Seen(sent, first_text, chunks))
     client.stop_stream()
 
 
 def measure(
-    url: str, endpoint: str, concurrency: int, tokens: int, seconds: float
-) -> tuple[float, float, float]:
-    seen: list[tuple[float, float, float]] = []
-    end = time.monotonic() + seconds
-    users = [
-        threading.Thread(target=user, args=(url, endpoint, tokens, i, end, seen)) for i in range(concurrency)
-    ]
+    url: str, endpoint: str, concurrency: int, tokens: int, seconds: float, prompts: list[str] | None = None
+) -> Measured:
+    seen: list[Seen] = []
+    start = time.monotonic()
+    numbered = map(
+        f"{{}} {start}: tell me about the sea, the harbour and the bridge.".format, itertools.count()
+    )
+    source = iter(prompts) if prompts else numbered  # threads may share either, not a generator
+    work = (url, endpoint, tokens, source, start + seconds, seen)
+    users = [threading.Thread(target=user, args=work) for _ in range(concurrency)]
     [thread.start() for thread in users]
     [thread.join() for thread in users]
-    first, last = min(done for _, _, done in seen), max(sent for sent, _, _ in seen)
-    inside = [(s, t, d) for s, t, d in seen if s >= first and s <= last]
-    rate = tokens * sum(first < done <= last for _, _, done in seen) / (last - first)
-    return (
-        rate,
-        statistics.median(t - s for s, t, _ in inside),
-        statistics.median(d - s for s, _, d in inside),
+    # From the first answer's end to the last request's start all users are at work.
+    first, last = min(one.chunks[-1][0] for one in seen), max(one.sent for one in seen)
+    inside = [one for one in seen if first <= one.sent <= last]
+    arrived = 0
+    for one in seen:
+        for (_, before), (at, count) in itertools.pairwise([(0.0, 0), *one.chunks]):
+            arrived += count - before if first < at <= last else 0
+    return Measured(
+        arrived / (last - first),
+        statistics.median(one.first_text - one.sent for one in inside),
+        statistics.median(one.chunks[-1][0] - one.sent for one in inside),
+        len(seen),
+        sum(one.chunks[-1][1] for one in seen),
     )
 
 
 if __name__ == "__main__":
-    address, model, count, length, duration = sys.argv[1:]
-    print(*measure(address, model, int(count), int(length), float(duration)))
+    address, model, count, length, duration, *files = sys.argv[1:]
+    lines = Path(files[0]).read_text().splitlines() if files else None
+    found = measure(address, model, int(count), int(length), float(duration), lines)
+    print(found.tokens_per_s, found.ttft_s, found.e2e_s, found.answers, found.tokens)

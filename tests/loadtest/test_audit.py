@@ -17,7 +17,7 @@ from loadtest.histogram import Histogram
 from loadtest.metrics import Window, summarise
 from loadtest.records import ClientSample
 from loadtest.slo import PRESETS, Slo
-from tests.loadtest.traces import TOKENS, batch_server, record
+from tests.loadtest.traces import TOKENS, batch_server, record, serial_server
 
 RECORDS = batch_server(4, 1.0, 20.0)
 WINDOW = Window(0, 20_000_000_000)
@@ -48,6 +48,13 @@ def test_a_fast_client_is_not_seen():
 def test_a_client_that_could_be_seen_is_told(changes, why):
     (reason,) = judged(**changes)
     assert why in reason
+
+
+def test_a_late_time_stamp_does_not_spoil_a_throughput_without_latencies():
+    summary = summarise("a", [serial_server(16, 2.0, 20.0)])
+    health = ClientHealth.of(samples(lag_ms=30.0), RECORDS, [WINDOW])
+    assert summary.output_tokens_per_s and summary.ttft_s.n == 0
+    assert client_reasons(health, summary, None) == []
 
 
 def test_a_load_near_the_ceiling_is_told():

@@ -27,14 +27,17 @@ def run(server: NullServer, folder, *options: str) -> int:
 
 def test_a_whole_run(tmp_path, capsys):
     with NullServer(Timing(0.050, 0.005)) as server:
-        assert run(server, tmp_path) == 0
+        status = run(server, tmp_path)
         log = list(server.log)
     folder = tmp_path / "latest"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "clients.jsonl", "comparison.png", "locust.log", "records.jsonl", "report.json", "report.md", "workers.jsonl",
-    ]  # fmt: skip
     data = json.loads((folder / "report.json").read_text())
-    assert data["verdict"] == "VALID"
+    assert status == bool(data["reasons"]) and data["verdict"] == ("INVALID" if status else "VALID")
+    # On a machine that is busy with other tests, the load generator may be late, and then must say so.
+    assert all("load generator is too slow" in reason for reason in data["reasons"])
+    assert {path.name for path in folder.iterdir()} - {"comparison.png"} == {
+        "clients.jsonl", "locust.log", "records.jsonl", "report.json", "report.md", "workers.jsonl",
+    }  # fmt: skip
+    assert (folder / "comparison.png").exists() != status
     for side, endpoint in (("candidate", "text_generation"), ("baseline", "hf_baseline")):
         served = [
             r for r in log if r.model == endpoint and r.outcome == "complete" and len(r.token_times_ns) == 10
@@ -44,7 +47,7 @@ def test_a_whole_run(tmp_path, capsys):
         assert data[side]["output_tokens_per_s"] == pytest.approx(4 * 10 / statistics.mean(true_s), rel=0.3)
     assert data["utilisation"]["text_generation"]["cpu_percent"] > 0
     assert not list(tmp_path.glob(".*"))
-    assert "VALID" in capsys.readouterr().out.splitlines()[-2]
+    assert capsys.readouterr().out.splitlines()[-2].startswith(data["verdict"])
 
 
 @pytest.mark.parametrize("fault", ["short answers", "server dies"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -11,7 +12,8 @@ from loadtest.bench import Target, evaluate
 from loadtest.config import BenchConfig
 from loadtest.plan import Block
 from loadtest.prompts import Prompts
-from loadtest.telemetry import Sampler, process_name, process_seconds
+from loadtest.records import ClientSample
+from loadtest.telemetry import Gpus, Sampler, process_name, process_seconds
 from tests.loadtest.traces import batch_server, record, serial_server
 
 BLOCKS = [
@@ -22,7 +24,7 @@ BLOCKS = [
 DEPLOYED = {"model": "Tiny", "lane": "torch", "precision": "fp8", "baseline": {"dtype": "bfloat16"}}
 
 
-def made(extra=(), failure=None) -> report.Report:
+def made(extra=(), failure=None, clients=()) -> report.Report:
     config = BenchConfig(concurrency=16, output_tokens=8)
     records = [
         *batch_server(16, 4.0, 20.0, block=BLOCKS[0].name),
@@ -31,7 +33,7 @@ def made(extra=(), failure=None) -> report.Report:
         *extra,
     ]
     target = Target("here", lambda: [], DEPLOYED)
-    return evaluate(config, Prompts(), target, BLOCKS, records, Sampler(lambda: []), failure)
+    return evaluate(config, Prompts(), target, BLOCKS, records, Sampler(lambda: []), failure, clients)
 
 
 def test_the_table_says_what_was_measured():
@@ -94,6 +96,14 @@ def test_invalid_is_in_the_first_line(extra, failure, reason):
     assert first.startswith("INVALID: ") and reason in first
 
 
+def test_a_slow_load_generator_is_told():
+    """The same audit as every other command's."""
+    samples = [ClientSample(0, i * 10**9, i * 10**9, i * 0.9, 4, [80.0] * 50) for i in range(60)]
+    slow = made(clients=samples)
+    assert "text_generation: the load generator's busiest process used 90 % of a core" in slow.verdict
+    assert "text_generation: the load generator is too slow: its time stamps are 80 ms late" in slow.verdict
+
+
 def test_files_and_latest(tmp_path: Path):
     good = made()
     for name in ("one", "two"):
@@ -139,3 +149,29 @@ def test_cpu_seconds_of_a_process_tree_grow():
     before = sum(process_seconds([os.getpid()]).values())
     sum(i * i for i in range(3_000_000))
     assert sum(process_seconds([os.getpid()]).values()) > before
+
+
+def test_a_gpu_that_does_not_tell_everything_tells_the_rest(monkeypatch):
+    """With MIG on, NVML has no utilisation; power and memory go on, and the sampler's thread lives."""
+
+    class Nvml:
+        NVMLError = RuntimeError
+
+        def __getattr__(self, name: str):
+            if name.startswith("nvmlClocksThrottleReason") or name == "NVML_CLOCK_SM":
+                return 1
+            answers = {"PowerUsage": 350_000, "MemoryInfo": SimpleNamespace(used=2**30), "ClockInfo": 1980}
+
+            def ask(*_: object):
+                try:
+                    return answers[name.removeprefix("nvmlDeviceGet")]
+                except KeyError:
+                    raise self.NVMLError("not supported") from None
+
+            return ask
+
+    gpus = Gpus()
+    monkeypatch.setattr(gpus, "_nvml", Nvml(), raising=False)
+    monkeypatch.setattr(gpus, "_handles", ["one"])
+    assert gpus.read() == {"gpu_memory_mib": 1024, "gpu_power_w": 350}
+    assert gpus.read_series() == {"gpu_clock_mhz": 1980}

@@ -8,7 +8,7 @@
 # The parts are ceiling, sweep and one-worker; without any, all of them: about 10 minutes, half of it the sweep.
 # PYTHON, BUILD_DIR, LEVELS, ONE_WORKER_LEVELS, SECONDS_EACH, PROCESSES (of the load generator, for the sweep), INPUT_TOKENS,
 # OUTPUT_TOKENS and PRICE ($ per hour) may be set; DCGM_URL names a DCGM exporter's metrics page.
-# Every part runs, whatever the one before it said; the exit status is the worst of them.
+# Every part runs, whatever the one before it said; the exit status is not 0 if one of them was INVALID or failed.
 set -u
 PYTHON=${PYTHON:-.venv/bin/python}
 REPORTS=${1:-reports}

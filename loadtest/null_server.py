@@ -40,6 +40,8 @@ class Timing:
     """One request at a time; the others wait in the order of their arrival."""
     missing_tokens: int = 0
     """How much shorter an answer is than it should be."""
+    outside_s: float = 0.0
+    """Before the server's own clock knows of a request: as if it had been on the way for so long."""
     pause_s: float = 0.0
     """The text stands still for so long, once, after half of the tokens."""
     step: bool = False
@@ -87,6 +89,8 @@ class NullService:
             elif error := _refusal(request, inputs):
                 yield service_pb2.ModelStreamInferResponse(error_message=error).SerializeToString()
             else:
+                if self.timing.outside_s:
+                    await asyncio.sleep(self.timing.outside_s)
                 async for response in self._generate(request, inputs):
                     yield response
 
@@ -279,13 +283,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8001, help="0: any that is free")
     parser.add_argument("--ttft-ms", type=float, default=50.0)
     parser.add_argument("--tpot-ms", type=float, default=10.0)
+    parser.add_argument(
+        "--outside-ms", type=float, default=0.0, help="before a request has arrived, by its clock"
+    )
     parser.add_argument("--pause-ms", type=float, default=0.0, help="a stall in the middle of every answer")
     parser.add_argument(
         "--serial", action="store_true", help="one request at a time, like a batch-1 baseline"
     )
     parser.add_argument("--step", action="store_true", help="all requests at once, like in-flight batching")
     args = parser.parse_args()
-    seconds = {name: getattr(args, f"{name[:-2]}_ms") / 1e3 for name in ("ttft_s", "tpot_s", "pause_s")}
+    named = ("ttft", "tpot", "outside", "pause")
+    seconds = {f"{name}_s": getattr(args, f"{name}_ms") / 1e3 for name in named}
     timing = Timing(**seconds, serial=args.serial, step=args.step)
     try:
         server = NullServer(timing, args.port).start()

@@ -68,9 +68,12 @@ def test_a_run_against_real_triton_agrees_with_tritons_own_client(served, tmp_pa
     independent = measure(settings.grpc_url, "text_generation", 4, 32, 4.0)
     theirs = answered() - before - ours
     records = read_records(tmp_path / "latest" / "records.jsonl")
-    assert ours == len(records) + WARM_UP + IDLE
-    assert theirs == independent.answers and independent.tokens == 32 * independent.answers
     complete = [record for record in records if record.complete]
+    besides = WARM_UP + IDLE
+    assert (
+        len(complete) + besides <= ours <= len(records) + besides
+    )  # Triton counts some of those cut off at the end
+    assert theirs == independent.answers and independent.tokens == 32 * independent.answers
     assert len(records) - len(complete) <= 4 and all(record.error is None for record in records)
     assert all(record.chunk_tokens[-1] == record.num_output_tokens == 32 for record in complete)
     data = json.loads((tmp_path / "latest" / "report.json").read_text())

@@ -2,8 +2,7 @@
 
 Streaming under gevent costs three to five times the CPU per token, and delays tokens long before the
 worker looks busy; on a thread of its own the client holds several times the load. Timestamps are taken
-on that thread, and so are the times of an open loop. Needs real threads: start Locust through
-:mod:`loadtest.locust_main`.
+on that thread. Needs real threads: start Locust through :mod:`loadtest.locust_main`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from client.leaving import leave_async
 from client.params import GenerateParams
 from loadtest.records import ClientSample, RequestRecord
 
-Messages = list[tuple[int, service_pb2.ModelStreamInferResponse]]
+Messages = list[tuple[int, bytes]]
+"""Time of arrival and the message as it came: parsed ones would take ten times the memory until the answer ends."""
 
 WATCH_S = 0.020
 """Distance of the moments at which the event loop's lateness is looked at."""
@@ -81,6 +81,7 @@ class Bridge:
         self._worker = worker
         self._running: set[asyncio.Task] = set()
         self._helpers: set[asyncio.Task] = set()
+        self._closing = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc-aio", daemon=True)
         self._thread.start()
@@ -111,23 +112,32 @@ class Bridge:
             done: Called in gevent's hub when all of them have been answered or have failed.
         """
         hub = gevent.get_hub()
+        sent: set[asyncio.Task] = set()
 
         async def one(load: Load) -> None:
             answer = await self._measure(load)
             if not answer.record.cancelled:
                 hub.loop.run_callback_threadsafe(report, answer.record)
 
-        async def all_of_them() -> None:
-            sent = []
-            for load in loads:
-                assert load.intended_ns is not None
-                await asyncio.sleep(max(0.0, (load.intended_ns - time.monotonic_ns()) / 1e9))
-                sent.append(asyncio.create_task(one(load)))
-                sent = [task for task in sent if not task.done()] if len(sent) > 1000 else sent
+        def send(load: Load) -> None:
+            task = self._loop.create_task(one(load))
+            sent.add(task)
+            task.add_done_callback(sent.discard)
+
+        async def wait_for_all() -> None:
             await asyncio.gather(*sent, return_exceptions=True)
             hub.loop.run_callback_threadsafe(done)
 
-        self._loop.call_soon_threadsafe(lambda: self._help(all_of_them()))
+        def keep_time() -> None:
+            for load in loads:
+                assert load.intended_ns is not None
+                if self._closing.wait(max(0.0, (load.intended_ns - time.monotonic_ns()) / 1e9)):
+                    return
+                self._loop.call_soon_threadsafe(send, load)
+            self._loop.call_soon_threadsafe(lambda: self._help(wait_for_all()))
+
+        # A thread of its own: the event loop's timers are a millisecond late.
+        threading.Thread(target=keep_time, name="arrivals", daemon=True).start()
 
     @property
     def in_flight(self) -> int:
@@ -135,6 +145,7 @@ class Bridge:
 
     def close(self) -> None:
         """Cancels what is in flight, waits until its records are written, and ends the thread."""
+        self._closing.set()
         closing = asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
         deadline = time.monotonic() + 10.0
         while not closing.done() and time.monotonic() < deadline:
@@ -147,7 +158,6 @@ class Bridge:
         self._call = self._channel.unary_stream(
             wire.STREAM_INFER,
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
         self._help(self._watch())
 
@@ -246,12 +256,13 @@ def _hand_over(done: Future, answer: AsyncResult) -> None:
 def fill(record: RequestRecord, messages: Messages) -> str:
     """Reads the responses, after the last one has come, into the record; returns the text.
 
-    Meanwhile the tokens of other requests wait, so only the last response is parsed in full, and of the others
-    just the text and the number of tokens so far.
+    Meanwhile the tokens of other requests wait, so all outputs are read of the last response alone, and of the
+    others just the text and the number of tokens so far.
     """
     words: list[bytes] = []
     tokens, layout = 0, _Layout()
-    for arrived_ns, message in messages:
+    for arrived_ns, data in messages:
+        message = service_pb2.ModelStreamInferResponse.FromString(data)
         if message.error_message:
             record.error = message.error_message
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections import deque
@@ -67,6 +68,8 @@ class Session:
         self._outbox: deque[tuple[dict, dict | None]] = deque()
         self._samples: deque[dict] = deque()
         self._collector = collector
+        # What exists now stays. Looking at all of it in a full collection would make tokens wait.
+        gc.freeze()
         self.bridge = Bridge(url, self._keep, self._keep_sample, self.worker)
         self._sender = gevent.spawn(self._send_regularly) if collector is None else None
         if self.open_loop:

@@ -1,8 +1,8 @@
 """Runs the scheduler's chunks on a GPU: decode steps as CUDA graphs, tokens that stay on the device.
 
 Every sequence has a slot: a row of the block tables on the device and a place for its last sampled token.
-A step needs three integers a row (token id, slot, position), which travel in one copy from pinned memory
-together with the entries of the block tables that are new. A token id of -1 means "what the step before
+A step needs four integers a row (token id, slot, position, whether it must not end here), which travel in one copy from
+pinned memory together with the entries of the block tables that are new. A token id of -1 means "what the step before
 sampled for this slot", so a step can be launched before the tokens of the one before it are known.
 
 Steps of single tokens replay a graph captured for the next larger batch size; rows that pad it belong to a slot
@@ -58,6 +58,8 @@ class CudaStep:
     """[sampled] int32: rows of the step whose logits are wanted; None = all."""
     logit_slots: torch.Tensor
     """[sampled] int32: their slots."""
+    holds: torch.Tensor
+    """[sampled] int32: 1 where the next token must not be one that ends the output."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,14 @@ class CudaRunner(Runner):
         samples = max(slots * (1 + config.speculation_tokens), MIXED_SAMPLES)
         self.tokens = torch.zeros(max(samples, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
         spec = model.spec
+        ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
+        self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
         self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
         mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
-        # Ids, slots, positions; tiles; sampled rows and their slots; new entries of the block tables; alignment.
+        # Ids, slots, positions, holds; tiles; sampled rows, slots, holds; new entries of the block tables; alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
-        capacity = 3 * longest + 4 * tiles + 2 * samples + 2 * slots * self.width + 8 * ALIGNMENT
+        capacity = 4 * longest + 4 * tiles + 3 * samples + 2 * slots * self.width + 10 * ALIGNMENT
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
@@ -188,7 +192,7 @@ class CudaRunner(Runner):
             self.mixed[shape] = Captured(functools.partial(self._mixed_forward, shape), pool)
         self.mixed = dict(reversed(self.mixed.items()))
         for size in sorted(sizes, reverse=True):
-            self._upload(self.staging[0], self._columns([(0, self.spare, 0)] * size), [])
+            self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size), [])
             self.graphs[size] = Captured(functools.partial(self._decode, size), pool)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -200,31 +204,31 @@ class CudaRunner(Runner):
             columns = np.zeros((3, count), dtype=np.int32)
             columns[1], columns[2] = self.spare, np.arange(count)
             tiles = self._tiles(0, count, 0, self.spare)
-            self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare)], [], 0)
+            self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare, 0)], [], 0)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
 
     def _decode(self, size: int) -> torch.Tensor:
         """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
-        ids, slots, positions = self._places([size] * 3)
+        ids, slots, positions, holds = self._places([size] * 4)
         where = AttentionInput(slots, positions, self.tables, size, None)
-        return self._forward(CudaStep(ids, where, self.last, None, slots))
+        return self._forward(CudaStep(ids, where, self.last, None, slots, holds))
 
     def _mixed_forward(self, shape: MixedShape) -> torch.Tensor:
         """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
         rows, samples = shape.rows, shape.samples
-        ids, slots, positions, tiles, logit_rows, logit_slots = self._places(
-            [rows, rows, rows, 4 * shape.tiles, samples, samples]
+        ids, slots, positions, tiles, *sampled = self._places(
+            [rows, rows, rows, 4 * shape.tiles, samples, samples, samples]
         )
         where = AttentionInput(slots, positions, self.tables, 0, tiles.view(-1, 4), rows)
-        return self._forward(CudaStep(ids, where, self.last, logit_rows, logit_slots))
+        return self._forward(CudaStep(ids, where, self.last, *sampled))
 
     def _padded(
         self,
         shape: MixedShape,
         columns: np.ndarray,
         tiles: list[tuple[int, int, int, int]],
-        sampled: list[tuple[int, int]],
+        sampled: list[tuple[int, int, int]],
     ) -> list[np.ndarray]:
         """The parts of a step, filled up with rows of the spare slot, empty tiles and samples that nobody reads."""
         rows = np.zeros((3, shape.rows), dtype=np.int32)
@@ -233,15 +237,17 @@ class CudaRunner(Runner):
         table = np.zeros((shape.tiles, 4), dtype=np.int32)
         table[:, 3] = self.spare
         table[: len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1, 4)
-        samples = np.zeros((2, shape.samples), dtype=np.int32)
+        samples = np.zeros((3, shape.samples), dtype=np.int32)
         samples[1] = self.spare
-        samples[:, : len(sampled)] = np.array(sampled, dtype=np.int32).reshape(-1, 2).T
+        samples[:, : len(sampled)] = np.array(sampled, dtype=np.int32).reshape(-1, 3).T
         return [*rows, table.reshape(-1), *samples]
 
     def _forward(self, step: CudaStep) -> torch.Tensor:
         logits = self.model.raw_logits(step, self.caches)
         tokens = self.tokens[: logits.shape[0]]
-        triton_ops.argmax(logits, step.logit_slots, self.last, tokens, self.head.column_scales)
+        triton_ops.argmax(
+            logits, step.logit_slots, self.last, tokens, self.head.column_scales, step.holds, self.ends
+        )
         return logits
 
     # Steps -----------------------------------------------------------------------------------------
@@ -289,28 +295,29 @@ class CudaRunner(Runner):
             size = next(size for size in reversed(self.graphs) if size >= count)
         updates: list[tuple[int, int]] = []
         rows = [self._row(chunk.sequence, updates) for chunk in chunks]
-        rows += [(0, self.spare, 0)] * (size - count)
+        rows += [(0, self.spare, 0, 0)] * (size - count)
         self._upload(staging, self._columns(rows), updates)
         if not self.graphs:
             return self._decode(size)
         return self.graphs[size].replay()
 
     @staticmethod
-    def _columns(rows: list[tuple[int, int, int]]) -> list[np.ndarray]:
+    def _columns(rows: list[tuple[int, int, int, int]]) -> list[np.ndarray]:
         return list(np.array(rows, dtype=np.int32).T)
 
     def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
-        singles: list[tuple[int, int, int]] = []  # decodes come first
+        singles: list[tuple[int, int, int, int]] = []  # decodes come first
         columns: list[np.ndarray] = []
         tiles: list[tuple[int, int, int, int]] = []
-        sampled: list[tuple[int, int]] = []
+        sampled: list[tuple[int, int, int]] = []
         updates: list[tuple[int, int]] = []
         total = 0
         for chunk in chunks:
             sequence, count = chunk.sequence, chunk.num_tokens
-            token, slot, first = self._row(sequence, updates)
+            row = self._row(sequence, updates)
+            _, slot, first, holds = row
             if count == 1:
-                singles.append((token, slot, first))
+                singles.append(row)
             else:
                 rows = np.empty((3, count), dtype=np.int32)
                 rows[0] = chunk.inputs
@@ -319,13 +326,13 @@ class CudaRunner(Runner):
                 columns.append(rows)
                 tiles += self._tiles(total, count, first, slot)
             total += count
-            sampled += [(row, slot) for row in range(total - chunk.num_sampled, total)]
+            sampled += [(at, slot, holds) for at in range(total - chunk.num_sampled, total)]
         if singles:
-            columns.insert(0, np.array(singles, dtype=np.int32).T)
+            columns.insert(0, np.array(singles, dtype=np.int32).T[:3])
         step = np.concatenate(columns, axis=1)
         shape = self._shape(total, len(tiles), len(sampled), singles)
         if shape is not None:  # its decodes are tiles of one token
-            tiles += [(row, 1, position, slot) for row, (_, slot, position) in enumerate(singles)]
+            tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
         if shape is not None:
@@ -334,10 +341,10 @@ class CudaRunner(Runner):
         return self._mixed(staging, step, tiles, sampled, updates, len(singles))
 
     def _shape(
-        self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int]]
+        self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
     ) -> MixedShape | None:
         """The smallest captured step that holds this one."""
-        if max((position for _, _, position in decodes), default=0) >= MIXED_DECODE:
+        if max((position for _, _, position, _ in decodes), default=0) >= MIXED_DECODE:
             return None
         fitting = (shape for shape in self.mixed if shape.holds(rows, tiles + len(decodes), samples))
         return next(fitting, None)
@@ -354,26 +361,22 @@ class CudaRunner(Runner):
         staging: Staging,
         columns: np.ndarray,
         tiles: list[tuple[int, int, int, int]],
-        sampled: list[tuple[int, int]],
+        sampled: list[tuple[int, int, int]],
         updates: list[tuple[int, int]],
         decodes: int,
     ) -> torch.Tensor:
-        """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows and their slots."""
+        """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows, their slots and holds."""
+        if not sampled:  # the head wants a row; its token goes where nobody looks
+            sampled = [(0, self.spare, 0)]
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
         parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
         ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
         longest = max((first + count for _, count, first, _ in tiles), default=0)
         where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4), longest)
-        logit_rows, logit_slots = logits or self._nothing()
-        return self._forward(CudaStep(ids, where, self.last, logit_rows, logit_slots))
+        return self._forward(CudaStep(ids, where, self.last, *logits))
 
-    def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What stands in where nothing is sampled: the head wants a row, its token goes where nobody looks."""
-        row = torch.zeros(1, dtype=torch.int32, device=self.device)
-        return row, row + self.spare
-
-    def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int]:
-        """Token id, slot and position of a sequence's next token; notes what its row of the table lacks."""
+    def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int, int]:
+        """Token id, slot, position and hold of a sequence's next token; notes what its row of the table lacks."""
         slot = self._slots.get(sequence)
         if slot is None:
             if not self._free:  # preempted sequences wait without blocks and need no slot
@@ -390,7 +393,8 @@ class CudaRunner(Runner):
             self._known[slot] = table, len(table)
         position = sequence.num_computed
         tokens = sequence.tokens
-        return (tokens[position] if position < len(tokens) else -1), slot, position
+        token = tokens[position] if position < len(tokens) else -1
+        return token, slot, position, int(sequence.must_go_on)
 
     def _upload(
         self, staging: Staging, parts: list[np.ndarray], updates: list[tuple[int, int]]

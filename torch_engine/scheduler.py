@@ -108,6 +108,7 @@ class Scheduler:
                 chunk.num_tokens > 1
                 or not chunk.samples
                 or not sequence.samples_on_device
+                or sequence.must_go_on
                 or sequence.num_pending
             ):
                 continue

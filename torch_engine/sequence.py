@@ -43,7 +43,8 @@ class Sequence:
     cum_log_prob: float = 0.0
     num_emitted: int = 0
     samples_on_device: bool = field(init=False)
-    """The next token is the argmax of the untouched logits and nothing else is asked about it."""
+    """The next token is the argmax of the untouched logits, the model's end ids left out while the output is too short,
+    and nothing else is asked about it."""
     held_log_probs: list[float] = field(default_factory=list)
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
@@ -73,7 +74,7 @@ class Sequence:
             request.sampling.plain_greedy
             and not request.return_log_probs
             and not request.bad_ids
-            and not request.min_tokens
+            and (not request.min_tokens or request.end_id is None or request.end_id < 0)
         )
 
     @cached_property
@@ -89,6 +90,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def must_go_on(self) -> bool:
+        """The token that follows those known and those in flight may not be an end id: ``min_tokens``."""
+        return self.num_generated + self.num_pending < self.request.min_tokens and bool(self.end_ids)
 
     @property
     def num_remaining(self) -> int:

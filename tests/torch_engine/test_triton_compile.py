@@ -58,7 +58,7 @@ for delta in (None, x, torch.zeros(4, 4, 4096)):
     ops.add_norm(x, delta, None, x[0], 1e-5, form, one)
 ops.gate(torch.zeros(4, 28672, dtype=bf16), "silu", bf16, form, one)
 ops.quantise(x, Form.FP8_TOKEN if hopper else form)
-ops.argmax(x, ints, ints, ints)
+ops.argmax(x, ints, ints, ints, None, ints, ints)
 ops.dequantise(torch.zeros(32, 64, dtype=torch.int32), one[None], torch.zeros(64), None, bf16)
 ops.scatter(torch.zeros(9, 9, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32))
 kind = torch.float8_e4m3fn if hopper else torch.int8

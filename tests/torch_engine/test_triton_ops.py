@@ -188,6 +188,20 @@ class TestKernels:
         assert tokens.tolist() == expected.tolist() and tokens[1] == 1
         assert last.tolist() == [tokens[1], tokens[2], -7, tokens[0], -7]
 
+    def test_argmax_leaves_ends_out_where_told(self) -> None:
+        logits = torch.zeros(4, 3000, device=DEVICE)
+        for column, value in ((2500, 9.0), (7, 8.0), (1200, 7.0)):
+            logits[:, column] = value
+        integers = {"device": DEVICE, "dtype": torch.int32}
+        slots, last, tokens = (
+            torch.arange(4, **integers),
+            torch.zeros(4, **integers),
+            torch.zeros(4, **integers),
+        )
+        holds = torch.tensor([0, 1, 0, 1], **integers)
+        ops.argmax(logits, slots, last, tokens, None, holds, torch.tensor([7, 2500], **integers))
+        assert tokens.tolist() == last.tolist() == [2500, 1200, 2500, 1200]
+
     def test_scatter(self) -> None:
         target = torch.zeros(3, 400, device=DEVICE, dtype=torch.int32)
         where = torch.randperm(1200)[:600].to(DEVICE, torch.int32)
@@ -337,6 +351,22 @@ class TestEngine:
         assert [output.token_ids for output in engine.generate(requests)] == expected
         engine.audit()
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_least_lengths_are_kept_on_the_device(self, tmp_path, make_engine, monkeypatch) -> None:
+        shape = {"family": "llama", "num_hidden_layers": 1}
+        end = self.tokens(make_engine(tiny_checkpoint(tmp_path / "first", **shape)))[0][1]
+        folder = tiny_checkpoint(tmp_path / "second", **shape, eos_token_id=end)
+        plain = make_engine(folder)
+        assert len(plain.generate([GenerationRequest([5, 6, 7], 6)])[0].token_ids) == 1
+        requests = [
+            GenerationRequest(prompt, 6, min_tokens=least)
+            for prompt, least in (([5, 6, 7], 4), ([9] * 18, 6))
+        ]
+        expected = [output.token_ids for output in plain.generate(requests)]
+        assert len(expected[0]) >= 4 and len(expected[1]) == 6
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        monkeypatch.setattr(engine.runner, "_sample", None)
+        assert [output.token_ids for output in engine.generate(requests)] == expected
 
     def test_preemption_with_a_token_in_flight_changes_nothing(self, tmp_path, make_engine) -> None:
         folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)

@@ -811,11 +811,14 @@ def attend(
 
 @triton.jit
 def _argmax_part_kernel(
-    logits, column_scales, tops, places, N: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    logits, column_scales, holds, ends, tops, places, N: tl.constexpr, PARTS: tl.constexpr,
+    EACH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     _begin()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    goes_on = False
+    if ENDS > 0:
+        goes_on = tl.load(holds + row) != 0
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.zeros([BLOCK], tl.int32)
     for start in range(part * EACH, part * EACH + EACH, BLOCK):
@@ -824,6 +827,9 @@ def _argmax_part_kernel(
         values = tl.load(logits + row * N + columns, mask=mask, other=float("-inf")).to(tl.float32)
         if SCALED:
             values *= tl.load(column_scales + columns, mask=mask, other=1.0)
+        if goes_on:
+            for number in tl.static_range(ENDS):
+                values = tl.where(columns == tl.load(ends + number), float("-inf"), values)
         place = tl.where(values > best, columns, place)
         best = tl.maximum(best, values)
     top = tl.max(best, 0)
@@ -850,10 +856,13 @@ def argmax(
     last: torch.Tensor,
     tokens: torch.Tensor,
     column_scales: torch.Tensor | None = None,
+    holds: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
 ) -> None:
-    """Most likely token of each row of ``logits`` [R, N], the first of equals.
+    """Most likely token of each row of ``logits`` [R, N], the first of equals; none of ``ends`` where ``holds`` is set.
 
-    Writes it to ``tokens`` [R] int32 and to ``last[slots[row]]``, where :func:`embed` finds it.
+    ``holds`` is [R] int32, ``ends`` [E] int32; without one of them every token may be chosen. Writes the token to
+    ``tokens`` [R] int32 and to ``last[slots[row]]``, where :func:`embed` finds it.
     """
     rows, size = logits.shape
     parts, block = 64, 1024
@@ -862,8 +871,10 @@ def argmax(
     places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     scales = tops if column_scales is None else column_scales
     _argmax_part_kernel[(rows, parts)](
-        logits, scales, tops, places, size, parts, each, block, column_scales is not None, **LAUNCH
-    )
+        logits, scales, places if holds is None else holds, places if ends is None else ends, tops, places,
+        size, parts, each, block, column_scales is not None,
+        0 if holds is None or ends is None else len(ends), **LAUNCH,
+    )  # fmt: skip
     _argmax_merge_kernel[(rows,)](tops, places, slots, last, tokens, parts, num_warps=1, **LAUNCH)
 
 

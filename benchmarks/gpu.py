@@ -427,12 +427,14 @@ def answers(options: argparse.Namespace) -> None:
     """A real model's greedy answers, against those of the PyTorch kernels on the CPU in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from engine_build.build import GATE_PROMPTS
+    from engine_build.build import CALIBRATION, GATE_PROMPTS
     from engine_build.prompts import read_prompts
 
     folder = options.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [tokenizer.encode(text) for text in read_prompts(GATE_PROMPTS)[:20]]
+    samples = [*read_prompts(GATE_PROMPTS), *read_prompts(CALIBRATION)][:20]
+    texts = [sample.render(tokenizer) for sample in samples]
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     plain = {"max_num_tokens": 512, "max_seq_len": 1024, "max_batch_size": 32}
     expected = spoken(small_engine(folder, **plain, device="cpu", kernels="pytorch"), prompts, 48)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import LLAMA_8B, RandomCheckpoint  # noqa: E402
-from benchmarks.words import BYTES, word, write_tokenizer  # noqa: E402
+from benchmarks.words import FIRST, word, write_tokenizer  # noqa: E402
 from client.aio import AsyncClient  # noqa: E402
 from engine_build.build import Build  # noqa: E402
 from engine_build.settings import parse  # noqa: E402
@@ -194,7 +194,7 @@ class Prompts:
     """New ones at every call: a second time they would come from the prefix cache."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._words = range(BYTES, spec.vocab_size)
+        self._words = range(FIRST, spec.vocab_size)
         self._chance = random.Random(0)
 
     def __call__(self, count: int) -> list[str]:

@@ -1,11 +1,12 @@
 #!/bin/sh
-# The load test's part on a GPU: the load generator's ceiling, a sweep from 1 to 256 requests in flight through real
-# Triton, and the high levels once more with a single worker. Run from the project's root, after `make build-engines`,
+# The load test's part on a GPU: the Transformers baseline against the engine at 1 and 64 requests in flight, the load
+# generator's ceiling, a sweep from 1 to 256 through real Triton, and the high levels once more with a single worker. Run from the project's root, after `make build-engines`,
 # with the environment that it made:
 #
 #   sh benchmarks/loadtest_gpu.sh [FOLDER FOR THE REPORTS] [PART ...]
 #
-# The parts are ceiling, sweep and one-worker; without any, all of them: about 10 minutes, half of it the sweep.
+# The parts are headline, ceiling, sweep and one-worker; without any, all of them: about 15 minutes, a third of it the
+# sweep.
 # PYTHON, BUILD_DIR, LEVELS, ONE_WORKER_LEVELS, SECONDS_EACH, PROCESSES (of the load generator, for the sweep), INPUT_TOKENS,
 # OUTPUT_TOKENS and PRICE ($ per hour) may be set; DCGM_URL names a DCGM exporter's metrics page.
 # Every part runs, whatever the one before it said; the exit status is not 0 if one of them was INVALID or failed.
@@ -23,14 +24,18 @@ sweep() { # FOLDER, PROCESSES, LEVELS
         --slo mlperf-server --reports "$REPORTS/$1" || status=$?
 }
 
-for part in ${@:-ceiling sweep one-worker}; do
+for part in ${@:-headline ceiling sweep one-worker}; do
     echo "== $part"
     case $part in
+    headline)
+        "$PYTHON" -m loadtest compare --levels 1,64 --rounds 2 --processes "${PROCESSES:-4}" \
+            --budget-s "${BUDGET_S:-300}" --reports "$REPORTS/headline" || status=$?
+        ;;
     ceiling) "$PYTHON" -m loadtest calibrate --seconds 10 || status=$? ;;
     sweep) sweep sweep "${PROCESSES:-4}" "$LEVELS" ;;
     one-worker) sweep one-worker 1 "$ONE_WORKER_LEVELS" ;; # INVALID where one worker is not enough
     *)
-        echo "error: PART=$part is not valid: use ceiling, sweep or one-worker" >&2
+        echo "error: PART=$part is not valid: use headline, ceiling, sweep or one-worker" >&2
         exit 2
         ;;
     esac

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-BYTES = 256
-"""The first ids are bytes; each one after them is a word."""
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from loadtest.prompts import NAMES  # noqa: E402
+from loadtest.workload import WORDS  # noqa: E402
+
+COMMON = sorted({word for phrase in (*NAMES, *WORDS) for word in phrase.split()})
+"""What the load test writes its prompts with."""
+FIRST = 256 + len(COMMON)
+"""The first ids are bytes and common words; each one from here on is a word that :func:`word` spells."""
 
 
 def word(token: int) -> str:
     letters = []
     for _ in range(4):
         token, digit = divmod(token, 26)
-        letters.append(chr(ord("a") + digit))
+        letters.append(chr(ord("A") + digit))
     return " " + "".join(letters)
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
     """Byte-level BPE without merges, in which every token after the bytes is a word of its own."""
-    pieces = [*sorted(ByteLevel.alphabet()), *(word(token).replace(" ", "Ġ") for token in range(BYTES, size))]
+    pieces = [*sorted(ByteLevel.alphabet()), *(f"Ġ{text}" for text in COMMON)]
+    pieces += [word(token).replace(" ", "Ġ") for token in range(FIRST, size)]
     vocab = {piece: token for token, piece in enumerate(pieces)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": [], "ignore_merges": True}

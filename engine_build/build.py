@@ -98,6 +98,7 @@ class Build:
                 self.settings.baseline_max_batch_size,
                 parameters=self.settings.parameters,
                 logits_type=logits_type,
+                cores=hardware.cores,
             )
             rendering = repository.render(TEMPLATES, values)
             note.cached = not repository.write(rendering, self.root / "model_repository")

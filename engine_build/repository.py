@@ -19,6 +19,8 @@ VERSION = "1"
 TRITON_BACKEND = {"torch": "python", "trtllm-pytorch": "python", "trtllm-engine": "tensorrtllm"}
 ENGINE_QUEUE_SIZE = 512
 """Requests that may wait in NVIDIA's backend before it refuses one."""
+CORES_FOR_TWO = 8
+"""CPU cores from which on two processes tokenise prompts for the ensemble."""
 Rendering = dict[str, bytes]
 """Path inside the repository to content."""
 
@@ -32,12 +34,14 @@ def values_for(
     *,
     parameters: Mapping[str, str] | None = None,
     logits_type: str = "TYPE_FP32",
+    cores: int = 1,
 ) -> dict[str, str]:
     """Every placeholder a template may use.
 
     Args:
         parameters: of the ``tensorrtllm`` backend, as the user asked for them.
         logits_type: Triton's name of the engine's logits dtype.
+        cores: CPU cores of the machine that serves.
 
     Raises:
         BuildError: a parameter is unknown or of the wrong type, or the lane has none.
@@ -57,8 +61,8 @@ def values_for(
         "logits_datatype": logits_type,
         "encoder_input_features_data_type": "TYPE_FP16",
         "prompt_embedding_table_data_type": "TYPE_FP16",
-        "preprocessing_instance_count": "1",
-        "postprocessing_instance_count": "1",
+        "preprocessing_instance_count": "2" if cores >= CORES_FOR_TWO else "1",
+        "postprocessing_instance_count": "1",  # two would overtake each other in a stream
         "max_queue_delay_microseconds": "0",
         # Our engine processes have a limit of their own; NVIDIA's backend takes Triton's, and 0 is none.
         "max_queue_size": str(ENGINE_QUEUE_SIZE if in_triton else 0),

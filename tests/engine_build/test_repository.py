@@ -109,3 +109,12 @@ def test_our_own_templates_render(tmp_path: Path) -> None:
     for config in target.glob("*/config.pbtxt"):
         assert "${" not in config.read_text(encoding="utf-8")
     assert "max_batch_size: 8" in (target / "hf_baseline" / "config.pbtxt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("cores", "instances"), [(2, 1), (16, 2)])
+def test_many_cores_tokenise_with_two_processes(tmp_path: Path, cores: int, instances: int) -> None:
+    values = repository.values_for(make_plan(SMALL, CPU), "tiny", tmp_path, tmp_path, cores=cores)
+    files = repository.render(TEMPLATES, values)
+    group = "instance_group [ {{ count: {} kind: KIND_CPU }} ]"
+    assert group.format(instances) in files["preprocessing/config.pbtxt"].decode()
+    assert group.format(1) in files["postprocessing/config.pbtxt"].decode(), "streams keep their order"

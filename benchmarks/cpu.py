@@ -3,12 +3,17 @@
     python3 benchmarks/cpu.py --peer 'openvino=ovenv/bin/python openvino_bench.py model.gguf'
 
 Every side is a process of its own, started anew in every round, so that nothing competes with what is measured;
-the order changes from round to round. All sides get the same distinct prompts through the model's chat template
-and generate exactly as many tokens; the time is from the first request to the last token, prefill included, load
-and warm-up not. Only the ratios of one run mean anything on a machine that others use.
+the order changes from round to round. All sides get the same distinct prompts, without a chat template (that is
+what the peers do; ``--chat`` puts one around ours), and generate exactly as many tokens. ``--waves`` times as many
+requests as are in flight come in a closed loop; a peer and Transformers take one wave. The time is from the first
+request to the last token, prefill included, load and warm-up not. Only the ratios of one run mean anything on a
+machine that others use.
 
 A peer is a command that prints one line of JSON for each concurrency:
 {"engine": ..., "concurrency": 8, "output_tokens_per_s": 123.4}; other lines are ignored.
+
+Of the engine's steps the table also gives the host's time: a step's without that in the compiled kernels. The side
+``prefill`` compares the rate of long prompts with large products of our kernels and of PyTorch's on as many threads.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -25,69 +31,123 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if TYPE_CHECKING:
+    from torch_engine.engine import Engine, Outputs
 
 TOPICS = (
     *("France", "rivers", "music", "bridges", "whales", "bread", "trains", "glass"),
     *("tides", "paper", "chess", "salt", "wind", "maps", "bees", "coins"),
 )
 SIDES = ("engine", "engine-reuse", "ensemble", "text_generation", "transformers")
-Generate = Callable[[list[str]], None]
+PREFILL = "prefill"
+Generate = Callable[[list[str], int], dict[str, float]]
+"""From prompts and how many are in flight together to what is told beside the rate."""
 
 
-def texts(count: int, salt: str) -> list[str]:
+def texts(count: int) -> list[str]:
     """Distinct prompts, so that no prefix cache answers for an engine."""
-    return [f"Tell me something about {TOPICS[i % len(TOPICS)]}, part {i}{salt}." for i in range(count)]
+    return [f"Tell me something about {TOPICS[i % len(TOPICS)]}, part {i}." for i in range(count)]
 
 
 def deployment(build_dir: Path) -> dict[str, str]:
     return json.loads((build_dir / "deployment.json").read_text(encoding="utf-8"))
 
 
-def measure(name: str, generate: Generate, concurrencies: list[int], tokens: int) -> None:
-    """Prints what a peer prints. ``generate`` makes ``tokens`` tokens for each prompt, all in flight together."""
-    generate(texts(2, " of none"))
-    for concurrency in concurrencies:
-        prompts = texts(concurrency, f" of {concurrency}")
+def measure(name: str, generate: Generate, options: argparse.Namespace, waves: int) -> None:
+    """Prints what a peer prints."""
+    generate(texts(2), 2)
+    for concurrency in options.concurrency:
+        prompts = texts(concurrency * waves)
         start = time.perf_counter()
-        generate(prompts)
-        rate = concurrency * tokens / (time.perf_counter() - start)
-        print(
-            json.dumps(dict(engine=name, concurrency=concurrency, output_tokens_per_s=round(rate, 1))),
-            flush=True,
-        )
+        more = generate(prompts, concurrency)
+        rate = len(prompts) * options.tokens / (time.perf_counter() - start)
+        line = dict(engine=name, concurrency=concurrency, output_tokens_per_s=round(rate, 1)) | more
+        print(json.dumps(line), flush=True)
 
 
-def chat(model_dir: str, prompts: list[str]) -> list[str]:
+def rendered(prompts: list[str], model_dir: str, chat: bool) -> list[str]:
+    if not chat:
+        return prompts
     from client.chat_template import ChatTemplate
 
     template = ChatTemplate.from_dir(model_dir)
     return [template.render([{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
+class HostTime:
+    """What the host does in each step of an engine: all but the calls of its compiled library."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.steps: list[float] = []
+        """Seconds."""
+        self._compiled = 0.0
+        library, step = engine.kernels.library, engine.step
+        for name in ("fl_decode", "fl_argmax"):
+            setattr(library, name, self._timed(getattr(library, name)))
+
+        def timed_step() -> Outputs:
+            self._compiled, start = 0.0, time.perf_counter()
+            outputs = step()
+            self.steps.append(time.perf_counter() - start - self._compiled)
+            return outputs
+
+        engine.step = timed_step
+
+    def _timed(self, call: Callable[..., None]) -> Callable[..., None]:
+        def timed(*arguments: Any) -> None:
+            start = time.perf_counter()
+            call(*arguments)
+            self._compiled += time.perf_counter() - start
+
+        return timed
+
+
+def load_engine(options: argparse.Namespace, **settings: object) -> Engine:
+    from torch_engine.config import EngineConfig
+    from torch_engine.engine import Engine, spare_the_collector
+
+    engine = Engine(EngineConfig.load(deployment(options.build_dir)["engine_dir"], **settings))
+    spare_the_collector()
+    print(engine.info.description, file=sys.stderr)
+    return engine
+
+
 def run_engine(options: argparse.Namespace, reuse: bool) -> None:
-    """The engine in this process. Without ``reuse`` it computes every prompt, the chat template's part too."""
+    """The engine in this process. Without ``reuse`` it computes every prompt."""
     from tokenizers import Tokenizer
 
-    from torch_engine.config import EngineConfig
-    from torch_engine.engine import Engine
     from torch_engine.request import GenerationRequest
 
-    engine = Engine(
-        EngineConfig.load(deployment(options.build_dir)["engine_dir"], enable_kv_cache_reuse=reuse)
-    )
-    print(engine.info.description, file=sys.stderr)
+    engine = load_engine(options, enable_kv_cache_reuse=reuse)
+    host = HostTime(engine) if engine.kernels.name == "native" else None
     model_dir = engine.config.model_dir
     tokenizer = Tokenizer.from_file(str(Path(model_dir) / "tokenizer.json"))
 
-    def generate(prompts: list[str]) -> None:
-        ids = [encoding.ids for encoding in tokenizer.encode_batch(chat(model_dir, prompts))]
-        outputs = engine.generate([GenerationRequest(row, options.tokens, end_id=-1) for row in ids])
-        require_lengths([len(output.token_ids) for output in outputs], options.tokens)
+    def generate(prompts: list[str], in_flight: int) -> dict[str, float]:
+        ids = [row.ids for row in tokenizer.encode_batch(rendered(prompts, model_dir, options.chat))]
+        waiting = [
+            (number, GenerationRequest(row, options.tokens, end_id=-1, stream=False))
+            for number, row in enumerate(ids)
+        ]
+        lengths = [0] * len(ids)
+        if host is not None:
+            host.steps.clear()
+        for number, request in waiting[:in_flight]:
+            engine.add(number, request)
+        following = iter(waiting[in_flight:])
+        while engine.busy:
+            for number, output in engine.step():
+                lengths[number] += len(output.token_ids)
+                if output.finish_reason is not None and (request := next(following, None)) is not None:
+                    engine.add(*request)
+        require_lengths(lengths, options.tokens)
+        return {} if host is None else {"host_ms": round(1000 * statistics.median(host.steps), 3)}
 
-    measure("engine-reuse" if reuse else "engine", generate, options.concurrency, options.tokens)
+    measure("engine-reuse" if reuse else "engine", generate, options, options.waves)
 
 
 def run_served(options: argparse.Namespace, model: str) -> None:
@@ -101,19 +161,24 @@ def run_served(options: argparse.Namespace, model: str) -> None:
     )
     model_dir = deployment(options.build_dir)["model_dir"]
 
-    async def all_at_once(prompts: list[str]) -> list[int]:
-        async with AsyncClient(settings.grpc_url, model) as llm:
-            calls = [
-                llm.generate(prompt, max_tokens=options.tokens, end_id=-1)
-                for prompt in chat(model_dir, prompts)
-            ]
-            return [answer.num_output_tokens for answer in await asyncio.gather(*calls)]
+    async def closed_loop(prompts: list[str], in_flight: int) -> list[int]:
+        waiting, lengths = iter(rendered(prompts, model_dir, options.chat)), []
 
-    def generate(prompts: list[str]) -> None:
-        require_lengths(asyncio.run(all_at_once(prompts)), options.tokens)
+        async def user(llm: AsyncClient) -> None:
+            for prompt in waiting:
+                answer = await llm.generate(prompt, max_tokens=options.tokens, end_id=-1)
+                lengths.append(answer.num_output_tokens)
+
+        async with AsyncClient(settings.grpc_url, model) as llm:
+            await asyncio.gather(*(user(llm) for _ in range(in_flight)))
+        return lengths
+
+    def generate(prompts: list[str], in_flight: int) -> dict[str, float]:
+        require_lengths(asyncio.run(closed_loop(prompts, in_flight)), options.tokens)
+        return {}
 
     with Server(settings, say=lambda line: print(line, file=sys.stderr)):
-        measure(model, generate, options.concurrency, options.tokens)
+        measure(model, generate, options, options.waves)
 
 
 def run_transformers(options: argparse.Namespace) -> None:
@@ -128,14 +193,73 @@ def run_transformers(options: argparse.Namespace) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     @torch.inference_mode()
-    def generate(prompts: list[str]) -> None:
-        batch = tokenizer(chat(folder, prompts), return_tensors="pt", padding=True, add_special_tokens=False)
+    def generate(prompts: list[str], in_flight: int) -> dict[str, float]:
+        prompts = rendered(prompts, folder, options.chat)
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         out = model.generate(
             **batch, max_new_tokens=options.tokens, min_new_tokens=options.tokens, do_sample=False
         )
         require_lengths([out.shape[1] - batch["input_ids"].shape[1]] * len(prompts), options.tokens)
+        return {}
 
-    measure("transformers", generate, options.concurrency, options.tokens)
+    measure("transformers", generate, options, waves=1)
+
+
+def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256) -> None:
+    """Multiply-adds/s of the layers' linears while prompts are computed, beside those of one large product."""
+    import torch
+
+    from torch_engine.kernels import default_threads
+    from torch_engine.request import GenerationRequest
+
+    engine = load_engine(options, enable_kv_cache_reuse=False)
+    chance = random.Random(1)
+    layers = engine.model.layers
+    inputs, outputs = layers[0].gate_up.inputs, layers[0].gate_up.outputs
+    work = sum(
+        linear.inputs * linear.outputs
+        for layer in layers
+        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+    )
+    rows = engine.config.max_num_tokens
+    x = engine.kernels.add_norm(
+        torch.randn(rows, inputs), None, None, torch.ones(inputs), 1e-6, layers[0].gate_up
+    )[0]
+    wide, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    threads = engine.config.num_threads or default_threads()
+
+    def compute_prompts() -> None:
+        engine.generate(
+            [
+                GenerationRequest(
+                    [chance.randrange(engine.info.vocab_size) for _ in range(length)], 1, end_id=-1
+                )
+                for _ in range(prompts)
+            ]
+        )
+
+    rates: dict[str, float] = {}
+    for _ in range(5):
+        torch.set_num_threads(1)
+        done = {
+            "prefill": (compute_prompts, 1, prompts * length * work),
+            "ours": (lambda: layers[0].gate_up(x), 20, rows * inputs * outputs),
+            "PyTorch float32": (
+                lambda: torch.nn.functional.linear(wide, weight),
+                20,
+                rows * inputs * outputs,
+            ),
+        }
+        for name, (call, times, macs) in done.items():
+            if name.startswith("PyTorch"):
+                torch.set_num_threads(threads)
+            call()
+            start = time.perf_counter()
+            for _ in range(times):
+                call()
+            rate = times * macs / (time.perf_counter() - start) / 1e9
+            rates[name] = max(rates.get(name, 0.0), round(rate, 1))
+    print(json.dumps({"prefill_gmac_s": rates}), flush=True)
 
 
 def require_lengths(lengths: list[int], tokens: int) -> None:
@@ -144,7 +268,9 @@ def require_lengths(lengths: list[int], tokens: int) -> None:
 
 
 def run_side(side: str, options: argparse.Namespace) -> None:
-    if side.startswith("engine"):
+    if side == PREFILL:
+        run_prefill(options)
+    elif side.startswith("engine"):
         run_engine(options, reuse=side == "engine-reuse")
     elif side == "transformers":
         run_transformers(options)
@@ -155,7 +281,8 @@ def run_side(side: str, options: argparse.Namespace) -> None:
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """What starts each side."""
     shared = ["--build-dir", str(options.build_dir), "--tokens", str(options.tokens)]
-    shared += ["--concurrency", ",".join(map(str, options.concurrency))]
+    shared += ["--concurrency", ",".join(map(str, options.concurrency)), "--waves", str(options.waves)]
+    shared += ["--chat"] if options.chat else []
     own = {
         side: [sys.executable, __file__, "--only", side, *shared] for side in options.sides.split(",") if side
     }
@@ -163,21 +290,17 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     return own | {name: shlex.split(command) for name, command in peers.items()}
 
 
-def run(command: list[str]) -> dict[int, float]:
-    """Concurrency -> output tokens/s, as the command printed them.
+def run(command: list[str]) -> list[dict[str, Any]]:
+    """The lines of JSON that the command printed.
 
     Raises:
-        SystemExit: the command failed or printed nothing.
+        SystemExit: the command failed or printed none.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    rates: dict[int, float] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("{") and "output_tokens_per_s" in line:
-            result = json.loads(line)
-            rates[result["concurrency"]] = result["output_tokens_per_s"]
-    if done.returncode != 0 or not rates:
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not results:
         raise SystemExit(f"cpu.py: error: {shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-    return rates
+    return results
 
 
 def stolen() -> int:
@@ -187,22 +310,42 @@ def stolen() -> int:
 
 def compare(options: argparse.Namespace) -> None:
     sides = commands(options)
-    rates: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         names = list(sides)
         names = names[number % len(names) :] + names[: number % len(names)]
         for name in names:
-            before = stolen()
-            for concurrency, rate in run(sides[name]).items():
-                rates[name][concurrency].append(rate)
-            shown = {concurrency: values[-1] for concurrency, values in rates[name].items()}
-            line = dict(round=number, side=name, output_tokens_per_s=shown, steal_s=(stolen() - before) / 100)
-            print(json.dumps(line), file=sys.stderr, flush=True)
-    print(table(rates, options.concurrency, next(iter(sides))))
+            before, start = stolen(), time.monotonic()
+            results = run(sides[name])
+            rounds.append(dict(round=number, side=name, results=results, steal_s=(stolen() - before) / 100))
+            rounds[-1]["seconds"] = round(time.monotonic() - start, 1)
+            print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    text = table(rounds, options.concurrency, next(iter(sides)))
+    print(text)
+    if options.output:
+        about = dict(command=sys.argv, cpu=cpu_model(), python=sys.version.split()[0], rounds=rounds)
+        options.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def table(rates: dict[str, dict[int, list[float]]], concurrencies: list[int], first: str) -> str:
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} x {names[0] if names else 'unknown'}"
+
+
+def table(rounds: list[dict[str, Any]], concurrencies: list[int], first: str) -> str:
     """Median rates, and in how many times the first side's each round stands to the others': median (spread)."""
+    rates: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    host: dict[int, list[float]] = defaultdict(list)
+    prefill: dict[str, list[float]] = defaultdict(list)
+    for one in rounds:
+        for result in one["results"]:
+            for name, rate in result.get("prefill_gmac_s", {}).items():
+                prefill[name].append(rate)
+            if "output_tokens_per_s" in result:
+                rates[one["side"]][result["concurrency"]].append(result["output_tokens_per_s"])
+            if one["side"] == "engine" and "host_ms" in result:
+                host[result["concurrency"]].append(result["host_ms"])
     lines = ["| side | " + " | ".join(f"{c} in flight" for c in concurrencies) + " |"]
     lines.append("|---|" + "--:|" * len(concurrencies))
     for name, measured in rates.items():
@@ -215,9 +358,20 @@ def table(rates: dict[str, dict[int, list[float]]], concurrencies: list[int], fi
                 cell += f" ({statistics.median(ratios):.2f}×: {ratios[0]:.2f}–{ratios[-1]:.2f})"
             cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if host:
+        cells = [f"{statistics.median(host[concurrency]):.2f} ms" for concurrency in concurrencies]
+        lines.append("| engine: host's time a step | " + " | ".join(cells) + " |")
     lines.append(
         f"\nOutput tokens/s, median of the rounds; in brackets {first} against that side, median: spread."
     )
+    if prefill:
+        medians = {name: statistics.median(values) for name, values in prefill.items()}
+        best = max(rate for name, rate in medians.items() if name != PREFILL)
+        products = ", ".join(f"{name} {rate:.0f}" for name, rate in medians.items() if name != PREFILL)
+        lines.append(
+            f"\nPrefill: {medians[PREFILL]:.0f} G multiply-adds/s in linear layers; one large product: {products}. "
+            f"That is {medians[PREFILL] / best:.0%} of the best."
+        )
     return "\n".join(lines)
 
 
@@ -227,15 +381,22 @@ def main() -> None:
     )
     parser.add_argument("--build-dir", type=Path, default=Path("build"))
     parser.add_argument(
-        "--sides", default=",".join(SIDES), help=f"of ours, the first is compared: {', '.join(SIDES)}"
+        "--sides",
+        default=",".join(SIDES),
+        help=f"of ours, the first is compared: {', '.join(SIDES)}, {PREFILL}",
     )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument(
         "--concurrency", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32]
     )
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of each request")
+    parser.add_argument("--waves", type=int, default=1, help="requests for each one in flight")
+    parser.add_argument("--chat", action="store_true", help="put the chat template around the prompts")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=SIDES, help="run one side in this process and print its figures")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="all rounds as JSON")
+    parser.add_argument(
+        "--only", choices=(*SIDES, PREFILL), help="run one side in this process and print its figures"
+    )
     options = parser.parse_args()
     options.build_dir = options.build_dir.absolute()
     if options.only:

@@ -294,7 +294,7 @@ def _compute_dtype(
         dtype = "float32"
         held = "bf16 weights"
         if precision in CPU_INTEGERS:
-            held = f"{precision} weights (output head int8), int8 activations and an int8 KV cache,"
+            held = f"{precision} weights (output head of 7 bits), int8 activations and an int8 KV cache,"
         reasons.append(f"compute dtype float32: the compiled kernels read {held} and sum in float32")
     else:
         dtype = build_dtype

@@ -94,24 +94,8 @@ class Model:
 
     def raw_logits(self, step: Any, caches: list[Cache]) -> torch.Tensor:
         """Logits as the output head gives them: their order is right, their values are before the soft cap."""
-        kernels, spec = self.kernels, self.spec
-        x = kernels.embed(step, self.embedding, self.embedding_scale)
-        delta: torch.Tensor | None = None
-        post: torch.Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            h, x = kernels.add_norm(x, delta, post, layer.input_norm, spec.norm_eps, layer.qkv)
-            h = kernels.attention(layer.qkv(h), layer, spec, self.ropes[layer.spec.rope], cache, step)
-            delta = layer.out(h)
-            h, x = kernels.add_norm(
-                x, delta, layer.attention_out_norm, layer.mlp_norm, spec.norm_eps, layer.gate_up
-            )
-            h = kernels.gate(layer.gate_up(h), spec.activation, layer.down)
-            delta, post = layer.down(h), layer.mlp_out_norm
-        if step.logit_rows is not None:
-            x = x.index_select(0, step.logit_rows)
-            delta = None if delta is None else delta.index_select(-2, step.logit_rows)
-        h, _ = kernels.add_norm(x, delta, post, self.norm, spec.norm_eps, self.lm_head)
-        return self.lm_head(h)
+        x = self.kernels.embed(step, self.embedding, self.embedding_scale)
+        return self.kernels.decode(self, x, caches, step)
 
     def finished(self, logits: torch.Tensor) -> torch.Tensor:
         """Raw logits in float32, soft-capped where the model asks for it."""

@@ -101,7 +101,7 @@ class GenerationRequest:
     min_tokens: int = 0
     return_log_probs: bool = False
     stream: bool = True
-    """Whether tokens are wanted as they come; otherwise a front end is told everything at the end."""
+    """Whether tokens are wanted as they come; otherwise everything is told at the end."""
 
 
 class FinishReason(StrEnum):

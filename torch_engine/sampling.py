@@ -33,6 +33,8 @@ def sample(
     logits: torch.Tensor, sequences: list[Sequence], argmax: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[Sampled]:
     """One token for each row of ``logits`` [rows, vocab] float32, which is changed in place."""
+    if all(sequence.samples_on_device for sequence in sequences):
+        return [Sampled(token, 0.0) for token in argmax(logits).tolist()]
     normalisers = _normalisers(logits, sequences)
     raw = logits
     if normalisers is not None and any(_changes_logits(sequence) for sequence in sequences):

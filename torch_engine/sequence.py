@@ -12,7 +12,7 @@ import numpy as np
 from torch_engine.blocks import ROOT, BlockManager
 from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
 from torch_engine.speculation import PromptLookup
-from torch_engine.text import TextStream, TokenBytes
+from torch_engine.text import Release, TextStream, TokenBytes
 
 
 @dataclass(eq=False)
@@ -46,6 +46,8 @@ class Sequence:
     """The next token is the argmax of the untouched logits, the model's end ids left out while the output is too short,
     and nothing else is asked about it."""
     held_log_probs: list[float] = field(default_factory=list)
+    held: list[Release] = field(default_factory=list)
+    """What a request that does not stream is told at its end."""
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
@@ -129,6 +131,9 @@ class Sequence:
             return self._finish(FinishReason.LENGTH, release.token_ids, release.text)
         elif not release.token_ids:
             return None
+        elif not self.request.stream:
+            self.held.append(release)
+            return None
         return self._output(release.token_ids, release.text)
 
     def end(self, reason: FinishReason) -> RequestOutput:
@@ -141,6 +146,10 @@ class Sequence:
         return self._output((ids or []) + rest.token_ids, text + rest.text)
 
     def _output(self, ids: list[int], text: str) -> RequestOutput:
+        if self.held:
+            ids = [token for release in self.held for token in release.token_ids] + ids
+            text = "".join(release.text for release in self.held) + text
+            self.held = []
         log_probs: list[float] = []
         if self.held_log_probs:
             log_probs = self.held_log_probs[: len(ids)]

@@ -48,8 +48,6 @@ class FrontEnd:
         self._commands = commands
         self._ready = threading.Condition()
         self._outbox: dict[int, RequestOutput] = {}
-        self._whole: dict[int, RequestOutput] = {}
-        """What has come so far of requests that are told at the end."""
         self._since: dict[int, float] = {}
         """When each waiting output began to wait (monotonic seconds)."""
         self._stats: EngineStats | None = None
@@ -59,17 +57,8 @@ class FrontEnd:
         for target in (self._read, self._write):
             threading.Thread(target=target, name=f"front-end-{number}", daemon=True).start()
 
-    def hold(self, handle: int) -> None:
-        """Says that nothing of this request is wanted before its end."""
-        self._whole[handle] = RequestOutput()
-
     def put(self, handle: int, output: RequestOutput) -> None:
         """Queues an output; merges it with what still waits for the same request."""
-        if (whole := self._whole.get(handle)) is not None:
-            whole.extend(output)
-            if output.finish_reason is None:
-                return
-            output = self._whole.pop(handle)
         with self._ready:
             waiting = self._outbox.get(handle)
             if waiting is None:
@@ -222,8 +211,6 @@ class EngineServer:
             if front_end.closed:
                 return
             self.engine.add((front_end, handle), request, arrival_ns)
-            if not request.stream:
-                front_end.hold(handle)
         except RequestError as error:
             front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
             front_end.flush(None)

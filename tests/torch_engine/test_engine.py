@@ -252,6 +252,8 @@ def test_greedy_unless_top_k_or_top_p_ask(params: dict, greedy: bool) -> None:
 class FakeSequence:
     """Just enough of a sequence to sample from given logits."""
 
+    samples_on_device = False
+
     def __init__(
         self, seed: int = 0, tokens: tuple[int, ...] = (), generated: int = 0, **params: object
     ) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import struct
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.tiny import tiny_checkpoint
 from torch_engine.config import ConfigError, EngineConfig
-from torch_engine.kernels.native import GROUP, NativeKernels
+from torch_engine.kernels.native import GROUP, NativeKernels, NativeLinear
 from torch_engine.kernels.pytorch import PrefillChunk, PyTorchKernels, StepInput
 from torch_engine.request import GenerationRequest
 from torch_engine.toolchain import ISAS, NoCompiler, available_isas, compile_library, compiler
@@ -81,22 +83,36 @@ def unpack(groups: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """The float64 weights that int8 (symmetric) and int4 (with a minimum) stand for; scales are bfloat16."""
-    rows = weight.shape[0]
-    parts = []
-    for part in weight.split(GROUP, dim=1):
-        if bits == 8:
-            scale, low = part.abs().amax(1, keepdim=True) / 127, torch.zeros(rows, 1)
-        else:
-            low = part.amin(1, keepdim=True)
-            scale = (part.amax(1, keepdim=True) - low) / 15
-        scale, low = scale.bfloat16().float(), low.bfloat16().float()
-        limits = (-127, 127) if bits == 8 else (0, 15)
-        codes = torch.where(scale > 0, (part - low) / scale, 0.0).round().clamp(*limits)
-        parts.append(codes.double() * scale.double() + low.double())
-    return torch.cat(parts, dim=1)
+    """The float64 weights that int8 (symmetric) and shorter codes (with a minimum) stand for (int_linear.h)."""
+    size = weight.shape[1]
+    parts = weight.split(GROUP, dim=1)
+    lows = torch.stack([part.amin(1) for part in parts], dim=1)
+    if bits == 8:
+        steps = torch.stack([part.abs().amax(1) for part in parts], dim=1) / 127
+        unit = steps.amax(1, keepdim=True) / 32767
+        low = torch.zeros_like(lows)
+    else:
+        top = 2**bits - 1
+        steps = (torch.stack([part.amax(1) for part in parts], dim=1) - lows) / top
+        unit = steps.amax(1, keepdim=True) / min(32767, (2**31 - 1) // (GROUP * 127 * top))
+        low = torch.where(unit > 0, lows / unit, 0.0).bfloat16().float() * unit
+    scales = torch.where(unit > 0, steps / unit, 0.0).round() * unit
+    scales, low = (each.repeat_interleave(GROUP, dim=1)[:, :size] for each in (scales, low))
+    limits = (-127, 127) if bits == 8 else (0, 2**bits - 1)
+    codes = torch.where(scales > 0, (weight - low) / scales, 0.0).round().clamp(*limits)
+    return codes.double() * scales.double() + low.double()
 
 
+def integer_linear(
+    kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None, bits: int
+) -> NativeLinear:
+    """As a layer or the output head has it: 7 bits are the head's beside int4 layers."""
+    if bits == 7:
+        return kernels.linear(weight, bias)
+    return kernels.load_linear(SimpleNamespace(fused=lambda modules, dtype: (weight, bias)), ["mlp.up_proj"])
+
+
+PRECISIONS = {8: "int8", 7: "int4", 4: "int4"}
 SHAPES = [(1, 64, 7), (1, 96, 300), (3, 33, 65), (13, 576, 130), (70, 50, 1)]
 
 
@@ -115,39 +131,37 @@ def test_linear(native, rows: int, inputs: int, outputs: int, biased: bool) -> N
 
 @needs_compiler
 @pytest.mark.parametrize("isa", ["auto", "portable"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("bits", PRECISIONS)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_integer_linear(make: Make, isa: str, precision: str, rows: int, inputs: int, outputs: int) -> None:
-    kernels, bits = make(cpu_isa=isa, weight_precision=precision), int(precision[3:])
+def test_integer_linear(make: Make, isa: str, bits: int, rows: int, inputs: int, outputs: int) -> None:
+    kernels = make(cpu_isa=isa, weight_precision=PRECISIONS[bits])
     weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
     weight[:, ::7] *= 20
     groups, x = pack(torch.randn(rows, inputs) * torch.rand(rows, inputs).pow(4) * 50)
-    checkpoint = SimpleNamespace(fused=lambda modules, dtype: (weight, bias))
-    linear = kernels.load_linear(checkpoint, ["mlp.up_proj"])
+    linear = integer_linear(kernels, weight, bias, bits)
     assert linear.bits == bits
     close(linear(groups).double(), x @ rounded(weight, bits).T + bias.double(), 1e-5)
 
 
 @needs_compiler
 @pytest.mark.parametrize("isa", ["auto", "portable"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_integer_sums_do_not_saturate(make: Make, isa: str, precision: str) -> None:
+@pytest.mark.parametrize("bits", PRECISIONS)
+def test_integer_sums_do_not_overflow(make: Make, isa: str, bits: int) -> None:
     """The largest codes of both signs, in every combination that a pair of products can have."""
-    kernels, bits = make(cpu_isa=isa, weight_precision=precision), int(precision[3:])
+    kernels = make(cpu_isa=isa, weight_precision=PRECISIONS[bits])
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     weight, x = signs.repeat(6, 32), signs.repeat(3, 32)
-    weight[:, 31::32] = 1 - 2 * (torch.arange(18)[:, None] % 2)  # int4 needs a range
+    weight[:, 31::32] = 1 - 2 * (torch.arange(18)[:, None] % 2)  # short codes need a range
     groups, values = pack(x)
-    checkpoint = SimpleNamespace(fused=lambda modules, dtype: (weight, None))
-    close(kernels.load_linear(checkpoint, ["x"])(groups).double(), values @ rounded(weight, bits).T, 1e-5)
+    linear = integer_linear(kernels, weight, None, bits)
+    close(linear(groups).double(), values @ rounded(weight, bits).T, 1e-5)
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
-def test_a_row_does_not_depend_on_its_neighbours(make: Make, precision: str) -> None:
-    kernels = make(weight_precision=precision)
-    weight = torch.randn(200, 96)
-    linear = kernels.load_linear(SimpleNamespace(fused=lambda modules, dtype: (weight, None)), ["x"])
+@pytest.mark.parametrize("bits", [16, *PRECISIONS])
+def test_a_row_does_not_depend_on_its_neighbours(make: Make, bits: int) -> None:
+    kernels = make(weight_precision=PRECISIONS.get(bits, "auto"))
+    linear = integer_linear(kernels, torch.randn(200, 96), None, bits)
     x = torch.randn(70, 96)
     x = pack(x)[0] if linear.integers else x
     whole = linear(x)
@@ -256,6 +270,28 @@ def test_attention(
         groups = native.attention(qkv.clone(), layer, spec, rope, caches[0], step)
         layer.out = FLOATS
         close(unpack(groups, heads * size), expected, tolerance + 0.51 / 127)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["auto", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.inference_mode()
+def test_the_whole_decoder_is_its_operations_one_by_one(
+    make_engine, tmp_path: Path, library: str, family: str, precision: str
+) -> None:
+    """Bit for bit; where a row's logits are not wanted, the last layer's end leaves it out."""
+    folder = tiny_checkpoint(tmp_path, family)
+    engine = make_engine(folder, kernel_dir=library, weight_precision=precision, num_threads=2)
+    model = engine.model
+    for step in steps_of(random.Random(3), 4, 64):
+        step.token_ids = torch.randint(3, 250, step.positions.shape)
+        step.logit_rows = torch.arange(step.positions.shape[0])[1::2]
+        x = model.kernels.embed(step, model.embedding, model.embedding_scale)
+        expected = PyTorchKernels.decode(model.kernels, model, x.clone(), engine.runner.caches, step)
+        every = dataclasses.replace(step, logit_rows=None)
+        whole = model.kernels.decode(model, x.clone(), engine.runner.caches, every)
+        assert torch.equal(whole[1::2], expected)
+        assert torch.equal(model.kernels.decode(model, x, engine.runner.caches, step), expected)
 
 
 @needs_compiler

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import FAMILIES, tiny_checkpoint
 from torch_engine.families import UnsupportedModel, load_spec
 from torch_engine.request import GenerationRequest
-from torch_engine.runner import build_step
+from torch_engine.runner import StepBuilder
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 from torch_engine.toolchain import compiler
@@ -76,13 +76,11 @@ def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
     """The engine's logits after each chunk of the prompt."""
     sequence = Sequence.start("x", GenerationRequest(prompt, 4), (), engine.tokens, 1)
     sequence.grow(engine.blocks, engine.blocks.blocks_for(len(prompt)))
-    rows = []
+    steps, rows = StepBuilder(4, engine.kernels.device), []
     for begin in range(0, len(prompt), chunk_size):
         sequence.tokens = prompt[: begin + chunk_size]
         chunk = Chunk(sequence, len(sequence.tokens) - begin, True)
-        rows.append(
-            engine.model.forward(build_step([chunk], 4, engine.kernels.device), engine.runner.caches)[0]
-        )
+        rows.append(engine.model.forward(steps.build([chunk]), engine.runner.caches)[0])
         sequence.num_computed = len(sequence.tokens)
     engine.blocks.free(sequence.block_table)
     return torch.stack(rows)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from torch_engine.config import ConfigError, EngineConfig
@@ -20,6 +21,9 @@ from torch_engine.families import ModelSpec
 from torch_engine.kernels.pytorch import Hidden, PyTorchKernels, StepInput
 from torch_engine.toolchain import available_isas, library
 from torch_engine.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from torch_engine.model import Model
 
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 SIGNATURES = {
@@ -32,6 +36,7 @@ SIGNATURES = {
     "fl_gate": (POINTER, I64, I64, I64, I64, POINTER),
     "fl_attention": (POINTER, POINTER, POINTER, I64, POINTER),
     "fl_argmax": (POINTER, I64, I64, POINTER),
+    "fl_decode": (POINTER, POINTER, POINTER, POINTER, I64, POINTER),
 }
 GROUP = 32
 """Inputs that share a scale."""
@@ -58,6 +63,38 @@ class AttentionStep(ctypes.Structure):
     )
 
 
+class LinearWeights(ctypes.Structure):
+    """``Linear`` of cpu/kernels.cpp."""
+
+    _fields_ = (
+        *[(name, POINTER) for name in ("weights", "bias")],
+        *[(name, I64) for name in ("bits", "inputs", "outputs")],
+    )
+
+
+class DecoderLayer(ctypes.Structure):
+    """``Layer`` of cpu/kernels.cpp."""
+
+    _fields_ = (
+        *[(name, LinearWeights) for name in ("qkv", "out", "gate_up", "down")],
+        *[(name, POINTER) for name in ("input_norm", "attention_post", "mlp_norm", "mlp_post")],
+        ("attention", AttentionLayer),
+    )
+
+
+class Decoder(ctypes.Structure):
+    """``Decoder`` of cpu/kernels.cpp."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(DecoderLayer)),
+        ("count", I64),
+        ("head", LinearWeights),
+        ("norm", POINTER),
+        ("gelu", I64),
+        ("eps", F32),
+    )
+
+
 @dataclass
 class NativeCache:
     """One layer's KV cache, laid out as cpu/attention.h says."""
@@ -67,8 +104,10 @@ class NativeCache:
     scales: torch.Tensor | None
     """[blocks, V, 2, block_size] float32, for int8 only."""
     block_size: int
-    layer: Any = None
+    layer: AttentionLayer | None = None
     """The layer's constants for the library, made when it first runs."""
+    decoder: Decoder | None = None
+    """In the first layer's cache, the whole model's constants."""
 
 
 class NativeLinear:
@@ -91,8 +130,9 @@ class NativeLinear:
             self._packed = torch.empty(panels * kernels.panel * self.inputs, dtype=torch.bfloat16)
             lib.fl_pack(weight.data_ptr(), *shape, self._packed.data_ptr())
         self._bias = None if bias is None else bias.float().contiguous()
-        self._at = self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr()
+        self._at = self._packed.data_ptr(), _at(self._bias)
         self._run, self._run_ints = lib.fl_linear, lib.fl_int_linear
+        self.weights = LinearWeights(*self._at, bits, self.inputs, self.outputs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[0]
@@ -146,8 +186,8 @@ class NativeKernels(PyTorchKernels):
         )
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
-        """The output head: int8 at the least, since int4 there costs more accuracy than time it saves."""
-        return NativeLinear(self, weight, bias, max(self.bits, 8))
+        """The output head: 7 bits at the least, since int4 there costs more accuracy than time it saves."""
+        return NativeLinear(self, weight, bias, max(self.bits, 7))
 
     def _hidden(self, rows: int, size: int, integers: int) -> torch.Tensor:
         """What a reader reads: float32, or groups."""
@@ -198,7 +238,7 @@ class NativeKernels(PyTorchKernels):
     ) -> Hidden:
         """In place in ``qkv``."""
         if cache.layer is None:
-            cache.layer = _layer(layer, spec, rope, cache)
+            cache.layer = _attention_layer(layer, spec, rope, cache)
         where = step.made.get("native") or step.made.setdefault("native", _where(step))
         integers = layer.out.integers
         out = self._hidden(qkv.shape[0], spec.num_heads * spec.head_dim, integers)
@@ -206,6 +246,22 @@ class NativeKernels(PyTorchKernels):
             ctypes.byref(cache.layer), ctypes.byref(where[0]), qkv.data_ptr(), integers, out.data_ptr()
         )
         return out
+
+    def decode(
+        self, model: Model, x: torch.Tensor, caches: list[NativeCache], step: StepInput
+    ) -> torch.Tensor:
+        """All layers and the head in one call. In place in ``x``."""
+        decoder = caches[0].decoder
+        if decoder is None:
+            decoder = caches[0].decoder = _decoder(model, caches)
+        where, _kept = _where(step)
+        rows = None if step.logit_rows is None else step.logit_rows.contiguous()
+        wanted = x.shape[0] if rows is None else rows.shape[0]
+        logits = torch.empty(wanted, decoder.head.outputs)
+        self.library.fl_decode(
+            *(ctypes.byref(decoder), ctypes.byref(where), x.data_ptr(), _at(rows), wanted, logits.data_ptr())
+        )
+        return logits
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         out = torch.empty(logits.shape[0], dtype=torch.int64)
@@ -242,16 +298,43 @@ def _load(config: EngineConfig) -> tuple[str, ctypes.CDLL]:
     return isa, loaded
 
 
-def _layer(layer: Any, spec: ModelSpec, rope: torch.Tensor, cache: NativeCache) -> AttentionLayer:
-    def at(tensor: torch.Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr()
+def _at(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
+
+def _decoder(model: Model, caches: list[NativeCache]) -> Decoder:
+    """``model``'s constants; its tensors and ``caches`` must outlive them."""
+    spec = model.spec
+    linears: list[Any] = model.layers
+    head: Any = model.lm_head
+    layers = (DecoderLayer * len(caches))(
+        *(
+            DecoderLayer(
+                qkv=layer.qkv.weights,
+                out=layer.out.weights,
+                gate_up=layer.gate_up.weights,
+                down=layer.down.weights,
+                input_norm=_at(layer.input_norm),
+                attention_post=_at(layer.attention_out_norm),
+                mlp_norm=_at(layer.mlp_norm),
+                mlp_post=_at(layer.mlp_out_norm),
+                attention=_attention_layer(layer, spec, model.ropes[layer.spec.rope], cache),
+            )
+            for layer, cache in zip(linears, caches, strict=True)
+        )
+    )
+    gelu = spec.activation != "silu"
+    norm = _at(model.norm)
+    return Decoder(layers, len(layers), head.weights, norm, gelu, spec.norm_eps)
+
+
+def _attention_layer(layer: Any, spec: ModelSpec, rope: torch.Tensor, cache: NativeCache) -> AttentionLayer:
     return AttentionLayer(
-        cache=at(cache.codes),
-        scales=at(cache.scales),
-        rope=at(rope),
-        q_norm=at(layer.q_norm),
-        k_norm=at(layer.k_norm),
+        cache=_at(cache.codes),
+        scales=_at(cache.scales),
+        rope=_at(rope),
+        q_norm=_at(layer.q_norm),
+        k_norm=_at(layer.k_norm),
         element_bytes=cache.codes.element_size(),
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
@@ -264,23 +347,25 @@ def _layer(layer: Any, spec: ModelSpec, rope: torch.Tensor, cache: NativeCache) 
     )
 
 
-def _where(step: StepInput) -> tuple[AttentionStep, tuple[torch.Tensor, ...]]:
-    """The step for the library, and the tensors that it points to."""
+def _where(step: StepInput) -> tuple[AttentionStep, tuple[object, ...]]:
+    """The step for the library, and the arrays that it points to."""
     decodes, width = step.decode_blocks.shape
-    spans = torch.empty(decodes + len(step.prefills), 4, dtype=torch.int64)
-    rows = torch.arange(decodes)
-    spans[:decodes] = torch.stack([rows, torch.ones_like(rows), step.decode_lengths, rows * width], dim=1)
+    spans = np.empty((decodes + len(step.prefills), 4), dtype=np.int64)
+    rows = np.arange(decodes)
+    spans[:decodes].T[:] = rows, np.ones_like(rows), step.decode_lengths.numpy(), rows * width
     begin = decodes * width
     for number, chunk in enumerate(step.prefills, decodes):
-        spans[number] = torch.tensor([chunk.start, chunk.end - chunk.start, chunk.context, begin])
+        spans[number] = chunk.start, chunk.end - chunk.start, chunk.context, begin
         begin += chunk.blocks.shape[0]
-    tables = torch.cat([step.decode_blocks.flatten(), *[chunk.blocks for chunk in step.prefills]])
+    tables = step.decode_blocks
+    if step.prefills:
+        tables = torch.cat([tables.flatten(), *[chunk.blocks for chunk in step.prefills]])
     where = AttentionStep(
         rows=step.positions.shape[0],
         chunks=spans.shape[0],
         positions=step.positions.data_ptr(),
         slots=step.slots.data_ptr(),
-        spans=spans.data_ptr(),
+        spans=spans.ctypes.data,
         tables=tables.data_ptr(),
     )
     return where, (spans, tables, step.positions, step.slots)

@@ -18,7 +18,7 @@ from torch_engine.families import ModelSpec
 from torch_engine.weights import Checkpoint
 
 if TYPE_CHECKING:
-    from torch_engine.model import Layer
+    from torch_engine.model import Layer, Model
 
 Hidden = Any
 """What a linear reads: here a tensor [T, N], elsewhere what the implementation's other kernels write for it."""
@@ -56,8 +56,8 @@ class StepInput:
     decode_lengths: torch.Tensor
     """[decodes] int64: tokens that each decode sees, itself included."""
     prefills: list[PrefillChunk]
-    logit_rows: torch.Tensor
-    """[sampled] int64: rows of the step whose logits are wanted."""
+    logit_rows: torch.Tensor | None
+    """[sampled] int64: rows of the step whose logits are wanted, in ascending order; None = all."""
 
     def __post_init__(self) -> None:
         self.made: dict[Any, Any] = {}
@@ -99,6 +99,24 @@ class PyTorchKernels:
         """Embeddings of the step's tokens out of ``table``, times ``factor``: [T, N]."""
         x = F.embedding(step.token_ids, table)
         return x if factor == 1.0 else x * factor
+
+    def decode(self, model: Model, x: torch.Tensor, caches: list[Cache], step: Any) -> torch.Tensor:
+        """From embeddings to the output head's logits [sampled, vocab], operation by operation."""
+        eps = model.spec.norm_eps
+        delta: torch.Tensor | None = None
+        post: torch.Tensor | None = None
+        for layer, cache in zip(model.layers, caches, strict=True):
+            h, x = self.add_norm(x, delta, post, layer.input_norm, eps, layer.qkv)
+            h = self.attention(layer.qkv(h), layer, model.spec, model.ropes[layer.spec.rope], cache, step)
+            delta = layer.out(h)
+            h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, layer.gate_up)
+            h = self.gate(layer.gate_up(h), model.spec.activation, layer.down)
+            delta, post = layer.down(h), layer.mlp_out_norm
+        if step.logit_rows is not None:
+            x = x.index_select(0, step.logit_rows)
+            delta = None if delta is None else delta.index_select(-2, step.logit_rows)
+        h, _ = self.add_norm(x, delta, post, model.norm, eps, model.lm_head)
+        return model.lm_head(h)
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight. Gemma's is applied in float32 as ``1 + weight``, the others' in ``dtype``."""

@@ -210,7 +210,7 @@ void attend_tile(const AttentionLayer& layer, const float* q, int64_t stride, co
 // qkv [rows, (heads + 2 kv_heads) * d], changed in place -> out [rows, heads * d] float32.
 template <class Element>
 void attend(Pool& pool, const AttentionLayer& layer, const AttentionStep& step, float* qkv, float* out) {
-    constexpr int64_t kTokens = 8;
+    constexpr int64_t kTokens = 16;
     const int64_t d = layer.d, stride = (layer.heads + 2 * layer.kv_heads) * d;
     pool.run(step.rows, step.rows * stride > kParallelWork,
              [&](int64_t r) { prepare_row<Element>(layer, step, r, qkv + r * stride); });

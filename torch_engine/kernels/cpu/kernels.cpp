@@ -6,6 +6,8 @@
 // Each output element is summed in the same order whatever the number of rows, threads or neighbours: a
 // request's tokens do not depend on its batch.
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "attention.h"
@@ -18,6 +20,39 @@
 namespace {
 
 Pool pool;
+
+// Calls body with the kind of weights that has so many bits.
+template <class Body>
+auto with_bits(int64_t bits, const Body& body) {
+    return bits == 4 ? body(Codes<4>{}) : bits == 7 ? body(Codes<7>{}) : body(Int8{});
+}
+
+// Weights as fl_pack or fl_pack_ints left them. Mirrored in native.py, as the following.
+struct Linear {
+    const void* weights;
+    const float* bias;  // null = none
+    int64_t bits, inputs, outputs;
+};
+
+struct Layer {
+    Linear qkv, out, gate_up, down;
+    const float *input_norm, *attention_post, *mlp_norm, *mlp_post;  // posts: null = none
+    AttentionLayer attention;
+};
+
+struct Decoder {
+    const Layer* layers;
+    int64_t count;
+    Linear head;
+    const float* norm;
+    int64_t gelu;
+    float eps;
+};
+
+// Bytes of a row that the linear reads: groups, or float32.
+int64_t row_bytes(const Linear& linear) {
+    return linear.bits < 16 ? groups_of(linear.inputs) * sizeof(Group) : linear.inputs * sizeof(float);
+}
 
 }  // namespace
 
@@ -46,19 +81,20 @@ void fl_pack(const float* w, int64_t n, int64_t k_size, uint32_t* packed) {
 
 // Bytes of a packed integer weight [n, k].
 int64_t fl_int_bytes(int64_t bits, int64_t n, int64_t k_size) {
-    return (n + kColumns - 1) / kColumns * groups_of(k_size) * (bits == 4 ? Int4::kBytes : Int8::kBytes);
+    return with_bits(bits, [&](auto kind) {
+        return (n + kColumns - 1) / kColumns * (kUnits + groups_of(k_size) * static_cast<int64_t>(kind.kBytes));
+    });
 }
 
 // w [n, k] float32 -> panels of integers; `packed` is zero before.
 void fl_pack_ints(int64_t bits, const float* w, int64_t n, int64_t k_size, uint8_t* packed) {
-    bits == 4 ? pack_ints<Int4>(pool, w, n, k_size, packed) : pack_ints<Int8>(pool, w, n, k_size, packed);
+    with_bits(bits, [&](auto kind) { pack_ints<decltype(kind)>(pool, w, n, k_size, packed); });
 }
 
 // y [m, n] = x w^T + bias for x [m, groups of k]; bias may be null.
 void fl_int_linear(int64_t bits, const Group* x, int64_t m, int64_t k_size, const uint8_t* packed, const float* bias,
                    int64_t n, float* y) {
-    bits == 4 ? int_linear<Int4>(pool, x, m, k_size, packed, bias, n, y)
-              : int_linear<Int8>(pool, x, m, k_size, packed, bias, n, y);
+    with_bits(bits, [&](auto kind) { int_linear<decltype(kind)>(pool, x, m, k_size, packed, bias, n, y); });
 }
 
 // y [m, n] = x [m, k] w^T + bias; bias may be null.
@@ -87,6 +123,16 @@ void fl_linear(const float* x, int64_t m, int64_t k_size, const uint32_t* packed
             p++;
         }
     });
+}
+
+static void run_linear(const Linear& linear, const void* x, int64_t rows, float* y) {
+    const auto [weights, bias, bits, inputs, outputs] = linear;
+    if (bits < 16) {
+        const auto* codes = static_cast<const uint8_t*>(weights);
+        fl_int_linear(bits, static_cast<const Group*>(x), rows, inputs, codes, bias, outputs, y);
+    } else {
+        fl_linear(static_cast<const float*>(x), rows, inputs, static_cast<const uint32_t*>(weights), bias, outputs, y);
+    }
 }
 
 // x += delta, normed by `post` unless that is null; out = norm of x. Delta may be null. All [rows, k].
@@ -143,15 +189,59 @@ void fl_attention(const AttentionLayer* layer, const AttentionStep* step, float*
 
 // Index of the first largest element of each row of x [rows, n].
 void fl_argmax(const float* x, int64_t rows, int64_t n, int64_t* out) {
+    constexpr int64_t kStretch = 512;  // searched once more, and only if it has a larger element than all before
     pool.run(rows, rows * n > kParallelWork, [&](int64_t r) {
         const float* row = x + r * n;
-        float highest = row[0];
+        int64_t best = 0;
+        for (int64_t from = 0; from < n; from += kStretch) {
+            const int64_t end = from + kStretch < n ? from + kStretch : n;
+            float highest = row[from];
 #pragma omp simd reduction(max : highest)
-        for (int64_t i = 0; i < n; i++) highest = row[i] > highest ? row[i] : highest;
-        int64_t at = 0;
-        while (at < n - 1 && row[at] != highest) at++;
-        out[r] = at;
+            for (int64_t i = from; i < end; i++) highest = row[i] > highest ? row[i] : highest;
+            if (!(highest > row[best])) continue;
+            best = from;
+            while (best < end - 1 && row[best] != highest) best++;
+        }
+        out[r] = best;
     });
+}
+
+// The whole decoder in one call: x [step's rows, size], changed in place -> logits [wanted, vocabulary] of the rows
+// in `rows`, in ascending order.
+void fl_decode(const Decoder* decoder, const AttentionStep* step, float* x, const int64_t* rows, int64_t wanted,
+               float* logits) {
+    static std::vector<float> hidden, wide, delta;  // what linears read; qkv, or gate and up; what is added to x
+    const int64_t size = decoder->head.inputs;
+    const float eps = decoder->eps;
+    const float* post = nullptr;
+    int64_t count = step->rows;
+    for (const Layer* layer = decoder->layers; layer != decoder->layers + decoder->count; layer++) {
+        const bool first = layer == decoder->layers, last = layer + 1 == decoder->layers + decoder->count;
+        const int64_t integers = layer->qkv.bits < 16;
+        hidden.resize(count * std::max({row_bytes(layer->qkv), row_bytes(layer->out), row_bytes(layer->down)}) / 4);
+        wide.resize(count * std::max(layer->qkv.outputs, layer->gate_up.outputs));
+        delta.resize(count * size);
+        fl_add_norm(x, first ? nullptr : delta.data(), post, layer->input_norm, eps, count, size, integers, hidden.data());
+        run_linear(layer->qkv, hidden.data(), count, wide.data());
+        fl_attention(&layer->attention, step, wide.data(), integers, hidden.data());
+        if (last && wanted < count) {  // nobody reads the others any more
+            const int64_t bytes = row_bytes(layer->out);
+            char* read = reinterpret_cast<char*>(hidden.data());
+            for (int64_t r = 0; r < wanted; r++) {
+                std::memmove(x + r * size, x + rows[r] * size, size * sizeof(float));
+                std::memmove(read + r * bytes, read + rows[r] * bytes, bytes);
+            }
+            count = wanted;
+        }
+        run_linear(layer->out, hidden.data(), count, delta.data());
+        fl_add_norm(x, delta.data(), layer->attention_post, layer->mlp_norm, eps, count, size, integers, hidden.data());
+        run_linear(layer->gate_up, hidden.data(), count, wide.data());
+        fl_gate(wide.data(), count, layer->down.inputs, decoder->gelu, integers, hidden.data());
+        run_linear(layer->down, hidden.data(), count, delta.data());
+        post = layer->mlp_post;
+    }
+    fl_add_norm(x, delta.data(), post, decoder->norm, eps, count, size, decoder->head.bits < 16, hidden.data());
+    run_linear(decoder->head, hidden.data(), count, logits);
 }
 
 }  // extern "C"

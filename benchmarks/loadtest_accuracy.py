@@ -26,7 +26,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS, TOKENS = 64, 33
-OUTSIDE_S, SERVER_TTFT_S, TPOT_S, PAUSE_S = 0.300, 0.300, 0.040, 0.200
+OUTSIDE_S, SERVER_TTFT_S, TPOT_S, PAUSE_S = 0.500, 0.300, 0.040, 0.200
 """On the way to the server; from there to the first token; between tokens; a stall in the middle."""
 TTFT_S = OUTSIDE_S + SERVER_TTFT_S
 E2E_S = TTFT_S + (TOKENS - 1) * TPOT_S + PAUSE_S

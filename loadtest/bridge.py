@@ -2,7 +2,8 @@
 
 Streaming under gevent costs three to five times the CPU per token, and delays tokens long before the
 worker looks busy; on a thread of its own the client holds several times the load. Timestamps are taken
-on that thread. Needs real threads: start Locust through :mod:`loadtest.locust_main`.
+on that thread, and so are the times of an open loop. Needs real threads: start Locust through
+:mod:`loadtest.locust_main`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from client import wire
 from client.errors import from_rpc_error
 from client.leaving import leave_async
 from client.params import GenerateParams
+from loadtest.punctual import punctual_event_loop
 from loadtest.records import ClientSample, RequestRecord
 
 Messages = list[tuple[int, bytes]]
@@ -48,6 +50,13 @@ class Load:
     turn: int = 0
     intended_ns: int | None = None
     """None: now."""
+
+    def request(self) -> service_pb2.ModelInferRequest:
+        """With a new id."""
+        # min_tokens = max_tokens makes the length exact, whatever the model wants to say.
+        least = self.output_tokens if self.exact else None
+        params = GenerateParams(max_tokens=self.output_tokens, min_tokens=least)
+        return wire.infer_request(self.endpoint, uuid.uuid4().hex, self.prompt, params, stream=True)
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,7 @@ class Bridge:
         self._worker = worker
         self._running: set[asyncio.Task] = set()
         self._helpers: set[asyncio.Task] = set()
-        self._closing = threading.Event()
-        self._loop = asyncio.new_event_loop()
+        self._loop = punctual_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc-aio", daemon=True)
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
@@ -93,7 +101,7 @@ class Bridge:
         A greenlet that is killed meanwhile cancels its request; the record is written all the same.
         """
         answer, hub = AsyncResult(), gevent.get_hub()
-        future = asyncio.run_coroutine_threadsafe(self._measure(load), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._measure(load, load.request()), self._loop)
         future.add_done_callback(lambda done: hub.loop.run_callback_threadsafe(_hand_over, done, answer))
         try:
             return answer.get()
@@ -112,32 +120,24 @@ class Bridge:
             done: Called in gevent's hub when all of them have been answered or have failed.
         """
         hub = gevent.get_hub()
-        sent: set[asyncio.Task] = set()
 
-        async def one(load: Load) -> None:
-            answer = await self._measure(load)
+        async def one(load: Load, request: service_pb2.ModelInferRequest) -> None:
+            answer = await self._measure(load, request)
             if not answer.record.cancelled:
                 hub.loop.run_callback_threadsafe(report, answer.record)
 
-        def send(load: Load) -> None:
-            task = self._loop.create_task(one(load))
-            sent.add(task)
-            task.add_done_callback(sent.discard)
-
-        async def wait_for_all() -> None:
+        async def all_of_them() -> None:
+            sent = []
+            for load in loads:
+                assert load.intended_ns is not None
+                request = load.request()  # before its time, which it would delay
+                await asyncio.sleep(max(0.0, (load.intended_ns - time.monotonic_ns()) / 1e9))
+                sent.append(asyncio.create_task(one(load, request)))
+                sent = [task for task in sent if not task.done()] if len(sent) > 1000 else sent
             await asyncio.gather(*sent, return_exceptions=True)
             hub.loop.run_callback_threadsafe(done)
 
-        def keep_time() -> None:
-            for load in loads:
-                assert load.intended_ns is not None
-                if self._closing.wait(max(0.0, (load.intended_ns - time.monotonic_ns()) / 1e9)):
-                    return
-                self._loop.call_soon_threadsafe(send, load)
-            self._loop.call_soon_threadsafe(lambda: self._help(wait_for_all()))
-
-        # A thread of its own: the event loop's timers are a millisecond late.
-        threading.Thread(target=keep_time, name="arrivals", daemon=True).start()
+        self._loop.call_soon_threadsafe(lambda: self._help(all_of_them()))
 
     @property
     def in_flight(self) -> int:
@@ -145,7 +145,6 @@ class Bridge:
 
     def close(self) -> None:
         """Cancels what is in flight, waits until its records are written, and ends the thread."""
-        self._closing.set()
         closing = asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
         deadline = time.monotonic() + 10.0
         while not closing.done() and time.monotonic() < deadline:
@@ -202,15 +201,11 @@ class Bridge:
         await asyncio.gather(*self._helpers, *self._running, return_exceptions=True)
         await self._channel.close()
 
-    async def _measure(self, load: Load) -> Answer:
+    async def _measure(self, load: Load, request: service_pb2.ModelInferRequest) -> Answer:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        # min_tokens = max_tokens makes the length exact, whatever the model wants to say.
-        least = load.output_tokens if load.exact else None
-        params = GenerateParams(max_tokens=load.output_tokens, min_tokens=least)
-        request = wire.infer_request(load.endpoint, uuid.uuid4().hex, load.prompt, params, stream=True)
         record = RequestRecord(
             id=request.id,
             endpoint=load.endpoint,

@@ -24,6 +24,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
 from client import wire
+from loadtest.punctual import punctual_event_loop
 
 Responses = AsyncIterator[bytes]
 
@@ -224,7 +225,7 @@ class NullServer:
         self._timing = timing or Timing()
         self._port = port
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> NullServer:
         """Raises OSError if the port is taken."""
@@ -258,6 +259,10 @@ class NullServer:
     @property
     def log(self) -> list[Served]:
         return self._service.log
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=punctual_event_loop) as runner:
+            runner.run(self._serve())
 
     async def _serve(self) -> None:
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()

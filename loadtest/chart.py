@@ -47,6 +47,7 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     y_top: float | None = None,
+    x_tight: bool = False,
     shares: bool = False,
 ) -> str:
     """An SVG element.
@@ -54,15 +55,16 @@ def lines(
     Args:
         limits: (y, words) of horizontal lines.
         y_top: the axis ends there, whatever little is above it.
+        x_tight: the axis is as long as the lines' ``x``, where there is data and where there is none.
         shares: y goes from 0 to 1 and is shown in percent.
     """
-    xs = [x for line in drawn for x, y in zip(line.x, line.y, strict=True) if y is not None]
+    xs = [x for line in drawn for x, y in zip(line.x, line.y, strict=True) if x_tight or y is not None]
     ys = [y for line in drawn for y in line.y if y is not None]
-    if not xs:
+    if not ys:
         return ""
     # A limit far above the data would press the data flat; then it is named and not drawn.
     shown = [limit for limit in limits if limit[0] <= 3 * max(ys)]
-    x_axis = _Axis.over(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
+    x_axis = _Axis.over(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x, tight=x_tight)
     top = 1.0 if shares else y_top or max([*ys, *(y for y, _ in shown)])
     y_axis = _Axis.over(min(ys) if log_y else 0.0, top, HEIGHT - BOTTOM, TOP, log_y)
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">']
@@ -148,12 +150,12 @@ class _Axis:
     log: bool
 
     @classmethod
-    def over(cls, low: float, high: float, start: float, end: float, log: bool) -> _Axis:
+    def over(cls, low: float, high: float, start: float, end: float, log: bool, tight: bool = False) -> _Axis:
         if log and low > 0:
             return cls(low, high if high > low else low * 2, start, end, True)
         if not low < high:
             low, high = (0.0, 1.0) if high == 0 else (min(0.0, low), high if high > 0 else 1.0)
-        if low < high and not log:
+        if low < high and not log and not tight:
             step = nice_step((high - low) / 4)
             low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
         return cls(low, high, start, end, False)
@@ -174,7 +176,7 @@ class _Axis:
                     break
             return found[:: math.ceil(len(found) / 8)] if found else [self.low]
         step = nice_step((self.high - self.low) / 4)
-        return [self.low + i * step for i in range(round((self.high - self.low) / step) + 1)]
+        return [self.low + i * step for i in range(math.floor((self.high - self.low) / step + 1e-9) + 1)]
 
 
 def nice_step(rough: float) -> float:

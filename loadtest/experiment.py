@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -320,11 +321,8 @@ class Experiment:
         cores = conditions.cores()
         for before, sample in itertools.pairwise(samples):
             seconds = (sample.time_ns - before.time_ns) / 1e9
-            put(
-                "CPU of the machine|%",
-                sample.time_ns,
-                100 * (sample.busy_s - before.busy_s) / seconds / cores,
-            )
+            busy = (sample.busy_s - before.busy_s) / seconds / cores
+            put("CPU of the machine|%", sample.time_ns, min(100.0, 100 * busy))  # its clock ticks in 10 ms
             for field, title in (
                 ("gpu_percent", "GPU utilisation|%"),
                 ("gpu_memory_mib", "GPU memory|MiB"),
@@ -344,8 +342,10 @@ class Experiment:
             for mine in workers.values():
                 for earlier, later in itertools.pairwise(mine):
                     passed = (later.time_ns - earlier.time_ns) / 1e9
-                    if passed > 0:
-                        put(client, later.time_ns, 100 * (later.cpu_s - earlier.cpu_s) / passed)
+                    # One mean for all steps that it is of.
+                    for number in range(math.ceil(passed / step_s)):
+                        at_ns = later.time_ns - int(number * step_s * 1e9)
+                        put(client, at_ns, 100 * (later.cpu_s - earlier.cpu_s) / passed)
         return [
             {
                 "name": name.split("|")[0],

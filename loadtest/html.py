@@ -78,12 +78,13 @@ def _head(result: Result) -> str:
     if hardware:
         gpu = hardware.get("gpu", "")
         machine = gpu if not gpu.startswith("no GPU") else f"{hardware['cores']} cores {hardware['cpu']}"
-    facts = [served, machine, given.get("workload", ""), result.created.replace("T", " ")[:16]]
+    facts = [*map(escape, filter(None, [served, machine, given.get("workload", "")]))]
+    facts.append(f'<span class="whole">{escape(result.created.replace("T", " ")[:16])}</span>')
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in result.reasons)
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in result.limits)
     return (
         f'<header><p class="verdict {word.lower()}">{word}</p><h1>{escape(result.title)}</h1>'
-        f'<p class="facts">{escape(" · ".join(filter(None, facts)))}</p>'
+        f'<p class="facts">{" · ".join(facts)}</p>'
         + (f'<ul class="reasons">{reasons}</ul>' if reasons else "")
         + (f'<ul class="limits">{limits}</ul>' if limits else "")
         + "</header>\n"
@@ -276,7 +277,9 @@ def _timeline(result: Result, colours: dict[str, int]) -> str:
         ]
         unit = f" ({mine[0]['unit']})" if mine[0]["unit"] else ""
         whole = 100.0 if mine[0]["unit"] == "%" else None
-        svg = chart.lines(drawn, x_label="seconds since the first request", y_label=name, y_top=whole)
+        svg = chart.lines(
+            drawn, x_label="seconds since the first request", y_label=name, y_top=whole, x_tight=True
+        )
         if svg:
             figures.append(f"<figure><figcaption>{escape(name + unit)}</figcaption>{svg}</figure>")
     about = "All on the client's clock; means over each step of the axis."

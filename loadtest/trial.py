@@ -258,7 +258,8 @@ def _wait(
     locust: subprocess.Popen, trial: Trial, work: Path, limit_s: float, say: Callable[[str], None]
 ) -> int | None:
     """Its exit status, or None if it did not end in time; says how it goes on meanwhile."""
-    start, seen, answered = time.monotonic(), 0, 0
+    start, answered = time.monotonic(), 0
+    seen = (work / RECORDS).stat().st_size if (work / RECORDS).exists() else 0  # those of earlier trials
     while (passed := time.monotonic() - start) < limit_s:
         try:
             return locust.wait(timeout=PROGRESS_S)

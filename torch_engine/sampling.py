@@ -34,6 +34,7 @@ def sample(
 ) -> list[Sampled]:
     """One token for each row of ``logits`` [rows, vocab] float32, which is changed in place."""
     if all(sequence.samples_on_device for sequence in sequences):
+        _leave_ends_out(logits, sequences)
         return [Sampled(token, 0.0) for token in argmax(logits).tolist()]
     normalisers = _normalisers(logits, sequences)
     raw = logits
@@ -55,6 +56,20 @@ def sample(
         Sampled(token, log_prob)
         for token, log_prob in zip(tokens, (chosen - normalisers).tolist(), strict=True)
     ]
+
+
+def _leave_ends_out(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+    """Where an output is too short to end, in one operation: all may be, and their rows one by one take a while."""
+    pairs = [
+        (row, token)
+        for row, sequence in enumerate(sequences)
+        if sequence.must_go_on
+        for token in sequence.end_ids
+        if 0 <= token < logits.shape[1]
+    ]
+    if pairs:
+        rows, columns = zip(*pairs, strict=True)
+        logits[list(rows), list(columns)] = float("-inf")
 
 
 def _normalisers(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import tiny_checkpoint
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.engine import Engine
 from torch_engine.request import (
@@ -187,6 +189,20 @@ def test_end_ids_end_the_output_and_are_not_part_of_it(make_engine) -> None:
     assert output.num_output_tokens == first
     longer = one(engine, max_tokens=20, end_id=end, min_tokens=12)
     assert longer.num_output_tokens >= 12 and end not in longer.token_ids[:12]
+
+
+def test_the_models_own_ends_wait_for_the_least_length(make_engine, tmp_path) -> None:
+    """Alone, beside a request that may end at once, and beside one that is sampled otherwise."""
+    end = one(make_engine(tiny_checkpoint(tmp_path / "first")), max_tokens=6).token_ids[2]
+    engine = make_engine(tiny_checkpoint(tmp_path / "second", eos_token_id=end))
+    ends_early = GenerationRequest(PROMPT, 12)
+    held = dataclasses.replace(ends_early, min_tokens=8)
+    sampled = dataclasses.replace(ends_early, sampling=SamplingParams(repetition_penalty=1.5))
+    early, late = engine.generate([ends_early, held])
+    assert len(early.token_ids) == 2 and early.finish_reason is FinishReason.END_ID
+    assert len(late.token_ids) >= 8 and end not in late.token_ids
+    assert engine.generate([held])[0].token_ids == late.token_ids
+    assert engine.generate([held, sampled])[0].token_ids == late.token_ids
 
 
 def test_stop_words_end_the_output(make_engine) -> None:

@@ -130,6 +130,11 @@ def compare(report: dict) -> list[Row]:
     ]
 
 
+def steal_share(before, after) -> float:
+    """Of the CPU time between, what a virtual machine's host gave to others (psutil.cpu_times)."""
+    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / (sum(after) - sum(before))
+
+
 def about(report: dict) -> str:
     hardware = report["conditions"]["hardware"]
     machine = f"{hardware['cores']} cores, {hardware['cpu']}"
@@ -189,7 +194,9 @@ def main() -> int:
                 work = Path(folder) / name.replace(" ", "-")
                 seed = str(len(parts))
                 load = [*loop_options(loop), "--processes", str(processes), "--seed", seed]
+                before = psutil.cpu_times()
                 status, report = run(url, work, *load)
+                stolen = steal_share(before, psutil.cpu_times())
                 rows = compare(report)
                 summary = report["cells"][0]["summary"]
                 if not parts:
@@ -205,7 +212,10 @@ def main() -> int:
                         ("outside p99", summary["outside_s"]["p99"]),
                     )
                 )
-                tell(f"{verdict}; n = {summary['e2e_s']['n']}; for information: {late}.")
+                tell(
+                    f"{verdict}; n = {summary['e2e_s']['n']}; for information: {late}; "
+                    f"{100 * stolen:.1f} % of the machine went to others (steal)."
+                )
                 failures += [f"{name}: {row.name}" for row in rows if not row.ok]
                 failures += [f"{name}: {verdict}"] if status else []
         status, verdict = slow_client(url, Path(folder) / "slow")

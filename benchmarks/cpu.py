@@ -239,7 +239,7 @@ def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256
         )
 
     rates: dict[str, float] = {}
-    for _ in range(5):
+    for _ in range(3):
         torch.set_num_threads(1)
         done = {
             "prefill": (compute_prompts, 1, prompts * length * work),

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class Engine:
             model_dir=config.model_dir,
             description=self._describe(),
         )
-        self._stats = EngineStats()
+        self._counts: Counter[str] = Counter()
+        """Of EngineStats' fields those that steps add to."""
         self._flight: Flight | None = None
         self._host_sampled: set[object] = set()
         """Keys of live requests whose next token is not simply the argmax: they are served without lag."""
@@ -240,12 +242,9 @@ class Engine:
             if sequence.finish_reason is not None or token.token_id != guess:
                 break
         sequence.reject(len(tokens) - taken)
-        self._stats = replace(
-            self._stats,
-            guessed_tokens=self._stats.guessed_tokens + len(chunk.guesses),
-            accepted_tokens=self._stats.accepted_tokens + taken - 1,
-            generated_tokens=self._stats.generated_tokens + taken - 1,
-        )
+        self._counts["guessed_tokens"] += len(chunk.guesses)
+        self._counts["accepted_tokens"] += taken - 1
+        self._counts["generated_tokens"] += taken - 1
         return outputs
 
     def _retire(self, sequence: Sequence) -> None:
@@ -286,22 +285,21 @@ class Engine:
         return outputs
 
     def _count(self, chunks: list[Chunk]) -> None:
-        self._stats = replace(
-            self._stats,
-            scheduled_requests=len(chunks),
-            context_requests=sum(chunk.num_tokens - len(chunk.guesses) > 1 for chunk in chunks),
-            iterations=self._stats.iterations + bool(chunks),
-            generated_tokens=self._stats.generated_tokens + sum(chunk.samples for chunk in chunks),
-        )
+        counts = self._counts
+        counts["scheduled_requests"] = len(chunks)
+        counts["context_requests"] = sum(chunk.num_tokens - len(chunk.guesses) > 1 for chunk in chunks)
+        counts["iterations"] += bool(chunks)
+        counts["generated_tokens"] += sum(chunk.samples for chunk in chunks)
 
     @property
     def stats(self) -> EngineStats:
         """A snapshot of now."""
-        return replace(
-            self._stats,
+        counts = dict(self._counts)
+        if not self.sequences:
+            counts["scheduled_requests"] = counts["context_requests"] = 0
+        return EngineStats(
+            **counts,
             active_requests=len(self.sequences),
-            scheduled_requests=self._stats.scheduled_requests if self.sequences else 0,
-            context_requests=self._stats.context_requests if self.sequences else 0,
             waiting_requests=len(self.scheduler.waiting),
             max_requests=self.config.max_batch_size,
             kv_blocks_max=self.blocks.num_blocks,

@@ -219,8 +219,10 @@ def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256
     work = sum(
         linear.inputs * linear.outputs
         for layer in layers
-        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
-    )
+        for linear in (
+            (layer.qkv, layer.out, layer.gate_up, layer.down) if layer is not layers[-1] else (layer.qkv,)
+        )
+    )  # the rest of the last layer is computed for a prompt's last token only
     rows = engine.config.max_num_tokens
     x = engine.kernels.add_norm(
         torch.randn(rows, inputs), None, None, torch.ones(inputs), 1e-6, layers[0].gate_up

@@ -30,6 +30,7 @@ help: ## Show this list
 # TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'
 # HF_TOKEN_FILE          ## file with the hub's token, for make up
 # ARGS                   ## more options of a build: --dry-run prints commands and files, --force
+# BASELINE_DTYPE         ## of the Transformers baseline: bfloat16 (default), float16 or float32; also BASELINE_MAX_BATCH_SIZE
 # CALIB                  ## JSONL file with your own calibration prompts
 # HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
 # CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (150 seconds)

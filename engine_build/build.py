@@ -19,7 +19,7 @@ from engine_build.checkpoint import Checkpoint, obtain
 from engine_build.errors import GateRefused, PrecisionRefused
 from engine_build.hardware import Hardware, detect
 from engine_build.package import package, package_llm_api
-from engine_build.plan import AUTO, CPU_INTEGERS, Plan, make_plan, require_tensorrt_llm
+from engine_build.plan import AUTO, INTEGERS, Plan, make_plan, require_tensorrt_llm
 from engine_build.prompts import read_prompts
 from engine_build.settings import Settings
 from engine_build.workspace import locked, new_folder, write_text
@@ -96,6 +96,7 @@ class Build:
                 engine_dir,
                 source_dir,
                 self.settings.baseline_max_batch_size,
+                baseline_dtype=self.settings.baseline_dtype,
                 parameters=self.settings.parameters,
                 logits_type=logits_type,
                 cores=hardware.cores,
@@ -156,7 +157,7 @@ class Build:
             source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
             engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
         except PrecisionRefused as refusal:
-            if self.settings.precision != AUTO or plan.precision not in CPU_INTEGERS:
+            if self.settings.precision != AUTO or plan.precision not in INTEGERS:
                 raise
             self.say(f"              - {refusal}")
             refused = (*refused, plan.precision)
@@ -233,8 +234,10 @@ class Build:
         from engine_build.engine_model import EngineModel
         from engine_build.gate import MAX_TOKENS
 
-        other = next(name for name in CPU_INTEGERS if name != plan.precision)
-        remedy = f"use PRECISION={other} or PRECISION=bf16"
+        remedy = "use PRECISION=bf16"
+        if plan.device == "cpu":
+            other = next(name for name in INTEGERS if name != plan.precision)
+            remedy = f"use PRECISION={other} or PRECISION=bf16"
         return {"gate": self._judged(source, lambda _: EngineModel(engine_dir, MAX_TOKENS), plan, remedy)}
 
     def _judged(self, source: Path, become: Any, plan: Plan, remedy: str) -> dict[str, Any]:
@@ -260,7 +263,7 @@ class Build:
             "max_batch_size": self.settings.max_batch_size,
         }
         options: dict[str, Any] = {}
-        if plan.precision in CPU_INTEGERS:
+        if plan.precision in INTEGERS:
             inputs |= self._gate_inputs()
             options["check"] = functools.partial(self._engine_gate, source.folder, plan)
         key = digest(inputs)
@@ -391,7 +394,10 @@ class Build:
             "source_dir": str(source_dir),
             "model_repository": str(self.root / "model_repository"),
             "manifest": str(engine_dir / record.MANIFEST),
-            "baseline": {"dtype": "bfloat16", "max_batch_size": self.settings.baseline_max_batch_size},
+            "baseline": {
+                "dtype": self.settings.baseline_dtype,
+                "max_batch_size": self.settings.baseline_max_batch_size,
+            },
             "hardware": hardware.identity(),
         }
         write_text(self.root / DEPLOYMENT, json.dumps(content, indent=2) + "\n")

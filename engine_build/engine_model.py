@@ -24,23 +24,36 @@ class EngineModel:
         checkpoint = Checkpoint(config.model_dir, load_spec(config.model_dir))
         self.device = torch.device(config.device)
         self._block_size = config.block_size
-        self._blocks = -(-max_tokens // config.block_size)
+        blocks = -(-max_tokens // config.block_size)
         with torch.inference_mode():
             self._model = Model(checkpoint, kernels.choose(config), config.max_seq_len)
-            self._caches = self._model.new_caches(self._blocks, config.block_size)
+            self._caches = self._model.new_caches(blocks, config.block_size)
+        self._table = torch.arange(blocks, device=self.device)
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
         """Logits of the last ``logits_to_keep`` tokens of ``ids [1, T]``, of all by default: [1, kept, vocab]."""
-        count = ids.shape[1]
+        run = self._on_gpu if self._model.kernels.name == "cuda" else self._on_cpu
+        return SimpleNamespace(logits=run(ids[0], logits_to_keep)[None])
+
+    def _on_cpu(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
+        count = ids.shape[0]
         every = torch.arange(count)
         step = StepInput(
-            token_ids=ids[0],
+            token_ids=ids,
             positions=every,
             slots=every,
             decode_blocks=torch.zeros(0, 0, dtype=torch.int64),
             decode_lengths=torch.zeros(0, dtype=torch.int64),
-            prefills=[PrefillChunk(0, count, count, torch.arange(-(-count // self._block_size)))],
-            logit_rows=every[-logits_to_keep:],
+            prefills=[PrefillChunk(0, count, count, self._table[: -(-count // self._block_size)])],
+            logit_rows=every[-kept:],
         )
-        return SimpleNamespace(logits=self._model.forward(step, self._caches)[None])
+        return self._model.forward(step, self._caches)
+
+    def _on_gpu(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
+        from torch_engine.cuda_runner import one_prompt  # needs Triton's language
+
+        step = one_prompt(ids, kept, self._table, self._model)
+        logits = self._model.raw_logits(step, self._caches).float()
+        scales = self._model.lm_head.column_scales  # type: ignore[attr-defined]
+        return self._model.finished(logits if scales is None else logits * scales)

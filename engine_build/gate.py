@@ -1,8 +1,8 @@
 """Stage 4: is what we serve still the same model? Perplexity and teacher-forced agreement with its source.
 
 The FP8 checkpoint is run as a W8A8 engine runs it: dequantised weights, activations rounded to e4m3 with the
-static input scale. That is the strictest lane; weight-only lanes are closer to the source. int8 and int4 on a CPU
-are judged as they are served: by the engine itself (engine_model.py).
+static input scale. That is the strictest lane; weight-only lanes are closer to the source. int8 and int4 of
+lane torch are judged as they are served: by the engine itself (engine_model.py).
 """
 
 from __future__ import annotations

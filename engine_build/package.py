@@ -10,7 +10,7 @@ from typing import Any
 from engine_build import record
 from engine_build.errors import PrecisionRefused
 from engine_build.hf_format import write_json
-from engine_build.plan import CPU_INTEGERS, Plan
+from engine_build.plan import INTEGERS, Plan
 from engine_build.workspace import new_folder
 from torch_engine.config import EngineConfig
 from torch_engine.toolchain import NoCompiler, compile_library
@@ -40,7 +40,7 @@ def package(
     remarks: list[str] = []
     with new_folder(folder) as fresh:
         kernels, dtype = plan.kernels, plan.compute_dtype
-        integers = plan.precision in CPU_INTEGERS
+        integers = plan.precision in INTEGERS
         if kernels == "native":
             try:
                 compile_library(fresh)

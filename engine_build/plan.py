@@ -11,8 +11,10 @@ from model_repository.trtllm import versions
 
 LANES = ("trtllm-engine", "trtllm-pytorch", "torch")
 PRECISIONS = ("fp8", "nvfp4", "int8", "int4", "int8_sq", "int4_awq", "bf16")
-CPU_INTEGERS = ("int4", "int8")
-"""Of the compiled CPU kernels, the faster first: both weights and activations are integers."""
+INTEGERS = ("int4", "int8")
+"""Lane torch, the faster on a CPU first: weights and activations are integers, made of unquantised weights at load."""
+INT8_CAPABILITIES = ((8, 0), (10, 0))
+"""Compute capabilities, the second excluded, that offer int8: newer ones have FP8 and few integer tensor cores."""
 AUTO = "auto"
 
 FP8_CAPABILITY = (8, 9)
@@ -112,7 +114,7 @@ def make_plan(
     kv_dtype = _kv_dtype(lane, precision, dtype, on_cpu, reasons)
     fp8_kv = kv_dtype == "fp8" or (lane != "torch" and precision in ("fp8", "nvfp4"))
     kv_bytes = 1 if fp8_kv else DTYPE_BYTES[dtype]
-    if precision in CPU_INTEGERS:  # int8 with a float32 scale for each token and head
+    if precision in INTEGERS:  # int8 with a float32 scale for each token and head
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1)
     else:
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
@@ -141,6 +143,8 @@ def make_plan(
 def _kv_dtype(lane: str, precision: str, dtype: str, on_cpu: bool, reasons: list[str]) -> str:
     if lane != "torch" or on_cpu:
         return "auto"
+    if precision == "int8":
+        return "int8"
     if precision != "fp8":
         return dtype
     reasons.append(
@@ -186,8 +190,11 @@ def available_precisions(lane: str, hardware: Hardware) -> tuple[str, ...]:
     if lane == "trtllm-engine":
         nvfp4 = ("nvfp4",) if (hardware.capability or (0, 0)) >= NVFP4_CAPABILITY else ()
         return (*fp8, *nvfp4, *(("int8_sq", "int4_awq") if integer else ()), "bf16")
-    integers = CPU_INTEGERS if hardware.device == "cpu" and hardware.compiler else ()
-    return (*integers, *fp8, "bf16")
+    if hardware.device == "cpu" and hardware.compiler:
+        return (*INTEGERS, *fp8, "bf16")
+    least, beyond = INT8_CAPABILITIES
+    int8 = ("int8",) if lane == "torch" and least <= (hardware.capability or (0, 0)) < beyond else ()
+    return (*fp8, *int8, "bf16")
 
 
 def _choose_precision(
@@ -230,19 +237,18 @@ def _choose_precision(
     if precision == AUTO:
         precision = next(name for name in offered if name not in refused)
         why = f"{too_old}, so {lane} takes {precision}" if lacks_fp8 else "the best that this machine runs"
-        if precision in CPU_INTEGERS:
+        if precision in INTEGERS:
             following = offered[offered.index(precision) + 1]
-            why = (
-                f"measured faster than {following} on a CPU (benchmarks/cpu); "
-                f"{following} is tried if the accuracy gate refuses it"
-            )
+            if hardware.device == "cpu":
+                why = f"measured faster than {following} on a CPU (benchmarks/cpu)"
+            why += f"; {following} is tried if the accuracy gate refuses it"
         reasons.append(f"precision {precision}: {why}")
         return precision
     if precision == "fp8" and lacks_fp8:
         raise BuildError(f"PRECISION=fp8 is not possible: {too_old}: use {alternatives} (ENGINE={lane})")
     if precision not in offered:
         remedy = f"use PRECISION={offered[0]}"
-        if precision in CPU_INTEGERS:
+        if precision in INTEGERS:
             remedy += " or, on a CPU, install a C++ compiler (g++): its kernels are compiled by the build"
         if lane != "trtllm-engine" and precision in ("int8_sq", "int4_awq"):
             remedy += " or, on an NVIDIA GPU below compute capability 10.0, ENGINE=trtllm-engine"
@@ -293,7 +299,7 @@ def _compute_dtype(
     if kernels == "native":
         dtype = "float32"
         held = "bf16 weights"
-        if precision in CPU_INTEGERS:
+        if precision in INTEGERS:
             held = f"{precision} weights (output head of 7 bits), int8 activations and an int8 KV cache,"
         reasons.append(f"compute dtype float32: the compiled kernels read {held} and sum in float32")
     else:
@@ -324,7 +330,9 @@ def _weights_bytes(
     shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
 ) -> int:
     wide = DTYPE_BYTES[dtype]
-    if precision in CPU_INTEGERS:  # with scales; the rest is the head in int8 and the embedding in float32
+    if precision in INTEGERS and not on_cpu:  # the head and the embedding are not quantised
+        return weight_bytes(shape.parameters, shape.linear_parameters, "int8_sq", wide, tp, pp)
+    if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
         linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:

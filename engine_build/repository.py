@@ -32,6 +32,7 @@ def values_for(
     source_dir: Path,
     baseline_max_batch_size: int = 1,
     *,
+    baseline_dtype: str = "bfloat16",
     parameters: Mapping[str, str] | None = None,
     logits_type: str = "TYPE_FP32",
     cores: int = 1,
@@ -71,7 +72,7 @@ def values_for(
         "end_ids_as_stop_words": "true" if in_triton else "false",
         "max_seq_len": str(plan.max_seq_len),
         "baseline_model_dir": str(source_dir),
-        "baseline_dtype": "bfloat16",
+        "baseline_dtype": baseline_dtype,
         "baseline_max_batch_size": str(baseline_max_batch_size),
         # A static batch is only ever filled if Triton waits for it a little.
         "baseline_queue_delay_microseconds": "0" if baseline_max_batch_size == 1 else "20000",

@@ -12,6 +12,8 @@ from pathlib import Path
 from engine_build.errors import BuildError
 from engine_build.plan import AUTO, LANES, PRECISIONS
 
+BASELINE_DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,6 +29,7 @@ class Settings:
     max_batch_size: int | None
     baseline_max_batch_size: int
     force: bool
+    baseline_dtype: str = "bfloat16"
     tp: int = 1
     pp: int = 1
     parameters: dict[str, str] = field(default_factory=dict)
@@ -38,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Reads ``arguments`` (the process's own by default); an empty variable counts as unset.
 
     Raises:
-        BuildError: a number is not a positive whole number.
+        BuildError: a number is not a positive whole number, a dtype is unknown.
     """
     parser = argparse.ArgumentParser(prog="python -m engine_build", description=__doc__.splitlines()[0])
 
@@ -57,6 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--max-seq-len", "MAX_SEQ_LEN", "", "prompt plus output of one request, in tokens")
     option("--max-batch-size", "MAX_BATCH_SIZE", "", "requests in flight at once")
     option("--baseline-max-batch-size", "BASELINE_MAX_BATCH_SIZE", "1", "static batch of the baseline")
+    option("--baseline-dtype", "BASELINE_DTYPE", "bfloat16", f"of the baseline: {', '.join(BASELINE_DTYPES)}")
     option("--tp", "TP", "1", "GPUs that share each layer (TensorRT-LLM lanes)")
     option("--pp", "PP", "1", "GPUs that share the layers (TensorRT-LLM lanes)")
     option(
@@ -77,12 +81,19 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         max_seq_len=_positive("MAX_SEQ_LEN", found.max_seq_len),
         max_batch_size=_positive("MAX_BATCH_SIZE", found.max_batch_size),
         baseline_max_batch_size=_positive("BASELINE_MAX_BATCH_SIZE", found.baseline_max_batch_size) or 1,
+        baseline_dtype=_one_of("BASELINE_DTYPE", found.baseline_dtype, BASELINE_DTYPES),
         force=found.force,
         tp=_positive("TP", found.tp) or 1,
         pp=_positive("PP", found.pp) or 1,
         parameters=_pairs("TRTLLM_PARAMETERS", found.parameters),
         dry_run=found.dry_run,
     )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise BuildError(f"{name}={value} is unknown: use one of {', '.join(allowed)}")
+    return value
 
 
 def _pairs(name: str, value: str) -> dict[str, str]:

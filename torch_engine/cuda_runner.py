@@ -103,6 +103,21 @@ class Captured:
         return self._logits
 
 
+def one_prompt(ids: torch.Tensor, kept: int, table: torch.Tensor, model: Model) -> CudaStep:
+    """The step that computes the prompt ``ids`` [T] alone, for the logits of its last ``kept`` tokens (0: of all).
+
+    ``table`` are its KV blocks.
+    """
+    count, tile = ids.shape[0], triton_ops.tile_tokens(model.kernels.dtype, model.spec.num_groups)
+    every = torch.arange(count, dtype=torch.int32, device=ids.device)
+    pieces = [(begin, min(tile, count - begin), begin, 0) for begin in range(0, count, tile)]
+    tiles = torch.tensor(pieces, dtype=torch.int32, device=ids.device)
+    where = AttentionInput(torch.zeros_like(every), every, table[None].int(), 0, tiles, count)
+    rows = every[-kept:]
+    nothing = torch.zeros_like(rows)
+    return CudaStep(ids.int(), where, nothing, rows, nothing, nothing)
+
+
 class Staging:
     """Pinned memory for one step's input and output, reused every other step.
 

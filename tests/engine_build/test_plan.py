@@ -30,7 +30,8 @@ LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856)
         (H200, "auto", "auto", ("torch", "fp8", "bfloat16")),
         (L4, "auto", "auto", ("torch", "fp8", "bfloat16")),
         (L4, "torch", "bf16", ("torch", "bf16", "bfloat16")),
-        (A100, "auto", "auto", ("torch", "bf16", "bfloat16")),
+        (A100, "auto", "auto", ("torch", "int8", "bfloat16")),
+        (A100, "auto", "bf16", ("torch", "bf16", "bfloat16")),
         (A100, "trtllm-engine", "auto", ("trtllm-engine", "int8_sq", "bfloat16")),
         (A100, "trtllm-engine", "int4_awq", ("trtllm-engine", "int4_awq", "bfloat16")),
         (A100, "trtllm-pytorch", "auto", ("trtllm-pytorch", "bf16", "bfloat16")),
@@ -53,7 +54,11 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
 @pytest.mark.parametrize(
     ("hardware", "options", "says"),
     [
-        (A100, {"precision": "fp8"}, ["PRECISION=fp8", "8.9", "A100 has 8.0", "PRECISION=bf16", "torch"]),
+        (
+            A100,
+            {"precision": "fp8"},
+            ["PRECISION=fp8", "8.9", "A100 has 8.0", "PRECISION=int8 or PRECISION=bf16", "torch"],
+        ),
         (
             A100,
             {"precision": "fp8", "lane": "trtllm-engine"},
@@ -67,7 +72,7 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
         (
             H200,
             {"precision": "int4_awq", "lane": "torch"},
-            ["PRECISION=int4_awq", "fp8, bf16", "ENGINE=trtllm-engine"],
+            ["PRECISION=int4_awq", "fp8, int8, bf16", "ENGINE=trtllm-engine"],
         ),
         (B200, {"precision": "int8_sq", "lane": "trtllm-engine"}, ["int8_sq", "B200", "fp8, nvfp4, bf16"]),
         (CPU, {"lane": "trtllm-engine"}, ["ENGINE=trtllm-engine", "NVIDIA GPU", "ENGINE=torch"]),
@@ -105,7 +110,11 @@ def test_fp8_checkpoint_as_source() -> None:
 
 def test_reasons_say_what_was_not_asked_for() -> None:
     told = " ".join(make_plan(SMALL, A100).reasons)
-    assert "8.9" in told and "A100 has 8.0" in told and "torch takes bf16" in told
+    assert (
+        "8.9" in told
+        and "A100 has 8.0" in told
+        and "torch takes int8; bf16 is tried if the accuracy gate refuses it" in told
+    )
     told = " ".join(make_plan(SMALL, CPU).reasons)
     assert "dequantised to float32" in told and "activations are not quantised" in told
 
@@ -120,8 +129,18 @@ def test_integers_on_a_cpu() -> None:
     assert make_plan(SMALL, CPU_COMPILER, refused=("int4", "int8")).precision == "fp8"
     with pytest.raises(BuildError, match=r"PRECISION=int4 is not available.*install a C\+\+ compiler"):
         make_plan(SMALL, CPU, precision="int4")
-    with pytest.raises(BuildError, match="PRECISION=int8 is not available"):
-        make_plan(SMALL, H200, precision="int8")
+
+
+def test_int8_on_a_gpu() -> None:
+    """Also where FP8 is better, so that it can be tried; not on data-centre Blackwell, and in lane torch only."""
+    for hardware in (A100, H200):
+        plan = make_plan(SMALL, hardware, precision="int8")
+        assert (plan.precision, plan.kv_dtype, plan.kernels) == ("int8", "int8", "cuda")
+        assert plan.weights_bytes < make_plan(SMALL, hardware, precision="bf16").weights_bytes
+    assert make_plan(SMALL, A100, refused=("int8",)).precision == "bf16"
+    for hardware, lane in ((B200, "torch"), (H200, "trtllm-pytorch")):
+        with pytest.raises(BuildError, match="PRECISION=int8 is not available"):
+            make_plan(SMALL, hardware, precision="int8", lane=lane)
 
 
 @pytest.mark.parametrize(("version", "lane"), [("1.2.1", "trtllm-pytorch"), ("0.21.0", "torch")])

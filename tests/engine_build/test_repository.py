@@ -94,7 +94,8 @@ def test_no_templates(tmp_path: Path) -> None:
 
 def test_our_own_templates_render(tmp_path: Path) -> None:
     plan = make_plan(SMALL, CPU)
-    values = repository.values_for(plan, "tiny", tmp_path / "engine", tmp_path / "source", 8)
+    folders = tmp_path / "engine", tmp_path / "source"
+    values = repository.values_for(plan, "tiny", *folders, 8, baseline_dtype="float32")
     target = tmp_path / "repository"
     repository.write(repository.render(TEMPLATES, values), target)
     models = {path.name for path in target.iterdir()}
@@ -108,7 +109,8 @@ def test_our_own_templates_render(tmp_path: Path) -> None:
     }
     for config in target.glob("*/config.pbtxt"):
         assert "${" not in config.read_text(encoding="utf-8")
-    assert "max_batch_size: 8" in (target / "hf_baseline" / "config.pbtxt").read_text(encoding="utf-8")
+    baseline = (target / "hf_baseline" / "config.pbtxt").read_text(encoding="utf-8")
+    assert "max_batch_size: 8" in baseline and '"dtype" value: { string_value: "float32" }' in baseline
 
 
 @pytest.mark.parametrize(("cores", "instances"), [(2, 1), (16, 2)])

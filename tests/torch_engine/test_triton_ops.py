@@ -5,6 +5,7 @@ The interpreter has to be switched on before Triton is imported, so the CPU run 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny import tiny_checkpoint
+from torch_engine.config import EngineConfig
 from torch_engine.request import FinishReason, GenerationRequest, SamplingParams
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,6 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.fl
 LINEAR_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 if RUNS:
+    from engine_build.engine_model import EngineModel
     from torch_engine.cuda_runner import MixedShape
     from torch_engine.kernels import cuda
     from torch_engine.kernels import triton_ops as ops
@@ -367,6 +370,22 @@ class TestEngine:
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
         monkeypatch.setattr(engine.runner, "_sample", None)
         assert [output.token_ids for output in engine.generate(requests)] == expected
+
+    @pytest.mark.parametrize("weights", ["dequantised", "int8"])
+    def test_the_accuracy_gate_sees_the_engines_logits(self, tmp_path, weights: str) -> None:
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        config = EngineConfig(str(folder), num_kv_blocks=16, max_seq_len=128, device=DEVICE.type)
+        for name, fields in (
+            ("plain", {"kernels": "pytorch"}),
+            ("ours", {"kernels": "cuda", "weight_precision": weights}),
+        ):
+            (tmp_path / name).mkdir()
+            dataclasses.replace(config, **fields).save(tmp_path / name)
+        ids = torch.arange(5, 55, device=DEVICE)[None]
+        plain, ours = (EngineModel(tmp_path / name, 64) for name in ("plain", "ours"))
+        tolerance = 1e-4 if weights == "dequantised" else 0.1
+        for kept in (0, 3):
+            close(ours(ids, logits_to_keep=kept).logits, plain(ids, logits_to_keep=kept).logits, tolerance)
 
     def test_preemption_with_a_token_in_flight_changes_nothing(self, tmp_path, make_engine) -> None:
         folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)

@@ -97,7 +97,7 @@ def test_killed_triton(server: Server, lines: list[str]) -> None:
     os.kill(old, signal.SIGKILL)
     wait_until(lambda: server.triton_pid != old)
     recovered(server)
-    assert not any(stub.is_running() for stub in stubs)
+    wait_until(lambda: not any(stub.is_running() for stub in stubs))
     assert any("Triton was ended by SIGKILL" in line for line in lines)
 
 

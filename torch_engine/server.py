@@ -225,7 +225,8 @@ class EngineServer:
         now = time.monotonic()
         stats = None
         if force or now >= self._stats_due:
-            self._stats_due = now + STATS_PERIOD_S
+            # The first step after an idle moment is told at once, as idleness is: short requests would never be seen.
+            self._stats_due = 0.0 if force else now + STATS_PERIOD_S
             stats = self.engine.stats
         for front_end in self._front_ends:
             front_end.flush(stats)

@@ -120,6 +120,27 @@ def test_cancel_and_disconnect_free_the_blocks(process: Process, engine: EngineC
     assert free_blocks(engine, 600) == 600
 
 
+def test_requests_shorter_than_the_statistics_period_are_seen_in_them(
+    process: Process, engine: EngineClient
+) -> None:
+    connection = Client(process.socket, "AF_UNIX")
+    assert connection.recv()[0] == "hello"
+    seen = 0
+    for number in range(10):
+        connection.send(("submit", number, time.time_ns(), GenerationRequest([5, 6, 7], 20, end_id=-1)))
+        active, done = 0, False
+        while not done or active:  # the engine is idle again before the next one
+            kind, body = connection.recv()
+            if kind == "stats":
+                seen += body.active_requests > active
+                active = body.active_requests
+            else:
+                connection.send(("taken",))
+                done = body[0][1].finish_reason is not None
+    connection.close()
+    assert seen >= 8  # one may be overtaken by the next in the outbox
+
+
 def test_a_refused_request_gets_its_error_and_the_engine_goes_on(engine: EngineClient) -> None:
     _, outputs = submit(engine, GenerationRequest([], 4))
     error = last(outputs).error

@@ -362,7 +362,7 @@ def test_dashboard_and_scrape_targets() -> None:
 
 
 def test_promtool_accepts_the_rules_and_they_fire() -> None:
-    """``make test`` brings it from Debian's package; where there is no such thing, the grammar check above is what runs."""
+    """From Debian's package, which ``make test`` brings; the grammar check above runs everywhere."""
     try:
         promtool = tool("promtool")
     except AssertionError:

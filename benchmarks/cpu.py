@@ -2,8 +2,9 @@
 
     python3 benchmarks/cpu.py --peer 'openvino=ovenv/bin/python openvino_bench.py model.gguf'
 
-Every side is a process of its own, started anew in every round, so that nothing competes with what is measured;
-the order changes from round to round. All sides get the same distinct prompts, without a chat template (that is
+Our sides are processes that are loaded once and then take turns, idle while another one is measured, so that what is
+compared lies seconds apart on a machine whose speed changes; a peer is started anew in every round. The order changes
+from round to round. All sides get the same distinct prompts, without a chat template (that is
 what the peers do; ``--chat`` puts one around ours), and generate exactly as many tokens. ``--waves`` times as many
 requests as are in flight come in a closed loop; a peer and Transformers take one wave. The time is from the first
 request to the last token, prefill included, load and warm-up not. Only the ratios of one run mean anything on a
@@ -30,6 +31,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +45,8 @@ TOPICS = (
     *("France", "rivers", "music", "bridges", "whales", "bread", "trains", "glass"),
     *("tides", "paper", "chess", "salt", "wind", "maps", "bees", "coins"),
 )
-SIDES = ("engine", "engine-reuse", "ensemble", "text_generation", "transformers")
+DOORS = ("ensemble", "text_generation")
+SIDES = ("engine", "engine-reuse", *DOORS, "transformers")
 PREFILL = "prefill"
 Generate = Callable[[list[str], int], dict[str, float]]
 """From prompts and how many are in flight together to what is told beside the rate."""
@@ -57,16 +61,18 @@ def deployment(build_dir: Path) -> dict[str, str]:
     return json.loads((build_dir / "deployment.json").read_text(encoding="utf-8"))
 
 
-def measure(name: str, generate: Generate, options: argparse.Namespace, waves: int) -> None:
-    """Prints what a peer prints."""
-    generate(texts(2), 2)
-    for concurrency in options.concurrency:
-        prompts = texts(concurrency * waves)
+def answer(sides: dict[str, Generate], options: argparse.Namespace) -> None:
+    """Measures what standard input asks for, lines like ``engine 8``, and prints what a peer prints."""
+    for generate in sides.values():
+        generate(texts(2), 2)
+    for line in sys.stdin:
+        side, concurrency = line.split()[0], int(line.split()[1])
+        prompts = texts(concurrency * (1 if side == "transformers" else options.waves))
         start = time.perf_counter()
-        more = generate(prompts, concurrency)
+        more = sides[side](prompts, concurrency)
         rate = len(prompts) * options.tokens / (time.perf_counter() - start)
-        line = dict(engine=name, concurrency=concurrency, output_tokens_per_s=round(rate, 1)) | more
-        print(json.dumps(line), flush=True)
+        result = dict(engine=side, concurrency=concurrency, output_tokens_per_s=round(rate, 1)) | more
+        print(json.dumps(result), flush=True)
 
 
 def rendered(prompts: list[str], model_dir: str, chat: bool) -> list[str]:
@@ -147,10 +153,10 @@ def run_engine(options: argparse.Namespace, reuse: bool) -> None:
         require_lengths(lengths, options.tokens)
         return {} if host is None else {"host_ms": round(1000 * statistics.median(host.steps), 3)}
 
-    measure("engine-reuse" if reuse else "engine", generate, options, options.waves)
+    answer({"engine-reuse" if reuse else "engine": generate}, options)
 
 
-def run_served(options: argparse.Namespace, model: str) -> None:
+def run_served(options: argparse.Namespace, models: list[str]) -> None:
     """Through Triton, without streaming, from this process."""
     from client.aio import AsyncClient
     from model_repository.serve import Server, ServeSettings
@@ -161,7 +167,7 @@ def run_served(options: argparse.Namespace, model: str) -> None:
     )
     model_dir = deployment(options.build_dir)["model_dir"]
 
-    async def closed_loop(prompts: list[str], in_flight: int) -> list[int]:
+    async def closed_loop(model: str, prompts: list[str], in_flight: int) -> list[int]:
         waiting, lengths = iter(rendered(prompts, model_dir, options.chat)), []
 
         async def user(llm: AsyncClient) -> None:
@@ -173,12 +179,12 @@ def run_served(options: argparse.Namespace, model: str) -> None:
             await asyncio.gather(*(user(llm) for _ in range(in_flight)))
         return lengths
 
-    def generate(prompts: list[str], in_flight: int) -> dict[str, float]:
-        require_lengths(asyncio.run(closed_loop(prompts, in_flight)), options.tokens)
+    def generate(model: str, prompts: list[str], in_flight: int) -> dict[str, float]:
+        require_lengths(asyncio.run(closed_loop(model, prompts, in_flight)), options.tokens)
         return {}
 
     with Server(settings, say=lambda line: print(line, file=sys.stderr)):
-        measure(model, generate, options, options.waves)
+        answer({model: partial(generate, model) for model in models}, options)
 
 
 def run_transformers(options: argparse.Namespace) -> None:
@@ -202,7 +208,7 @@ def run_transformers(options: argparse.Namespace) -> None:
         require_lengths([out.shape[1] - batch["input_ids"].shape[1]] * len(prompts), options.tokens)
         return {}
 
-    measure("transformers", generate, options, waves=1)
+    answer({"transformers": generate}, options)
 
 
 def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256) -> None:
@@ -269,27 +275,38 @@ def require_lengths(lengths: list[int], tokens: int) -> None:
         raise SystemExit(f"cpu.py: error: outputs of {sorted(set(lengths))} tokens instead of {tokens}")
 
 
-def run_side(side: str, options: argparse.Namespace) -> None:
-    if side == PREFILL:
+def run_sides(sides: list[str], options: argparse.Namespace) -> None:
+    """What one process of ours does."""
+    if sides == [PREFILL]:
         run_prefill(options)
-    elif side.startswith("engine"):
-        run_engine(options, reuse=side == "engine-reuse")
-    elif side == "transformers":
+    elif sides[0].startswith("engine"):
+        run_engine(options, reuse=sides[0] == "engine-reuse")
+    elif sides == ["transformers"]:
         run_transformers(options)
     else:
-        run_served(options, side)
+        run_served(options, sides)
 
 
-def commands(options: argparse.Namespace) -> dict[str, list[str]]:
-    """What starts each side."""
-    shared = ["--build-dir", str(options.build_dir), "--tokens", str(options.tokens)]
-    shared += ["--concurrency", ",".join(map(str, options.concurrency)), "--waves", str(options.waves)]
-    shared += ["--chat"] if options.chat else []
-    own = {
-        side: [sys.executable, __file__, "--only", side, *shared] for side in options.sides.split(",") if side
-    }
-    peers = dict(peer.partition("=")[::2] for peer in options.peer)
-    return own | {name: shlex.split(command) for name, command in peers.items()}
+class Loaded:
+    """A process of ours that has loaded and answers: see :func:`answer`."""
+
+    def __init__(self, sides: list[str], options: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--only", ",".join(sides), "--build-dir", str(options.build_dir)]
+        command += ["--tokens", str(options.tokens), "--waves", str(options.waves)]
+        command += ["--chat"] if options.chat else []
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self, side: str, concurrency: int) -> dict[str, Any]:
+        """Raises SystemExit if the process has ended; it has said why."""
+        assert self._process.stdin and self._process.stdout
+        print(side, concurrency, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"cpu.py: error: the side {side} ended")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()  # the end of its input is the end of its work
 
 
 def run(command: list[str]) -> list[dict[str, Any]]:
@@ -311,22 +328,54 @@ def stolen() -> int:
 
 
 def compare(options: argparse.Namespace) -> None:
-    sides = commands(options)
-    rounds: list[dict[str, Any]] = []
-    for number in range(options.rounds):
-        names = list(sides)
-        names = names[number % len(names) :] + names[: number % len(names)]
-        for name in names:
+    sides = [side for side in options.sides.split(",") if side]
+    together = [side for side in sides if side in DOORS]  # one server has both doors
+    with ExitStack() as stack:
+        loaded = {}
+        for group in ([side] for side in sides if side not in (*together, PREFILL)):
+            loaded[group[0]] = Loaded(group, options)
+        loaded |= dict.fromkeys(together, Loaded(together, options)) if together else {}
+        for process in set(loaded.values()):
+            stack.callback(process.close)
+        commands: dict[str, list[str]] = {}
+        if PREFILL in sides:
+            commands[PREFILL] = [
+                sys.executable,
+                __file__,
+                "--only",
+                PREFILL,
+                "--build-dir",
+                str(options.build_dir),
+            ]
+        commands |= {
+            name: shlex.split(command) for name, _, command in (p.partition("=") for p in options.peer)
+        }
+        rounds: list[dict[str, Any]] = []
+
+        def add(number: int, side: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
             before, start = stolen(), time.monotonic()
-            results = run(sides[name])
-            rounds.append(dict(round=number, side=name, results=results, steal_s=(stolen() - before) / 100))
-            rounds[-1]["seconds"] = round(time.monotonic() - start, 1)
-            print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
-    text = table(rounds, options.concurrency, next(iter(sides)))
+            one: dict[str, Any] = dict(round=number, side=side, results=measure())
+            one |= dict(steal_s=(stolen() - before) / 100, seconds=round(time.monotonic() - start, 1))
+            rounds.append(one)
+            print(json.dumps(one), file=sys.stderr, flush=True)
+
+        for number in range(options.rounds):
+            for concurrency in options.concurrency:
+                for side in turned(list(loaded), number):
+                    add(number, side, lambda: [loaded[side].measure(side, concurrency)])  # noqa: B023
+            for name in turned(list(commands), number):
+                add(number, name, lambda: run(commands[name]))  # noqa: B023
+    text = table(rounds, options.concurrency, sides[0])
     print(text)
     if options.output:
         about = dict(command=sys.argv, cpu=cpu_model(), python=sys.version.split()[0], rounds=rounds)
         options.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def turned(names: list[str], number: int) -> list[str]:
+    """The names in the order of this round."""
+    at = number % max(len(names), 1)
+    return names[at:] + names[:at]
 
 
 def cpu_model() -> str:
@@ -397,12 +446,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, metavar="FILE", help="all rounds as JSON")
     parser.add_argument(
-        "--only", choices=(*SIDES, PREFILL), help="run one side in this process and print its figures"
+        "--only", metavar="SIDES", help="run these in this process: what each process is started with"
     )
     options = parser.parse_args()
     options.build_dir = options.build_dir.absolute()
     if options.only:
-        run_side(options.only, options)
+        run_sides(options.only.split(","), options)
     else:
         compare(options)
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch_engine.blocks import ROOT, BlockManager
 from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
 from torch_engine.speculation import PromptLookup
-from torch_engine.text import Release, TextStream, TokenBytes
+from torch_engine.text import TextStream, TokenBytes
 
 
 @dataclass(eq=False)
@@ -46,8 +46,6 @@ class Sequence:
     """The next token is the argmax of the untouched logits, the model's end ids left out while the output is too short,
     and nothing else is asked about it."""
     held_log_probs: list[float] = field(default_factory=list)
-    held: list[Release] = field(default_factory=list)
-    """What a request that does not stream is told at its end."""
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
@@ -65,7 +63,7 @@ class Sequence:
     ) -> Sequence:
         if request.end_id is not None:
             end_ids = () if request.end_id < 0 else (request.end_id,)
-        stream = TextStream(tokens, request.stop)
+        stream = TextStream(tokens, request.stop, whole=not request.stream)
         return cls(key, request, frozenset(end_ids), stream, arrival_ns, tokens=list(request.prompt_ids))
 
     def __post_init__(self) -> None:
@@ -131,9 +129,6 @@ class Sequence:
             return self._finish(FinishReason.LENGTH, release.token_ids, release.text)
         elif not release.token_ids:
             return None
-        elif not self.request.stream:
-            self.held.append(release)
-            return None
         return self._output(release.token_ids, release.text)
 
     def end(self, reason: FinishReason) -> RequestOutput:
@@ -146,10 +141,6 @@ class Sequence:
         return self._output((ids or []) + rest.token_ids, text + rest.text)
 
     def _output(self, ids: list[int], text: str) -> RequestOutput:
-        if self.held:
-            ids = [token for release in self.held for token in release.token_ids] + ids
-            text = "".join(release.text for release in self.held) + text
-            self.held = []
         log_probs: list[float] = []
         if self.held_log_probs:
             log_probs = self.held_log_probs[: len(ids)]

@@ -163,6 +163,9 @@ class Release:
     """A stop word was found; it and what follows are dropped."""
 
 
+NOTHING = Release()
+
+
 class TextStream:
     """Feeds generated tokens in, releases them in groups whose text is final.
 
@@ -171,9 +174,13 @@ class TextStream:
     ids (Triton's postprocessing) gets the same text without any state.
     """
 
-    def __init__(self, tokens: TokenBytes, stop: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, tokens: TokenBytes, stop: tuple[bytes, ...] = (), whole: bool = False) -> None:
+        """``whole``: everything is released at the end."""
         self._tokens = tokens
         self._stop = tuple(word for word in stop if word)
+        self._whole = whole
+        self._final = Release()
+        """What is final and waits for the end."""
         self._ids: list[int] = []
         self._ends: list[int] = []
         """Where the bytes of each held token end in ``_held``."""
@@ -185,6 +192,16 @@ class TextStream:
 
     def push(self, token_id: int) -> Release:
         """Adds one token; returns what became final with it, which may be nothing."""
+        if not self._whole:
+            return self._push(token_id)
+        if not self._stop:
+            self._final.token_ids.append(token_id)  # its text is made at the end
+            return NOTHING
+        release = self._push(token_id)
+        self._final.token_ids += release.token_ids
+        return self.finish(stopped=True) if release.stopped else NOTHING
+
+    def _push(self, token_id: int) -> Release:
         if not self._ids and not self._stop and (text := self._tokens.text_of(token_id)) is not None:
             return Release([token_id], text)
         self._ids.append(token_id)
@@ -195,11 +212,12 @@ class TextStream:
             return self._stop_at(min(found))
         return self._release(len(self._held) - self._possible_stop())
 
-    def finish(self) -> Release:
+    def finish(self, stopped: bool = False) -> Release:
         """The output ends here: releases everything held."""
-        release = Release(self._ids, self._held.decode("utf-8", errors="replace"))
-        self._ids, self._ends, self._held = [], [], b""
-        return release
+        ids = self._final.token_ids + self._ids
+        text = self._tokens.decode(ids) if self._final.token_ids else self._held.decode("utf-8", errors="replace")
+        self._ids, self._ends, self._held, self._final = [], [], b"", Release()
+        return Release(ids, text, stopped)
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held bytes that begins a stop word."""

@@ -47,7 +47,21 @@ def stream(tokens: TokenBytes, ids: list[int], stop: tuple[bytes, ...] = ()) -> 
         assert tokens.decode(release.token_ids) == release.text
         texts.append(release.text)
         released += release.token_ids
+    assert at_once(tokens, ids, stop) == ("".join(texts), released)
     return texts, released
+
+
+def at_once(tokens: TokenBytes, ids: list[int], stop: tuple[bytes, ...]) -> tuple[str, list[int]]:
+    """What a stream that is told at its end releases."""
+    text = TextStream(tokens, stop, whole=True)
+    for token_id in ids:
+        release = text.push(token_id)
+        if release.stopped:
+            break
+        assert not release.token_ids and not release.text
+    else:
+        release = text.finish()
+    return release.text, release.token_ids
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -11,8 +11,8 @@ import torch
 from torch_engine import kernels
 from torch_engine.config import EngineConfig
 from torch_engine.families import load_spec
-from torch_engine.kernels.pytorch import PrefillChunk, StepInput
 from torch_engine.model import Model
+from torch_engine.steps import PrefillChunk, StepInput
 from torch_engine.weights import Checkpoint
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torch_engine.families import LayerSpec
-from torch_engine.kernels.pytorch import Cache, Linear, PyTorchKernels, StepInput
+from torch_engine.kernels.pytorch import Cache, Linear, PyTorchKernels
 from torch_engine.rope import rope_table
 from torch_engine.weights import Checkpoint
 
@@ -88,7 +88,7 @@ class Model:
             for _ in self.layers
         ]
 
-    def forward(self, step: StepInput, caches: list[Cache]) -> torch.Tensor:
+    def forward(self, step: Any, caches: list[Cache]) -> torch.Tensor:
         """Runs one step; fills the caches and returns logits [sampled, vocab] in float32."""
         return self.finished(self.raw_logits(step, caches))
 

@@ -63,7 +63,7 @@ def _leave_ends_out(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     pairs = [
         (row, token)
         for row, sequence in enumerate(sequences)
-        if sequence.must_go_on
+        if sequence.request.min_tokens and sequence.must_go_on
         for token in sequence.end_ids
         if 0 <= token < logits.shape[1]
     ]

@@ -215,7 +215,11 @@ class TextStream:
     def finish(self, stopped: bool = False) -> Release:
         """The output ends here: releases everything held."""
         ids = self._final.token_ids + self._ids
-        text = self._tokens.decode(ids) if self._final.token_ids else self._held.decode("utf-8", errors="replace")
+        text = (
+            self._tokens.decode(ids)
+            if self._final.token_ids
+            else self._held.decode("utf-8", errors="replace")
+        )
         self._ids, self._ends, self._held, self._final = [], [], b"", Release()
         return Release(ids, text, stopped)
 

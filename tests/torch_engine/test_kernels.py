@@ -18,8 +18,9 @@ import torch
 from tests.tiny import tiny_checkpoint
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.kernels.native import GROUP, NativeKernels, NativeLinear
-from torch_engine.kernels.pytorch import PrefillChunk, PyTorchKernels, StepInput
+from torch_engine.kernels.pytorch import PyTorchKernels
 from torch_engine.request import GenerationRequest
+from torch_engine.steps import PrefillChunk, StepInput
 from torch_engine.toolchain import ISAS, NoCompiler, available_isas, compile_library, compiler
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import FAMILIES, tiny_checkpoint
 from torch_engine.families import UnsupportedModel, load_spec
 from torch_engine.request import GenerationRequest
-from torch_engine.runner import StepBuilder
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
+from torch_engine.steps import StepBuilder
 from torch_engine.toolchain import compiler
 
 needs_compiler = pytest.mark.skipif(

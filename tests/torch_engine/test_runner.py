@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from torch_engine.runner import StepBuilder
+from torch_engine.config import EngineConfig
+from torch_engine.kernels.native import NativeKernels, NativeSteps
 from torch_engine.scheduler import Chunk
+from torch_engine.steps import StepBuilder
 
 
 def sequence(chance: random.Random, length: int) -> SimpleNamespace:
@@ -54,11 +57,41 @@ def check(builder: StepBuilder, chunks: list[Chunk], size: int) -> None:
         row += chunk.num_tokens
 
 
+def check_native(builder: NativeSteps, chunks: list[Chunk], size: int) -> None:
+    """What the compiled library is given, read back from the addresses."""
+    step = builder.build(chunks)
+
+    def numbers(address: int, count: int) -> list[int]:
+        return list((ctypes.c_int64 * count).from_address(address))
+
+    where, at, tokens, wanted = step.where, 0, [], []
+    assert where.chunks == len(chunks) and step.wanted == sum(chunk.num_sampled for chunk in chunks)
+    spans = numbers(where.spans, 4 * len(chunks))
+    for chunk, span in zip(chunks, zip(*[iter(spans)] * 4, strict=True), strict=True):
+        table, begin, count = chunk.sequence.block_table, chunk.sequence.num_computed, chunk.num_tokens
+        positions = range(begin, begin + count)
+        assert span[:3] == (at, count, begin + count)
+        assert numbers(where.tables + 8 * span[3], -(-span[2] // size)) == table[: -(-span[2] // size)]
+        assert numbers(where.positions + 8 * at, count) == list(positions)
+        assert numbers(where.slots + 8 * at, count) == [table[p // size] * size + p % size for p in positions]
+        tokens += chunk.inputs
+        at += count
+        wanted += range(at - chunk.num_sampled, at)
+    assert where.rows == at and step.token_ids.tolist() == tokens
+    assert numbers(step.logit_rows, step.wanted) == wanted
+
+
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_steps_of_growing_ending_and_preempted_sequences(seed: int) -> None:
+def test_steps_of_growing_ending_and_preempted_sequences(seed: int, native: bool, library: str) -> None:
     """More sequences and longer ones than the builder begins with, in random order, some of which lose their blocks."""
+    if native and not library:
+        pytest.skip("no C++ compiler")
     chance, size = random.Random(seed), 4
     builder = StepBuilder(size, torch.device("cpu"))
+    if native:
+        config = EngineConfig(model_dir="none", kernel_dir=library)
+        builder = NativeKernels(config, torch.device("cpu"), torch.float32, 1).steps(size)
     live: list[Hashable] = []
     for _ in range(60):
         live += [sequence(chance, chance.randrange(1, 200)) for _ in range(chance.randrange(3))]
@@ -77,7 +110,7 @@ def test_steps_of_growing_ending_and_preempted_sequences(seed: int) -> None:
         chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
         if not chunks:
             continue
-        check(builder, chunks, size)
+        (check_native if native else check)(builder, chunks, size)
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
             if chunk.samples:

@@ -18,7 +18,8 @@ import torch
 
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.families import ModelSpec
-from torch_engine.kernels.pytorch import Hidden, PyTorchKernels, StepInput
+from torch_engine.kernels.pytorch import Hidden, PyTorchKernels
+from torch_engine.steps import StepBuilder, StepInput
 from torch_engine.toolchain import available_isas, library
 from torch_engine.weights import Checkpoint
 
@@ -36,6 +37,8 @@ SIGNATURES = {
     "fl_gate": (POINTER, I64, I64, I64, I64, POINTER),
     "fl_attention": (POINTER, POINTER, POINTER, I64, POINTER),
     "fl_argmax": (POINTER, I64, I64, POINTER),
+    "fl_embed": (POINTER, I64, POINTER, I64, F32, POINTER),
+    "fl_step": (POINTER, I64, POINTER, I64, I64, I64, POINTER),
     "fl_decode": (POINTER, POINTER, POINTER, POINTER, I64, POINTER),
 }
 GROUP = 32
@@ -61,6 +64,45 @@ class AttentionStep(ctypes.Structure):
         *[(name, I64) for name in ("rows", "chunks")],
         *[(name, POINTER) for name in ("positions", "slots", "spans", "tables")],
     )
+
+
+@dataclass
+class NativeStep:
+    """A step as the library takes it."""
+
+    token_ids: np.ndarray
+    """[T] int64."""
+    where: AttentionStep
+    logit_rows: int | None
+    """Address of [wanted] int64: rows of the step whose logits are wanted, in ascending order; None = all."""
+    wanted: int
+    kept: tuple[object, ...]
+    """What the addresses point to."""
+
+    @classmethod
+    def of(cls, step: StepInput) -> NativeStep:
+        where, kept = _where(step)
+        rows = None if step.logit_rows is None else step.logit_rows.contiguous()
+        wanted = step.positions.shape[0] if rows is None else rows.shape[0]
+        return cls(step.token_ids.numpy(), where, _at(rows), wanted, (kept, rows))
+
+
+class NativeSteps(StepBuilder):
+    """Steps straight from the builder's own block tables, in one call: in Python the arrays' many small operations
+    take as long as everything else the host does."""
+
+    def __init__(self, block_size: int, library: ctypes.CDLL) -> None:
+        super().__init__(block_size, torch.device("cpu"))
+        self._make = library.fl_step
+
+    def _step(self, tokens: np.ndarray, columns: np.ndarray, decodes: int, sampled: int) -> NativeStep:
+        chunks, rows, tables = len(columns), len(tokens), self._tables
+        made = np.empty(4 * chunks + 2 * rows + sampled, dtype=np.int64)
+        at, table_at = _address(made), _address(tables)
+        self._make(_address(columns), chunks, table_at, tables.shape[1], self._block_size, rows, at)
+        spans, positions, slots = at, at + 32 * chunks, at + 32 * chunks + 8 * rows
+        where = AttentionStep(rows, chunks, positions, slots, spans, table_at)
+        return NativeStep(tokens, where, slots + 8 * rows, sampled, (made, tables))
 
 
 class LinearWeights(ctypes.Structure):
@@ -247,19 +289,34 @@ class NativeKernels(PyTorchKernels):
         )
         return out
 
+    def steps(self, block_size: int) -> StepBuilder:
+        return NativeSteps(block_size, self.library)
+
+    def embed(self, step: StepInput | NativeStep, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        ids = step.token_ids if isinstance(step, NativeStep) else step.token_ids.numpy()
+        out = torch.empty(len(ids), table.shape[1])
+        self.library.fl_embed(
+            _address(ids), len(ids), table.data_ptr(), table.shape[1], factor.item(), out.data_ptr()
+        )
+        return out
+
     def decode(
-        self, model: Model, x: torch.Tensor, caches: list[NativeCache], step: StepInput
+        self, model: Model, x: torch.Tensor, caches: list[NativeCache], step: StepInput | NativeStep
     ) -> torch.Tensor:
         """All layers and the head in one call. In place in ``x``."""
         decoder = caches[0].decoder
         if decoder is None:
             decoder = caches[0].decoder = _decoder(model, caches)
-        where, _kept = _where(step)
-        rows = None if step.logit_rows is None else step.logit_rows.contiguous()
-        wanted = x.shape[0] if rows is None else rows.shape[0]
-        logits = torch.empty(wanted, decoder.head.outputs)
+        if isinstance(step, StepInput):
+            step = NativeStep.of(step)
+        logits = torch.empty(step.wanted, decoder.head.outputs)
         self.library.fl_decode(
-            *(ctypes.byref(decoder), ctypes.byref(where), x.data_ptr(), _at(rows), wanted, logits.data_ptr())
+            ctypes.byref(decoder),
+            ctypes.byref(step.where),
+            x.data_ptr(),
+            step.logit_rows,
+            step.wanted,
+            logits.data_ptr(),
         )
         return logits
 
@@ -296,6 +353,10 @@ def _load(config: EngineConfig) -> tuple[str, ctypes.CDLL]:
         getattr(loaded, name).restype = I64
     loaded.fl_int_bytes.argtypes, loaded.fl_int_bytes.restype = (I64, I64, I64), I64
     return isa, loaded
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def _at(tensor: torch.Tensor | None) -> int | None:

@@ -8,13 +8,13 @@ that a token's keys and values are one row and a block is one contiguous piece.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from torch_engine.families import ModelSpec
+from torch_engine.steps import PrefillChunk, StepBuilder, StepInput
 from torch_engine.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -28,44 +28,6 @@ Cache = Any
 
 PACKED_ROWS = 16
 """Rows that a packed CPU weight is laid out for; measured best across batch 1 to 256."""
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens ``start:end`` of the step belong to one sequence and see its first ``context`` tokens."""
-
-    start: int
-    end: int
-    context: int
-    blocks: torch.Tensor
-    """[blocks of the context] int64."""
-
-
-@dataclass
-class StepInput:
-    """One step's tokens and where their keys and values live. Single-token chunks (decodes) come first."""
-
-    token_ids: torch.Tensor
-    """[T] int64."""
-    positions: torch.Tensor
-    """[T] int64."""
-    slots: torch.Tensor
-    """[T] int64: block * block_size + offset of each token's keys and values."""
-    decode_blocks: torch.Tensor
-    """[decodes, longest table] int64, padded with block 0."""
-    decode_lengths: torch.Tensor
-    """[decodes] int64: tokens that each decode sees, itself included."""
-    prefills: list[PrefillChunk]
-    logit_rows: torch.Tensor | None
-    """[sampled] int64: rows of the step whose logits are wanted, in ascending order; None = all."""
-
-    def __post_init__(self) -> None:
-        self.made: dict[Any, Any] = {}
-        """What an implementation makes once a step and its layers share: attention masks, for example."""
-
-    @property
-    def num_decodes(self) -> int:
-        return self.decode_lengths.shape[0]
 
 
 class PyTorchKernels:
@@ -117,6 +79,10 @@ class PyTorchKernels:
             delta = None if delta is None else delta.index_select(-2, step.logit_rows)
         h, _ = self.add_norm(x, delta, post, model.norm, eps, model.lm_head)
         return model.lm_head(h)
+
+    def steps(self, block_size: int) -> StepBuilder:
+        """Makes the steps that :meth:`embed` and :meth:`decode` take."""
+        return StepBuilder(block_size, self.device)
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight. Gemma's is applied in float32 as ``1 + weight``, the others' in ``dtype``."""

@@ -206,6 +206,33 @@ void fl_argmax(const float* x, int64_t rows, int64_t n, int64_t* out) {
     });
 }
 
+// Rows `ids` [count] of table [.., n], times factor -> out [count, n].
+void fl_embed(const int64_t* ids, int64_t count, const float* table, int64_t n, float factor, float* out) {
+    for (int64_t r = 0; r < count; r++) {
+        const float* row = table + ids[r] * n;
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++) out[r * n + c] = row[c] * factor;
+    }
+}
+
+// chunks [count, 4]: row of the block table, tokens computed before, tokens, of which so many at the end are sampled.
+// tables [.., width] -> out: spans [count, 4], positions [rows], slots [rows] as AttentionStep has them, and the rows
+// of the sampled tokens.
+void fl_step(const int64_t* chunks, int64_t count, const int64_t* tables, int64_t width, int64_t block_size,
+             int64_t rows, int64_t* out) {
+    int64_t *spans = out, *positions = spans + 4 * count, *slots = positions + rows, *sampled = slots + rows, row = 0;
+    for (int64_t c = 0; c < count; c++, chunks += 4, spans += 4) {
+        const int64_t begin = chunks[1], tokens = chunks[2], *table = tables + chunks[0] * width;
+        spans[0] = row, spans[1] = tokens, spans[2] = begin + tokens, spans[3] = chunks[0] * width;
+        for (int64_t i = 0; i < tokens; i++, row++) {
+            const int64_t position = begin + i;
+            positions[row] = position;
+            slots[row] = table[position / block_size] * block_size + position % block_size;
+        }
+        for (int64_t i = row - chunks[3]; i < row; i++) *sampled++ = i;
+    }
+}
+
 // The whole decoder in one call: x [step's rows, size], changed in place -> logits [wanted, vocabulary] of the rows
 // in `rows`, in ascending order.
 void fl_decode(const Decoder* decoder, const AttentionStep* step, float* x, const int64_t* rows, int64_t wanted,

@@ -1,6 +1,6 @@
 """``make bench``: both endpoints under the same load, in turns, and a report with the comparison.
 
-``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 168] ...``
+``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 160] ...``
 
 Exit status: 0 the run is VALID, 1 it is INVALID or could not be done, 2 a setting is wrong, 130 Ctrl-C.
 """

@@ -30,7 +30,7 @@ class BenchConfig:
     output_tokens: int = setting(64, "exact length of every answer")
     prompts: str = setting("", "file of prompts (text lines or JSONL); empty: unique generated prompts")
     seed: int = setting(0, "of the generated prompts")
-    budget_s: float = setting(168.0, "seconds for the server's start, warm-up and measurement together")
+    budget_s: float = setting(160.0, "seconds for the server's start, warm-up and measurement together")
     build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
     reports: str = setting("reports", "folder that gets one folder per run")
 

@@ -368,7 +368,9 @@ def compare(options: argparse.Namespace) -> None:
     text = table(rounds, options.concurrency, sides[0])
     print(text)
     if options.output:
-        about = dict(tokens=options.tokens, waves=options.waves, cpu=cpu_model(), python=sys.version.split()[0])
+        about = dict(
+            tokens=options.tokens, waves=options.waves, cpu=cpu_model(), python=sys.version.split()[0]
+        )
         about["rounds"] = rounds
         options.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

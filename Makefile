@@ -33,7 +33,7 @@ help: ## Show this list
 # BASELINE_DTYPE         ## of the Transformers baseline: bfloat16 (default), float16 or float32; also BASELINE_MAX_BATCH_SIZE
 # CALIB                  ## JSONL file with your own calibration prompts
 # HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
-# CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (160 seconds)
+# CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (seconds: 330 the first time, then 160)
 # ASSERT                 ## for compare and sweep, like 'ttft_p99<500ms, ratio>=6'; also SLO, LEVELS, WORKLOAD, ...
 # PYTHON                 ## interpreter for the virtual environment (python3, 3.11 or later)
 

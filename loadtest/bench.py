@@ -1,6 +1,6 @@
 """``make bench``: both endpoints under the same load, in turns, and a report with the comparison.
 
-``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 160] ...``
+``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 330] ...``
 
 Exit status: 0 the run is VALID, 1 it is INVALID or could not be done, 2 a setting is wrong, 130 Ctrl-C.
 """
@@ -57,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(config: BenchConfig, prompts: Prompts) -> int:
     """Server, warm-up, blocks, report; returns the exit status."""
-    deadline = time.monotonic() + config.budget_s
     reports = Path(config.reports).resolve()
+    config = config.with_budget()
+    say(f"BUDGET_S={config.budget_s:g}")
+    deadline = time.monotonic() + config.budget_s
     reports.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
     work.chmod(0o755)

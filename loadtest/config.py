@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+FIRST_BUDGET_S, BUDGET_S = 330.0, 160.0
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """``make bench``. Each field is also ``--field-name`` and the environment variable ``FIELD_NAME``."""
@@ -30,7 +33,11 @@ class BenchConfig:
     output_tokens: int = setting(64, "exact length of every answer")
     prompts: str = setting("", "file of prompts (text lines or JSONL); empty: unique generated prompts")
     seed: int = setting(0, "of the generated prompts")
-    budget_s: float = setting(160.0, "seconds for the server's start, warm-up and measurement together")
+    budget_s: float = setting(
+        0.0,
+        "seconds for the server's start, warm-up and measurement together; 0: "
+        f"{FIRST_BUDGET_S:.0f} if there is no report yet, so that latencies of a slow baseline fit, else {BUDGET_S:.0f}",
+    )
     build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
     reports: str = setting("reports", "folder that gets one folder per run")
 
@@ -44,9 +51,14 @@ class BenchConfig:
         require(self.candidate != self.baseline, "candidate", "it must differ from the baseline")
         require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
         require(self.output_tokens >= 2, "output_tokens", "use at least 2 (TPOT needs two tokens)")
-        require(self.budget_s > 0, "budget_s", "use a positive number of seconds")
+        require(self.budget_s >= 0, "budget_s", "use a positive number of seconds, or 0")
         require(self.seed >= 0, "seed", "use 0 or a positive number")
         require(not self.prompts or Path(self.prompts).is_file(), "prompts", "no such file")
+
+    def with_budget(self) -> BenchConfig:
+        """The same with the budget chosen, if none was given."""
+        first = not (Path(self.reports) / "latest").exists()
+        return replace(self, budget_s=self.budget_s or (FIRST_BUDGET_S if first else BUDGET_S))
 
     @classmethod
     def from_arguments(cls, arguments: list[str]) -> BenchConfig:

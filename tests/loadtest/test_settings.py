@@ -17,6 +17,15 @@ def test_command_line_before_environment_before_default(monkeypatch):
     assert (config.concurrency, config.output_tokens, config.seed) == (8, 32, 0)
 
 
+def test_the_first_run_takes_longer_unless_a_budget_is_given(tmp_path):
+    reports = ["--reports", str(tmp_path)]
+    first = BenchConfig.from_arguments(reports).with_budget()
+    assert BenchConfig.from_arguments([*reports, "--budget-s", "20"]).with_budget().budget_s == 20
+    (tmp_path / "latest").mkdir()
+    again = BenchConfig.from_arguments(reports).with_budget()
+    assert (first.budget_s, again.budget_s) == (330, 160)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

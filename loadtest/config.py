@@ -36,7 +36,7 @@ class BenchConfig:
     budget_s: float = setting(
         0.0,
         "seconds for the server's start, warm-up and measurement together; 0: "
-        f"{FIRST_BUDGET_S:.0f} if there is no report yet, so that latencies of a slow baseline fit, else {BUDGET_S:.0f}",
+        f"{FIRST_BUDGET_S:.0f} if there is no report yet, so that a slow baseline has latencies, else {BUDGET_S:.0f}",
     )
     build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
     reports: str = setting("reports", "folder that gets one folder per run")

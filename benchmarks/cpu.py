@@ -329,6 +329,10 @@ def stolen() -> int:
 
 def compare(options: argparse.Namespace) -> None:
     sides = [side for side in options.sides.split(",") if side]
+    if unknown := sorted(set(sides) - {*SIDES, PREFILL}):
+        raise SystemExit(
+            f"cpu.py: error: --sides={unknown[0]} is unknown: use {', '.join((*SIDES, PREFILL))}"
+        )
     together = [side for side in sides if side in DOORS]  # one server has both doors
     with ExitStack() as stack:
         loaded = {}

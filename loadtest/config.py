@@ -19,6 +19,8 @@ def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+LATEST = "latest"
+"""Name of the link to the newest report."""
 FIRST_BUDGET_S, BUDGET_S = 330.0, 160.0
 
 
@@ -57,7 +59,7 @@ class BenchConfig:
 
     def with_budget(self) -> BenchConfig:
         """The same with the budget chosen, if none was given."""
-        first = not (Path(self.reports) / "latest").exists()
+        first = not (Path(self.reports) / LATEST).exists()
         return replace(self, budget_s=self.budget_s or (FIRST_BUDGET_S if first else BUDGET_S))
 
     @classmethod

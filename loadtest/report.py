@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from loadtest.config import LATEST
 from loadtest.metrics import P50_SAMPLES, P99_SAMPLES, Distribution, Ratio, Summary
 from loadtest.telemetry import Utilisation
-
-LATEST = "latest"
 
 
 @dataclass(frozen=True)

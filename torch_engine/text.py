@@ -179,8 +179,8 @@ class TextStream:
         self._tokens = tokens
         self._stop = tuple(word for word in stop if word)
         self._whole = whole
-        self._final = Release()
-        """What is final and waits for the end."""
+        self._final: list[int] = []
+        """Tokens that are final and wait for the end."""
         self._ids: list[int] = []
         self._ends: list[int] = []
         """Where the bytes of each held token end in ``_held``."""
@@ -195,10 +195,10 @@ class TextStream:
         if not self._whole:
             return self._push(token_id)
         if not self._stop:
-            self._final.token_ids.append(token_id)  # its text is made at the end
+            self._final.append(token_id)  # its text is made at the end
             return NOTHING
         release = self._push(token_id)
-        self._final.token_ids += release.token_ids
+        self._final += release.token_ids
         return self.finish(stopped=True) if release.stopped else NOTHING
 
     def _push(self, token_id: int) -> Release:
@@ -214,13 +214,9 @@ class TextStream:
 
     def finish(self, stopped: bool = False) -> Release:
         """The output ends here: releases everything held."""
-        ids = self._final.token_ids + self._ids
-        text = (
-            self._tokens.decode(ids)
-            if self._final.token_ids
-            else self._held.decode("utf-8", errors="replace")
-        )
-        self._ids, self._ends, self._held, self._final = [], [], b"", Release()
+        ids = self._final + self._ids
+        text = self._tokens.decode(ids) if self._final else self._held.decode("utf-8", errors="replace")
+        self._ids, self._ends, self._held, self._final = [], [], b"", []
         return Release(ids, text, stopped)
 
     def _possible_stop(self) -> int:

@@ -11,6 +11,8 @@ MIN_SAMPLES = 6
 """Latency samples that a block of the slowest server (one request at a time) must yield."""
 SHORT_SAMPLES = 4
 """Answers after the ramp in a short block of such a server, for its throughput."""
+SHORT_WAVE = 1.6
+"""Times of a wave that a short block leaves for its only one after the ramp; it may be slower than in warm-up."""
 SLACK = 1.1
 BLOCK_OVERHEAD_S = 2.5
 """Start of the load generator, and waiting until the server is idle again."""
@@ -44,8 +46,10 @@ class Pace:
         answers all at once. A short block goes without the full latency: its completions give the
         throughput, but a server that answers one by one shows no latency in it.
         """
-        samples, latency_s = (SHORT_SAMPLES, 0.0) if short else (MIN_SAMPLES, self.wave_s)
-        enough = max(self.first_s, self.wave_s * samples / concurrency)
+        samples, latency_s, waves = (
+            (SHORT_SAMPLES, 0.0, SHORT_WAVE) if short else (MIN_SAMPLES, self.wave_s, 1.0)
+        )
+        enough = max(waves * self.first_s, self.wave_s * samples / concurrency)
         return max(MIN_BLOCK_S, SLACK * (self.first_s + latency_s + enough))
 
 

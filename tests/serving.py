@@ -37,14 +37,20 @@ def settings_for(build_dir: Path, **changes: object) -> ServeSettings:
     return ServeSettings(build_dir=build_dir, http_port=http, grpc_port=grpc, metrics_port=metrics, **changes)
 
 
+CONTEXT = 16_384
+"""Tokens; so long that a test can break something in the middle of an answer, however slow its client is."""
+
+
 def build_tiny(folder: Path, tokenizer: str = "byte_level", baseline_max_batch_size: int = 1) -> Path:
-    """Builds a tiny Llama (random weights, 512 tokens of context) into ``folder/build``; returns that."""
+    """Builds a tiny Llama (random weights, ``CONTEXT`` tokens) into ``folder/build``; returns that."""
     from engine_build.build import Build
     from tests.tiny import tiny_checkpoint
 
-    checkpoint = tiny_checkpoint(folder / f"tiny-{tokenizer}", tokenizer=tokenizer)
+    checkpoint = tiny_checkpoint(
+        folder / f"tiny-{tokenizer}", tokenizer=tokenizer, max_position_embeddings=CONTEXT
+    )
     arguments = ["--model", str(checkpoint), "--engine", "torch", "--precision", "bf16"]
-    arguments += ["--baseline-max-batch-size", str(baseline_max_batch_size)]
+    arguments += ["--max-seq-len", str(CONTEXT), "--baseline-max-batch-size", str(baseline_max_batch_size)]
     deployment = Build(parse([*arguments, "--build-dir", str(folder / "build")]), say=lambda line: None).run()
     # One thread is plenty for so small a model, and does not wait for a core that other tests use.
     EngineConfig.load(deployment["engine_dir"], num_threads=1).save(deployment["engine_dir"])

@@ -9,7 +9,10 @@ import threading
 import pytest
 
 from loadtest import bench, plan, warmup
+from loadtest.metrics import latency_sample, steady_window
 from loadtest.null_server import NullServer, Timing
+from loadtest.records import read_records
+from tests.loadtest.truth import Truth
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +31,7 @@ def run(server: NullServer, folder, *options: str) -> int:
 def test_a_whole_run(tmp_path, capsys):
     with NullServer(Timing(0.050, 0.005)) as server:
         status = run(server, tmp_path)
-        log = list(server.log)
+        log = {request.id: request for request in server.log}
     folder = tmp_path / "latest"
     data = json.loads((folder / "report.json").read_text())
     assert status == bool(data["reasons"]) and data["verdict"] == ("INVALID" if status else "VALID")
@@ -38,13 +41,17 @@ def test_a_whole_run(tmp_path, capsys):
         "clients.jsonl", "locust.log", "records.jsonl", "report.json", "report.md", "workers.jsonl",
     }  # fmt: skip
     assert (folder / "comparison.png").exists() != status
+    records = read_records(folder / "records.jsonl")
     for side, endpoint in (("candidate", "text_generation"), ("baseline", "hf_baseline")):
-        served = [
-            r for r in log if r.model == endpoint and r.outcome == "complete" and len(r.token_times_ns) == 10
-        ]
-        true_s = [(r.token_times_ns[-1] - r.arrival_ns) / 1e9 for r in served]
-        assert data[side]["e2e_s"]["p50"] == pytest.approx(statistics.median(true_s), abs=0.05)
-        assert data[side]["output_tokens_per_s"] == pytest.approx(4 * 10 / statistics.mean(true_s), rel=0.3)
+        mine = [record for record in records if record.endpoint == endpoint]
+        truth = Truth(mine, log)
+        truth.assert_prompt()
+        blocks = [[r for r in mine if r.block == name] for name in sorted({r.block for r in mine})]
+        windows = [steady_window(block) for block in blocks]
+        truth.assert_rate(data[side]["output_tokens_per_s"], windows)
+        sample = [r for w, block in zip(windows, blocks, strict=True) for r in latency_sample(w, block)]
+        true_s = statistics.median((truth.sent_ns[r.id][-1] - r.start_ns) / 1e9 for r in sample)
+        assert true_s - 0.001 < data[side]["e2e_s"]["p50"] <= true_s + truth.delays_s.max()
     assert data["utilisation"]["text_generation"]["cpu_percent"] > 0
     assert not list(tmp_path.glob(".*"))
     assert capsys.readouterr().out.splitlines()[-2].startswith(data["verdict"])

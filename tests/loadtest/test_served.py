@@ -42,7 +42,9 @@ def test_bench_serves_loads_reports_and_stops(tiny_build, tmp_path, monkeypatch)
     assert use["cores_by_process"]["stub text_generation"] > 0
     for side in ("candidate", "baseline"):
         assert data[side]["failed"] == 0 and data[side]["completed"] > 0
-        if data[side]["e2e_s"]["n"]:  # on a busy machine the baseline's block may be too short for one
+        if data[side]["ttft_s"][
+            "p50"
+        ]:  # on a busy machine the baseline's block may be too short for a median
             assert 0 <= data[side]["outside_s"]["p50"] < data[side]["ttft_s"]["p50"]
     assert data["candidate"]["e2e_s"]["n"] > 0
     assert (tmp_path / "reports" / "latest" / "comparison.png").exists() != status

@@ -9,11 +9,12 @@ import pytest
 
 from model_repository.serve import Server
 from tests.model_repository.doors import Call, GrpcError, ask, idle, post, wait_until
+from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
 
 GOOD: dict[str, Any] = {"text_input": "the dog", "max_tokens": 4}
-LONG = "the dog " * 600
+LONG = "the dog " * CONTEXT
 NAN, BYTES = float("nan"), np.object_
 
 BAD = [
@@ -23,7 +24,7 @@ BAD = [
     ),
     pytest.param({"max_tokens": 0}, "max_tokens.* is 0: it must be at least 1", id="no tokens"),
     pytest.param({"max_tokens": -3}, "max_tokens.* is -3", id="negative tokens"),
-    pytest.param({"max_tokens": 5000}, "max_tokens.* is 5000: .* at most", id="beyond the context"),
+    pytest.param({"max_tokens": CONTEXT}, f"max_tokens.* is {CONTEXT}: .* at most", id="beyond the context"),
     pytest.param({"max_tokens": np.array([[4.0]], np.float32)}, "max_tokens.*FP32", id="wrong dtype"),
     pytest.param({"max_tokens": np.array([[4, 5]], np.int32)}, "max_tokens", id="wrong shape"),
     pytest.param({"max_tokens": np.array([4], np.int32)}, "max_tokens", id="no batch dimension"),

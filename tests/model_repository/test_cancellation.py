@@ -9,10 +9,12 @@ import pytest
 
 from model_repository.serve import Server
 from tests.model_repository.doors import Call, idle, stop, wait_until
+from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
 
-STREAMS, LENGTH = 8, 500
+STREAMS, LENGTH = 8, CONTEXT - 100
+BASELINE_LENGTH = 500
 
 
 def _tokens_spent(server: Server, door: str, leave: Callable[[Call, str], None]) -> int:
@@ -70,7 +72,7 @@ def test_stopping_an_unknown_request_is_harmless(served: Server) -> None:
 
 
 def test_a_cancelled_baseline_request_makes_way(served: Server) -> None:
-    inputs = {"text_input": "the dog", "max_tokens": LENGTH, "end_id": -1, "stream": True}
+    inputs = {"text_input": "the dog", "max_tokens": BASELINE_LENGTH, "end_id": -1, "stream": True}
     first, second = (Call(served, "hf_baseline", inputs) for _ in range(2))
     first.next()
     first.close()

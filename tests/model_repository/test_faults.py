@@ -17,11 +17,11 @@ import pytest
 
 from model_repository.serve import ServeError, Server
 from tests.model_repository.doors import Call, GrpcError, ask, wait_until
-from tests.serving import settings_for
+from tests.serving import CONTEXT, settings_for
 
 pytestmark = pytest.mark.slow
 
-LONG = {"text_input": "the dog", "max_tokens": 500, "end_id": -1, "stream": True}
+LONG = {"text_input": "the dog", "max_tokens": CONTEXT - 100, "end_id": -1, "stream": True}
 
 
 @pytest.fixture(scope="module")

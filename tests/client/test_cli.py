@@ -66,7 +66,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(slow_server, tmp_path)
     )
     try:
         os.write(controller, b"hello\n")
-        assert eventually(lambda: bool(slow_server.log and slow_server.log[0].token_times_ns), 30)
+        assert eventually(lambda: bool(slow_server.log and slow_server.log[0].token_times_ns))
         process.send_signal(signal.SIGINT)
         assert eventually(lambda: slow_server.log[0].outcome == "cancelled")
         os.write(controller, b"again\n")
@@ -74,7 +74,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(slow_server, tmp_path)
         process.send_signal(signal.SIGINT)
         assert eventually(lambda: slow_server.log[1].outcome == "cancelled")
         os.write(controller, b"\x04")
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.communicate()

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 
-def eventually(condition: Callable[[], bool], patience_s: float = 5.0) -> bool:
-    """True as soon as the condition holds."""
+def eventually(condition: Callable[[], bool], patience_s: float = 60.0) -> bool:
+    """True as soon as the condition holds; only a hang takes longer, on however busy a machine."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:

@@ -195,7 +195,7 @@ def run_script(
     path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
     environment = {"PATH": path, "BUILD_DIR": str(tmp_path / "engines"), **variables}
     return subprocess.run(
-        [str(DOCKER / name), *arguments], capture_output=True, text=True, timeout=30, env=environment
+        [str(DOCKER / name), *arguments], capture_output=True, text=True, timeout=120, env=environment
     )
 
 

@@ -107,7 +107,7 @@ def test_failures_are_recorded_with_the_servers_text(tmp_path):
 
 def fetch(url: str, form: dict | None = None) -> str:
     data = urllib.parse.urlencode(form, doseq=True).encode() if form else None
-    with urllib.request.urlopen(url, data, timeout=10) as response:
+    with urllib.request.urlopen(url, data, timeout=60) as response:
         return response.read().decode()
 
 
@@ -140,8 +140,8 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
                 except OSError:
                     return False
 
-            assert eventually(answers, 30)
-            assert eventually(lambda: len(json.loads(fetch(f"{base}/stats/requests"))["workers"]) == 2, 30)
+            assert eventually(answers)
+            assert eventually(lambda: len(json.loads(fetch(f"{base}/stats/requests"))["workers"]) == 2)
             page = fetch(base)
             assert all(name in page for name in ("TextGeneration", "Ensemble", "HfBaseline", "output_tokens"))
             form = {"user_count": 3, "spawn_rate": 3, "host": server.url, "user_classes": ["HfBaseline"]}
@@ -152,7 +152,7 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
                 return {(row["method"], row["name"]) for row in stats}
 
             wanted = {("E2E", "hf_baseline"), ("TTFT", "hf_baseline"), ("TPOT", "hf_baseline")}
-            assert eventually(lambda: wanted <= rows(), 20)
+            assert eventually(lambda: wanted <= rows())
             assert {request.model for request in server.log} == {"hf_baseline"}
             assert {request.inputs["max_tokens"] for request in server.log} == {7}
             assert 'href="llm"' in page
@@ -164,7 +164,7 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
             fetch(f"{base}/stop", {"stop": "now"})
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=60)
 
 
 def test_the_ui_says_when_there_is_no_server():

@@ -208,7 +208,7 @@ def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_
             load = ["--workers", "2", "--master-port", str(port), "--concurrency", "4"]
 
             def kill_one() -> None:
-                eventually(lambda: len(server.log) > 40, 40)
+                eventually(lambda: len(server.log) > 40)
                 psutil.Process(workers[0].pid).children()[0].kill()
 
             killer = threading.Thread(target=kill_one)
@@ -231,7 +231,7 @@ def test_a_server_that_dies_leaves_an_invalid_report_with_what_was_measured(tmp_
     with NullServer(Timing(0.05, 0.005)) as server:
 
         def stop_soon() -> None:
-            eventually(lambda: len(server.log) > 60, 30)
+            eventually(lambda: len(server.log) > 60)
             server.stop()
 
         stopper = threading.Thread(target=stop_soon)

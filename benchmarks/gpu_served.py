@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ LENGTH = 128
 WAVES = 4
 """Requests of each user."""
 WARM_UP = (1, 8, 64)
+USERS_OF_A_CLIENT = 16
+"""From this many users on, another client process."""
 
 
 # A checkpoint ------------------------------------------------------------------------------------------
@@ -127,6 +131,8 @@ class Answer:
     first: float
     last: float
     chunks: int
+    ended: float
+    """By the clock that all processes share."""
 
 
 async def ask(client: AsyncClient, prompt: str, stream: bool) -> Answer:
@@ -135,17 +141,51 @@ async def ask(client: AsyncClient, prompt: str, stream: bool) -> Answer:
     if not stream:
         whole = await client.generate(prompt, **options)
         took = time.perf_counter() - started
-        return Answer(whole.text, whole.num_output_tokens or 0, took, took, 1)
+        return Answer(whole.text, whole.num_output_tokens or 0, took, took, 1, time.time())
     texts, first, tokens = [], 0.0, 0
     async for chunk in client.generate_stream(prompt, **options):
         first = first or time.perf_counter() - started
         texts.append(chunk.text)
         tokens = chunk.num_output_tokens or tokens
-    return Answer("".join(texts), tokens, first, time.perf_counter() - started, len(texts))
+    took = time.perf_counter() - started
+    return Answer("".join(texts), tokens, first, took, len(texts), time.time())
 
 
-async def load(url: str, model: str, prompts: list[str], concurrency: int, stream: bool) -> dict[str, Any]:
-    """Closed loop: ``concurrency`` users share the prompts."""
+class Clients:
+    """Client processes that put a load on together: a single one is the limit before the server is."""
+
+    def __init__(self, url: str, most: int) -> None:
+        self._url = url
+        self._most = most
+        spawn = multiprocessing.get_context("spawn")
+        all_there = spawn.Barrier(most + 1)
+        self._pool = ProcessPoolExecutor(most, spawn, all_there.wait)
+        for _ in range(most):
+            self._pool.submit(spare_the_collector)  # an executor starts a process for each
+        all_there.wait(timeout=120)
+
+    def load(self, model: str, prompts: list[str], users: int, stream: bool) -> dict[str, Any]:
+        """Closed loop: ``users`` share the prompts, in equal parts for each process."""
+        count = min(self._most, max(1, users // USERS_OF_A_CLIENT))
+        start = time.time() + 1.0
+        parts = [
+            self._pool.submit(
+                put, self._url, model, prompts[i::count], len(range(i, users, count)), stream, start
+            )
+            for i in range(count)
+        ]
+        answers = [answer for part in parts for answer in part.result()]
+        return figures(answers, max(answer.ended for answer in answers) - start, len(prompts), stream)
+
+
+def put(url: str, model: str, prompts: list[str], users: int, stream: bool, start: float) -> list[Answer]:
+    """One process's part, from the time ``start`` on."""
+    return asyncio.run(_put(url, model, prompts, users, stream, start))
+
+
+async def _put(
+    url: str, model: str, prompts: list[str], users: int, stream: bool, start: float
+) -> list[Answer]:
     queue = iter(prompts)
     answers: list[Answer] = []
     async with AsyncClient(url, model, timeout_s=120) as client:
@@ -154,11 +194,17 @@ async def load(url: str, model: str, prompts: list[str], concurrency: int, strea
             for prompt in queue:
                 answers.append(await ask(client, prompt, stream))
 
-        started = time.perf_counter()
-        await asyncio.gather(*(user() for _ in range(concurrency)))
-        took = time.perf_counter() - started
+        late = time.time() - start
+        if late > 0:
+            raise RuntimeError(f"a client was ready {late:.1f} s after the start: the figures would be wrong")
+        await asyncio.sleep(-late)
+        await asyncio.gather(*(user() for _ in range(users)))
+    return answers
+
+
+def figures(answers: list[Answer], took: float, requests: int, stream: bool) -> dict[str, Any]:
     made = sum(answer.tokens for answer in answers)
-    assert made == LENGTH * len(prompts), f"{made} tokens instead of {LENGTH * len(prompts)}"
+    assert made == LENGTH * requests, f"{made} tokens instead of {LENGTH * requests}"
     result: dict[str, Any] = {"tok_s": made / took, "e2e_ms": mean(a.last for a in answers) * 1e3}
     if stream:
         result["ttft_ms"] = mean(a.first for a in answers) * 1e3
@@ -208,14 +254,14 @@ def say(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict[str, Any]]:
-    prompts = Prompts(spec)
-    for count in WARM_UP:
-        asyncio.run(load(url, "ensemble", prompts(count), count, True))
+    prompts, clients = Prompts(spec), Clients(url, options.clients)
+    for count in (*WARM_UP, options.clients * USERS_OF_A_CLIENT):
+        clients.load("ensemble", prompts(count), count, True)
     results = [say(asyncio.run(exact(url, prompts(4))))]
     for repeat, users, count in cases(options):
         for model in options.models.split(","):
             for stream in (False, True):
-                found = asyncio.run(load(url, model, prompts(count), users, stream))
+                found = clients.load(model, prompts(count), users, stream)
                 case = {"part": "served", "users": users, "model": model, "stream": stream, "repeat": repeat}
                 results.append(say(case | found))
     return results
@@ -281,6 +327,7 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,8,32,64,256")
     parser.add_argument("--models", default="ensemble,text_generation")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=4, help="most client processes")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     parser.add_argument(
         "--folder", type=Path, help="keep checkpoint and build here; a checkpoint there is used again"

@@ -147,6 +147,7 @@ def _columns(cell: Cell) -> dict[str, object]:
         "gpu_energy_j",
     ):
         columns[name] = getattr(cell.utilisation, name)
+    columns["model_memory_mib"] = cell.utilisation.memory_mib_of(cell.endpoint)
     columns |= {name: cell.utilisation.series[name] for name in cell.utilisation.series}
     columns |= {"joules_per_token": cell.joules_per_token, "cost_per_million": cell.cost_per_million}
     columns |= {"slo_held": cell.slo_held, "over_capacity": bool(cell.over_capacity)}

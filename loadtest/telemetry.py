@@ -17,6 +17,8 @@ import psutil
 from loadtest.metrics import Window
 
 INTERVAL_S = 0.5
+ENGINE_MODEL = "tensorrt_llm"
+"""The wire contract's name, whatever the lane."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Sample:
     gpu_power_w: float | None = None
     series: dict[str, float] = field(default_factory=dict)
     """Everything else by the names of :data:`SERIES`; what could not be read is missing."""
+    model_memory_mib: dict[str, float] = field(default_factory=dict)
+    """Triton model -> GPU memory that it says it holds."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class Utilisation:
     seconds: float = 0.0
     """Of the windows, as far as they were sampled."""
     series: dict[str, float] = field(default_factory=dict)
+    model_memory_mib: dict[str, float] = field(default_factory=dict)
+    """Most GPU memory of each Triton model, by its own account (the driver's context comes on top)."""
+
+    def memory_mib_of(self, endpoint: str) -> float | None:
+        """GPU memory of the model behind an endpoint: its own, or else the engine's, to which it is a door."""
+        return self.model_memory_mib.get(endpoint, self.model_memory_mib.get(ENGINE_MODEL))
 
 
 class Gpus:
@@ -156,6 +166,7 @@ class Sampler:
         self.missing: dict[str, str] = {}
         """Metrics page -> why it could not be read, the first time."""
         self._pids = server_pids
+        self._triton_url = triton_url
         self._pages = {url: pick for url, pick in ((triton_url, _of_triton), (dcgm_url, _of_dcgm)) if url}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -194,6 +205,10 @@ class Sampler:
             gpu_energy_j=sum(joules) if joules else None,
             seconds=seconds,
             series={name: sum(values) / len(values) for name, values in means.items() if values},
+            model_memory_mib={
+                model: max(s.model_memory_mib.get(model, 0.0) for s in inside)
+                for model in dict.fromkeys(model for s in inside for model in s.model_memory_mib)
+            },
         )
 
     def _span(self, window: Window) -> tuple[Sample, Sample] | None:
@@ -208,22 +223,33 @@ class Sampler:
             series = {"memory_mib": psutil.virtual_memory().used / 2**20, **self.gpus.read_series()}
             if pids:
                 series["server_memory_mib"] = process_memory_mib(pids)
+            memory: dict[str, float] = {}
             for url, pick in self._pages.items():
                 try:
-                    series |= pick(fetch_metrics(url))
+                    page = fetch_metrics(url)
+                    series |= pick(page)
+                    if url == self._triton_url:
+                        memory = model_memory_mib(page)
                 except (OSError, ValueError) as error:
                     self.missing.setdefault(url, str(error))
             self.samples.append(
-                Sample(time.monotonic_ns(), busy, process_seconds(pids), **self.gpus.read(), series=series)
+                Sample(
+                    time.monotonic_ns(),
+                    busy,
+                    process_seconds(pids),
+                    **self.gpus.read(),
+                    series=series,
+                    model_memory_mib=memory,
+                )
             )
 
 
 Metrics = dict[tuple[str, str], float]
-"""(family, the values of its labels) -> sum over the models and GPUs that have it."""
+"""(family, the value of a label, or model/value) -> sum over the models and GPUs that have it."""
 
 
 def fetch_metrics(url: str, timeout_s: float = 1.0) -> Metrics:
-    """A Prometheus page's samples, keyed by name and by name with each label value.
+    """A Prometheus page's samples, keyed as :data:`Metrics`.
 
     Raises:
         OSError: nobody answers.
@@ -243,7 +269,9 @@ def parse_metrics(text: str) -> Metrics:
         if match is None:
             raise ValueError(f"not a metrics page: {line[:60]!r}")
         name, labels, number = match[1], match[2] or "", float(match[3])
-        for label in {"", *re.findall(r'="((?:[^"\\]|\\.)*)"', labels)}:
+        found = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels))
+        of_model = {f"{found['model']}/{value}" for value in found.values()} if "model" in found else set()
+        for label in {"", *found.values(), *of_model}:
             values[name, label] = values.get((name, label), 0.0) + number
     return values
 
@@ -259,6 +287,15 @@ def _of_triton(page: Metrics) -> dict[str, float]:
         "pending": ("nv_inference_pending_request_count", ""),
     }
     return {name: page[key] for name, key in wanted.items() if key in page}
+
+
+def model_memory_mib(page: Metrics) -> dict[str, float]:
+    """Triton model -> GPU memory that it says it holds; those on a CPU hold none and are left out."""
+    return {
+        label.removesuffix("/gpu"): value / 2**20
+        for (family, label), value in page.items()
+        if family == "nv_trt_llm_runtime_memory_metrics" and label.endswith("/gpu") and value
+    }
 
 
 def _of_dcgm(page: Metrics) -> dict[str, float]:

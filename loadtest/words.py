@@ -57,6 +57,7 @@ ROWS: list[tuple[str, Callable[[Cell], str]]] = [
     ("KV cache in use", lambda c: percent(c.utilisation.series.get("kv_used"))),
     ("requests in a step, mean", lambda c: number(c.utilisation.series.get("batch"))),
     ("GPU utilisation", lambda c: with_unit(c.utilisation.gpu_percent, unit="%")),
+    ("GPU memory of the model", lambda c: with_unit(c.utilisation.memory_mib_of(c.endpoint), 1 / 1024, unit="GiB")),
     ("GPU power", lambda c: with_unit(c.utilisation.gpu_power_w, unit="W")),
     ("energy per output token", lambda c: with_unit(c.joules_per_token, 1e3, unit="mJ")),
     ("cost of a million output tokens", lambda c: with_unit(c.cost_per_million, unit="$")),

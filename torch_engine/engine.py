@@ -22,6 +22,7 @@ from torch_engine import kernels
 from torch_engine.blocks import BlockManager
 from torch_engine.config import EngineConfig
 from torch_engine.families import load_spec
+from torch_engine.memory import reserved_gpu_memory
 from torch_engine.model import Model
 from torch_engine.request import (
     Code,
@@ -307,6 +308,7 @@ class Engine:
             kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             kv_blocks_reused=self.blocks.num_reused,
             tokens_per_block=self.config.block_size,
+            gpu_memory_bytes=reserved_gpu_memory(),
         )
 
     def close(self) -> None:

@@ -179,6 +179,8 @@ class EngineStats:
     guessed_tokens: int = 0
     """Tokens guessed, and of those the right ones (:mod:`torch_engine.speculation`)."""
     accepted_tokens: int = 0
+    gpu_memory_bytes: int = 0
+    """Weights, KV cache and workspace, without the driver's context of the process; 0: no GPU, or not known."""
 
 
 @dataclass(frozen=True)

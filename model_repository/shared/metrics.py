@@ -13,6 +13,7 @@ from typing import Any
 from torch_engine.request import EngineStats, RequestOutput
 
 _LENGTH_BUCKETS = [10, 50, 100, 500, 1000]
+_MEMORY = "nv_trt_llm_runtime_memory_metrics"
 _GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "nv_trt_llm_request_metrics": (
         "Requests in the engine",
@@ -24,6 +25,7 @@ _GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "kv_cache_block_type",
         ("max", "free", "used", "tokens_per", "reused", "fraction"),
     ),
+    _MEMORY: ("Memory that the model holds, in bytes", "memory_type", ("gpu",)),
     "nv_trt_llm_inflight_batcher_metrics": (
         "In-flight batching",
         "inflight_batcher_specific_metric",
@@ -58,6 +60,7 @@ def gauge_values(stats: EngineStats) -> dict[tuple[str, str], float]:
         "nv_trt_llm_inflight_batcher_metrics": {
             "generation_requests": stats.scheduled_requests - stats.context_requests,
         },
+        _MEMORY: {"gpu": stats.gpu_memory_bytes},
         "nv_trt_llm_general_metrics": {"iteration_counter": stats.iterations},
     }
     return {
@@ -113,3 +116,23 @@ class EngineMetrics:
     def close(self) -> None:
         self._metrics.clear()
         self._families.clear()
+
+
+class MemoryMetric:
+    """The GPU memory of a model that is no engine; ``close`` as for :class:`EngineMetrics`."""
+
+    def __init__(self, pb_utils: Any, model: str, version: str) -> None:
+        description, label, _ = _GAUGES[_MEMORY]
+        self._family = pb_utils.MetricFamily(
+            name=_MEMORY, description=description, kind=pb_utils.MetricFamily.GAUGE
+        )
+        self._metric = self._family.Metric(labels={"model": model, "version": version, label: "gpu"})
+        self._shown: int | None = None
+
+    def update(self, gpu_bytes: int) -> None:
+        if gpu_bytes != self._shown:
+            self._metric.set(float(gpu_bytes))
+            self._shown = gpu_bytes
+
+    def close(self) -> None:
+        del self._metric, self._family

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from model_repository.shared.generation import Progress, end_ids_of
+from torch_engine.memory import reserved_gpu_memory
 from torch_engine.request import (
     Code,
     FinishReason,
@@ -108,6 +109,11 @@ class TransformersEngine:
             self._waiting.remove(job)
             del self._jobs[handle]
         job.finish(FinishReason.CANCELLED)
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        """Kept by this process; the weights and the largest batch's cache, after a while."""
+        return reserved_gpu_memory()
 
     def close(self) -> None:
         with self._changed:

@@ -53,4 +53,5 @@ def parse(text: str) -> EngineStats:
         kv_blocks_reused=value("kv_cache_block", "reused"),
         tokens_per_block=value("kv_cache_block", "tokens_per"),
         iterations=value("general", "iteration_counter"),
+        gpu_memory_bytes=value("runtime_memory", "gpu"),
     )

@@ -10,10 +10,20 @@ import pytest
 from loadtest import conditions, plot, report
 from loadtest.bench import Target, evaluate
 from loadtest.config import BenchConfig
+from loadtest.metrics import Window
 from loadtest.plan import Block
 from loadtest.prompts import Prompts
 from loadtest.records import ClientSample
-from loadtest.telemetry import Gpus, Sampler, process_name, process_seconds
+from loadtest.telemetry import (
+    Gpus,
+    Sample,
+    Sampler,
+    Utilisation,
+    model_memory_mib,
+    parse_metrics,
+    process_name,
+    process_seconds,
+)
 from tests.loadtest.traces import batch_server, record, serial_server
 
 BLOCKS = [
@@ -175,3 +185,26 @@ def test_a_gpu_that_does_not_tell_everything_tells_the_rest(monkeypatch):
     monkeypatch.setattr(gpus, "_handles", ["one"])
     assert gpus.read() == {"gpu_memory_mib": 1024, "gpu_power_w": 350}
     assert gpus.read_series() == {"gpu_clock_mhz": 1980}
+
+
+def test_memory_is_told_of_the_model_behind_each_endpoint():
+    page = parse_metrics(
+        "# HELP nv_trt_llm_runtime_memory_metrics Memory\n"
+        'nv_trt_llm_runtime_memory_metrics{memory_type="gpu",model="tensorrt_llm",version="1"} 75161927680\n'
+        'nv_trt_llm_runtime_memory_metrics{memory_type="pinned",model="tensorrt_llm",version="1"} 4096\n'
+        'nv_trt_llm_runtime_memory_metrics{memory_type="gpu",model="hf_baseline",version="1"} 17179869184\n'
+    )
+    found = model_memory_mib(page)
+    assert found == {"tensorrt_llm": 70 * 1024, "hf_baseline": 16 * 1024}
+    use = Utilisation(None, None, model_memory_mib=found)
+    assert use.memory_mib_of("ensemble") == use.memory_mib_of("text_generation") == 70 * 1024
+    assert use.memory_mib_of("hf_baseline") == 16 * 1024
+    assert Utilisation(None, None).memory_mib_of("ensemble") is None
+    assert page["nv_trt_llm_runtime_memory_metrics", "pinned"] == 4096
+
+
+def test_memory_of_a_window_is_the_most_that_was_seen():
+    sampler = Sampler(lambda: [])
+    for second, mib in enumerate((100.0, 300.0, 200.0, 900.0)):
+        sampler.samples.append(Sample(second * 10**9, 0.0, {}, model_memory_mib={"tensorrt_llm": mib}))
+    assert sampler.over([Window(0, 2 * 10**9)]).model_memory_mib == {"tensorrt_llm": 300}

@@ -100,6 +100,8 @@ def test_a_run_against_real_triton_agrees_with_tritons_own_client(served, tmp_pa
 def test_telemetry_says_what_it_could_not_read(served):
     page = fetch_metrics(f"http://{served.settings.host}:{served.settings.metrics_port}/metrics")
     assert page["nv_trt_llm_kv_cache_block_metrics", "max"] > 0
+    for model in ("tensorrt_llm", "hf_baseline"):  # of a machine without a GPU
+        assert page["nv_trt_llm_runtime_memory_metrics", f"{model}/gpu"] == 0
     with pytest.raises(ValueError, match="not a metrics page"):
         parse_metrics("<html>")
     sampler = Sampler(lambda: [], "http://127.0.0.1:9/metrics")

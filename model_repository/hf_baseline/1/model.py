@@ -9,6 +9,7 @@ import triton_python_backend_utils as pb_utils
 from model_repository.shared import stub
 from model_repository.shared.emitter import Emitter
 from model_repository.shared.front import Front, TextDoor
+from model_repository.shared.metrics import MemoryMetric
 from model_repository.shared.transformers_engine import TransformersEngine
 from model_repository.shared.vocabulary import Vocabulary
 
@@ -20,7 +21,13 @@ class TritonPythonModel:
         max_batch_size = json.loads(args["model_config"])["max_batch_size"]
         door = TextDoor(Vocabulary(folder, stub.flag(values, "add_special_tokens")))
         self._engine = TransformersEngine(folder, values["dtype"], max_batch_size)
-        self._emitter = Emitter(pb_utils, self._engine, stub.period_s(values, "cancellation_check_period_ms"))
+        self._memory = MemoryMetric(pb_utils, args["model_name"], args["model_version"])
+        self._emitter = Emitter(
+            pb_utils,
+            self._engine,
+            stub.period_s(values, "cancellation_check_period_ms"),
+            on_tick=lambda: self._memory.update(self._engine.gpu_memory_bytes),
+        )
         self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
 
     def execute(self, requests: list) -> None:
@@ -28,3 +35,4 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         stub.close(self._emitter, self._engine)
+        self._memory.close()

@@ -352,7 +352,9 @@ def main() -> int:
 def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Builds, measures the engine, then the server."""
     started = time.perf_counter()
-    checkpoint = options.made / "fp8" if options.made else folder / "random-8b"
+    checkpoint = folder / ("tiny-shape" if options.tiny else "llama-3.1-8b-shape")
+    if options.made:
+        rename(options.made / "fp8", checkpoint)
     if not checkpoint.exists():
         write_checkpoint(checkpoint, spec, "cpu" if options.tiny else "cuda")
         print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
@@ -376,6 +378,15 @@ def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict
             server.terminate()
             print(server.communicate(timeout=60)[0][-2000:], flush=True)
     return results
+
+
+def rename(source: Path, target: Path) -> None:
+    """The same files once more in a folder of another name: reports call a model by its folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        link = target / file.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
 
 
 def engine_alone(build: Path) -> list[dict[str, Any]]:

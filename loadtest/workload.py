@@ -153,6 +153,8 @@ class Workload:
 
     def describe(self) -> str:
         about = f"prompts of {self.spec.prompts}" if self.spec.prompts else self.preset.about
+        if self._inputs and not self.preset.input_tokens:  # lengths that the preset's own prompts do not have
+            about = "plain English words, no two prompts alike"
         lengths = f"input {self._inputs.text}, " if self._inputs else ""
         turns = f", {self.turns} turns" if self.turns > 1 else ""
         return f"{about} ({lengths}output {self._outputs.text} tokens{turns})"

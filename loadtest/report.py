@@ -112,8 +112,8 @@ def table(report: Report) -> str:
     use_row("CPU, whole machine (%)", lambda u: number(u.cpu_percent))
     use_row("Server processes (cores busy)", lambda u: number(u.server_cores))
     use_row("GPU utilisation (%)", lambda u: number(u.gpu_percent))
-    memory = [u.memory_mib_of(s.endpoint) for u, s in zip(use, (a, b), strict=True)]
-    rows.append(("GPU memory of the model (GiB)", *(number(mib, 1 / 1024) for mib in memory), ""))
+    memory = [number(u.memory_mib_of(s.endpoint), 1 / 1024) for u, s in zip(use, (a, b), strict=True)]
+    rows.append(("GPU memory of the model (GiB)", memory[0], memory[1], ""))
     head = [("", f"`{a.endpoint}`", f"`{b.endpoint}`", "ratio (spread)"), ("---", "--:", "--:", "--:")]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in head + rows)
 

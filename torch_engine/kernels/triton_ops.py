@@ -865,7 +865,8 @@ def argmax(
     ``tokens`` [R] int32 and to ``last[slots[row]]``, where :func:`embed` finds it.
     """
     rows, size = logits.shape
-    parts, block = 64, 1024
+    block = 1024
+    parts = max(4, min(64, triton.next_power_of_2(triton.cdiv(size, block))))
     each = triton.cdiv(triton.cdiv(size, parts), block) * block
     tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)

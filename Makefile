@@ -27,6 +27,7 @@ help: ## Show this list
 # ENGINE                 ## auto, trtllm-engine, trtllm-pytorch or torch (default: auto)
 # PRECISION              ## auto, fp8, nvfp4, int8, int4, int8_sq, int4_awq or bf16 (default: auto)
 # TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM)
+# DP                     ## whole engines, each on a GPU of its own (1; ENGINE=torch)
 # TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'
 # HF_TOKEN_FILE          ## file with the hub's token, for make up
 # ARGS                   ## more options of a build: --dry-run prints commands and files, --force

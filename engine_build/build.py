@@ -140,6 +140,7 @@ class Build:
                 asked.tp,
                 asked.pp,
                 refused,
+                asked.dp,
             )
             note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
         for reason in plan.reasons:
@@ -389,6 +390,7 @@ class Build:
             "lane": plan.lane,
             "precision": plan.precision,
             "world_size": plan.world_size,
+            "dp": plan.dp,
             "engine_dir": str(engine_dir),
             "model_dir": str(model_dir),
             "source_dir": str(source_dir),

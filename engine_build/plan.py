@@ -66,6 +66,8 @@ class Plan:
     """GPUs that share each layer."""
     pp: int = 1
     """GPUs that share the layers."""
+    dp: int = 1
+    """Whole engines, each on a GPU of its own; the other numbers are of one."""
     kv_dtype: str = "auto"
     """Of lane torch: see :class:`torch_engine.config.EngineConfig`."""
 
@@ -89,6 +91,7 @@ def make_plan(
     tp: int = 1,
     pp: int = 1,
     refused: tuple[str, ...] = (),
+    dp: int = 1,
 ) -> Plan:
     """Decides everything the engine needs to know.
 
@@ -101,6 +104,7 @@ def make_plan(
     lane = _choose_lane(lane, hardware, reasons)
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
     _require_gpus(lane, tp * pp, hardware)
+    _require_engines(lane, dp, hardware, reasons)
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
     kernels = _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
@@ -136,6 +140,7 @@ def make_plan(
         reasons=tuple(reasons),
         tp=tp,
         pp=pp,
+        dp=dp,
         kv_dtype=kv_dtype,
     )
 
@@ -263,13 +268,31 @@ def _choose_precision(
 def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
     if lane == "torch" and wanted > 1:
         raise BuildError(
-            f"TP times PP is {wanted}, but ENGINE=torch runs on one GPU: use ENGINE=trtllm-pytorch"
+            f"TP times PP is {wanted}, but an engine of ENGINE=torch runs on one GPU: use DP={wanted} for that many "
+            "engines, or ENGINE=trtllm-pytorch"
         )
     if wanted > max(1, hardware.count):
         raise BuildError(
             f"TP times PP is {wanted}, but {hardware.count} GPU(s) are visible: lower TP or PP, or show more "
             "with CUDA_VISIBLE_DEVICES"
         )
+
+
+def _require_engines(lane: str, wanted: int, hardware: Hardware, reasons: list[str]) -> None:
+    on_cpu = hardware.device == "cpu"
+    if lane != "torch" and wanted > 1:
+        raise BuildError(f"DP={wanted} is for ENGINE=torch, and this is {lane}: use TP, or leave DP out")
+    there = hardware.cores if on_cpu else max(1, hardware.count)
+    if wanted > there:
+        what = "CPU core(s) are there" if on_cpu else "GPU(s) are visible"
+        raise BuildError(
+            f"DP={wanted} wants a part of the machine for each engine, but {there} {what}: lower DP"
+        )
+    if wanted > 1:
+        each = f"{hardware.cores // wanted} of the {hardware.cores} cores" if on_cpu else "a GPU of its own"
+        reasons.append(f"{wanted} engines, each with {each} and a KV cache of its own")
+    elif lane == "torch" and hardware.count > 1:
+        reasons.append(f"1 of {hardware.count} GPUs is used: DP={hardware.count} runs an engine on each")
 
 
 def _choose_kernels(lane: str, hardware: Hardware, reasons: list[str]) -> str:

@@ -122,8 +122,9 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
         return Verdict(lane, precision, IMPOSSIBLE, refusal)
     sizes = (asked.max_seq_len, asked.max_batch_size)
     parallel = (asked.tp, asked.pp) if lane != "torch" else (1, 1)
+    engines = asked.dp if lane == "torch" else 1
     try:
-        plan = make_plan(shape, hardware, lane, precision, *sizes, *parallel)
+        plan = make_plan(shape, hardware, lane, precision, *sizes, *parallel, dp=engines)
     except BuildError as error:
         return Verdict(lane, precision, IMPOSSIBLE, str(error))
     sequences = plan.num_kv_blocks * plan.block_size // plan.max_seq_len

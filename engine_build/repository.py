@@ -20,7 +20,7 @@ TRITON_BACKEND = {"torch": "python", "trtllm-pytorch": "python", "trtllm-engine"
 ENGINE_QUEUE_SIZE = 512
 """Requests that may wait in NVIDIA's backend before it refuses one."""
 CORES_FOR_TWO = 8
-"""CPU cores from which on two processes tokenise prompts for the ensemble."""
+"""CPU cores from which on two processes tokenise prompts for the ensemble, and two carry text."""
 Rendering = dict[str, bytes]
 """Path inside the repository to content."""
 
@@ -64,6 +64,9 @@ def values_for(
         "prompt_embedding_table_data_type": "TYPE_FP16",
         "preprocessing_instance_count": "2" if cores >= CORES_FOR_TWO else "1",
         "postprocessing_instance_count": "1",  # two would overtake each other in a stream
+        # Each instance is a process that knows all engines; in Triton itself an engine is one instance.
+        "engine_instance_count": str(plan.dp),
+        "text_instance_count": "1" if in_triton else str(max(plan.dp, 2 if cores >= CORES_FOR_TWO else 1)),
         "max_queue_delay_microseconds": "0",
         # Our engine processes have a limit of their own; NVIDIA's backend takes Triton's, and 0 is none.
         "max_queue_size": str(ENGINE_QUEUE_SIZE if in_triton else 0),

@@ -32,6 +32,7 @@ class Settings:
     baseline_dtype: str = "bfloat16"
     tp: int = 1
     pp: int = 1
+    dp: int = 1
     parameters: dict[str, str] = field(default_factory=dict)
     """Of Triton's ``tensorrtllm`` backend, by name."""
     dry_run: bool = False
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         "",
         "of Triton's tensorrtllm backend: name=value, with spaces between",
     )
+    option("--dp", "DP", "1", "whole engines, each on a GPU of its own (ENGINE=torch)")
     parser.add_argument("--force", action="store_true", help="build again even if nothing changed")
     parser.add_argument("--dry-run", action="store_true", help="print commands and files, build nothing")
     found = parser.parse_args(arguments)
@@ -85,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         force=found.force,
         tp=_positive("TP", found.tp) or 1,
         pp=_positive("PP", found.pp) or 1,
+        dp=_positive("DP", found.dp) or 1,
         parameters=_pairs("TRTLLM_PARAMETERS", found.parameters),
         dry_run=found.dry_run,
     )

@@ -55,6 +55,8 @@ def target(
         raise TargetError(str(error)) from None
     metrics_url = f"http://{settings.host}:{settings.metrics_port}/metrics"
     try:
-        yield Target(settings.grpc_url, lambda: [server.engine_pid, server.triton_pid], deployed, metrics_url)
+        yield Target(
+            settings.grpc_url, lambda: [*server.engine_pids, server.triton_pid], deployed, metrics_url
+        )
     finally:
         server.stop()

@@ -1,4 +1,4 @@
-"""The supervisor: one engine process, one Triton, both watched and restarted, and an end without remains."""
+"""The supervisor: the engine processes and one Triton, watched and restarted, and an end without remains."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from model_repository import probe, triton
+from model_repository import engine_process, probe, triton
+from model_repository.engine_process import EngineProcess
 from model_repository.errors import ServeError
 from model_repository.probe import Verdict
 from model_repository.processes import Child, holder_of_port
 from model_repository.settings import Deployment, ServeSettings
 from model_repository.trtllm import guard, versions
 from model_repository.trtllm.in_triton import InTriton
-from torch_engine.client import EngineClient
+from torch_engine.replicas import Replicas
 from torch_engine.request import ModelInfo
 
 DOORS = ("ensemble", "text_generation")
@@ -66,16 +67,15 @@ class Server:
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._suspicion: str | None = None
-        self._engine_stuck = False
         self._lock_file: int | None = None
         self._socket_dir: Path | None = None
-        self._engine: Child | None = None
-        self._client: EngineClient | InTriton | None = None
+        self._engines: list[EngineProcess] = []
+        self._client: Replicas | InTriton | None = None
         self._triton: Child | None = None
         self._world_size = 1
         self._shm_prefix = f"flightline{uuid.uuid4().hex[:8]}_"
         self._threads: list[threading.Thread] = []
-        self._back_off = {"engine": BackOff(), "triton": BackOff()}
+        self._back_off: defaultdict[str, BackOff] = defaultdict(BackOff)
 
     def __enter__(self) -> Server:
         self.start()
@@ -85,15 +85,10 @@ class Server:
         self.stop()
 
     @property
-    def engine(self) -> EngineClient | InTriton:
-        """The engine's facts and its statistics."""
+    def engine(self) -> Replicas | InTriton:
+        """The facts of the engine, or of several as one, and their statistics."""
         assert self._client is not None, "start() first"
         return self._client
-
-    @property
-    def engine_process(self) -> Child:
-        assert self._engine is not None, "start() first"
-        return self._engine
 
     @property
     def triton_process(self) -> Child:
@@ -101,8 +96,9 @@ class Server:
         return self._triton
 
     @property
-    def engine_pid(self) -> int:
-        return self.engine_process.pid
+    def engine_pids(self) -> list[int]:
+        """None in lane trtllm-engine."""
+        return [engine.child.pid for engine in self._engines if engine.child is not None]
 
     @property
     def triton_pid(self) -> int:
@@ -126,7 +122,7 @@ class Server:
             self._lock()
             self._check_ports()
             self._prepare()
-            self._start_engine()
+            self._start_engines()
             self._start_triton()
         except BaseException:
             self._hurry.set()
@@ -148,8 +144,9 @@ class Server:
         self._remove_shared_memory()
         if self._client is not None:
             self._client.close()
-        if self._engine is not None:
-            self._engine.stop(5.0, self._hurry)
+        for engine in self._engines:
+            if engine.child is not None:
+                engine.child.stop(5.0, self._hurry)
         if self._socket_dir is not None:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._unlock()
@@ -230,33 +227,46 @@ class Server:
 
     def _prepare(self) -> None:
         run_dir = self.settings.run_dir
-        for name in ("triton.log", "engine.log"):
-            (run_dir / name).write_bytes(b"")
+        for log in (run_dir / "triton.log", *map(self._engine_log, range(self.deployment.engines))):
+            log.write_bytes(b"")
         self._backends = triton.prepare_backends(self._triton_home, run_dir)
         self._models = triton.prepare_models(
             self.deployment.model_repository, run_dir, self.settings.baseline
         )
         # A Unix socket's path may have 107 bytes; the build folder's may be longer.
         self._socket_dir = Path(tempfile.mkdtemp(prefix="flightline-"))
-        self._socket = str(self._socket_dir / "engine.sock")
+        engines = range(self.deployment.engines)
+        self._sockets = [str(self._socket_dir / f"engine-{number}.sock") for number in engines]
         marks = {"shm_prefix": self._shm_prefix, "socket_dir": str(self._socket_dir)}
         (run_dir / "marks.json").write_text(json.dumps(marks))
 
-    def _start_engine(self) -> None:
+    def _engine_log(self, number: int) -> Path:
+        several = self.deployment.engines > 1
+        return self.settings.run_dir / (f"engine-{number}.log" if several else "engine.log")
+
+    def _start_engines(self) -> None:
+        """All at once: a large model takes its time to load."""
         module = ENGINE_PROCESS.get(self.deployment.lane)
         if module is None:
             description = f"TensorRT-LLM engine in Triton, {self.deployment.precision}"
             info = ModelInfo(0, 0, (), str(self.deployment.engine_dir), description)
             self._client = InTriton(f"{self.settings.metrics_url}/metrics", info)
             return
-        Path(self._socket).unlink(missing_ok=True)
-        command = [sys.executable, "-m", module]
-        command += ["--engine-dir", str(self.deployment.engine_dir), "--socket", self._socket]
-        log = self.settings.run_dir / "engine.log"
-        self._engine = Child("the engine process", command, dict(os.environ), log)
-        if self._client is None:
-            self._client = EngineClient(self._socket)
-        self._await(self._engine, lambda: self.engine.connected)
+        count = self.deployment.engines
+        shares = [engine_process.share(number, count, self.deployment.device) for number in range(count)]
+        self._client = Replicas(self._sockets)
+        for number, (client, share) in enumerate(zip(self._client.engines, shares, strict=True)):
+            name = "the engine process" if count == 1 else f"engine process {number + 1} of {count}"
+            log, folder = self._engine_log(number), self.deployment.engine_dir
+            self._engines.append(EngineProcess(name, module, folder, log, client, share))
+        for engine in self._engines:
+            engine.start()
+        for engine in self._engines:
+            self._await_engine(engine)
+
+    def _await_engine(self, engine: EngineProcess) -> None:
+        assert engine.child is not None
+        self._await(engine.child, lambda: engine.client.connected)
 
     def _start_triton(self) -> None:
         command = triton.command(
@@ -267,7 +277,7 @@ class Server:
             self._shm_prefix,
             self._world_size if self.deployment.lane == versions.ENGINE_LANE else 1,
         )
-        env = triton.environment(self._triton_home, self._socket)
+        env = triton.environment(self._triton_home, self._sockets)
         self._triton = Child("Triton", command, env, self.settings.run_dir / "triton.log")
         self._await(self._triton, lambda: probe.ready(self.settings.http_url))
         for door in DOORS:
@@ -295,10 +305,8 @@ class Server:
         """Restarts what has died."""
         while not self._stopping.wait(_WATCH_PERIOD_S):
             try:
-                if self._engine is not None and self._engine.exit_code is not None:
-                    self._restart_engine(f"the engine process {self.engine_process.how_it_ended()}")
-                elif self._engine_stuck:
-                    self._restart_engine("the engine process has stopped answering")
+                if broken := next((engine for engine in self._engines if engine.problem()), None):
+                    self._restart_engine(broken)
                 elif reason := self._triton_problem():
                     self._restart_triton(reason)
             except ServeError as error:
@@ -311,16 +319,17 @@ class Server:
             return f"a Python stub of Triton has died (pid {zombies[0]}) and Triton never restarts one"
         return self._suspicion
 
-    def _restart_engine(self, reason: str) -> None:
+    def _restart_engine(self, engine: EngineProcess) -> None:
         self._ready.clear()
-        if self._back_out("engine", reason):
+        if self._back_out(engine.name, engine.problem()):
             return
         started = time.monotonic()
-        self.engine_process.stop(0.0)
-        self._engine_stuck = False
-        self._start_engine()
+        if engine.child is not None:
+            engine.child.stop(0.0)
+        engine.start()
+        self._await_engine(engine)
         self._ready.set()
-        self._say(f"the engine process is back after {time.monotonic() - started:.1f} s")
+        self._say(f"{engine.name} is back after {time.monotonic() - started:.1f} s")
 
     def _restart_triton(self, reason: str) -> None:
         self._ready.clear()
@@ -343,6 +352,8 @@ class Server:
         """Asks for a token now and then; a busy server may take its time, a silent one is looked into."""
         silent = 0
         while not self._stopping.wait(self.settings.probe_period_s):
+            if len(self._engines) > 1 and self._ready.is_set():
+                self._look_for_stuck_engines()  # the doors would not notice: the others get the requests
             for door in DOORS:
                 if self._stopping.is_set() or not self._ready.is_set():
                     silent = 0
@@ -362,14 +373,20 @@ class Server:
     def _look_into_silence(self, door: str, silent: int, progressed: bool) -> None:
         if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):
             return  # busy: the probe waits in the queue like everyone
-        if (
-            progressed
-            or isinstance(self.engine, InTriton)
-            or probe.engine_answers(self.engine, self.settings.probe_timeout_s)
-        ):
+        if progressed or not self._look_for_stuck_engines():
             self._suspicion = f"model {door} has not answered {silent} one-token request(s)"
-        elif self.engine.connected:
-            self._engine_stuck = True
+
+    def _look_for_stuck_engines(self) -> bool:
+        """Asks each engine itself, past Triton; True if one does not answer."""
+        silent = False
+        for engine in self._engines:
+            steps = engine.client.stats.iterations
+            if probe.engine_answers(engine.client, self.settings.probe_timeout_s):
+                continue
+            silent = True
+            if engine.client.connected and engine.client.stats.iterations == steps:
+                engine.stuck = True
+        return silent
 
     def _remove_shared_memory(self) -> None:
         for name in Path("/dev/shm").glob(self._shm_prefix + "*"):

@@ -11,6 +11,8 @@ from typing import Any
 from model_repository.errors import ServeError
 
 DEPLOYMENT_FILE = "deployment.json"
+SOCKETS_VARIABLE = "FLIGHTLINE_ENGINE_SOCKETS"
+"""Tells Triton's stubs where the engine processes are: paths with colons between."""
 LANES = ("torch", "trtllm-pytorch", "trtllm-engine")
 
 
@@ -117,6 +119,9 @@ class Deployment:
     precision: str
     engine_dir: Path
     model_repository: Path
+    engines: int = 1
+    """Engine processes, one a GPU."""
+    device: str = "cuda"
 
     @classmethod
     def load(cls, build_dir: Path) -> Deployment:
@@ -130,6 +135,8 @@ class Deployment:
                 precision=values["precision"],
                 engine_dir=Path(values["engine_dir"]),
                 model_repository=Path(values["model_repository"]),
+                engines=values["dp"],
+                device=values["hardware"]["device"],
             )
         except FileNotFoundError:
             raise ServeError(f"{path} does not exist: run 'make build-engines' first") from None

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from model_repository.errors import ServeError
-from model_repository.settings import ServeSettings
+from model_repository.settings import SOCKETS_VARIABLE, ServeSettings
 
 CONTAINER_HOME = Path("/opt/tritonserver")
 PROJECT = Path(__file__).parents[1]
@@ -105,10 +105,10 @@ def prepare_models(repository: Path, run_dir: Path, baseline: bool) -> Path:
     return models
 
 
-def environment(triton: Triton, socket_path: str) -> dict[str, str]:
+def environment(triton: Triton, socket_paths: list[str]) -> dict[str, str]:
     """Environment of the server and its stubs."""
     env = dict(os.environ)
-    env["FLIGHTLINE_ENGINE_SOCKET"] = socket_path
+    env[SOCKETS_VARIABLE] = os.pathsep.join(socket_paths)
     env["OMP_NUM_THREADS"] = "1"  # the baseline sets its own number
     env["TOKENIZERS_PARALLELISM"] = "false"
     env["HF_HUB_OFFLINE"] = "1"

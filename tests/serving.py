@@ -41,7 +41,9 @@ CONTEXT = 16_384
 """Tokens; so long that a test can break something in the middle of an answer, however slow its client is."""
 
 
-def build_tiny(folder: Path, tokenizer: str = "byte_level", baseline_max_batch_size: int = 1) -> Path:
+def build_tiny(
+    folder: Path, tokenizer: str = "byte_level", baseline_max_batch_size: int = 1, dp: int = 1
+) -> Path:
     """Builds a tiny Llama (random weights, ``CONTEXT`` tokens) into ``folder/build``; returns that."""
     from engine_build.build import Build
     from tests.tiny import tiny_checkpoint
@@ -51,6 +53,7 @@ def build_tiny(folder: Path, tokenizer: str = "byte_level", baseline_max_batch_s
     )
     arguments = ["--model", str(checkpoint), "--engine", "torch", "--precision", "bf16"]
     arguments += ["--max-seq-len", str(CONTEXT), "--baseline-max-batch-size", str(baseline_max_batch_size)]
+    arguments += ["--dp", str(dp)]
     deployment = Build(parse([*arguments, "--build-dir", str(folder / "build")]), say=lambda line: None).run()
     # One thread is plenty for so small a model, and does not wait for a core that other tests use.
     EngineConfig.load(deployment["engine_dir"], num_threads=1).save(deployment["engine_dir"])

@@ -49,7 +49,7 @@ class EngineClient:
         Raises:
             RequestError: UNAVAILABLE, the engine did not answer within a positive ``connect_timeout_s``.
         """
-        self._path = socket_path
+        self.path = socket_path
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._callbacks: dict[int, OutputCallback] = {}
@@ -80,6 +80,11 @@ class EngineClient:
     def connected(self) -> bool:
         return self._connected.is_set()
 
+    @property
+    def in_flight(self) -> int:
+        """Requests of this client that have not ended."""
+        return len(self._callbacks)
+
     def submit(self, request: GenerationRequest, on_output: OutputCallback) -> int:
         """Queues a request; every request ends in exactly one message with a ``finish_reason``.
 
@@ -99,11 +104,19 @@ class EngineClient:
 
     def cancel(self, handle: int) -> None:
         """Asks the engine to stop a request; its last message (CANCELLED, or a finish that was faster) follows."""
+        if handle in self._callbacks:
+            self._send("cancel", handle)
+
+    def stop(self, request_id: str) -> None:
+        """Asks the engine to stop all requests of this name, other clients' too; each gets its last message."""
+        self._send("stop", request_id)
+
+    def _send(self, *message: object) -> None:
         with self._lock:
-            if self._connection is None or handle not in self._callbacks:
+            if self._connection is None:
                 return
             try:
-                self._connection.send(("cancel", handle))
+                self._connection.send(message)
             except OSError:
                 return  # the reader sees the same end of file and answers every request
 
@@ -119,7 +132,7 @@ class EngineClient:
         delay = 0.05
         while not self._closed.is_set():
             try:
-                connection = Client(self._path, "AF_UNIX")
+                connection = Client(self.path, "AF_UNIX")
             except OSError:
                 self._closed.wait(delay)
                 delay = min(delay * 2, 0.5)

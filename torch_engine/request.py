@@ -102,6 +102,8 @@ class GenerationRequest:
     return_log_probs: bool = False
     stream: bool = True
     """Whether tokens are wanted as they come; otherwise everything is told at the end."""
+    request_id: str = ""
+    """A name by which it can be stopped; empty = none. Need not be unique."""
 
 
 class FinishReason(StrEnum):

@@ -197,6 +197,8 @@ class EngineServer:
             self._submit(front_end, *body)
         elif kind == "cancel":
             self._cancel(front_end, *body)
+        elif kind == "stop":
+            self._stop(*body)
         elif kind == "join":
             self._front_ends.append(front_end)
             front_end.flush(self.engine.stats)
@@ -220,6 +222,11 @@ class EngineServer:
         if output is not None:
             front_end.put(handle, output)
             front_end.flush(None)
+
+    def _stop(self, request_id: str) -> None:
+        sequences = self.engine.sequences.items()
+        for key in [key for key, sequence in sequences if sequence.request.request_id == request_id]:
+            self._cancel(*key)
 
     def _flush(self, force: bool = False) -> None:
         now = time.monotonic()

@@ -65,6 +65,14 @@ class BlsEngine:
             running[1].cancelled = True
             self._stop(running[0])
 
+    def stop(self, request_id: str) -> None:
+        """As ``EngineClient.stop``."""
+        with self._lock:
+            running = list(self._running.items())
+        for handle, (_, progress) in running:
+            if progress.request.request_id == request_id:
+                self.cancel(handle)
+
     def close(self) -> None:
         with self._lock:
             handles = list(self._running)

@@ -18,11 +18,13 @@ from torch_engine.request import Code, FinishReason, GenerationRequest, RequestE
 
 
 class Engine(Protocol):
-    """What ``torch_engine.client.EngineClient`` offers."""
+    """What ``torch_engine.replicas.Replicas`` offers."""
 
-    def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int: ...
+    def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> Any: ...
 
-    def cancel(self, handle: int) -> None: ...
+    def cancel(self, handle: Any) -> None: ...
+
+    def stop(self, request_id: str) -> None: ...
 
 
 @dataclass(eq=False)
@@ -31,7 +33,6 @@ class Reply:
 
     sender: Any
     """``pb_utils.InferenceResponseSender``."""
-    request_id: str = ""
     open_rows: int = 1
     cancelled: bool = False
 
@@ -45,7 +46,8 @@ class Generation:
     stream: bool
     write: Callable[[RequestOutput, bool], Any]
     """(new output, is it the first) -> ``pb_utils.InferenceResponse``."""
-    handle: int = 0
+    handle: Any = None
+    """The engine's; None while it is being handed over."""
     first: bool = True
     pending: RequestOutput | None = field(default=None, init=False)
     queued_at: float = field(default=0.0, init=False)
@@ -99,11 +101,8 @@ class Emitter:
             self._engine.cancel(generation.handle)
 
     def stop_request(self, request_id: str) -> None:
-        """Cancels the requests with this id; they end with what they have."""
-        with self._changed:
-            chosen = [item for item in self._active if item.reply.request_id == request_id]
-        for generation in chosen:
-            self._engine.cancel(generation.handle)
+        """Cancels the requests with this id, of whichever instance of the model; they end with what they have."""
+        self._engine.stop(request_id)
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answers a whole request with an error."""

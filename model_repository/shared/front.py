@@ -5,6 +5,8 @@ Both answer every request with at least one response, the last one flagged final
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -76,17 +78,18 @@ class Front:
         self._door = door
         self._emitter = emitter
         self._info = info
+        self._model = json.loads(model_config)["name"]
         self._writer = ResponseWriter(pb_utils, model_config)
         self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
     def execute(self, requests: list[Any]) -> None:
         """Returns before anything is generated."""
         for request in requests:
-            reply = Reply(request.get_response_sender(), request.request_id())
+            reply = Reply(request.get_response_sender())
             try:
                 inputs = Inputs.of(request)
                 if inputs.scalar("stop", 0, False):
-                    self._stop(reply)
+                    self._stop(reply, self._name(request))
                     continue
                 generations = self._generations(reply, request, inputs)
             except RequestError as error:
@@ -97,25 +100,32 @@ class Front:
                 for generation in generations:
                     self._emitter.start(generation)
 
-    def _stop(self, reply: Reply) -> None:
-        if not reply.request_id:
+    def _name(self, request: Any) -> str:
+        """The request's id, as the engine shall know it: both doors have the same engine and may see the same id."""
+        request_id = request.request_id()
+        return f"{self._model}/{request_id}" if request_id else ""
+
+    def _stop(self, reply: Reply, name: str) -> None:
+        if not name:
             raise RequestError(
                 Code.INVALID_ARG, "stop: a request id must be provided for request cancellation"
             )
-        self._emitter.stop_request(reply.request_id)
+        self._emitter.stop_request(name)
         reply.sender.send(flags=self._final)
 
     def _generations(self, reply: Reply, request: Any, inputs: Inputs) -> list[Generation]:
-        info, requested = self._info(), request.requested_output_names()
-        generations = [self._generation(reply, requested, inputs, row, info) for row in range(inputs.rows)]
+        info, requested, name = self._info(), request.requested_output_names(), self._name(request)
+        generations = [
+            self._generation(reply, requested, inputs, row, info, name) for row in range(inputs.rows)
+        ]
         reply.open_rows = len(generations)
         return generations
 
     def _generation(
-        self, reply: Reply, requested: list[str], inputs: Inputs, row: int, info: ModelInfo
+        self, reply: Reply, requested: list[str], inputs: Inputs, row: int, info: ModelInfo, name: str
     ) -> Generation:
         options: Options = inputs.options(row)
-        request = self._door.read(inputs, row, info)
+        request = dataclasses.replace(self._door.read(inputs, row, info), request_id=name)
 
         def write(output: RequestOutput, first: bool) -> Any:
             prompt = request.prompt_ids if first and not options.exclude_input else []

@@ -7,12 +7,12 @@ import os
 import time
 from typing import Any
 
+from model_repository.settings import SOCKETS_VARIABLE
 from model_repository.shared.bls_engine import BlsEngine
 from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.client import EngineClient
+from torch_engine.replicas import Replicas
 from torch_engine.request import ModelInfo
 
-SOCKET_VARIABLE = "FLIGHTLINE_ENGINE_SOCKET"
 ENGINE_WAIT_S = 5.0
 
 
@@ -23,25 +23,25 @@ def parameters(args: dict[str, str]) -> dict[str, str]:
     }
 
 
-def connect_engine() -> EngineClient:
-    """Client of the engine process that the supervisor runs.
+def connect_engine() -> Replicas:
+    """Client of the engine processes that the supervisor runs.
 
     An engine that is late is no reason to fail: requests get UNAVAILABLE until it is there.
 
     Raises:
         RuntimeError: nobody has said where the engine is.
     """
-    path = os.environ.get(SOCKET_VARIABLE)
-    if not path:
-        raise RuntimeError(f"{SOCKET_VARIABLE} is not set: start the server with 'make serve'")
-    engine = EngineClient(path)
+    paths = os.environ.get(SOCKETS_VARIABLE)
+    if not paths:
+        raise RuntimeError(f"{SOCKETS_VARIABLE} is not set: start the server with 'make serve'")
+    engine = Replicas(paths.split(os.pathsep))
     deadline = time.monotonic() + ENGINE_WAIT_S
     while not engine.connected and time.monotonic() < deadline:
         time.sleep(0.02)
     return engine
 
 
-def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> EngineClient | BlsEngine:
+def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> Replicas | BlsEngine:
     """The engine that a text model drives: a process, or the model ``tensorrt_llm`` of this server."""
     if values.get("engine") != "tensorrt_llm":
         return connect_engine()

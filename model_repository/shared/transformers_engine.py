@@ -110,6 +110,14 @@ class TransformersEngine:
             del self._jobs[handle]
         job.finish(FinishReason.CANCELLED)
 
+    def stop(self, request_id: str) -> None:
+        """As ``EngineClient.stop``."""
+        with self._changed:
+            jobs = list(self._jobs.items())
+        for handle, job in jobs:
+            if job.request.request_id == request_id:
+                self.cancel(handle)
+
     @property
     def gpu_memory_bytes(self) -> int:
         """Kept by this process; the weights and the largest batch's cache, after a while."""

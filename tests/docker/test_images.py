@@ -385,7 +385,7 @@ def test_every_flag_exists(tmp_path: Path) -> None:
         [str(home.binary), "--help"],
         capture_output=True,
         text=True,
-        env=triton.environment(home, "s"),
+        env=triton.environment(home, ["s"]),
         timeout=60,
     )
     known = set(re.findall(r"--[a-z-]+", done.stdout + done.stderr))

@@ -12,6 +12,7 @@ from engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require
 
 GIB = 1 << 30
 H200 = Hardware("cuda", "NVIDIA H200", 141 * GIB, 140 * GIB, capability=(9, 0))
+PAIR = dataclasses.replace(H200, count=2)
 L4 = Hardware("cuda", "NVIDIA L4", 24 * GIB, 22 * GIB, capability=(8, 9))
 A100 = Hardware("cuda", "NVIDIA A100", 80 * GIB, 79 * GIB, capability=(8, 0))
 B200 = Hardware("cuda", "NVIDIA B200", 180 * GIB, 178 * GIB, capability=(10, 0))
@@ -79,7 +80,10 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
         (T4, {}, ["Tesla T4", "7.5", "8.0", "CUDA_VISIBLE_DEVICES"]),
         (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, nvfp4, int8, int4, int8_sq, int4_awq, bf16"]),
         (A100, {"lane": "trtllm-engine", "precision": "nvfp4"}, ["nvfp4", "A100", "int8_sq, int4_awq, bf16"]),
-        (H200, {"tp": 2}, ["TP times PP is 2", "ENGINE=torch runs on one GPU", "trtllm-pytorch"]),
+        (H200, {"tp": 2}, ["TP times PP is 2", "use DP=2 for that many engines", "trtllm-pytorch"]),
+        (H200, {"dp": 2}, ["DP=2", "1 GPU(s) are visible", "lower DP"]),
+        (PAIR, {"dp": 2, "lane": "trtllm-pytorch"}, ["DP=2 is for ENGINE=torch", "use TP"]),
+        (CPU, {"dp": 64}, ["DP=64", "CPU core(s) are there", "lower DP"]),
         (H200, {"tp": 2, "pp": 2, "lane": "trtllm-engine"}, ["is 4", "1 GPU(s)", "CUDA_VISIBLE_DEVICES"]),
         (CPU, {"lane": "vllm"}, ["ENGINE=vllm", "trtllm-engine, trtllm-pytorch, torch"]),
         (CPU, {"max_seq_len": 8193}, ["MAX_SEQ_LEN=8193", "8192"]),
@@ -106,6 +110,15 @@ def test_fp8_checkpoint_as_source() -> None:
         make_plan(shape, CPU, precision="bf16")
     with pytest.raises(BuildError, match=r"A100 has 8\.0: give the bf16 checkpoint"):
         make_plan(shape, A100)
+
+
+def test_an_engine_on_each_gpu() -> None:
+    """Each as if it were alone; the second GPU is not used without being asked for, and that is said."""
+    alone, pair = make_plan(SMALL, PAIR), make_plan(SMALL, PAIR, dp=2)
+    assert (alone.dp, pair.dp) == (1, 2) and pair.num_kv_blocks == alone.num_kv_blocks
+    assert "1 of 2 GPUs is used: DP=2 runs an engine on each" in alone.reasons
+    assert "2 engines, each with a GPU of its own and a KV cache of its own" in pair.reasons
+    assert not any("DP" in reason for reason in make_plan(SMALL, H200).reasons)
 
 
 def test_reasons_say_what_was_not_asked_for() -> None:
@@ -215,7 +228,7 @@ def test_tensorrt_llm_lanes_cache_in_fp8() -> None:
     plan = make_plan(LLAMA_8B, H200, "trtllm-engine", "fp8")
     assert plan.weights_bytes / GIB == pytest.approx(8.5, abs=0.1)
     assert (plan.block_size, plan.kv_bytes) == (32, plan.num_kv_blocks * 32 * 64 * 1024)
-    pair = dataclasses.replace(H200, count=2)
+    pair = PAIR
     shared = make_plan(LLAMA_8B, pair, "trtllm-engine", "fp8", tp=2)
     assert shared.world_size == 2 and shared.weights_bytes == pytest.approx(plan.weights_bytes / 2, rel=0.01)
     bf16 = make_plan(LLAMA_8B, H200, "trtllm-pytorch", "bf16")

@@ -10,7 +10,7 @@ from engine_build import repository
 from engine_build.build import TEMPLATES
 from engine_build.errors import BuildError
 from engine_build.plan import make_plan
-from tests.engine_build.test_plan import CPU, SMALL
+from tests.engine_build.test_plan import CPU, PAIR, SMALL
 
 CONFIG = 'name: "echo"\nbackend: "${triton_backend}"\nmax_batch_size: ${triton_max_batch_size}\n'
 VALUES = {"triton_backend": "python", "triton_max_batch_size": "64"}
@@ -120,3 +120,13 @@ def test_many_cores_tokenise_with_two_processes(tmp_path: Path, cores: int, inst
     group = "instance_group [ {{ count: {} kind: KIND_CPU }} ]"
     assert group.format(instances) in files["preprocessing/config.pbtxt"].decode()
     assert group.format(1) in files["postprocessing/config.pbtxt"].decode(), "streams keep their order"
+    assert group.format(instances) in files["text_generation/config.pbtxt"].decode()
+    assert group.format(1) in files["tensorrt_llm/config.pbtxt"].decode()
+
+
+def test_an_instance_for_each_engine(tmp_path: Path) -> None:
+    values = repository.values_for(make_plan(SMALL, PAIR, dp=2), "tiny", tmp_path, tmp_path)
+    files = repository.render(TEMPLATES, values)
+    for model, count in (("tensorrt_llm", 2), ("text_generation", 2), ("hf_baseline", 1)):
+        group = f"instance_group [ {{ count: {count} kind: KIND_CPU }} ]"
+        assert group in files[f"{model}/config.pbtxt"].decode(), model

@@ -238,7 +238,12 @@ def test_gpus_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unknown_lane(tmp_path: Path) -> None:
     values = {"model": "m", "lane": "vllm", "precision": "fp8"}
-    values |= {"engine_dir": str(tmp_path), "model_repository": str(tmp_path)}
+    values |= {
+        "engine_dir": str(tmp_path),
+        "model_repository": str(tmp_path),
+        "dp": 1,
+        "hardware": {"device": "cuda"},
+    }
     (tmp_path / "deployment.json").write_text(json.dumps(values))
     with pytest.raises(ServeError, match=r"lane vllm of .* is unknown: run 'make build-engines' again"):
         Deployment.load(tmp_path)

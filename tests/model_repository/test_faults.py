@@ -69,12 +69,12 @@ def answers(server: Server, door: str) -> bool:
 
 @pytest.mark.parametrize("door", ["ensemble", "text_generation"])
 def test_killed_engine(server: Server, lines: list[str], door: str) -> None:
-    call, old = Call(server, door, LONG), server.engine_pid
+    call, old = Call(server, door, LONG), server.engine_pids[0]
     call.next()
     os.kill(old, signal.SIGKILL)
     with pytest.raises(GrpcError, match="the engine process ended while this request was in flight"):
         call.read()
-    wait_until(lambda: server.engine_pid != old)
+    wait_until(lambda: server.engine_pids[0] != old)
     recovered(server)
     assert any("engine process was ended by SIGKILL: restarting it" in line for line in lines)
 
@@ -109,9 +109,9 @@ def test_frozen_stub(server: Server) -> None:
 
 
 def test_frozen_engine(server: Server, lines: list[str]) -> None:
-    old = server.engine_pid
+    old = server.engine_pids[0]
     psutil.Process(old).suspend()
-    wait_until(lambda: server.engine_pid != old)
+    wait_until(lambda: server.engine_pids[0] != old)
     recovered(server)
     assert any("has stopped answering" in line for line in lines)
 
@@ -127,7 +127,7 @@ def test_stop_leaves_nothing_even_with_an_open_stream(tiny_build: Path, tmp_path
     server.start()
     call = Call(server, "text_generation", LONG)
     call.next()
-    processes = [psutil.Process(server.engine_pid), psutil.Process(server.triton_pid)]
+    processes = [psutil.Process(server.engine_pids[0]), psutil.Process(server.triton_pid)]
     processes += [child for process in processes for child in process.children(recursive=True)]
     assert len(processes) >= 6
     socket_dir, prefix = server._socket_dir, server._shm_prefix

@@ -226,7 +226,7 @@ def test_the_engine_process_comes_back(pytorch_lane: Server) -> None:
     import os
     import signal
 
-    os.kill(pytorch_lane.engine_pid, signal.SIGKILL)
+    os.kill(pytorch_lane.engine_pids[0], signal.SIGKILL)
     wait_until(lambda: not pytorch_lane.engine.connected)
     wait_until(lambda: pytorch_lane.engine.connected and pytorch_lane.wait_ready(0))
 

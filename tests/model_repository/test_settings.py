@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,13 +40,15 @@ def test_damaged_deployment(tmp_path: Path, text: str) -> None:
         Deployment.load(tmp_path)
 
 
-def deployment(folder: Path, **changes: str) -> dict[str, str]:
+def deployment(folder: Path, **changes: str) -> dict[str, Any]:
     return {
         "model": "m",
         "lane": "torch",
         "precision": "bf16",
         "engine_dir": str(folder),
         "model_repository": str(folder),
+        "dp": 1,
+        "hardware": {"device": "cpu"},
         **changes,
     }
 

@@ -1,0 +1,86 @@
+"""One of the engine processes behind a server, which can be started again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_repository.errors import ServeError
+from model_repository.processes import Child
+from torch_engine.client import EngineClient
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of the machine."""
+
+    env: Mapping[str, str]
+    cores: frozenset[int] = frozenset()
+    """Empty = all."""
+
+
+class EngineProcess:
+    """Its command, its socket, its log, and the client that knows when it is there."""
+
+    def __init__(
+        self, name: str, module: str, engine_dir: Path, log: Path, client: EngineClient, share: Share
+    ) -> None:
+        """``name`` is what a user reads about it."""
+        self.name = name
+        self.log = log
+        self.client = client
+        self.child: Child | None = None
+        self.stuck = False
+        """It runs and does not answer."""
+        self._share = share
+        self._command = [
+            sys.executable,
+            "-m",
+            module,
+            "--engine-dir",
+            str(engine_dir),
+            "--socket",
+            client.path,
+        ]
+
+    def start(self) -> Child:
+        """Returns at once; ``client.connected`` tells when it is ready."""
+        Path(self.client.path).unlink(missing_ok=True)
+        self.stuck = False
+        self.child = Child(self.name, self._command, dict(self._share.env), self.log)
+        if self._share.cores:
+            os.sched_setaffinity(self.child.pid, self._share.cores)  # before it has looked how many there are
+        return self.child
+
+    def problem(self) -> str:
+        """Why it must be started again; empty if it need not."""
+        if self.child is not None and self.child.exit_code is not None:
+            return f"{self.name} {self.child.how_it_ended()}"
+        return f"{self.name} has stopped answering" if self.stuck else ""
+
+
+def share(number: int, count: int, device: str) -> Share:
+    """What engine ``number`` of ``count`` gets: one GPU of several, or its part of the CPU's cores.
+
+    Raises:
+        ServeError: fewer GPUs are visible than there are engines.
+    """
+    env = dict(os.environ)
+    if count == 1:
+        return Share(env)
+    if device == "cuda":
+        visible = env[VISIBLE].split(",") if env.get(VISIBLE) else [str(index) for index in range(count)]
+        if len(visible) < count:
+            raise ServeError(
+                f"{VISIBLE}={env[VISIBLE]} shows {len(visible)} GPU(s), and {count} engines were built (DP={count}): "
+                "show more, or build again with a lower DP"
+            )
+        return Share(env | {VISIBLE: visible[number]})
+    cores = sorted(os.sched_getaffinity(0))
+    begin, end = (len(cores) * index // count for index in (number, number + 1))
+    return Share(env, frozenset(cores[begin:end]))

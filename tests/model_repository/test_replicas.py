@@ -1,0 +1,157 @@
+"""Several engines behind one server: requests spread, are found again, and survive the loss of an engine."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+import pytest
+
+from model_repository.engine_process import share
+from model_repository.serve import ServeError, Server
+from tests.model_repository.doors import Call, GrpcError, ask, idle, stop, wait_until
+from tests.serving import CONTEXT, build_tiny, settings_for
+
+ENGINES, STREAMS = 2, 8
+AFTER = 20
+"""Responses after which a stream has outlived what was on its way when an engine died."""
+LONG = {"text_input": "the dog", "max_tokens": CONTEXT - 100, "end_id": -1, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """What the server says."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Iterator[Server]:
+    """Two engines of the tiny model."""
+    build = build_tiny(tmp_path_factory.mktemp("pair"), dp=ENGINES)
+    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=10.0)
+    with Server(settings, say=lines.append) as server:
+        yield server
+
+
+def active(server: Server) -> list[int]:
+    """Requests in each engine."""
+    return [engine.stats.active_requests for engine in server.engine.engines]
+
+
+def streams(server: Server, door: str) -> dict[str, Call]:
+    """Long streams of which each has begun."""
+    calls = {str(number): Call(server, door, LONG, request_id=str(number)) for number in range(STREAMS)}
+    for call in calls.values():
+        call.next()
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
+def test_streams_spread_and_end_wherever_they_are(pair: Server, door: str) -> None:
+    wait_until(lambda: idle(pair))
+    before = pair.engine.stats.generated_tokens
+    calls = streams(pair, door)
+    wait_until(lambda: sum(active(pair)) >= STREAMS)
+    # Each instance of a model counts for itself, so two of them may differ by one each; a probe may be there too.
+    assert min(active(pair)) >= STREAMS // ENGINES - 2
+    for request_id, call in calls.items():
+        if door == "ensemble":
+            stop(pair, request_id)
+            call.read()
+        else:
+            call.close()
+    wait_until(lambda: idle(pair))
+    assert 0 < pair.engine.stats.generated_tokens - before < STREAMS * LONG["max_tokens"]
+
+
+@pytest.mark.slow
+def test_same_answers_as_one_engine(pair: Server, served: Server) -> None:
+    expected = ask(served, "text_generation", "the cat", 24, end_id=-1).text
+    for door in ("ensemble", "text_generation"):
+        assert {ask(pair, door, "the cat", 24, end_id=-1).text for _ in range(4)} == {expected}
+
+
+@pytest.mark.slow
+def test_a_batch_spreads_too(pair: Server) -> None:
+    wait_until(lambda: idle(pair))
+    texts = np.array([[b"the dog"]] * 4, dtype=np.object_)
+    lengths = np.array([[12]] * 4, dtype=np.int32)
+    ends = np.array([[-1]] * 4, dtype=np.int32)
+    before = [engine.stats.generated_tokens for engine in pair.engine.engines]
+    answer = Call(
+        pair, "text_generation", {"text_input": texts, "max_tokens": lengths, "end_id": ends}
+    ).read()
+    assert len(answer.responses) == 4
+    wait_until(lambda: idle(pair))
+    after = [engine.stats.generated_tokens for engine in pair.engine.engines]
+    assert all(new - old >= 24 for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_metrics_are_sums(pair: Server) -> None:
+    blocks = pair.engine.stats.kv_blocks_max
+    assert blocks == ENGINES * pair.engine.engines[0].stats.kv_blocks_max > 0
+    ask(pair, "ensemble")
+
+    def shown() -> str:
+        with urllib.request.urlopen(f"{pair.settings.metrics_url}/metrics") as page:
+            return page.read().decode()
+
+    line = f'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="max",model="tensorrt_llm",version="1"}} {blocks}'
+    wait_until(lambda: line in shown())
+
+
+@pytest.mark.slow
+def test_the_loss_of_an_engine(pair: Server, lines: list[str]) -> None:
+    wait_until(lambda: pair.wait_ready(0.1) and idle(pair))
+    first, second = pair.engine_pids
+    calls = streams(pair, "text_generation")
+    psutil.Process(first).kill()
+    wait_until(lambda: not pair.engine.connected)
+    assert ask(pair, "text_generation").text, "the other engine answers"
+    lost = kept = 0
+    for call in calls.values():
+        try:
+            for _ in range(AFTER):
+                call.next()
+            call.close()
+            kept += 1
+        except GrpcError as error:
+            assert "the engine process ended while this request was in flight" in str(error)
+            lost += 1
+    assert lost >= 1 and kept >= 1 and lost + kept == STREAMS
+    wait_until(lambda: pair.engine.connected and pair.wait_ready(0.1))
+    assert pair.engine_pids[0] != first and pair.engine_pids[1] == second
+    assert any(line.startswith("engine process 1 of 2 was ended by SIGKILL: restarting it") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_frozen_engine_is_noticed_though_the_other_answers(pair: Server, lines: list[str]) -> None:
+    wait_until(lambda: pair.engine.connected and pair.wait_ready(0.1))
+    first, second = pair.engine_pids
+    psutil.Process(second).suspend()
+    wait_until(lambda: pair.engine_pids[1] != second)
+    wait_until(lambda: pair.engine.connected and pair.wait_ready(0.1))
+    assert pair.engine_pids[0] == first
+    assert "engine process 2 of 2 has stopped answering: restarting it" in lines
+    wait_until(lambda: idle(pair))
+
+
+def test_each_engine_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [share(n, 2, "cuda").env["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["0", "1"]
+    assert "CUDA_VISIBLE_DEVICES" not in share(0, 1, "cuda").env
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3f2")
+    assert [share(n, 2, "cuda").env["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["5", "GPU-3f2"]
+    with pytest.raises(ServeError, match=r"shows 2 GPU\(s\), and 3 engines were built \(DP=3\)"):
+        share(0, 3, "cuda")
+
+
+def test_engines_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 4, 6, 8})
+    assert share(0, 1, "cpu").cores == frozenset()
+    parts = [share(number, 2, "cpu").cores for number in range(2)]
+    assert parts == [{0, 2}, {4, 6, 8}]

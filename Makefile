@@ -26,6 +26,7 @@ help: ## Show this list
 # MODEL                  ## Hugging Face id or local folder (default: the embedded SmolLM2-135M-Instruct)
 # ENGINE                 ## auto, trtllm-engine, trtllm-pytorch or torch (default: auto)
 # PRECISION              ## auto, fp8, nvfp4, int8, int4, int8_sq, int4_awq or bf16 (default: auto)
+# MAX_SEQ_LEN            ## longest prompt plus output, also MAX_BATCH_SIZE (requests at once) and MAX_NUM_TOKENS (of one step)
 # TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM)
 # DP                     ## whole engines, each on a GPU of its own (1; ENGINE=torch)
 # TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'

@@ -8,6 +8,7 @@ One line of JSON a result; a table last; everything also in $OUT/gpu.json if OUT
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
@@ -37,7 +38,10 @@ from torch_engine.text import TokenBytes  # noqa: E402
 from torch_engine.weights import Checkpoint  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
-PARTS = ("kernels", "families", "stress", "throughput", "profile")
+PARTS = ("kernels", "families", "stress", "throughput", "gaps", "profile")
+BUDGETS = (8192, 2048, 1024, 512)
+"""Tokens of one step (MAX_NUM_TOKENS of the build) to measure gaps at."""
+STREAMS = 32
 LLAMA_ROPE = Rope(
     500000.0,
     (
@@ -243,6 +247,60 @@ def profile(engine: Engine, options: argparse.Namespace) -> None:
         by_kernel(f"prompts {case}", prompts, 3)
 
 
+def gaps(engine: Engine, options: argparse.Namespace) -> None:
+    """Time between two tokens of a stream while prompts of others are computed, and what these wait for it."""
+    for budget in BUDGETS:
+        config = engine.scheduler.config
+        engine.scheduler.config = dataclasses.replace(config, max_num_tokens=budget, max_batch_size=256)
+        try:
+            report(part="gaps", budget=budget, **gaps_at(engine))
+        finally:
+            engine.scheduler.config = config
+            for key in list(engine.sequences):
+                engine.cancel(key)
+
+
+def gaps_at(engine: Engine) -> dict[str, float]:
+    chance = random.Random(3)
+    for number, request in enumerate(requests(STREAMS, 128, 2000, chance)):
+        engine.add(number, request)
+    while any(sequence.num_generated < 8 for sequence in engine.sequences.values()):
+        engine.step()
+    last = dict.fromkeys(range(STREAMS), time.perf_counter())
+
+    def step(found: list[float]) -> set[Any]:
+        """Adds the gaps of the streams; returns the other requests that have ended."""
+        outputs = engine.step()
+        now = time.perf_counter()
+        for key, _ in outputs:
+            if key in last:
+                found.append(now - last[key])
+                last[key] = now
+        return {key for key, output in outputs if key not in last and output.finish_reason is not None}
+
+    def beside(name: str, prompts: list[GenerationRequest]) -> dict[str, float]:
+        """Worst gap while these prompts are computed, and when the last of them has its token."""
+        found: list[float] = []
+        started, open_prompts = time.perf_counter(), set()
+        for number, request in enumerate(prompts):
+            engine.add((name, number), request)
+            open_prompts.add((name, number))
+        while open_prompts:
+            open_prompts -= step(found)
+        took = time.perf_counter() - started
+        for _ in range(8):
+            step(found)
+        return {f"{name}_worst_ms": round(max(found) * 1e3, 1), f"{name}_took_ms": round(took * 1e3, 1)}
+
+    quiet: list[float] = []
+    for _ in range(100):
+        step(quiet)
+    return {
+        "quiet_p50_ms": round(statistics.median(quiet) * 1e3, 2), "quiet_worst_ms": round(max(quiet) * 1e3, 2),
+        **beside("one_3900", requests(1, 3900, 1, chance)), **beside("sixteen_1000", requests(16, 1000, 1, chance)),
+    }  # fmt: skip
+
+
 def by_kernel(what: str, work: Callable[[], Any], repeats: int) -> None:
     """Wall time of ``work``, then its kernels and the time between them."""
     work()
@@ -378,6 +436,7 @@ def family(name: str, folder: Path) -> None:
             )
             same = [spoken(engine, prompts) == expected for _ in range(2)]
             check(f"{name}: float32 greedy tokens, graphs {graphs}, reuse {reuse}", all(same), str(same))
+    speculation(name, folder)
     theirs = bf16_error(exact, reference(torch.bfloat16), prompts)
     for kv, limit in (("bfloat16", 1.5), ("int8", 2.5), ("fp8", 12.0)):
         error = logit_error(
@@ -397,6 +456,18 @@ def family(name: str, folder: Path) -> None:
         exact, prompts,
     )  # fmt: skip
     check(f"{name}: int8 W8A8 + FP8 head logits", error < 0.4, f"relative error {error:.1e}")
+
+
+def speculation(name: str, folder: Path) -> None:
+    """Guesses from the prompt change no greedy token; prompts that repeat themselves, so that some are right."""
+    prompts = [[5, 6, 7, 8, 9] * 8, [11, 12] * 15, list(range(20, 60))]
+    plain = {"compute_dtype": "float32", "cuda_graphs": False}
+    count = 150 if DEVICE == "cuda" else 48
+    expected = spoken(small_engine(folder, **plain, kernels="pytorch"), prompts, count)
+    engine = small_engine(folder, **plain, speculation_tokens=4)
+    same = spoken(engine, prompts, count) == expected
+    told = f"{engine.stats.accepted_tokens} of {engine.stats.guessed_tokens} guesses were right"
+    check(f"{name}: float32 greedy tokens with speculation", same and engine.stats.accepted_tokens > 0, told)
 
 
 @torch.inference_mode()
@@ -536,9 +607,9 @@ def main() -> int:
     for part in chosen:
         started = time.perf_counter()
         try:
-            if part in ("throughput", "profile"):
+            if part in ("throughput", "gaps", "profile"):
                 engine = engine or llama_engine(options)
-                {"throughput": throughput, "profile": profile}[part](engine, options)
+                {"throughput": throughput, "gaps": gaps, "profile": profile}[part](engine, options)
             else:
                 {"kernels": kernels, "families": families, "answers": answers, "stress": stress}[part](
                     options
@@ -569,6 +640,12 @@ def table() -> int:
                 f"{result['case']:>14} {result['output_tokens_per_s']:>10} tok/s "
                 f"({result['lowest']} .. {result['highest']}), {result['seconds']:.3f} s, "
                 f"host waits {result['host_waits']:.0%}"
+            )
+        elif result["part"] == "gaps":
+            print(
+                f"  {result['budget']:>5} tokens a step: gaps {result['quiet_p50_ms']} ms; worst "
+                f"{result['one_3900_worst_ms']} ms beside a prompt of 3,900 ({result['one_3900_took_ms']} ms), "
+                f"{result['sixteen_1000_worst_ms']} ms beside 16 of 1,000 ({result['sixteen_1000_took_ms']} ms)"
             )
         elif result["part"] == "profile" and "what" in result:
             print(

@@ -18,6 +18,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -222,7 +224,8 @@ def mean(values: Any) -> float:
 async def exact(url: str, prompts: list[str]) -> dict[str, Any]:
     """The same text from both doors, streamed and whole.
 
-    Each prompt is asked once before: the first answer computes the whole prompt, the later ones find most of it in
+    Nothing else runs: the supervisor's own probes, which would share a step now and then, wait an hour. Each prompt is
+    asked once before: the first answer computes the whole prompt, the later ones find most of it in
     the prefix cache, and products of fewer rows round otherwise, which random weights amplify.
     """
     same, first_too = 0, 0
@@ -319,10 +322,10 @@ def table(results: list[dict[str, Any]]) -> None:
             key = (result["users"], result.get("model", ""), result.get("stream", ""))
             groups.setdefault(key, []).append(result)
     for (users, model, stream), same in sorted(groups.items()):
-        direct = median(groups[users, "", ""], "tok_s")
+        direct = groups.get((users, "", ""))
         rates = [result["tok_s"] for result in same]
         rate = f"{statistics.median(rates):.0f} ({min(rates):.0f}..{max(rates):.0f})"
-        share = f"{statistics.median(rates) / direct:.1%}"
+        share = f"{statistics.median(rates) / median(direct, 'tok_s'):.1%}" if direct else ""
         parts = (f"{median(same, name):.2f}" if name in same[0] else "" for name in TIMES)
         print(layout.format(users, model or "engine", str(stream), rate, share, *parts))
 
@@ -349,6 +352,13 @@ def main() -> int:
     )
     parser.add_argument("--from", dest="made", type=Path, help="the folder that gpu_checkpoint.py has filled")
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--dp", type=int, default=1, help="engines, each on a GPU of its own")
+    parser.add_argument(
+        "--instances",
+        default="",
+        help="also serve text_generation_N with N instances, like 1,2,4; names for --models",
+    )
+    parser.add_argument("--no-engine", action="store_true", help="leave the engine alone out")
     parser.add_argument("--text-only", action="store_true", help="only compare the answers of both models")
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -378,17 +388,21 @@ def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict
         write_checkpoint(checkpoint, spec, "cpu" if options.tiny else "cuda")
         print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
     arguments = ["--model", str(checkpoint), "--build-dir", str(folder / "build"), "--engine", "torch"]
-    build = RandomBuild(parse([*arguments, "--precision", "fp8", "--max-seq-len", "4096"]))
+    arguments += ["--precision", "fp8", "--max-seq-len", "4096", "--dp", str(options.dp)]
+    build = RandomBuild(parse(arguments))
     build.baseline = options.made / "source" if options.made else None
     build.run()
     print(f"build: {time.perf_counter() - started:.0f} s", flush=True)
     if options.build_only:
         return []
-    results = [] if options.text_only else engine_alone(folder / "build")
+    for count in filter(None, options.instances.split(",")):
+        with_instances(folder / "build" / "model_repository", count)
+    results = [] if options.text_only or options.no_engine else engine_alone(folder / "build")
     serve = [sys.executable, "-m", "model_repository.serve", "--build-dir", str(folder / "build")]
     with subprocess.Popen(
-        [*serve, "--no-baseline"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as server:
+        [*serve, "--no-baseline"], cwd=ROOT, env=os.environ | {"PROBE_PERIOD_S": "3600"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as server:  # fmt: skip
         try:
             wait_until_ready(server)
             print(f"ready: {time.perf_counter() - started:.0f} s", flush=True)
@@ -397,6 +411,17 @@ def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict
             server.terminate()
             print(server.communicate(timeout=60)[0][-2000:], flush=True)
     return results
+
+
+def with_instances(repository: Path, count: str) -> None:
+    """One more model, ``text_generation`` with so many instances, on the same engines."""
+    target = repository / f"text_generation_{count}"
+    shutil.copytree(repository / "text_generation", target, dirs_exist_ok=True)
+    config = target / "config.pbtxt"
+    text = re.sub(
+        r"instance_group \[ { count: \d+", f"instance_group [ {{ count: {count}", config.read_text()
+    )
+    config.write_text(text.replace('name: "text_generation"', f'name: "{target.name}"'))
 
 
 def rename(source: Path, target: Path) -> None:

@@ -141,6 +141,7 @@ class Build:
                 asked.pp,
                 refused,
                 asked.dp,
+                asked.max_num_tokens,
             )
             note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
         for reason in plan.reasons:
@@ -262,6 +263,7 @@ class Build:
             "kernels": [self.hashes.of(path) for path in KERNEL_SOURCES],
             "max_seq_len": self.settings.max_seq_len,
             "max_batch_size": self.settings.max_batch_size,
+            "max_num_tokens": self.settings.max_num_tokens,
         }
         options: dict[str, Any] = {}
         if plan.precision in INTEGERS:

@@ -92,6 +92,7 @@ def make_plan(
     pp: int = 1,
     refused: tuple[str, ...] = (),
     dp: int = 1,
+    max_num_tokens: int | None = None,
 ) -> Plan:
     """Decides everything the engine needs to know.
 
@@ -112,7 +113,7 @@ def make_plan(
 
     length = _sequence_length(max_seq_len, shape, 2048 if on_cpu else 8192)
     batch = max_batch_size or (64 if on_cpu else 256)
-    step_tokens = max(batch, 256 if on_cpu else 8192)
+    step_tokens = _step_tokens(max_num_tokens, batch, 256 if on_cpu else 8192)
     weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu, tp, pp)
     block_size = BLOCK_SIZE if lane == "torch" else TRTLLM_BLOCK_SIZE
     kv_dtype = _kv_dtype(lane, precision, dtype, on_cpu, reasons)
@@ -347,6 +348,15 @@ def _sequence_length(asked: int | None, shape: ModelShape, default: int) -> int:
             f"MAX_SEQ_LEN={asked} is beyond the model's context of {limit} tokens: use {limit} or less"
         )
     return asked
+
+
+def _step_tokens(asked: int | None, batch: int, default: int) -> int:
+    if asked is not None and asked < batch:
+        raise BuildError(
+            f"MAX_NUM_TOKENS={asked} is not enough for a token of each of MAX_BATCH_SIZE={batch} requests: raise it, "
+            "or lower MAX_BATCH_SIZE"
+        )
+    return asked or max(batch, default)
 
 
 def _weights_bytes(

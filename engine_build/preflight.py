@@ -124,7 +124,16 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
     parallel = (asked.tp, asked.pp) if lane != "torch" else (1, 1)
     engines = asked.dp if lane == "torch" else 1
     try:
-        plan = make_plan(shape, hardware, lane, precision, *sizes, *parallel, dp=engines)
+        plan = make_plan(
+            shape,
+            hardware,
+            lane,
+            precision,
+            *sizes,
+            *parallel,
+            dp=engines,
+            max_num_tokens=asked.max_num_tokens,
+        )
     except BuildError as error:
         return Verdict(lane, precision, IMPOSSIBLE, str(error))
     sequences = plan.num_kv_blocks * plan.block_size // plan.max_seq_len

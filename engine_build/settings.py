@@ -27,6 +27,7 @@ class Settings:
     build_dir: Path
     max_seq_len: int | None
     max_batch_size: int | None
+    max_num_tokens: int | None
     baseline_max_batch_size: int
     force: bool
     baseline_dtype: str = "bfloat16"
@@ -60,6 +61,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     option("--build-dir", "BUILD_DIR", "build", "folder for everything generated")
     option("--max-seq-len", "MAX_SEQ_LEN", "", "prompt plus output of one request, in tokens")
     option("--max-batch-size", "MAX_BATCH_SIZE", "", "requests in flight at once")
+    option(
+        "--max-num-tokens",
+        "MAX_NUM_TOKENS",
+        "",
+        "tokens of one step: fewer, and long prompts delay others less",
+    )
     option("--baseline-max-batch-size", "BASELINE_MAX_BATCH_SIZE", "1", "static batch of the baseline")
     option("--baseline-dtype", "BASELINE_DTYPE", "bfloat16", f"of the baseline: {', '.join(BASELINE_DTYPES)}")
     option("--tp", "TP", "1", "GPUs that share each layer (TensorRT-LLM lanes)")
@@ -82,6 +89,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         build_dir=Path(found.build_dir).absolute(),
         max_seq_len=_positive("MAX_SEQ_LEN", found.max_seq_len),
         max_batch_size=_positive("MAX_BATCH_SIZE", found.max_batch_size),
+        max_num_tokens=_positive("MAX_NUM_TOKENS", found.max_num_tokens),
         baseline_max_batch_size=_positive("BASELINE_MAX_BATCH_SIZE", found.baseline_max_batch_size) or 1,
         baseline_dtype=_one_of("BASELINE_DTYPE", found.baseline_dtype, BASELINE_DTYPES),
         force=found.force,

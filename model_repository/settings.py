@@ -55,6 +55,7 @@ class ServeSettings:
     drain_s: float = 10.0
     """Time that running requests get at a stop."""
     probe_period_s: float = 10.0
+    """How often the supervisor asks each door for a token, to see whether it still answers."""
     probe_timeout_s: float = 20.0
     admin_key_file: Path | None = None
     """Holds the key that opens the restricted endpoints (header ``flightline-key``); None = nobody has it."""
@@ -70,8 +71,8 @@ class ServeSettings:
     def from_environment(cls) -> ServeSettings:
         """Defaults, changed by the environment.
 
-        ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT``, ``HOST``, ``START_TIMEOUT_S``, ``TRITON_ADMIN_KEY_FILE``,
-        ``TLS_CERT`` and ``TLS_KEY``.
+        ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT``, ``HOST``, ``START_TIMEOUT_S``, ``PROBE_PERIOD_S``,
+        ``TRITON_ADMIN_KEY_FILE``, ``TLS_CERT`` and ``TLS_KEY``.
 
         Raises:
             ServeError: a value that cannot work, or a file that is not there.
@@ -81,6 +82,7 @@ class ServeSettings:
             http_port=_port("HTTP_PORT", cls.http_port),
             grpc_port=_port("GRPC_PORT", cls.grpc_port),
             metrics_port=_port("METRICS_PORT", cls.metrics_port),
+            probe_period_s=float(_number("PROBE_PERIOD_S", int(cls.probe_period_s))),
             start_timeout_s=float(_number("START_TIMEOUT_S", int(cls.start_timeout_s))),
             admin_key_file=_file("TRITON_ADMIN_KEY_FILE"),
             tls_cert=_file("TLS_CERT"),

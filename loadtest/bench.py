@@ -21,7 +21,7 @@ from pathlib import Path
 from client import ClientError
 from client.sync import Client
 from loadtest import audit, conditions, plot
-from loadtest.config import BenchConfig, ConfigError
+from loadtest.config import COMPARISON, BenchConfig, ConfigError
 from loadtest.metrics import Summary, limits, problems, ratio, steady_window, summarise
 from loadtest.plan import Block, neighbours, plan_blocks, planned_s, too_short
 from loadtest.prompts import Prompts
@@ -68,7 +68,7 @@ def run(config: BenchConfig, prompts: Prompts) -> int:
         with target(config.url, config.build_dir, say) as server:
             report = measure(config, prompts, server, work, deadline)
         if report.valid:
-            plot.comparison(report, work / "comparison.png")
+            plot.comparison(report, work / COMPARISON)
         folder = publish(work, reports, report, datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -21,6 +21,8 @@ def setting(default: Any, help_text: str) -> Any:
 
 LATEST = "latest"
 """Name of the link to the newest report."""
+COMPARISON = "comparison.png"
+"""The picture of a VALID ``make bench``, which no other command makes."""
 FIRST_BUDGET_S, BUDGET_S = 330.0, 160.0
 
 
@@ -38,7 +40,7 @@ class BenchConfig:
     budget_s: float = setting(
         0.0,
         "seconds for the server's start, warm-up and measurement together; 0: "
-        f"{FIRST_BUDGET_S:.0f} if there is no report yet, so that a slow baseline has latencies, else {BUDGET_S:.0f}",
+        f"{FIRST_BUDGET_S:.0f} the first time, so that a slow baseline has latencies, then {BUDGET_S:.0f}",
     )
     build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
     reports: str = setting("reports", "folder that gets one folder per run")
@@ -59,7 +61,7 @@ class BenchConfig:
 
     def with_budget(self) -> BenchConfig:
         """The same with the budget chosen, if none was given."""
-        first = not (Path(self.reports) / LATEST).exists()
+        first = not any(Path(self.reports).glob(f"*/{COMPARISON}"))
         return replace(self, budget_s=self.budget_s or (FIRST_BUDGET_S if first else BUDGET_S))
 
     @classmethod

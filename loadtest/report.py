@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from loadtest.config import LATEST
+from loadtest.config import COMPARISON, LATEST
 from loadtest.metrics import P50_SAMPLES, P99_SAMPLES, Distribution, Ratio, Summary
 from loadtest.telemetry import Utilisation
 
@@ -129,7 +129,7 @@ def markdown(report: Report) -> str:
         table(report),
         "A ratio above 1 is in favour of the first endpoint. Its value is that of the pooled measurements; "
         "the spread is over pairs of neighbouring blocks.",
-        "![comparison](comparison.png)" if report.valid else "",
+        f"![comparison]({COMPARISON})" if report.valid else "",
         "## Blocks",
         _blocks(report.blocks),
         "## Conditions",

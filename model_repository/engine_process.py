@@ -38,15 +38,8 @@ class EngineProcess:
         self.stuck = False
         """It runs and does not answer."""
         self._share = share
-        self._command = [
-            sys.executable,
-            "-m",
-            module,
-            "--engine-dir",
-            str(engine_dir),
-            "--socket",
-            client.path,
-        ]
+        options = ["--engine-dir", str(engine_dir), "--socket", client.path]
+        self._command = [sys.executable, "-m", module, *options]
 
     def start(self) -> Child:
         """Returns at once; ``client.connected`` tells when it is ready."""

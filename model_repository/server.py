@@ -20,7 +20,7 @@ import psutil
 from model_repository import engine_process, probe, triton
 from model_repository.engine_process import EngineProcess
 from model_repository.errors import ServeError
-from model_repository.probe import Verdict
+from model_repository.probe import Doorbell, Verdict
 from model_repository.processes import Child, holder_of_port
 from model_repository.settings import Deployment, ServeSettings
 from model_repository.trtllm import guard, versions
@@ -351,15 +351,19 @@ class Server:
     def _watch_answers(self) -> None:
         """Asks for a token now and then; a busy server may take its time, a silent one is looked into."""
         silent = 0
+        bells = self._doorbells()
         while not self._stopping.wait(self.settings.probe_period_s):
             if len(self._engines) > 1 and self._ready.is_set():
                 self._look_for_stuck_engines()  # the doors would not notice: the others get the requests
-            for door in DOORS:
+            for door, bell in bells.items():
                 if self._stopping.is_set() or not self._ready.is_set():
-                    silent = 0
+                    silent, bells = 0, self._doorbells()
+                    break
+                if bell.overtaken():
+                    self._suspicion = f"an instance of model {door} has left a one-token request unanswered"
                     break
                 steps = self.engine.stats.iterations
-                answer = probe.generate(self.settings.http_url, door, self.settings.probe_timeout_s)
+                answer = bell.ring()
                 if not self._ready.is_set():
                     continue
                 if answer.verdict is Verdict.DEAD:
@@ -369,6 +373,10 @@ class Server:
                 else:
                     silent += 1
                     self._look_into_silence(door, silent, progressed=self.engine.stats.iterations != steps)
+
+    def _doorbells(self) -> dict[str, Doorbell]:
+        settings = self.settings
+        return {door: Doorbell(settings.http_url, door, settings.probe_timeout_s) for door in DOORS}
 
     def _look_into_silence(self, door: str, silent: int, progressed: bool) -> None:
         if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):

@@ -30,7 +30,7 @@ from tests.model_repository.doors import ask
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-SCRIPTS = [*sorted(DOCKER.glob("*.sh")), ROOT / ".ci/run", ROOT / "tests/docker/promtool.sh"]
+SCRIPTS = [*sorted(DOCKER.glob("*.sh")), ROOT / ".ci/run", ROOT / "tests/debian.sh"]
 PROFILES = ["cpu", "gpu", "loadtest", "observability", "dcgm"]
 DASHBOARD = DOCKER / "grafana/dashboards/flightline.json"
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -113,7 +114,10 @@ def fetch(url: str, form: dict | None = None) -> str:
 
 def in_chromium(url: str) -> str:
     """The page as it stands after its scripts have run for a while."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    ours = Path(sys.executable).parent  # where make test puts it on a machine that has none
+    path = os.pathsep.join([str(ours), os.environ.get("PATH", os.defpath)])
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
     if chromium is None:
         pytest.skip("no browser on this machine")
     with tempfile.TemporaryDirectory() as profile:

@@ -31,6 +31,8 @@ VALUES = {
     "triton_backend": "python",
     "preprocessing_instance_count": "1",
     "postprocessing_instance_count": "1",
+    "engine_instance_count": "1",
+    "text_instance_count": "1",
     "max_queue_delay_microseconds": "0",
     "max_queue_size": "0",
     "baseline_model_dir": "/baseline",

@@ -134,12 +134,16 @@ def test_a_frozen_instance_is_noticed_though_the_other_answers(pair: Server, lin
     wait_until(lambda: pair.wait_ready(0.1) and idle(pair))
     old = pair.triton_pid
     traffic = streams(pair, "ensemble")
-    stubs = [stub for stub in psutil.Process(old).children() if "/text_generation/" in " ".join(stub.cmdline())]
+    stubs = [
+        stub for stub in psutil.Process(old).children() if "/text_generation/" in " ".join(stub.cmdline())
+    ]
     assert len(stubs) == ENGINES
     stubs[0].suspend()
     wait_until(lambda: pair.triton_pid != old)
     wait_until(lambda: pair.wait_ready(0.1))
-    assert "an instance of model text_generation has left a one-token request unanswered: restarting it" in lines
+    assert (
+        "an instance of model text_generation has left a one-token request unanswered: restarting it" in lines
+    )
     assert ask(pair, "text_generation").text
     for call in traffic.values():
         call.close()

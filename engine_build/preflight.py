@@ -328,6 +328,8 @@ def _variables(chosen: Verdict) -> str:
     words = [f"ENGINE={chosen.lane}", f"PRECISION={chosen.precision}"]
     if os.environ.get("MODEL"):
         words.insert(0, f"MODEL={os.environ['MODEL']}")
+    parallel = ("DP",) if chosen.lane == "torch" else ("TP", "PP")
+    words += [f"{name}={os.environ[name]}" for name in parallel if os.environ.get(name)]
     return " ".join(words)
 
 

@@ -98,11 +98,17 @@ class Emitter:
             self._file(generation, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
             return
         if generation.reply.cancelled:  # while it was being handed over
-            self._engine.cancel(generation.handle)
+            self._cancel(generation)
 
     def stop_request(self, request_id: str) -> None:
         """Cancels the requests with this id, of whichever instance of the model; they end with what they have."""
         self._engine.stop(request_id)
+
+    def _cancel(self, generation: Generation) -> None:
+        if (
+            generation.handle is not None
+        ):  # else it is being handed over, and whoever does that looks once more
+            self._engine.cancel(generation.handle)
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
         """Answers a whole request with an error."""
@@ -131,7 +137,7 @@ class Emitter:
                 elif time.monotonic() - generation.queued_at > self._abandon_after_s:
                     abandoned = True
         if abandoned:
-            self._engine.cancel(generation.handle)
+            self._cancel(generation)
 
     def _run(self) -> None:
         next_check = time.monotonic() + self._check_period_s
@@ -169,7 +175,7 @@ class Emitter:
             if not reply.cancelled and reply.sender.is_cancelled():
                 reply.cancelled = True
                 for generation in generations:
-                    self._engine.cancel(generation.handle)
+                    self._cancel(generation)
 
     def _send(self, generation: Generation, output: RequestOutput) -> None:
         reply, ended = generation.reply, output.finish_reason is not None

@@ -9,7 +9,6 @@ import threading
 import pytest
 
 from loadtest import bench, plan, warmup
-from loadtest.config import BUDGET_S, COMPARISON, FIRST_BUDGET_S, BenchConfig
 from loadtest.metrics import latency_sample, steady_window
 from loadtest.null_server import NullServer, Timing
 from loadtest.records import read_records
@@ -56,18 +55,6 @@ def test_a_whole_run(tmp_path, capsys):
     assert data["utilisation"]["text_generation"]["cpu_percent"] > 0
     assert not list(tmp_path.glob(".*"))
     assert capsys.readouterr().out.splitlines()[-2].startswith(data["verdict"])
-
-
-def test_the_first_valid_run_has_more_time(tmp_path) -> None:
-    """Reports of other commands, and of runs that were INVALID, have no picture of this name."""
-    config = BenchConfig(reports=str(tmp_path))
-    (tmp_path / "a-sweep").mkdir()
-    (tmp_path / "a-sweep" / "summary.png").touch()
-    assert config.with_budget().budget_s == FIRST_BUDGET_S
-    (tmp_path / "a-bench").mkdir()
-    (tmp_path / "a-bench" / COMPARISON).touch()
-    assert config.with_budget().budget_s == BUDGET_S
-    assert BenchConfig(reports=str(tmp_path), budget_s=30).with_budget().budget_s == 30
 
 
 @pytest.mark.parametrize("fault", ["short answers", "server dies"])

@@ -21,9 +21,13 @@ def test_the_first_run_takes_longer_unless_a_budget_is_given(tmp_path):
     reports = ["--reports", str(tmp_path)]
     first = BenchConfig.from_arguments(reports).with_budget()
     assert BenchConfig.from_arguments([*reports, "--budget-s", "20"]).with_budget().budget_s == 20
-    (tmp_path / "latest").mkdir()
+    (tmp_path / "a-sweep").mkdir()
+    (tmp_path / "a-sweep" / "summary.png").touch()
+    after_a_sweep = BenchConfig.from_arguments(reports).with_budget()
+    (tmp_path / "a-bench").mkdir()
+    (tmp_path / "a-bench" / "comparison.png").touch()
     again = BenchConfig.from_arguments(reports).with_budget()
-    assert (first.budget_s, again.budget_s) == (330, 160)
+    assert (first.budget_s, after_a_sweep.budget_s, again.budget_s) == (330, 330, 160)
 
 
 @pytest.mark.parametrize(

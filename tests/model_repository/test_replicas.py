@@ -141,9 +141,9 @@ def test_a_frozen_instance_is_noticed_though_the_other_answers(pair: Server, lin
     stubs[0].suspend()
     wait_until(lambda: pair.triton_pid != old)
     wait_until(lambda: pair.wait_ready(0.1))
-    assert (
-        "an instance of model text_generation has left a one-token request unanswered: restarting it" in lines
-    )
+    # Triton may have been first to see that its stub is not there; else a later question has overtaken one.
+    noticed = ("model text_generation is dead", "an instance of model text_generation has left")
+    assert any(line.startswith(noticed) for line in lines)
     assert ask(pair, "text_generation").text
     for call in traffic.values():
         call.close()

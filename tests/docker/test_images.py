@@ -30,7 +30,12 @@ from tests.model_repository.doors import ask
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-SCRIPTS = [*sorted(DOCKER.glob("*.sh")), ROOT / ".ci/run", ROOT / "tests/debian.sh"]
+SCRIPTS = [
+    *sorted(DOCKER.glob("*.sh")),
+    ROOT / ".ci/run",
+    ROOT / "tests/debian.sh",
+    ROOT / "benchmarks/gpu_all.sh",
+]
 PROFILES = ["cpu", "gpu", "loadtest", "observability", "dcgm"]
 DASHBOARD = DOCKER / "grafana/dashboards/flightline.json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from engine_build.errors import BuildError
@@ -110,6 +111,8 @@ def make_plan(
     kernels = _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
     on_cpu = hardware.device == "cpu"
+    if on_cpu:  # its engines share the memory; of GPUs each has one
+        hardware = dataclasses.replace(hardware, memory_free=hardware.memory_free // dp)
 
     length = _sequence_length(max_seq_len, shape, 2048 if on_cpu else 8192)
     batch = max_batch_size or (64 if on_cpu else 256)

@@ -33,11 +33,14 @@ def ready_message(server: Server) -> str:
     """What a user can do now."""
     settings, deployment = server.settings, server.deployment
     curl = '{"text_input": "What is ML?", "max_tokens": 20}'
+    engine = server.engine.info.description or deployment.precision
+    if deployment.engines > 1:
+        engine = f"{deployment.engines} engines, each {engine}"
     models = "text_generation, ensemble" + (", hf_baseline" if settings.baseline else "")
     return "\n".join(
         [
             "",
-            f"ready: {deployment.model} ({server.engine.info.description or deployment.precision})",
+            f"ready: {deployment.model} ({engine})",
             f"  models   {models}",
             f"  gRPC     {settings.grpc_url}",
             f"  HTTP     {settings.http_url}/v2",

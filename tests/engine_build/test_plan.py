@@ -121,6 +121,11 @@ def test_an_engine_on_each_gpu() -> None:
     assert not any("DP" in reason for reason in make_plan(SMALL, H200).reasons)
 
 
+def test_engines_on_a_cpu_share_its_memory() -> None:
+    tight = dataclasses.replace(CPU, memory_free=4 * GIB)
+    assert make_plan(SMALL, tight, dp=2).kv_bytes <= make_plan(SMALL, tight).kv_bytes // 2
+
+
 def test_reasons_say_what_was_not_asked_for() -> None:
     told = " ".join(make_plan(SMALL, A100).reasons)
     assert (

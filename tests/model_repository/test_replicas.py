@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from model_repository.engine_process import share
-from model_repository.serve import ServeError, Server
+from model_repository.serve import ServeError, Server, ready_message
 from tests.model_repository.doors import Call, GrpcError, ask, idle, stop, wait_until
 from tests.serving import CONTEXT, build_tiny, settings_for
 
@@ -88,6 +88,11 @@ def test_a_batch_spreads_too(pair: Server) -> None:
     wait_until(lambda: idle(pair))
     after = [engine.stats.generated_tokens for engine in pair.engine.engines]
     assert all(new - old >= 24 for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_a_user_is_told_how_many_there_are(pair: Server) -> None:
+    assert f"{ENGINES} engines, each LlamaForCausalLM" in ready_message(pair)
 
 
 @pytest.mark.slow

@@ -105,9 +105,8 @@ class Emitter:
         self._engine.stop(request_id)
 
     def _cancel(self, generation: Generation) -> None:
-        if (
-            generation.handle is not None
-        ):  # else it is being handed over, and whoever does that looks once more
+        """Nothing for one that is being handed over: whoever does that looks once more."""
+        if generation.handle is not None:
             self._engine.cancel(generation.handle)
 
     def refuse(self, reply: Reply, error: RequestError) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from loadtest.prompts import Prompts  # noqa: E402
-from loadtest.target import target  # noqa: E402
+from loadtest.target import TargetError, target  # noqa: E402
 
 ENDPOINT, CONCURRENCY, TOKENS = "text_generation", 4, 32
 LIMIT = 0.05
@@ -111,4 +111,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except TargetError as error:
+        sys.exit(f"error: {error}")

@@ -219,21 +219,23 @@ def mean(values: Any) -> float:
     return statistics.mean(list(values))
 
 
-async def exact(url: str, prompts: list[str]) -> dict[str, Any]:
+async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
     """The same text from both doors, streamed and whole.
 
     Nothing else runs: the supervisor's own probes, which would share a step now and then, wait an hour. Each prompt is
-    asked once before: the first answer computes the whole prompt, the later ones find most of it in
-    the prefix cache, and products of fewer rows round otherwise, which random weights amplify.
+    asked once before, or so often that each of several engines has had it: the first answer computes the whole prompt,
+    the later ones find most of it in the prefix cache, and products of fewer rows round otherwise, which random weights
+    amplify.
     """
+    before = 1 if engines == 1 else 4 * engines
     same, first_too = 0, 0
     patterns = []
     for prompt in prompts:
         texts: list[str] = []
-        for model, stream in (DOORS[0], *DOORS):
+        for model, stream in (*before * DOORS[:1], *DOORS):
             async with AsyncClient(url, model, timeout_s=120) as client:
                 texts.append((await ask(client, prompt, stream)).text)
-        same += len(set(texts[1:])) == 1
+        same += len(set(texts[before:])) == 1
         first_too += len(set(texts)) == 1
         patterns.append("".join(str(texts.index(text)) for text in texts))
     counts = {"same_from_all_doors": same, "same_without_prefix_cache_too": first_too}
@@ -268,7 +270,7 @@ def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict
     prompts, clients = Prompts(spec), Clients(url, options.clients)
     for count in (*WARM_UP, options.clients * USERS_OF_A_CLIENT):
         clients.load("ensemble", prompts(count), count, True)
-    results = [say(asyncio.run(exact(url, prompts(options.texts))))]
+    results = [say(asyncio.run(exact(url, prompts(options.texts), options.dp)))]
     if options.text_only:
         return results
     for repeat, users, count in cases(options):

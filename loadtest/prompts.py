@@ -1,7 +1,8 @@
 """Prompts: unique by construction, the same for every endpoint, reproducible from a seed.
 
 Repeated prompts would be answered from the prefix cache and make any engine look faster than it is.
-Generated prompts differ from the first word on and read like chat: 30 to 60 tokens of plain English.
+Generated prompts begin with a number that no other one of the series has, so that not even their first
+KV blocks are alike, and read like chat: 40 to 80 tokens of plain English.
 """
 
 from __future__ import annotations
@@ -57,15 +58,27 @@ square| a quiet office
 """)
 
 
+PER_WORKER = 1_000_000
+"""Indices of a series that each worker has for itself."""
+FIRST_OF_WARM_UP = 1_000_000_000
+"""Prompts of warm-up are none of the measured ones, which would then come from the prefix cache."""
+NUMBERS = 2**31 - 1
+"""A prime: numbers repeat only after so many prompts. At most ten digits, less than a KV block of 16 tokens."""
+STRIDE = 1_234_567_891
+"""Neighbours begin with other digits."""
+
+
 def generate(seed: int, index: int) -> str:
     """Prompt number ``index`` of the series ``seed``."""
+    number = (random.Random(seed).randrange(NUMBERS) + index * STRIDE) % NUMBERS
     rng = random.Random(f"{seed}/{index}")
     values = {
         "topic": rng.choice(TOPICS),
         "place": rng.choice(PLACES),
         "number": rng.randint(3, 9999),
     }
-    opening = f"{rng.choice(NAMES)} {rng.choice(NAMES)}, {rng.choice(ROLES)} of {rng.randint(19, 88)}, asks: "
+    name = f"{rng.choice(NAMES)} {rng.choice(NAMES)}"
+    opening = f"{number}. {name}, {rng.choice(ROLES)} of {rng.randint(19, 88)}, asks: "
     sentences = [rng.choice(REQUESTS), *rng.sample(DETAILS, rng.randint(1, 3))]
     return opening + " ".join(sentences).format(**values)
 

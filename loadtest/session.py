@@ -17,11 +17,11 @@ from client import wire
 from loadtest.bridge import Answer, Bridge, Load
 from loadtest.collector import Collector, wall_offset_ns
 from loadtest.live import brief
+from loadtest.prompts import PER_WORKER
 from loadtest.records import ClientSample, RequestRecord
 from loadtest.schedule import Profile, unit_times
 from loadtest.workload import Ask, Workload, WorkloadSpec, conversation, read_trace
 
-PROMPTS_PER_WORKER = 1_000_000
 SEND_S = 0.5
 START_IN_S = 0.5
 """Between the decision to start an open loop and its first request, so that all workers are there."""
@@ -63,7 +63,7 @@ class Session:
         self.worker = plan["workers"].index(name) if name in plan["workers"] else self.workers
         # Wall clocks of several machines agree to milliseconds; on one machine this is exact.
         self.start_ns = plan["start_unix_ns"] - wall_offset_ns()
-        first = int(options.first_prompt) + self.worker * PROMPTS_PER_WORKER
+        first = int(options.first_prompt) + self.worker * PER_WORKER
         self._counters = {endpoint: itertools.count(first) for endpoint in wire.ENDPOINTS}
         self._outbox: deque[tuple[dict, dict | None]] = deque()
         self._samples: deque[dict] = deque()

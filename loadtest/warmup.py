@@ -8,13 +8,11 @@ import time
 
 from client import Client, ClientError, GenerateParams
 from loadtest.plan import Pace
-from loadtest.prompts import Prompts
+from loadtest.prompts import FIRST_OF_WARM_UP, Prompts
 
 WARMUP_S = 6.0
 """A wave that takes longer is cut off once it has shown its pace."""
 ENOUGH_COMPLETIONS = 2
-FIRST_PROMPT = 1_000_000_000
-"""Warm-up prompts are none of the measured ones, which would then come from the prefix cache."""
 
 
 def warm_up(url: str, endpoint: str, prompts: Prompts, concurrency: int, output_tokens: int) -> Pace:
@@ -39,7 +37,7 @@ def warm_up(url: str, endpoint: str, prompts: Prompts, concurrency: int, output_
 
     with Client(url, endpoint) as client:
         threads = [
-            threading.Thread(target=one, args=(client, FIRST_PROMPT + i), daemon=True)
+            threading.Thread(target=one, args=(client, FIRST_OF_WARM_UP + i), daemon=True)
             for i in range(concurrency)
         ]
         for thread in threads:

@@ -95,7 +95,7 @@ class Preset:
 
 
 PRESETS = {
-    "short": Preset("short questions of 30 to 60 tokens in plain English"),
+    "short": Preset("short questions of 40 to 80 tokens in plain English"),
     "chat": Preset("chat-like: lengths spread as in shared conversations", "lognormal:180:0.8<=1500",
                    "lognormal:200:0.6<=1000"),
     "summarise": Preset("summarisation-like: long in, short out", "lognormal:900:0.4<=3000", "normal:128:32"),

@@ -6,7 +6,7 @@ import pytest
 
 from loadtest.bench import main
 from loadtest.config import BenchConfig, ConfigError
-from loadtest.prompts import Prompts, generate
+from loadtest.prompts import FIRST_OF_WARM_UP, PER_WORKER, Prompts, generate
 
 
 def test_command_line_before_environment_before_default(monkeypatch):
@@ -51,9 +51,11 @@ def test_impossible_settings_are_one_line_that_names_them(arguments, capsys):
 
 
 def test_prompts_are_unique_reproducible_and_chat_sized():
-    prompts = [generate(7, index) for index in range(5000)]
-    assert len(set(prompts)) == 5000
-    assert len({prompt[:30] for prompt in prompts}) > 4500  # no prefix that a cache could reuse
+    prompts = [generate(7, index) for index in range(50_000)]
+    first_block = {prompt[:16] for prompt in prompts}  # even of a vocabulary of single characters
+    warm_up = {generate(7, FIRST_OF_WARM_UP + index)[:16] for index in range(1000)}
+    other_worker = {generate(7, PER_WORKER + index)[:16] for index in range(1000)}
+    assert len(first_block | warm_up | other_worker) == 52_000  # no prefix that a cache could reuse
     assert prompts[:10] == [generate(7, index) for index in range(10)]
     assert prompts[0] != generate(8, 0)
     words = sorted(len(prompt.split()) for prompt in prompts)

@@ -1,6 +1,6 @@
 """What is asked: prompts and answer lengths, reproducible from a seed, the same for every endpoint.
 
-Prompts are unique from their first word on, unless the workload is one that shares prefixes and says so.
+Prompts differ in their first KV block, unless the workload is one that shares prefixes and says so.
 Lengths of generated prompts are aimed at with words that are one token in nearly every vocabulary; what
 is reported is the server's own count.
 """
@@ -172,7 +172,7 @@ class Workload:
 
 
 def text_of(seed: str, tokens: int) -> str:
-    """About ``tokens`` tokens of text that differs from its first word on."""
+    """About ``tokens`` tokens of text that differs within its first nine words."""
     rng = random.Random(seed)
     opening = [rng.choice(NAMES), *rng.choices(WORDS, k=min(8, max(0, tokens - 1)))]
     return " ".join([*opening, *rng.choices(WORDS, k=max(0, tokens - len(opening)))])

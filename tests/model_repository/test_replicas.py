@@ -75,6 +75,37 @@ def test_same_answers_as_one_engine(pair: Server, served: Server) -> None:
 
 
 @pytest.mark.slow
+def test_a_conversation_stays_with_its_engine(pair: Server) -> None:
+    """Whichever instance of the model it comes to; three of them, so that taking turns would not do it."""
+    wait_until(lambda: idle(pair))
+    said = [f"{number} and the dog " * 30 for number in range(3)]
+    for turn in range(6):
+        for number, text in enumerate(said):
+            answer = ask(
+                pair, "text_generation", text, 4, return_num_input_tokens=True, return_perf_metrics=True
+            )
+            blocks = answer.last("num_input_tokens") // pair.engine.stats.tokens_per_block
+            reused = answer.last("kv_cache_reused_blocks")
+            assert reused >= blocks - 4 if turn else reused == 0
+            said[number] = f"{text}{answer.text} and then? "
+
+
+@pytest.mark.slow
+def test_a_common_beginning_does_not_bring_all_to_one_engine(pair: Server) -> None:
+    wait_until(lambda: idle(pair))
+    common = LONG | {"text_input": "you are a helpful dog " * 20, "max_tokens": CONTEXT - 1000}
+    ask(pair, "text_generation", common["text_input"])
+    calls = [Call(pair, "text_generation", common) for _ in range(STREAMS)]
+    for call in calls:
+        call.next()
+    wait_until(lambda: sum(active(pair)) >= STREAMS)
+    assert min(active(pair)) >= STREAMS // ENGINES - 2
+    for call in calls:
+        call.close()
+    wait_until(lambda: idle(pair))
+
+
+@pytest.mark.slow
 def test_a_batch_spreads_too(pair: Server) -> None:
     wait_until(lambda: idle(pair))
     texts = np.array([[b"the dog"]] * 4, dtype=np.object_)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from model_repository.shared.tensors import Options
-from torch_engine.request import PerfMetrics, RequestOutput
+from torch_engine.request import RequestOutput
 
 _PERF_INT32 = ("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks")
 _PERF_INT64 = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
@@ -49,8 +49,9 @@ def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make
         made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
     if options.num_output_tokens:
         made["num_output_tokens"] = _one(output.num_output_tokens, np.int32)
-    if options.perf_metrics:
-        metrics = output.metrics or PerfMetrics()
+    if options.perf_metrics and (
+        metrics := output.metrics
+    ):  # of the end; before it they would be seven tensors of 0
         made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
         made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
     if row:

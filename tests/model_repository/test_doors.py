@@ -137,6 +137,14 @@ def test_nothing_is_sent_that_was_not_asked_for(served: Server) -> None:
     assert [output.name for output in response.get_response().outputs] == ["text_output"]
 
 
+def test_times_come_once(served: Server) -> None:
+    """They are of the end: zeros before it would cost the server a fifth of its work on a response."""
+    asked = {"max_tokens": 40, "end_id": -1, "return_perf_metrics": True}
+    answer = in_pieces(served, "text_generation", 3, prompt="the dog", **asked)
+    assert len(answer.column("last_token_time_ns")) == len(answer.column("kv_cache_reused_blocks")) == 1
+    assert answer.last("last_token_time_ns") > 0
+
+
 def test_named_outputs_are_all_there(served: Server, model: str) -> None:
     names = ["text_output", "num_output_tokens", "cum_log_probs", "sequence_index", "context_logits"]
     inputs = {"text_input": "the dog", "max_tokens": 3, "stream": True, "return_num_output_tokens": True}

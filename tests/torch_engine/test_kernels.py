@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import struct
 from collections.abc import Callable
@@ -202,10 +203,10 @@ def test_argmax_takes_the_first_of_equals(native) -> None:
     assert native.argmax(logits)[3] == 70
 
 
-def steps_of(chance: random.Random, block_size: int, num_blocks: int) -> list[StepInput]:
+def steps_of(chance: random.Random, block_size: int, num_blocks: int, longest: int = 70) -> list[StepInput]:
     """A step of prompt chunks, then one of decodes and chunks that go on; blocks lie in random order."""
     free = chance.sample(range(num_blocks), num_blocks)
-    contexts = [chance.randrange(2, 70) for _ in range(6)]
+    contexts = [chance.randrange(2, longest) for _ in range(6)]
     first = [context - 1 for context in contexts[:3]] + [
         chance.randrange(1, context) for context in contexts[3:]
     ]
@@ -244,7 +245,7 @@ def _step(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int
 @needs_compiler
 @pytest.mark.parametrize(("kv", "tolerance"), [("float32", 5e-5), ("bfloat16", 0.02), ("int8", 0.03)])
 @pytest.mark.parametrize(("kv_heads", "group", "size"), [(1, 1, 8), (3, 3, 64), (2, 4, 40), (2, 1, 128)])
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (17, 3.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (17, 3.0), (70, None)])
 def test_attention(
     make: Make, reference, kv: str, tolerance: float, kv_heads: int, group: int, size: int, window, softcap
 ) -> None:
@@ -259,11 +260,11 @@ def test_attention(
     )  # fmt: skip
     norm = torch.rand(size) + 0.5 if window else None
     layer = SimpleNamespace(q_norm=norm, k_norm=norm, spec=SimpleNamespace(window=window), out=FLOATS)
-    angles = torch.rand(80, size // 2) * 6
+    angles = torch.rand(200, size // 2) * 6
     rope = torch.stack([angles.cos(), angles.sin()], dim=1)
     for block_size in (1, 4, 16):
-        caches = [kernels.new_cache(430, block_size, kv_heads, size) for kernels in (native, reference)]
-        for step in steps_of(chance, block_size, 430):
+        caches = [kernels.new_cache(1200, block_size, kv_heads, size) for kernels in (native, reference)]
+        for step in steps_of(chance, block_size, 1200, 200):
             qkv = torch.randn(step.positions.shape[0], (heads + 2 * kv_heads) * size)
             expected = reference.attention(qkv, layer, spec, rope, caches[1], step)
             close(native.attention(qkv.clone(), layer, spec, rope, caches[0], step), expected, tolerance)
@@ -271,6 +272,35 @@ def test_attention(
         groups = native.attention(qkv.clone(), layer, spec, rope, caches[0], step)
         layer.out = FLOATS
         close(unpack(groups, heads * size), expected, tolerance + 0.51 / 127)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_attention_does_not_depend_on_how_a_prompt_is_cut(make: Make, kv: str, window: int | None) -> None:
+    """Bit for bit: at once, in chunks, or as decodes, on either side of where kernels cut it themselves."""
+    native = make(kv_dtype=kv)
+    heads, kv_heads, size, tokens, block_size = 6, 2, 32, 300, 16
+    spec = SimpleNamespace(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, norm_eps=1e-6, attention_scale=size**-0.5,
+        attention_softcap=None,
+    )  # fmt: skip
+    layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=window), out=FLOATS)
+    angles = torch.rand(tokens, size // 2) * 6
+    rope = torch.stack([angles.cos(), angles.sin()], dim=1)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size)
+    table = list(range(-(-tokens // block_size)))
+
+    def attention(ends: list[int]) -> torch.Tensor:
+        cache, parts = native.new_cache(len(table), block_size, kv_heads, size), []
+        for begin, end in itertools.pairwise([0, *ends]):
+            step = _step([table], [(begin, end)], block_size)
+            parts.append(native.attention(qkv[begin:end].clone(), layer, spec, rope, cache, step))
+        return torch.cat(parts)
+
+    whole = attention([tokens])
+    for ends in ([7, 64, 65, 127, 200, 300], [63, 130, 191, 193, 299, 300], list(range(1, 301))):
+        assert torch.equal(attention(ends), whole)
 
 
 @needs_compiler

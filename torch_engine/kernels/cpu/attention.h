@@ -103,26 +103,30 @@ inline void widen_run(const Element* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i++) to[i] = load_element(from[i]);
 }
 
-// Keys and values of one KV head at positions [at, at + kPanel) in float32, without their scales.
-struct Panel {
-    std::vector<float> keys, values;  // [d, kPanel], [kPanel, padded]
-    float key_scales[kPanel], value_scales[kPanel];
-    int64_t padded;
+constexpr int64_t kStretch = 64;  // keys that a tile meets at a time, in whole panels
 
-    explicit Panel(int64_t d) : padded((d + kPanel - 1) / kPanel * kPanel) {
-        keys.resize(d * kPanel);
-        values.resize(kPanel * padded);
+// Keys and values of one KV head at positions [at, at + kStretch) in float32, without their scales.
+struct Stretch {
+    std::vector<float> keys, values;  // [d, kStretch], [kStretch, padded]
+    float key_scales[kStretch], value_scales[kStretch];
+    int64_t padded;
+    int64_t columns;  // of them, in whole panels
+
+    explicit Stretch(int64_t d) : padded((d + kPanel - 1) / kPanel * kPanel) {
+        keys.resize(d * kStretch);
+        values.resize(kStretch * padded);
     }
 
     // Values from `width` on become zero; keys there may be anything finite or not, since nobody looks at their scores.
     template <class Element>
     void load(const AttentionLayer& layer, const int64_t* table, int64_t head, int64_t at, int64_t width) {
         const int64_t d = layer.d, bs = layer.block_size;
+        columns = (width + kPanel - 1) / kPanel * kPanel;
         for (int64_t j = 0; j < width;) {
             const int64_t offset = (at + j) % bs, place = table[(at + j) / bs] * layer.kv_heads + head;
-            const int64_t run = bs - offset < kPanel - j ? bs - offset : kPanel - j;
+            const int64_t run = bs - offset < columns - j ? bs - offset : columns - j;
             const Element* block = static_cast<const Element*>(layer.cache) + place * 2 * bs * d;
-            for (int64_t i = 0; i < d; i++) widen_run(block + i * bs + offset, run, &keys[i * kPanel + j]);
+            for (int64_t i = 0; i < d; i++) widen_run(block + i * bs + offset, run, &keys[i * kStretch + j]);
             for (int64_t t = 0; t < run && j + t < width; t++) {
                 const Element* value = block + (bs + offset + t) * d;
                 float* to = &values[(j + t) * padded];
@@ -136,28 +140,61 @@ struct Panel {
             }
             j += run;
         }
-        for (int64_t j = width; j < kPanel; j++) {
+        for (int64_t j = width; j < columns; j++) {
             std::memset(&values[j * padded], 0, padded * sizeof(float));
             value_scales[j] = 0.f;
         }
     }
 };
 
+// One query's products with a stretch's keys -> its weights, e^(score - peak), times the values' scales; unless it sees
+// ALL keys, those outside [low, high) have none. Raises `peak` to the highest score and returns the weights' sum.
+template <bool ALL>
+inline float weigh(float* scores, const Stretch& stretch, int32_t low, int32_t high, float softcap, float& peak) {
+    const auto vector = [](const float* at) { return *reinterpret_cast<const Floats*>(at); };
+    Integers lanes;
+    for (int i = 0; i < kLanes; i++) lanes[i] = i;
+    const auto or_else = [&](Floats value, float nothing, int64_t column) {
+        if constexpr (ALL) return value;
+        const Integers number = lanes + static_cast<int32_t>(column);
+        return (number >= low) & (number < high) ? value : Floats{} + nothing;
+    };
+    Floats highest = Floats{} + peak, sum = {};
+    for (int64_t c = 0; c < stretch.columns; c += kLanes) {
+        Floats score = vector(scores + c) * vector(stretch.key_scales + c);
+        if (softcap > 0.f) {
+            for (int i = 0; i < kLanes; i++) score[i] = softcap * std::tanh(score[i] / softcap);
+        }
+        score = or_else(score, -1e30f, c);
+        highest = score > highest ? score : highest;
+        *reinterpret_cast<Floats*>(scores + c) = score;
+    }
+    for (int i = 0; i < kLanes; i++) peak = highest[i] > peak ? highest[i] : peak;
+    for (int64_t c = 0; c < stretch.columns; c += kLanes) {
+        const Floats weight = or_else(fast_exp(vector(scores + c) - peak), 0.f, c);
+        sum += weight;
+        *reinterpret_cast<Floats*>(scores + c) = weight * vector(stretch.value_scales + c);
+    }
+    float result = 0.f;
+    for (int i = 0; i < kLanes; i++) result += sum[i];
+    return result;
+}
+
 // `tokens` neighbouring rows of one chunk, all queries of one KV head. `own` is the first token's position.
 //
-// Flash attention (Dao et al. 2022): the queries meet the keys panel by panel with a running maximum and sum.
-// Panels begin at multiples of their width, whatever the chunk, so that a token's result does not depend on
+// Flash attention (Dao et al. 2022): the queries meet the keys stretch by stretch with a running maximum and sum.
+// Stretches begin at multiples of their length, whatever the chunk, so that a token's result does not depend on
 // how its prompt was cut, nor on whether it was a decode.
 template <class Element>
 void attend_tile(const AttentionLayer& layer, const float* q, int64_t stride, const int64_t* table, int64_t head,
                  int64_t own, int64_t tokens, float* out) {
     const int64_t d = layer.d, group = layer.heads / layer.kv_heads, rows = tokens * group, window = layer.window;
-    thread_local Panel panel(d);
-    if (static_cast<int64_t>(panel.keys.size()) != d * kPanel) panel = Panel(d);
-    const int64_t padded = panel.padded;
+    thread_local Stretch stretch(d);
+    if (static_cast<int64_t>(stretch.keys.size()) != d * kStretch) stretch = Stretch(d);
+    const int64_t padded = stretch.padded;
     thread_local std::vector<float> queries, scores, sums, total, highest;
     queries.resize(rows * d);
-    scores.resize(rows * kPanel);
+    scores.resize(rows * kStretch);
     sums.assign(rows * padded, 0.f);
     total.assign(rows, 0.f);
     highest.assign(rows, -1e30f);
@@ -165,40 +202,27 @@ void attend_tile(const AttentionLayer& layer, const float* q, int64_t stride, co
         const float* from = q + r / group * stride + (head * group + r % group) * d;
         for (int64_t i = 0; i < d; i++) queries[r * d + i] = from[i] * layer.scale;
     }
-    const int64_t begin = window && own >= window ? (own - window + 1) / kPanel * kPanel : 0;
-    for (int64_t at = begin; at < own + tokens; at += kPanel) {
-        panel.load<Element>(layer, table, head, at, own + tokens - at < kPanel ? own + tokens - at : kPanel);
-        float_product(rows, queries.data(), d, d, panel.keys.data(), kPanel, kPanel, scores.data(), kPanel, false);
+    const int64_t begin = window && own >= window ? (own - window + 1) / kStretch * kStretch : 0, end = own + tokens;
+    for (int64_t at = begin; at < end; at += kStretch) {
+        stretch.load<Element>(layer, table, head, at, end - at < kStretch ? end - at : kStretch);
+        const int64_t columns = stretch.columns;
+        float_product(rows, queries.data(), d, d, stretch.keys.data(), kStretch, columns, scores.data(), kStretch, false);
         for (int64_t r = 0; r < rows; r++) {
-            float* score = &scores[r * kPanel];
             const int64_t position = own + r / group;
-            const int64_t low = window && position - window + 1 > at ? position - window + 1 - at : 0;
-            const int64_t high = position - at + 1 < kPanel ? position - at + 1 : kPanel;
-            float peak = highest[r], sum = 0.f;
-#pragma omp simd
-            for (int64_t j = 0; j < kPanel; j++) {
-                score[j] = j >= low && j < high ? score[j] * panel.key_scales[j] : -1e30f;
-            }
-            if (layer.softcap > 0.f) {
-                for (int64_t j = low; j < high; j++) score[j] = layer.softcap * std::tanh(score[j] / layer.softcap);
-            }
-#pragma omp simd reduction(max : peak)
-            for (int64_t j = 0; j < kPanel; j++) peak = score[j] > peak ? score[j] : peak;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < kPanel; j++) {
-                const float weight = j >= low && j < high ? fast_exp(score[j] - peak) : 0.f;
-                sum += weight;
-                score[j] = weight * panel.value_scales[j];
-            }
+            const int32_t low = window ? position - window + 1 - at : 0, high = position - at + 1;
+            const auto weights = low <= 0 && high >= columns ? weigh<true> : weigh<false>;
+            float peak = highest[r];
+            const float sum = weights(&scores[r * kStretch], stretch, low, high, layer.softcap, peak);
             if (peak > highest[r]) {
-                const float fade = fast_exp(highest[r] - peak);
+                const float fade = std::exp(highest[r] - peak);
                 highest[r] = peak;
                 total[r] *= fade;
                 for (int64_t i = 0; i < padded; i++) sums[r * padded + i] *= fade;
             }
             total[r] += sum;
         }
-        float_product(rows, scores.data(), kPanel, kPanel, panel.values.data(), padded, padded, sums.data(), padded, true);
+        float_product(rows, scores.data(), kStretch, columns, stretch.values.data(), padded, padded, sums.data(), padded,
+                      true);
     }
     for (int64_t r = 0; r < rows; r++) {
         float* to = out + (r / group * layer.heads + head * group + r % group) * d;

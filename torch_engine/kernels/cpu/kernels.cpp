@@ -158,15 +158,13 @@ void fl_gate(const float* x, int64_t rows, int64_t n, int64_t gelu, int64_t inte
     for_reader(pool, rows, n, integers, out, [&](int64_t r, float* to) {
         const float *gate = x + r * 2 * n, *up = gate + n;
         if (gelu) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
-#pragma omp simd
-            for (int64_t c = 0; c < n; c++) {
-                const float u = 0.7978845608f * (gate[c] + 0.044715f * gate[c] * gate[c] * gate[c]);
-                to[c] = gate[c] / (1.f + fast_exp(-2.f * u)) * up[c];
-            }
-            return;
+            map(gate, up, n, to, [](Floats x, Floats y) {
+                const Floats u = 0.7978845608f * (x + 0.044715f * x * x * x);
+                return x / (1.f + fast_exp(-2.f * u)) * y;
+            });
+        } else {
+            map(gate, up, n, to, [](Floats x, Floats y) { return x / (1.f + fast_exp(-x)) * y; });
         }
-#pragma omp simd
-        for (int64_t c = 0; c < n; c++) to[c] = gate[c] / (1.f + fast_exp(-gate[c])) * up[c];
     });
 }
 

@@ -20,6 +20,7 @@ constexpr int kPanel = 2 * kLanes;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4), aligned(4)));
 
 constexpr int64_t kParallelWork = 1 << 15;  // below, starting the other threads costs more than it saves
 
@@ -71,22 +72,40 @@ __attribute__((noinline)) void float_product(int64_t rows, const float* x, int64
     }
 }
 
-// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of r (Cephes' coefficients); 0 for -inf.
-inline float fast_exp(float x) {
-    x = x > 88.f ? 88.f : (x < -87.f ? -87.f : x);
-    const float n = std::nearbyint(x * 1.44269504f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of r (Cephes' coefficients); x is cut to [-87, 88].
+// Adding 1.5 * 2^23 rounds to an integer, which is then in the sum's low bits.
+inline Floats fast_exp(Floats x) {
+    constexpr float kRound = 12582912.f;
+    const Floats least = Floats{} - 87.f, most = Floats{} + 88.f;
+    x = x > most ? most : x;
+    x = x < least ? least : x;
+    const Floats shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = Floats{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
+    const Words power = ((Words)shifted << 23) + (127u << 23);
+    return p * (Floats)power;
+}
+
+// to [n] = body of a [n] and b [n].
+template <class Body>
+inline void map(const float* a, const float* b, int64_t n, float* to, const Body& body) {
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) {
+        *reinterpret_cast<Floats*>(to + c) =
+            body(*reinterpret_cast<const Floats*>(a + c), *reinterpret_cast<const Floats*>(b + c));
+    }
+    if (c == n) return;
+    Floats x = {}, y = {};
+    std::memcpy(&x, a + c, (n - c) * sizeof(float));
+    std::memcpy(&y, b + c, (n - c) * sizeof(float));
+    x = body(x, y);
+    std::memcpy(to + c, &x, (n - c) * sizeof(float));
 }
 
 inline uint16_t to_bfloat16(float value) {

@@ -7,7 +7,7 @@ WORKDIR /opt/flightline
 COPY pyproject.toml ./
 # The part of the project's pinned packages that sends requests.
 RUN python3 -c "import re, tomllib; \
-wanted = {'numpy', 'tokenizers', 'tritonclient', 'protobuf', 'locust', 'psutil', 'matplotlib', 'requests'}; \
+wanted = {'numpy', 'tokenizers', 'tritonclient', 'protobuf', 'locust', 'uvloop', 'psutil', 'matplotlib', 'requests'}; \
 pins = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
 print('\n'.join(pin for pin in pins if re.split(r'[=[]', pin)[0] in wanted))" > requirements.txt \
     && python3 -m pip install --no-cache-dir --requirement requirements.txt

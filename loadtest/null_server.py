@@ -15,7 +15,7 @@ import math
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 import grpc
@@ -178,12 +178,11 @@ def _response(request, *, final: bool) -> service_pb2.ModelStreamInferResponse:
     return message
 
 
-OUTPUTS = (("text_output", "BYTES"), ("num_input_tokens", "INT32"), ("num_output_tokens", "INT32"),
-           *((name, "INT64") for name in wire.REQUIRED_PERF_FIELDS))  # fmt: skip
+OUTPUTS = (("text_output", "BYTES"), ("num_input_tokens", "INT32"), ("num_output_tokens", "INT32"))
 
 
 class ResponseWriter:
-    """Responses of one request as bytes; all of its messages but the values are made once.
+    """Responses of one request as bytes, its times in the last one; all of its messages but the values are made once.
 
     A null server that is busy making messages would measure itself.
     """
@@ -191,31 +190,33 @@ class ResponseWriter:
     def __init__(self, request, served: Served) -> None:
         self._served = served
         self._message = _response(request, final=False)
-        for name, datatype in OUTPUTS:
-            self._message.infer_response.outputs.add(name=name, datatype=datatype).shape.extend([1, 1])
+        self._name(OUTPUTS)
         self._input_tokens = struct.pack("<i", len(served.inputs["text_input"].split()))
 
     def write(self, text: str, count: int, *, final: bool) -> bytes:
-        served, word = self._served, text.encode()
-        times = (
-            served.arrival_ns,
-            served.first_scheduled_ns,
-            served.token_times_ns[0],
-            served.token_times_ns[-1],
-        )
+        word = text.encode()
+        values = [struct.pack("<I", len(word)) + word, self._input_tokens, struct.pack("<i", count)]
         response = self._message.infer_response
-        del response.raw_output_contents[:]
-        response.raw_output_contents.extend(
-            (
-                struct.pack("<I", len(word)) + word,
-                self._input_tokens,
-                struct.pack("<i", count),
-                *(struct.pack("<q", at) for at in times),
-            )
-        )
         if final:
+            served = self._served
+            values += [
+                struct.pack("<q", at)
+                for at in (
+                    served.arrival_ns,
+                    served.first_scheduled_ns,
+                    served.token_times_ns[0],
+                    served.token_times_ns[-1],
+                )
+            ]
+            self._name((name, "INT64") for name in wire.REQUIRED_PERF_FIELDS)
             response.parameters["triton_final_response"].bool_param = True
+        del response.raw_output_contents[:]
+        response.raw_output_contents.extend(values)
         return self._message.SerializeToString()
+
+    def _name(self, outputs: Iterable[tuple[str, str]]) -> None:
+        for name, datatype in outputs:
+            self._message.infer_response.outputs.add(name=name, datatype=datatype).shape.extend([1, 1])
 
 
 class NullServer:

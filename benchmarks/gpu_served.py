@@ -223,9 +223,9 @@ async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
     """The same text from both doors, streamed and whole.
 
     Nothing else runs: the supervisor's own probes, which would share a step now and then, wait an hour. Each prompt is
-    asked once before, or so often that each of several engines has had it: the first answer computes the whole prompt,
-    the later ones find most of it in the prefix cache, and products of fewer rows round otherwise, which random weights
-    amplify.
+    asked once before, and more often where there are several engines, since each that gets it computes the whole prompt
+    once; later answers find most of it in the prefix cache, and products of fewer rows round otherwise, which random
+    weights amplify.
     """
     before = 1 if engines == 1 else 4 * engines
     same, first_too = 0, 0

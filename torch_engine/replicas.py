@@ -30,7 +30,10 @@ class Replicas:
     """As :class:`EngineClient`, over one or more of them."""
 
     def __init__(self, socket_paths: Sequence[str]) -> None:
-        """Starts connecting in the background; all that use the same sockets know what the others have sent."""
+        """Starts connecting in the background; all that use the same sockets know what the others have sent.
+
+        More than ``MOST_ENGINES`` are told apart by their requests in flight alone.
+        """
         self.engines = [EngineClient(path) for path in socket_paths]
         self._turn = itertools.count()
         several = 1 < len(self.engines) <= MOST_ENGINES

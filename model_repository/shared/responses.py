@@ -49,9 +49,8 @@ def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make
         made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
     if options.num_output_tokens:
         made["num_output_tokens"] = _one(output.num_output_tokens, np.int32)
-    if options.perf_metrics and (
-        metrics := output.metrics
-    ):  # of the end; before it they would be seven tensors of 0
+    metrics = output.metrics  # of the end; before it they would be seven tensors of 0
+    if options.perf_metrics and metrics:
         made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
         made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
     if row:

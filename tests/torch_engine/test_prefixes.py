@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torch_engine.prefixes import CHUNK, MOST_ENGINES, SLOTS, Prefixes, chunk_keys
@@ -63,6 +64,5 @@ def test_another_process_sees_what_this_one_has_sent(prefixes: Prefixes, tmp_pat
 
 
 def test_keys_are_of_the_tokens_whatever_holds_them() -> None:
-    numpy = pytest.importorskip("numpy")
-    assert chunk_keys(PROMPT) == chunk_keys(tuple(PROMPT)) == chunk_keys(numpy.array(PROMPT, numpy.int32))
+    assert chunk_keys(PROMPT) == chunk_keys(tuple(PROMPT)) == chunk_keys(np.array(PROMPT, np.int32))
     assert len(set(chunk_keys([7] * 20 * CHUNK))) == 20

@@ -29,14 +29,20 @@ class RequestError(Exception):
         return RequestError, (self.code, self.message)
 
 
+LOWEST_TEMPERATURE = 1e-5
+"""Below it logits divided by the temperature leave float32's range; vLLM draws the same line."""
+MOST_TOP_LOG_PROBS = 20
+"""As many as OpenAI's API offers."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen.
 
-    Semantics are TensorRT-LLM's: greedy unless ``top_k > 1`` or ``0 < top_p`` asks for sampling
-    (``top_k=0`` means "no limit" and samples when given together with ``top_p``); ``temperature=0`` is
-    greedy too. Penalties act on the tokens generated so far (presence, frequency) or on prompt and
-    output (repetition).
+    Semantics are TensorRT-LLM's: greedy unless ``top_k > 1``, ``0 < top_p`` or ``0 < min_p`` asks for sampling
+    (``top_k=0`` means "no limit" and samples when given together with ``top_p``); a ``temperature`` below
+    ``LOWEST_TEMPERATURE`` is greedy too. Penalties act on the tokens generated so far (presence, frequency) or
+    on prompt and output (repetition). The order is bias, penalties, temperature, top-k, top-p, min-p.
     """
 
     temperature: float = 1.0
@@ -46,6 +52,10 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    min_p: float | None = None
+    """Tokens less likely than this times the most likely one are never drawn."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); -inf bans it."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, limit: str) -> None:
@@ -63,13 +73,19 @@ class SamplingParams:
         )
         require(math.isfinite(self.presence_penalty), "presence_penalty", "finite (0 = off)")
         require(math.isfinite(self.frequency_penalty), "frequency_penalty", "finite (0 = off)")
+        require(self.min_p is None or 0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        require(
+            all(token >= 0 and bias < math.inf for token, bias in self.logit_bias),  # false for NaN
+            "logit_bias",
+            "pairs of a token id and a finite number or -inf",
+        )
         require(self.seed is None or 0 <= self.seed < 2**64, "seed", "an unsigned 64-bit integer")
 
     @property
     def greedy(self) -> bool:
-        if self.temperature == 0 or self.top_k == 1:
+        if self.temperature < LOWEST_TEMPERATURE or self.top_k == 1:
             return True
-        return not self.top_k and not self.top_p
+        return not self.top_k and not self.top_p and not self.min_p
 
     @property
     def plain_greedy(self) -> bool:
@@ -79,6 +95,7 @@ class SamplingParams:
             and self.repetition_penalty == 1.0
             and self.presence_penalty == 0.0
             and self.frequency_penalty == 0.0
+            and not self.logit_bias
         )
 
 
@@ -96,10 +113,16 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     end_id: int | None = None
     """Token that ends the output and is not part of it; None = the model's own, -1 = none at all."""
+    stop_ids: tuple[int, ...] = ()
+    """More tokens that end the output like ``end_id``, beside it."""
     stop: tuple[bytes, ...] = ()
     bad_ids: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     return_log_probs: bool = False
+    top_log_probs: int = 0
+    """How many of the most likely tokens are told with each generated one, at most ``MOST_TOP_LOG_PROBS``."""
+    skip_special_tokens: bool = True
+    """Whether special tokens have no text."""
     stream: bool = True
     """Whether tokens are wanted as they come; otherwise everything is told at the end."""
     request_id: str = ""
@@ -140,6 +163,8 @@ class RequestOutput:
     text: str = ""
     log_probs: list[float] = field(default_factory=list)
     """Log-probability of each of ``token_ids``, only if asked for."""
+    top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
+    """For each of ``token_ids`` the most likely tokens there, the likeliest first, with their log-probabilities."""
     cum_log_prob: float = 0.0
     """Sum over all tokens so far."""
     num_input_tokens: int = 0
@@ -154,6 +179,7 @@ class RequestOutput:
         self.token_ids += later.token_ids
         self.text += later.text
         self.log_probs += later.log_probs
+        self.top_log_probs += later.top_log_probs
         self.cum_log_prob = later.cum_log_prob
         self.num_input_tokens = later.num_input_tokens
         self.num_output_tokens = later.num_output_tokens

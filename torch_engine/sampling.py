@@ -26,6 +26,8 @@ class Sampled(NamedTuple):
     token_id: int
     log_prob: float
     """Under the model's own distribution (no temperature, no truncation); 0.0 if not asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens under that distribution with their log-probabilities, as many as asked for."""
 
 
 @torch.inference_mode()

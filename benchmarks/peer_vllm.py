@@ -1,0 +1,83 @@
+"""vLLM on the shape of ``benchmarks/gpu.py``, with the same kinds of sampling; a peer for ``gpu_compare.py``.
+
+Needs an environment with vLLM, nothing of ours but this folder. Random weights, random prompts, FP8 weights and KV
+cache, end of sequence ignored, prefix caching off, wall clock with prefill. One line of JSON a case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kinds import ALL, parameters  # noqa: E402
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
+    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cases", default="1:128:128,64:128:128,256:128:128", help="CONCURRENCY:INPUT:OUTPUT,..."
+    )
+    parser.add_argument("--sampling", default="greedy", help=f"comma-separated: {', '.join(ALL)}")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--flashinfer", action="store_true", help="vLLM's FlashInfer sampler (compiles at first use)"
+    )
+    options = parser.parse_args()
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = str(int(options.flashinfer))
+
+    import vllm
+
+    folder = tempfile.mkdtemp()
+    Path(folder, "config.json").write_text(json.dumps(SHAPE))
+    llm = vllm.LLM(
+        folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=512, max_logprobs=20,
+        gpu_memory_utilization=0.88, enable_prefix_caching=False, quantization="fp8", kv_cache_dtype="fp8",
+    )  # fmt: skip
+    chance = random.Random(0)
+
+    def run(kind: str, count: int, inputs: int, outputs: int) -> float:
+        """Output tokens/s."""
+        prompts: Any = [
+            {"prompt_token_ids": [chance.randrange(5, 120000) for _ in range(inputs)]} for _ in range(count)
+        ]
+        wanted = [
+            vllm.SamplingParams(
+                max_tokens=outputs, ignore_eos=True, detokenize=False, **parameters(kind, number)
+            )
+            for number in range(count)
+        ]
+        started = time.perf_counter()
+        whole = llm.generate(prompts, wanted, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in whole) / (time.perf_counter() - started)
+
+    run("greedy", 4, 128, 16)
+    cases = [tuple(map(int, case.split(":"))) for case in options.cases.split(",")]
+    for kind in options.sampling.split(","):
+        run(kind, 16, 128, 16)  # the first of a kind compiles
+        for count, inputs, outputs in cases:
+            for _ in range(options.repeats):
+                rate = run(kind, count, inputs, outputs)
+                line = {"version": vllm.__version__, "sampling": kind, "concurrency": count, "isl": inputs}
+                line |= {"osl": outputs, "output_tokens_per_s": round(rate, 1)}
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class PerfMetrics:
-    """The server's own times of one request (ns since the epoch) and its KV-cache blocks."""
+    """The server's own times of one request, in ns of its steady clock (no dates), and its KV-cache blocks."""
 
     arrival_time_ns: int
     first_scheduled_time_ns: int

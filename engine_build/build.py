@@ -269,6 +269,9 @@ class Build:
         if plan.precision in INTEGERS:
             inputs |= self._gate_inputs()
             options["check"] = functools.partial(self._engine_gate, source.folder, plan)
+        if plan.lane == "trtllm-pytorch":
+            options["guided_decoding"] = self.settings.parameters.get("guided_decoding_backend", "")
+            inputs["guided_decoding"] = options["guided_decoding"]
         key = digest(inputs)
         built = self._current(folder, key)
         if built is not None and "refused" in built:

@@ -71,8 +71,13 @@ def package(
     return remarks
 
 
-def package_llm_api(folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any]) -> list[str]:
-    """Writes ``llm_api.json`` and ``manifest.json`` for lane trtllm-pytorch; arguments as of :func:`package`."""
+def package_llm_api(
+    folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any], guided_decoding: str = ""
+) -> list[str]:
+    """Writes ``llm_api.json`` and ``manifest.json`` for lane trtllm-pytorch; arguments as of :func:`package`.
+
+    ``guided_decoding`` is TensorRT-LLM's backend for it, if any.
+    """
     with new_folder(folder) as fresh:
         settings = {
             "model_dir": os.path.relpath(model_dir, folder),
@@ -85,6 +90,7 @@ def package_llm_api(folder: Path, model_dir: Path, plan: Plan, key: str, facts: 
             "max_seq_len": plan.max_seq_len,
             # The pool that the plan has left beside the baseline model.
             "kv_cache_tokens": plan.num_kv_blocks * plan.block_size,
+            "guided_decoding": guided_decoding,
         }
         write_json(fresh / LLM_API_FILE, settings)
         record.close(fresh, key, facts | {"kernels": plan.kernels, "remarks": []})

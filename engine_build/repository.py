@@ -49,9 +49,7 @@ def values_for(
     """
     in_triton = plan.lane == "trtllm-engine"
     if parameters and not in_triton:
-        raise BuildError(
-            f"TRTLLM_PARAMETERS is for ENGINE=trtllm-engine, and this is {plan.lane}: leave it out"
-        )
+        _require_llm_api(plan.lane, parameters)
     return {
         "model_name": model_name,
         "triton_backend": TRITON_BACKEND[plan.lane],
@@ -80,6 +78,21 @@ def values_for(
         # A static batch is only ever filled if Triton waits for it a little.
         "baseline_queue_delay_microseconds": "0" if baseline_max_batch_size == 1 else "20000",
     }
+
+
+LLM_API_PARAMETERS = {"guided_decoding_backend": ("xgrammar", "llguidance")}
+"""What of ``TRTLLM_PARAMETERS`` lane trtllm-pytorch has, and its values."""
+
+
+def _require_llm_api(lane: str, parameters: Mapping[str, str]) -> None:
+    if lane != "trtllm-pytorch":
+        raise BuildError(f"TRTLLM_PARAMETERS is for the TensorRT-LLM lanes, and this is {lane}: leave it out")
+    for name, value in parameters.items():
+        if value not in LLM_API_PARAMETERS.get(name, ()):
+            raise BuildError(
+                f"TRTLLM_PARAMETERS {name}={value}: ENGINE=trtllm-pytorch has guided_decoding_backend=xgrammar or "
+                "llguidance; use ENGINE=trtllm-engine for the others"
+            )
 
 
 def _engine_parameters(plan: Plan, engine_dir: Path, source_dir: Path, asked: Mapping[str, str]) -> str:

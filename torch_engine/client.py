@@ -96,7 +96,7 @@ class EngineClient:
                 raise RequestError(Code.UNAVAILABLE, NOT_THERE)
             self._callbacks[handle] = on_output
             try:
-                self._connection.send(("submit", handle, time.time_ns(), request))
+                self._connection.send(("submit", handle, time.monotonic_ns(), request))
             except OSError:
                 self._callbacks.pop(handle, None)
                 raise RequestError(Code.UNAVAILABLE, NOT_THERE) from None

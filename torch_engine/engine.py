@@ -136,7 +136,7 @@ class Engine:
                 Code.UNAVAILABLE,
                 f"the queue is full: max_queue_size={limit} requests wait already, try again later",
             )
-        arrival = arrival_ns or time.time_ns()
+        arrival = arrival_ns or time.monotonic_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
         self.sequences[key] = sequence
         if not sequence.samples_on_device:
@@ -214,7 +214,7 @@ class Engine:
         except Exception as error:
             return self._fail(flight.chunks, error)
         outputs: Outputs = []
-        now, at = time.time_ns(), 0
+        now, at = time.monotonic_ns(), 0
         for chunk in flight.chunks:
             if not chunk.samples:
                 continue
@@ -235,8 +235,10 @@ class Engine:
     def _take(self, chunk: Chunk, tokens: list[Sampled], now_ns: int) -> Outputs:
         """Appends sampled tokens: the first, and each later one if the token before it was guessed right."""
         sequence, outputs, taken = chunk.sequence, [], 0
+        sequence.num_guessed += len(chunk.guesses)
         for token, guess in zip(tokens, (*chunk.guesses, None), strict=True):
             taken += 1
+            sequence.num_accepted += token.token_id == guess
             output = sequence.append(token.token_id, token.log_prob, now_ns)
             if output is not None:
                 outputs.append((sequence.key, output))
@@ -272,7 +274,7 @@ class Engine:
         delay = self.config.max_queue_delay_ms
         if not delay or not self.scheduler.waiting:
             return []
-        deadline = time.time_ns() - delay * 1_000_000
+        deadline = time.monotonic_ns() - delay * 1_000_000
         outputs: Outputs = []
         for sequence in list(self.scheduler.waiting):
             if sequence.first_scheduled_ns == 0 and sequence.arrival_ns < deadline:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Code(StrEnum):
@@ -127,6 +129,9 @@ class GenerationRequest:
     """Whether tokens are wanted as they come; otherwise everything is told at the end."""
     request_id: str = ""
     """A name by which it can be stopped; empty = none. Need not be unique."""
+    lane_inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Tensors of NVIDIA's ``tensorrt_llm`` that only TensorRT-LLM understands (LoRA, guides, ...), [1, ...] each.
+    Our own engine gets none: its doors refuse them."""
 
 
 class FinishReason(StrEnum):
@@ -139,7 +144,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class PerfMetrics:
-    """Per-request times (``time.monotonic_ns``-independent wall clock, ns since the epoch) and KV blocks."""
+    """Of one request: times, KV blocks, and tokens that were guessed and of those the right ones.
+
+    Times are ns of the steady clock (``time.monotonic_ns``), as NVIDIA's are (``std::chrono::steady_clock``): one
+    clock for all processes of a host, and no date.
+    """
 
     arrival_time_ns: int = 0
     first_scheduled_time_ns: int = 0
@@ -148,6 +157,13 @@ class PerfMetrics:
     kv_cache_alloc_new_blocks: int = 0
     kv_cache_reused_blocks: int = 0
     kv_cache_alloc_total_blocks: int = 0
+    total_draft_tokens: int = 0
+    total_accepted_draft_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """0 where nothing was guessed."""
+        return self.total_accepted_draft_tokens / self.total_draft_tokens if self.total_draft_tokens else 0.0
 
 
 @dataclass(slots=True)

@@ -94,7 +94,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(sequence)
-            sequence.first_scheduled_ns = sequence.first_scheduled_ns or time.time_ns()
+            sequence.first_scheduled_ns = sequence.first_scheduled_ns or time.monotonic_ns()
             if self.config.batch_scheduler_policy == "guaranteed_no_evict":
                 promised += self._outstanding(sequence)
             chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)

@@ -51,6 +51,9 @@ class Sequence:
     last_token_ns: int = 0
     new_blocks: int = 0
     reused_blocks: int = 0
+    num_guessed: int = 0
+    num_accepted: int = 0
+    """Of the guessed tokens."""
 
     @classmethod
     def start(
@@ -63,6 +66,7 @@ class Sequence:
     ) -> Sequence:
         if request.end_id is not None:
             end_ids = () if request.end_id < 0 else (request.end_id,)
+        end_ids = (*end_ids, *request.stop_ids)
         stream = TextStream(tokens, request.stop, whole=not request.stream)
         return cls(key, request, frozenset(end_ids), stream, arrival_ns, tokens=list(request.prompt_ids))
 
@@ -74,6 +78,7 @@ class Sequence:
             request.sampling.plain_greedy
             and not request.return_log_probs
             and not request.bad_ids
+            and not (request.min_tokens and request.stop_ids)
             and (not request.min_tokens or request.end_id is None or request.end_id < 0)
         )
 
@@ -166,6 +171,8 @@ class Sequence:
             kv_cache_alloc_new_blocks=self.new_blocks,
             kv_cache_reused_blocks=self.reused_blocks,
             kv_cache_alloc_total_blocks=self.new_blocks + self.reused_blocks,
+            total_draft_tokens=self.num_guessed,
+            total_accepted_draft_tokens=self.num_accepted,
         )
 
     # KV blocks ---------------------------------------------------------------------------------

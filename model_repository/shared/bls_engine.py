@@ -50,7 +50,7 @@ class BlsEngine:
             on_output,
             self._tokens,
             end_ids_of(request, self.info.end_ids),
-            PerfMetrics(arrival_time_ns=time.time_ns()),
+            PerfMetrics(arrival_time_ns=time.monotonic_ns()),
         )
         handle, request_id = next(self._handles), uuid.uuid4().hex
         with self._lock:
@@ -116,7 +116,7 @@ class BlsEngine:
         values = values[-len(ids) :] if len(values) >= len(ids) else [0.0] * len(ids)
         times = {name: int(found[name].ravel()[0]) for name in (*_TIMES, *_BLOCKS) if name in found}
         if times.get("last_token_time_ns"):
-            progress.metrics = PerfMetrics(**times)
+            progress.metrics, progress.told_metrics = PerfMetrics(**times), True
         for token, value in zip(ids, values, strict=True):
             progress.take(token, value)
 

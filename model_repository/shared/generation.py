@@ -23,8 +23,10 @@ from torch_engine.text import Release, TextStream, TokenBytes
 def end_ids_of(request: GenerationRequest, model_end_ids: tuple[int, ...]) -> frozenset[int]:
     """Tokens that end this request's output."""
     if request.end_id is None:
-        return frozenset(model_end_ids)
-    return frozenset() if request.end_id < 0 else frozenset({request.end_id})
+        return frozenset((*model_end_ids, *request.stop_ids))
+    return (
+        frozenset(request.stop_ids) if request.end_id < 0 else frozenset((request.end_id, *request.stop_ids))
+    )
 
 
 @dataclass(eq=False)
@@ -41,6 +43,8 @@ class Progress:
     cum_log_prob: float = 0.0
     cancelled: bool = False
     finished: bool = False
+    told_metrics: bool = False
+    """``metrics`` are the engine's own, of the whole request: tokens no longer set their times."""
     _held_log_probs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -48,19 +52,20 @@ class Progress:
 
     def scheduled(self) -> None:
         """The engine has begun to work on it."""
-        self.metrics = replace(self.metrics, first_scheduled_time_ns=time.time_ns())
+        self.metrics = replace(self.metrics, first_scheduled_time_ns=time.monotonic_ns())
 
     def take(self, token: int, log_prob: float = 0.0) -> None:
         """One new token: emits what is final, finishes if this was the last one."""
         if self.finished:
             return
-        now = time.time_ns()
-        self.metrics = replace(
-            self.metrics,
-            first_scheduled_time_ns=self.metrics.first_scheduled_time_ns or now,
-            first_token_time_ns=self.metrics.first_token_time_ns or now,
-            last_token_time_ns=now,
-        )
+        if not self.told_metrics:
+            now = time.monotonic_ns()
+            self.metrics = replace(
+                self.metrics,
+                first_scheduled_time_ns=self.metrics.first_scheduled_time_ns or now,
+                first_token_time_ns=self.metrics.first_token_time_ns or now,
+                last_token_time_ns=now,
+            )
         if self.cancelled:
             self.finish(FinishReason.CANCELLED)
         elif token in self.end_ids:

@@ -86,7 +86,9 @@ class TransformersEngine:
     def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int:
         """As ``EngineClient.submit``."""
         end_ids = end_ids_of(request, self.info.end_ids)
-        job = Progress(request, on_output, self._tokens, end_ids, PerfMetrics(arrival_time_ns=time.time_ns()))
+        job = Progress(
+            request, on_output, self._tokens, end_ids, PerfMetrics(arrival_time_ns=time.monotonic_ns())
+        )
         with self._changed:
             if len(self._waiting) >= self._max_queue_size:
                 limit = f"{self._max_queue_size} requests are waiting, no more may"

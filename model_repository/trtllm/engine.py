@@ -13,7 +13,7 @@ import threading
 from typing import Any
 
 from model_repository.shared.generation import Progress, end_ids_of
-from model_repository.trtllm import llm_api
+from model_repository.trtllm import llm_api, versions
 from model_repository.trtllm.llm_api import LlmConfig
 from torch_engine.families import load_spec
 from torch_engine.request import (
@@ -48,6 +48,8 @@ class LlmEngine:
         spec = load_spec(config.model_dir)
         self._tokens = TokenBytes.from_dir(config.model_dir)
         self._sampling = api.SamplingParams
+        self._habits = versions.habits(api.__version__)
+        self._guides = api.llmapi.GuidedDecodingParams if config.guided_decoding else None
         self._llm = api.LLM(**llm_api.llm_arguments(config, api.__version__, api.llmapi))
         precision = "FP8" if spec.fp8 else "bf16"
         self.info = ModelInfo(
@@ -86,7 +88,11 @@ class LlmEngine:
                 f"the queue is full: {self.config.max_queue_size} requests are waiting, no more may; "
                 "try again later",
             )
-        arguments = llm_api.sampling_arguments(request, self.info.end_ids, self._tokens)
+        arguments = llm_api.sampling_arguments(
+            request, self.info.end_ids, self._tokens, self._habits, self._guides
+        )
+        if bias := llm_api.embedding_bias(request, self.info.vocab_size):
+            arguments["embedding_bias"] = _tensor(bias)
         progress = Progress(
             request=request,
             on_output=lambda output: self._put(key, output),
@@ -131,7 +137,7 @@ class LlmEngine:
     def _abort(self, key: Key, progress: Progress) -> None:
         result = self._results.get(key)
         if result is not None and not progress.finished:
-            result.abort()
+            _abort_quietly(result)
         progress.finish(FinishReason.CANCELLED)
 
     async def _follow(self, key: Key, progress: Progress, arguments: dict[str, Any]) -> None:
@@ -143,6 +149,11 @@ class LlmEngine:
             )
         except (TypeError, ValueError, NotImplementedError) as error:  # this request, not the engine
             progress.fail(RequestError(Code.INVALID_ARG, f"TensorRT-LLM refused the request: {error}"))
+            return
+        except (
+            Exception
+        ) as error:  # its executor, say; whatever it is, the request ends and its place is free
+            progress.fail(RequestError(Code.INTERNAL, f"TensorRT-LLM failed: {error!r}"))
             return
         self._results[key] = result
         try:
@@ -167,7 +178,7 @@ class LlmEngine:
             self._generated += len(fresh)
             if progress.finished:
                 if not update.finished:
-                    result.abort()
+                    _abort_quietly(result)
                 return
         reason = {"length": FinishReason.LENGTH, "cancelled": FinishReason.CANCELLED}
         progress.finish(reason.get(output.finish_reason, FinishReason.END_ID))
@@ -186,3 +197,17 @@ class LlmEngine:
                 await asyncio.sleep(STATS_WAIT_S)
         except Exception as error:  # metrics are worth a line in the log, not the requests
             print(f"engine: no statistics any more: {error!r}", file=sys.stderr, flush=True)
+
+
+def _abort_quietly(result: Any) -> None:
+    """The request has its answer: that TensorRT-LLM could not be told so goes to the log."""
+    try:
+        result.abort()
+    except Exception as error:
+        print(f"engine: abort failed: {error!r}", file=sys.stderr, flush=True)
+
+
+def _tensor(values: list[float]) -> Any:
+    import torch  # TensorRT-LLM has loaded it long ago; tests without it need not
+
+    return torch.tensor(values, dtype=torch.float32)

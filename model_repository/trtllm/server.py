@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
+import numpy as np
+
 from model_repository.trtllm import versions
 from model_repository.trtllm.engine import LlmEngine
 from model_repository.trtllm.llm_api import LlmConfig, LlmConfigError
@@ -33,8 +35,14 @@ def _tensorrt_llm() -> Any:
     except ImportError as error:
         why = f" ({error})" if versions.installed() else ""
         raise LlmConfigError(versions.refusal(versions.PYTORCH_LANE, None) + why) from None
-    if refusal := versions.refusal(versions.PYTORCH_LANE, tensorrt_llm.__version__):
+    version = tensorrt_llm.__version__
+    refusal = versions.refusal(versions.PYTORCH_LANE, version) or versions.numpy_refusal(
+        version, np.__version__
+    )
+    if refusal:
         raise LlmConfigError(refusal)
+    if remark := versions.remark(version):
+        print(f"engine: {remark}", file=sys.stderr, flush=True)
     return tensorrt_llm
 
 

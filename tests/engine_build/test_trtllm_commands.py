@@ -156,7 +156,30 @@ def test_container_for_a_driver(driver: str, tag: str | None) -> None:
 def test_releases() -> None:
     """§1.2 and §1.3: 1.0 to 1.2 are one generation."""
     assert versions.release("1.2.0rc8") == (1, 2)
-    assert versions.sampler_arguments("1.0.3.2510") == {"enable_trtllm_sampler": True}
-    assert versions.sampler_arguments("1.1.0") == {"sampler_type": "TRTLLMSampler"}
+    assert versions.habits("1.0.3.2510").sampler == {"enable_trtllm_sampler": True}
+    assert versions.habits("1.1.0").sampler == {"sampler_type": "TRTLLMSampler"}
     with pytest.raises(ValueError, match="is not a version"):
         versions.release("latest")
+
+
+@pytest.mark.parametrize(
+    ("version", "sampler", "chosen"),
+    [
+        ("1.2.1", {"sampler_type": "TRTLLMSampler"}, 1),
+        ("1.3.0rc24", {"sampler_type": "TRTLLMSampler"}, 1),
+        ("1.3.0rc26", {}, 0),
+        ("1.3.0", {}, 0),
+        ("1.4.0rc4", {}, 0),
+        ("1.5.0", {}, 0),
+    ],
+)
+def test_habits_of_later_releases(version: str, sampler: dict[str, str], chosen: int) -> None:
+    """The sheet's number 4: the sampler is gone from 1.3.0rc26 on, and with it its convention for log-probs."""
+    found = versions.habits(version)
+    assert (found.sampler, found.chosen_log_prob) == (sampler, chosen)
+    assert bool(versions.remark(version)) == (version == "1.5.0")
+
+
+def test_numpy_of_a_release() -> None:
+    assert "needs numpy<2 and 2.1.0 is installed" in versions.numpy_refusal("1.2.1", "2.1.0")
+    assert not versions.numpy_refusal("1.2.1", "1.26.4") and not versions.numpy_refusal("1.4.0rc4", "2.1.0")

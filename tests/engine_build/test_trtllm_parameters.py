@@ -112,7 +112,9 @@ def test_lookahead_needs_all_three(tmp_path: Path) -> None:
 
 def test_parameters_of_another_lane(tmp_path: Path) -> None:
     other = make_plan(LLAMA_8B, H200, "torch", "fp8")
-    with pytest.raises(BuildError, match="TRTLLM_PARAMETERS is for ENGINE=trtllm-engine, and this is torch"):
+    with pytest.raises(
+        BuildError, match="TRTLLM_PARAMETERS is for the TensorRT-LLM lanes, and this is torch"
+    ):
         repository.values_for(other, "m", tmp_path, tmp_path, parameters={"cuda_graph_mode": "true"})
 
 

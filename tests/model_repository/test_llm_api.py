@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from model_repository.trtllm import llm_api, server
+from model_repository.trtllm import llm_api, server, versions
 from model_repository.trtllm.engine import LlmEngine
 from model_repository.trtllm.llm_api import LlmConfig, LlmConfigError
 from tests.serving import DOUBLE
@@ -23,6 +24,7 @@ from torch_engine.text import TokenBytes
 
 TOKENS = TokenBytes([b"", b"", b"the", b" dog", b"\xe6"])
 ENDS = (1, 9)
+NOW = versions.habits("1.2.1")
 
 
 @pytest.fixture
@@ -45,13 +47,15 @@ def config(tiny: Path, **changes: Any) -> LlmConfig:
     return LlmConfig(str(tiny), **{**sizes, **changes})
 
 
-@pytest.mark.parametrize("version", ["1.0.0", "1.1.0", "1.2.1"])
-def test_arguments_exist_in_every_release(
-    api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0", "1.2.1", "1.3.0rc24", "1.3.0rc26", "1.4.0rc4"])
+def test_every_release_serves(api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Each takes our arguments, and gives a log-prob with each token."""
     monkeypatch.setattr(api, "__version__", version)
     engine = LlmEngine(config(tiny), api)
     assert version in engine.info.description and engine.info.max_seq_len == 512
+    engine.add("one", GenerationRequest([5, 6], 4, end_id=-1, return_log_probs=True), 1)
+    last = run_to_the_end(engine)["one"]
+    assert last.error is None and last.cum_log_prob < 0
     engine.close()
 
 
@@ -76,8 +80,8 @@ def test_the_double_refuses_what_the_facts_do_not_list(api: Any, tiny: Path, nam
 
 
 def test_a_release_that_the_facts_do_not_know(api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "__version__", "1.4.0")
-    with pytest.raises(RuntimeError, match=r"the facts know no release 1\.4\.0"):
+    monkeypatch.setattr(api, "__version__", "1.9.0")
+    with pytest.raises(RuntimeError, match=r"the facts know no release 1\.9\.0"):
         LlmEngine(config(tiny), api)
 
 
@@ -95,6 +99,18 @@ def test_a_release_that_the_facts_do_not_know(api: Any, tiny: Path, monkeypatch:
                 "stop_token_ids": [1, 9],
             },
         ),
+        # NVIDIA's client sends a top-p of 0 along with a top-k, and their backend drops it.
+        (
+            GenerationRequest(
+                [2],
+                8,
+                SamplingParams(top_k=5, top_p=0.0),
+                stop_ids=(7,),
+                top_log_probs=3,
+                return_log_probs=True,
+            ),
+            {"max_tokens": 8, "temperature": 1.0, "top_k": 5, "stop_token_ids": [1, 9, 7], "logprobs": 3},
+        ),
         (
             GenerationRequest([2], 8, end_id=-1, bad_ids=((2,), (2, 3)), return_log_probs=True, stop=(b"x",)),
             {
@@ -106,7 +122,7 @@ def test_a_release_that_the_facts_do_not_know(api: Any, tiny: Path, monkeypatch:
 )
 def test_sampling(api: Any, request_: GenerationRequest, expected: dict[str, Any]) -> None:
     """Fact sheet, section 2.2; ``max_tokens`` is 32 unless given."""
-    arguments = llm_api.sampling_arguments(request_, ENDS, TOKENS)
+    arguments = llm_api.sampling_arguments(request_, ENDS, TOKENS, NOW)
     assert arguments == expected | {"detokenize": False, "return_perf_metrics": True}
     api.SamplingParams(**arguments)
 
@@ -120,7 +136,7 @@ def test_sampling(api: Any, request_: GenerationRequest, expected: dict[str, Any
 )
 def test_what_the_api_cannot_express_is_refused(request_: GenerationRequest, says: str) -> None:
     with pytest.raises(RequestError, match=says) as refusal:
-        llm_api.sampling_arguments(request_, ENDS, TOKENS)
+        llm_api.sampling_arguments(request_, ENDS, TOKENS, NOW)
     assert refusal.value.code is Code.UNSUPPORTED
 
 
@@ -177,6 +193,91 @@ def test_failures_cancellation_and_a_full_queue(
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("where", ["RAISE", "FAIL_ON"])
+def test_any_exception_of_the_api_ends_its_request_alone(
+    api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """RuntimeError from ``generate_async`` or its iterator: the slot comes back, the queue has room as before."""
+    monkeypatch.setenv(f"TRTLLM_DOUBLE_{where}", "77")
+    engine = LlmEngine(config(tiny, max_batch_size=1, max_queue_size=1), api)
+    for _ in range(3):
+        engine.add("bad", GenerationRequest([5, 77], 8), 1)
+        engine.add("good", GenerationRequest([5, 6], 8, end_id=-1), 1)
+        last = run_to_the_end(engine)
+        assert last["bad"].error.code is Code.INTERNAL and "TensorRT-LLM failed" in last["bad"].error.message
+        assert (last["good"].finish_reason, last["good"].num_output_tokens) == (FinishReason.LENGTH, 8)
+        assert not engine.sequences
+    engine.close()
+
+
+def test_an_abort_that_fails_ends_the_request_all_the_same(
+    api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRTLLM_DOUBLE_ABORT_FAILS", "1")
+    engine = LlmEngine(config(tiny), api)
+    engine.add("leaves", GenerationRequest([5, 6], 400, end_id=-1), 1)
+    while not engine.step():
+        pass
+    engine.cancel("leaves")
+    assert run_to_the_end(engine)["leaves"].finish_reason is FinishReason.CANCELLED
+    assert "abort failed: RuntimeError" in capfd.readouterr().err
+    engine.close()
+
+
+def guided(kind: bytes, guide: bytes) -> GenerationRequest:
+    inputs = {"guided_decoding_guide_type": kind, "guided_decoding_guide": guide}
+    return GenerationRequest(
+        [2], 8, lane_inputs={name: np.array([[value]], dtype=np.object_) for name, value in inputs.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "guide", "field", "value"),
+    [
+        (b"json", b"", "json_object", True),
+        (b"json_schema", b"{}", "json", "{}"),
+        (b"regex", b"a+", "regex", "a+"),
+        (b"ebnf_grammar", b"root ::= x", "grammar", "root ::= x"),
+    ],
+)
+def test_guides(api: Any, kind: bytes, guide: bytes, field: str, value: Any) -> None:
+    params = api.llmapi.GuidedDecodingParams
+    arguments = llm_api.sampling_arguments(guided(kind, guide), ENDS, TOKENS, NOW, params)
+    assert getattr(arguments["guided_decoding"], field) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "guide", "engine_has_it", "says"),
+    [
+        (b"regex", b"a+", False, "built without guided decoding: build with TRTLLM_PARAMETERS="),
+        (b"xml", b"a", True, "guided_decoding_guide_type is 'xml': it must be one of json, json_schema"),
+        (b"regex", b"", True, "guided_decoding_guide is empty: regex needs one"),
+        (b"regex", b"\xff", True, "guided_decoding_guide is not UTF-8"),
+    ],
+)
+def test_guides_that_are_refused(api: Any, kind: bytes, guide: bytes, engine_has_it: bool, says: str) -> None:
+    params = api.llmapi.GuidedDecodingParams if engine_has_it else None
+    with pytest.raises(RequestError, match=says):
+        llm_api.sampling_arguments(guided(kind, guide), ENDS, TOKENS, NOW, params)
+
+
+def test_a_bias_reaches_the_sampler_as_a_tensor(
+    api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    engine = LlmEngine(config(tiny, guided_decoding="xgrammar"), api)
+    monkeypatch.setattr(
+        engine, "_sampling", lambda **given: (seen.append(given), api.SamplingParams(**given))[1]
+    )
+    engine.add(
+        "one", GenerationRequest([5], 2, SamplingParams(logit_bias=((7, 1.5), (7, 1.0))), end_id=-1), 1
+    )
+    assert run_to_the_end(engine)["one"].error is None
+    bias = seen[0]["embedding_bias"]
+    assert bias.shape == (engine.info.vocab_size,) and bias[7] == 2.5 and bias.sum() == 2.5
+    engine.close()
 
 
 @pytest.mark.parametrize(

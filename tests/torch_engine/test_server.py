@@ -127,7 +127,7 @@ def test_requests_shorter_than_the_statistics_period_are_seen_in_them(
     assert connection.recv()[0] == "hello"
     seen = 0
     for number in range(10):
-        connection.send(("submit", number, time.time_ns(), GenerationRequest([5, 6, 7], 20, end_id=-1)))
+        connection.send(("submit", number, time.monotonic_ns(), GenerationRequest([5, 6, 7], 20, end_id=-1)))
         active, done = 0, False
         while not done or active:  # the engine is idle again before the next one
             kind, body = connection.recv()
@@ -155,7 +155,7 @@ def test_outputs_coalesce_for_a_slow_front_end_and_none_is_lost(
     """A raw connection that takes nothing for a while, then everything."""
     connection = Client(process.socket, "AF_UNIX")
     assert connection.recv()[0] == "hello"
-    connection.send(("submit", 1, time.time_ns(), GenerationRequest([5, 6, 7], 300, end_id=-1)))
+    connection.send(("submit", 1, time.monotonic_ns(), GenerationRequest([5, 6, 7], 300, end_id=-1)))
     deadline = time.monotonic() + 60
     while engine.stats.active_requests == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -179,7 +179,7 @@ def test_output_that_nobody_takes_is_dropped_in_time(llama_dir: Path) -> None:
     try:
         observer = EngineClient(process.socket, connect_timeout_s=60)
         connection = Client(process.socket, "AF_UNIX")
-        connection.send(("submit", 1, time.time_ns(), LONG))
+        connection.send(("submit", 1, time.monotonic_ns(), LONG))
         deadline = time.monotonic() + 60
         while observer.stats.active_requests == 0 and time.monotonic() < deadline:
             time.sleep(0.01)

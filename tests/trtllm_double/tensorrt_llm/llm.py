@@ -20,7 +20,10 @@ from .surface import SURFACE
 
 FAIL_ON = "TRTLLM_DOUBLE_FAIL_ON"
 REFUSE = "TRTLLM_DOUBLE_REFUSE"
-"""Environment: prompt tokens that make the executor fail and the API refuse, to see errors arrive."""
+RAISE = "TRTLLM_DOUBLE_RAISE"
+"""Environment: prompt tokens that make the executor fail, the API refuse and the API fail, to see errors arrive."""
+ABORT_FAILS = "TRTLLM_DOUBLE_ABORT_FAILS"
+"""Environment: if it is there, ``abort`` raises."""
 
 
 class LLM:
@@ -46,6 +49,9 @@ class LLM:
         self._results: dict[int, Result] = {}
         self._fail_on = int(os.environ.get(FAIL_ON, "-1"))
         self._refuse = int(os.environ.get(REFUSE, "-1"))
+        self._raise = int(os.environ.get(RAISE, "-1"))
+        self._abort_fails = ABORT_FAILS in os.environ
+        self._guided = arguments.get("guided_decoding_backend")
         self._commands: list[tuple[str, Any]] = []
         self._records: list[dict] = []
         self._collect = arguments.get("enable_iter_perf_stats", False)
@@ -65,6 +71,10 @@ class LLM:
         params = sampling_params or SamplingParams()
         if self._refuse in inputs:
             raise ValueError("this sampler has no such thing")
+        if self._raise in inputs:
+            raise RuntimeError("the executor is not running")
+        if params.guided_decoding is not None and not self._guided:
+            raise ValueError("guided_decoding needs a guided_decoding_backend")
         if params.end_id is None:
             eos_id = self._engine.info.end_ids[0]
             params.setup(eos_id, lambda word: self._tokenizer.encode(word, add_special_tokens=False).ids)
@@ -171,10 +181,20 @@ class Result:
             end_id=-1 if params.ignore_eos else None if params.stop_token_ids else params.end_id,
             bad_ids=tuple(tuple(word) for word in params.bad_words()),
             min_tokens=params.min_tokens or 0,
-            return_log_probs=bool(params.logprobs),
+            return_log_probs=self._tells_log_probs(params),
         )
 
+    @staticmethod
+    def _tells_log_probs(params: SamplingParams) -> bool:
+        from . import __version__
+
+        if __version__ in SURFACE["log_prob_of_chosen_is_0"]:
+            return params.logprobs is not None
+        return bool(params.logprobs)
+
     def abort(self) -> None:
+        if self._llm._abort_fails:
+            raise RuntimeError("the executor has no such request")
         self._llm._command("cancel", self)
 
     def receive(self, output: RequestOutput | None, error: Exception | None = None) -> None:
@@ -230,9 +250,11 @@ def _check_arguments(arguments: dict[str, Any], version: str) -> None:
     if version not in SURFACE["versions"]:
         raise RuntimeError(f"the facts know no release {version}")
     facts = SURFACE["llm_arguments"]
-    release = ".".join(version.split(".")[:2])
+    for name, versions in facts["removed_in"].items():
+        if name in arguments and version in versions:
+            raise ValueError(f"{name} has been removed: TorchSampler is the only sampler")
     known = {*facts["common"], *facts["pytorch"]}
-    known |= {name for name, releases in facts["pytorch_only_in"].items() if release in releases}
+    known |= {name for name, versions in facts["pytorch_only_in"].items() if version in versions}
     engine = sorted(arguments.keys() & set(facts["engine_only"]))
     if engine:
         raise ValueError(f"The following arguments are specific to TensorRT backend {engine}")

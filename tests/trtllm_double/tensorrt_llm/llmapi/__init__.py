@@ -13,6 +13,10 @@ class CudaGraphConfig(Strict):
     table = "cuda_graph_config"
 
 
+class GuidedDecodingParams(Strict):
+    table = "guided_decoding_params"
+
+
 class llm_args:
     class TorchLlmArgs:
         """Arguments of ``LLM`` as pydantic lists them."""

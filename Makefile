@@ -29,6 +29,8 @@ help: ## Show this list
 # MAX_SEQ_LEN            ## longest prompt plus output, also MAX_BATCH_SIZE (requests at once) and MAX_NUM_TOKENS (of one step)
 # TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM)
 # DP                     ## whole engines, each on a GPU of its own (1; ENGINE=torch)
+# DECOUPLED              ## 1 (default): NVIDIA's models stream; 0: they answer once, over ModelInfer and /generate too
+# ACCUMULATE_TOKENS      ## 1: tensorrt_llm_bls streams the whole text so far (0)
 # TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'
 # HF_TOKEN_FILE          ## file with the hub's token, for make up
 # ARGS                   ## more options of a build: --dry-run prints commands and files, --force

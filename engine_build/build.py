@@ -100,6 +100,8 @@ class Build:
                 parameters=self.settings.parameters,
                 logits_type=logits_type,
                 cores=hardware.cores,
+                decoupled=self.settings.decoupled,
+                accumulate_tokens=self.settings.accumulate_tokens,
             )
             rendering = repository.render(TEMPLATES, values)
             note.cached = not repository.write(rendering, self.root / "model_repository")
@@ -346,7 +348,13 @@ class Build:
             name = "engine.json" if plan.lane == "torch" else "llm_api.json"
             lines += [f"write  {engine_dir}/{file}" for file in (name, "manifest.json")]
         values = repository.values_for(
-            plan, source.name, engine_dir, source.folder, parameters=self.settings.parameters
+            plan,
+            source.name,
+            engine_dir,
+            source.folder,
+            parameters=self.settings.parameters,
+            decoupled=self.settings.decoupled,
+            accumulate_tokens=self.settings.accumulate_tokens,
         )
         rendering = repository.render(TEMPLATES, values)
         lines += [f"write  {self.root}/model_repository/{name}" for name in sorted(rendering)]

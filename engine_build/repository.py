@@ -36,6 +36,8 @@ def values_for(
     parameters: Mapping[str, str] | None = None,
     logits_type: str = "TYPE_FP32",
     cores: int = 1,
+    decoupled: bool = True,
+    accumulate_tokens: bool = False,
 ) -> dict[str, str]:
     """Every placeholder a template may use.
 
@@ -43,6 +45,9 @@ def values_for(
         parameters: of the ``tensorrtllm`` backend, as the user asked for them.
         logits_type: Triton's name of the engine's logits dtype.
         cores: CPU cores of the machine that serves.
+        decoupled: whether ``tensorrt_llm``, ``ensemble`` and ``tensorrt_llm_bls`` may answer a request more than
+            once; streams and batches need it, ModelInfer and ``/generate`` of some clients need its absence.
+        accumulate_tokens: whether each streamed text of ``tensorrt_llm_bls`` is the whole text so far.
 
     Raises:
         BuildError: a parameter is unknown or of the wrong type, or the lane has none.
@@ -54,7 +59,9 @@ def values_for(
         "model_name": model_name,
         "triton_backend": TRITON_BACKEND[plan.lane],
         "triton_max_batch_size": str(plan.max_batch_size),
-        "decoupled_mode": "True",
+        "decoupled_mode": str(decoupled),
+        "accumulate_tokens": str(accumulate_tokens).lower(),
+        "lane": plan.lane,
         "engine_dir": str(engine_dir),
         "tokenizer_dir": str(source_dir),
         "logits_datatype": logits_type,
@@ -106,6 +113,7 @@ def _engine_parameters(plan: Plan, engine_dir: Path, source_dir: Path, asked: Ma
             "gpt_model_type": "inflight_fused_batching",
             "gpt_model_path": str(engine_dir),
             "tokenizer_dir": str(source_dir),
+            "lane": plan.lane,
             "cancellation_check_period_ms": "100",
             "stats_check_period_ms": "100",
         }

@@ -37,6 +37,10 @@ class Settings:
     parameters: dict[str, str] = field(default_factory=dict)
     """Of Triton's ``tensorrtllm`` backend, by name."""
     dry_run: bool = False
+    decoupled: bool = True
+    """Whether NVIDIA's models may answer a request more than once."""
+    accumulate_tokens: bool = False
+    """Whether each streamed text of ``tensorrt_llm_bls`` is the whole text so far."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
@@ -78,6 +82,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         "of Triton's tensorrtllm backend: name=value, with spaces between",
     )
     option("--dp", "DP", "1", "whole engines, each on a GPU of its own (ENGINE=torch)")
+    option(
+        "--decoupled", "DECOUPLED", "1", "1: NVIDIA's models stream; 0: they answer once, over ModelInfer too"
+    )
+    option(
+        "--accumulate-tokens", "ACCUMULATE_TOKENS", "0", "1: tensorrt_llm_bls streams the whole text so far"
+    )
     parser.add_argument("--force", action="store_true", help="build again even if nothing changed")
     parser.add_argument("--dry-run", action="store_true", help="print commands and files, build nothing")
     found = parser.parse_args(arguments)
@@ -98,6 +108,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         dp=_positive("DP", found.dp) or 1,
         parameters=_pairs("TRTLLM_PARAMETERS", found.parameters),
         dry_run=found.dry_run,
+        decoupled=_one_of("DECOUPLED", found.decoupled, ("0", "1")) == "1",
+        accumulate_tokens=_one_of("ACCUMULATE_TOKENS", found.accumulate_tokens, ("0", "1")) == "1",
     )
 
 

@@ -86,10 +86,11 @@ def tensorrt_llm_lane(
     version: str = "1.2.1",
     prepare: Callable[[Path], None] = lambda build: None,
     baseline: bool = True,
+    **checkpoint_fields: object,
 ) -> Iterator[Server]:
     """A real Triton that serves a TensorRT-LLM lane of a tiny model, with TensorRT-LLM itself replaced.
 
-    ``prepare`` gets the build folder before the server starts.
+    ``prepare`` gets the build folder before the server starts; ``checkpoint_fields`` go to ``tiny_checkpoint``.
     """
     from engine_build import build
     from tests.tiny import tiny_checkpoint
@@ -102,7 +103,7 @@ def tensorrt_llm_lane(
         patch.setenv("TRTLLM_DOUBLE_VERSION", version)
         patch.setattr(build, "detect", lambda: hardware)
         patch.setattr(guard, "observe", lambda: guard.Facts(version, (GPU,)))
-        checkpoint = tiny_checkpoint(folder / "tiny")
+        checkpoint = tiny_checkpoint(folder / "tiny", **checkpoint_fields)
         arguments = ["--model", str(checkpoint), "--engine", lane, "--precision", "bf16"]
         settings = parse([*arguments, "--build-dir", str(folder / "build")])
         with pytest.MonkeyPatch.context() as tools:

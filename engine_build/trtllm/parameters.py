@@ -20,6 +20,8 @@ FRACTION, WHOLE, FLAG, TEXT, PATH = (
     "text",
     "a path",
 )
+FLAGS = ("true", "True", "TRUE", "1", "false", "False", "FALSE", "0")
+"""What the backend reads (``model_state.cc``); anything else is its default there, without a word."""
 CHOICES = {
     "gpt_model_type": ("inflight_fused_batching", "inflight_batching", "V1"),
     "batch_scheduler_policy": ("guaranteed_no_evict", "max_utilization"),
@@ -97,8 +99,6 @@ def for_engine(plan: Plan, engine_dir: Path, asked: Mapping[str, str]) -> dict[s
         "max_tokens_in_paged_kv_cache": str(plan.num_kv_blocks * plan.block_size),
         "enable_kv_cache_reuse": "true",
         "enable_chunked_context": "true",
-        # NVIDIA's default returns the prompt in front of the answer.
-        "exclude_input_in_output": "true",
         "normalize_log_probs": "false",
         "cancellation_check_period_ms": "100",
         "stats_check_period_ms": "100",
@@ -124,7 +124,7 @@ def check(name: str, value: str) -> None:
     if choices:
         ok, kind = value in choices, "one of " + ", ".join(choices)
     elif kind == FLAG:
-        ok = value.lower() in ("true", "false", "1", "0")
+        ok = value in FLAGS
     elif kind == WHOLE:
         ok = value.isascii() and value.isdigit()
     elif kind == FRACTION:

@@ -113,6 +113,11 @@ class Emitter:
         """Answers a whole request with an error."""
         reply.sender.send(self._error_response(error), flags=self._final)
 
+    def acknowledge(self, reply: Reply, decoupled: bool) -> None:
+        """Answers a request that has no output; only a decoupled model may do so without a response."""
+        response = () if decoupled else (self._pb.InferenceResponse([]),)
+        reply.sender.send(*response, flags=self._final)
+
     def close(self) -> None:
         """Answers what is in flight and ends the thread."""
         with self._changed:

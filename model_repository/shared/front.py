@@ -1,6 +1,7 @@
-"""The two kinds of decoupled model: tokens in and out (``tensorrt_llm``), text in and out.
+"""The two kinds of model: tokens in and out (``tensorrt_llm``), text in and out.
 
-Both answer every request with at least one response, the last one flagged final, errors too.
+Both answer every request with at least one response, the last one flagged final, errors too. A model that is not
+decoupled answers with exactly one, and so takes neither streams nor batches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from model_repository.shared import responses
+from model_repository.shared.contract import NVIDIA, Contract
 from model_repository.shared.emitter import Emitter, Generation, Reply
 from model_repository.shared.responses import ResponseWriter
 from model_repository.shared.tensors import Inputs, Options
@@ -21,6 +23,8 @@ from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestErro
 class Door(Protocol):
     """How one kind of model reads a batch row and shows its output."""
 
+    contract: Contract
+
     def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest: ...
 
     def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]: ...
@@ -29,27 +33,32 @@ class Door(Protocol):
 class TextDoor:
     """``text_input`` to ``text_output``."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, contract: Contract) -> None:
+        self.contract = contract
         self._vocabulary = vocabulary
 
     def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest:
-        vocabulary = self._vocabulary
+        vocabulary, spaced = self._vocabulary, self.contract.spaced_bad_words
         stop = (vocabulary.stop_bytes(word) for word in inputs.words("stop_words", row))
         bad_words = inputs.words("bad_words", row)
         return inputs.generation(
             row,
             prompt_ids=vocabulary.encode_prompt(inputs.text(row)),
             stop=tuple(word for word in stop if word is not None),
-            bad_ids=tuple(tuple(ids) for word in bad_words for ids in vocabulary.bad_ids(word)),
+            bad_ids=tuple(tuple(ids) for word in bad_words for ids in vocabulary.bad_ids(word, spaced)),
             info=info,
+            logit_bias=vocabulary.bias(inputs.bias_words(row)),
         )
 
     def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]:
-        return responses.text(self._vocabulary.bytes.decode(prompt_ids) + output.text)
+        text = self._vocabulary.bytes.decode(prompt_ids) + output.text
+        return responses.text(text, self.contract.flat_text)
 
 
 class TokenDoor:
     """``input_ids`` to ``output_ids``."""
+
+    contract = NVIDIA
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._bytes = vocabulary.bytes
@@ -62,6 +71,7 @@ class TokenDoor:
             stop=tuple(word for word in stop if word),
             bad_ids=tuple(tuple(ids) for ids in inputs.word_ids("bad_words", row)),
             info=info,
+            logit_bias=inputs.token_bias(row, info.vocab_size),
         )
 
     def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]:
@@ -72,13 +82,30 @@ class Front:
     """Reads requests, hands each batch row to the engine, and leaves the answering to the emitter."""
 
     def __init__(
-        self, pb_utils: Any, door: Door, emitter: Emitter, info: Callable[[], ModelInfo], model_config: str
+        self,
+        pb_utils: Any,
+        door: Door,
+        emitter: Emitter,
+        info: Callable[[], ModelInfo],
+        model_config: str,
+        *,
+        lane: str,
+        accumulate: bool = False,
     ) -> None:
-        """``info`` raises RequestError while there is no engine."""
+        """
+        Args:
+            info: raises RequestError while there is no engine.
+            model_config: the JSON that Triton gives to ``initialize``.
+            accumulate: each text of a stream is the whole text so far.
+        """
+        config = json.loads(model_config)
         self._door = door
         self._emitter = emitter
         self._info = info
-        self._model = json.loads(model_config)["name"]
+        self._lane = lane
+        self._accumulate = accumulate
+        self._model = config["name"]
+        self._decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self._writer = ResponseWriter(pb_utils, model_config)
         self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -87,8 +114,8 @@ class Front:
         for request in requests:
             reply = Reply(request.get_response_sender())
             try:
-                inputs = Inputs.of(request)
-                if inputs.scalar("stop", 0, False):
+                inputs = Inputs.of(request, self._lane, self._door.contract)
+                if inputs.stops():
                     self._stop(reply, self._name(request))
                     continue
                 generations = self._generations(reply, request, inputs)
@@ -111,10 +138,16 @@ class Front:
                 Code.INVALID_ARG, "stop: a request id must be provided for request cancellation"
             )
         self._emitter.stop_request(name)
-        reply.sender.send(flags=self._final)
+        self._emitter.acknowledge(reply, self._decoupled)
 
     def _generations(self, reply: Reply, request: Any, inputs: Inputs) -> list[Generation]:
         info, requested, name = self._info(), request.requested_output_names(), self._name(request)
+        if inputs.rows > 1 and not self._decoupled:
+            raise RequestError(
+                Code.UNSUPPORTED,
+                f"a batch of {inputs.rows} needs a decoupled model: send its rows one by one, "
+                "or build with DECOUPLED=1",
+            )
         generations = [
             self._generation(reply, requested, inputs, row, info, name) for row in range(inputs.rows)
         ]
@@ -125,10 +158,23 @@ class Front:
         self, reply: Reply, requested: list[str], inputs: Inputs, row: int, info: ModelInfo, name: str
     ) -> Generation:
         options: Options = inputs.options(row)
+        if options.stream and not self._decoupled:
+            raise RequestError(
+                Code.UNSUPPORTED,
+                "stream is True: streaming is only supported if the model is decoupled; leave stream out, "
+                "or build with DECOUPLED=1",
+            )
+        contract = self._door.contract
         request = dataclasses.replace(self._door.read(inputs, row, info), request_id=name)
+        shows_prompt = not options.exclude_input and (contract.prompt_in_streams or not options.stream)
+        text = ""
 
         def write(output: RequestOutput, first: bool) -> Any:
-            prompt = request.prompt_ids if first and not options.exclude_input else []
+            nonlocal text
+            if self._accumulate:
+                text += output.text
+                output = dataclasses.replace(output, text=text)
+            prompt = request.prompt_ids if first and shows_prompt else []
             made = self._door.show(prompt, output)
             made.update(responses.details(output, options, row))
             return self._writer.write(requested, made)

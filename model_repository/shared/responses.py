@@ -1,7 +1,7 @@
 """What a generation has produced -> output tensors under NVIDIA's names.
 
 Arrays have the batch dimension in front: 1, since each batch row answers for itself, and its number
-is in ``batch_index``.
+is in ``batch_index``. NVIDIA's ``text_output`` alone has none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from model_repository.shared.tensors import Options
 from torch_engine.request import RequestOutput
 
 _PERF_INT32 = ("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks")
+_PERF_DRAFTS = ("total_accepted_draft_tokens", "total_draft_tokens")
 _PERF_INT64 = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
 
 Make = Callable[[], np.ndarray]
@@ -34,9 +35,10 @@ def ids(prompt_ids: list[int], output: RequestOutput) -> dict[str, Make]:
     }
 
 
-def text(value: str) -> dict[str, Make]:
-    """``text_output`` bytes [1, 1]."""
-    return {"text_output": lambda: np.array([[value.encode("utf-8")]], dtype=np.object_)}
+def text(value: str, flat: bool) -> dict[str, Make]:
+    """``text_output`` bytes [1, 1], or [1] if ``flat``."""
+    data = value.encode("utf-8")
+    return {"text_output": lambda: np.array([data] if flat else [[data]], dtype=np.object_)}
 
 
 def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make]:
@@ -49,10 +51,13 @@ def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make
         made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
     if options.num_output_tokens:
         made["num_output_tokens"] = _one(output.num_output_tokens, np.int32)
-    metrics = output.metrics  # of the end; before it they would be seven tensors of 0
+    metrics = output.metrics  # of the end; before it they would be ten tensors of 0
     if options.perf_metrics and metrics:
         made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
         made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
+        # NVIDIA's ten, always: without draft tokens of the request there are none to count.
+        made.update({name: _one(0, np.int32) for name in _PERF_DRAFTS})
+        made["acceptance_rate"] = _one(0.0, np.float32)
     if row:
         made["batch_index"] = _one(row, np.int32)
     return made

@@ -54,9 +54,9 @@ def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> Rep
     return BlsEngine(pb_utils, info, vocabulary.bytes)
 
 
-def flag(values: dict[str, str], name: str) -> bool:
+def flag(values: dict[str, str], name: str, default: str = "true") -> bool:
     """A boolean parameter, spelled as NVIDIA's templates allow."""
-    return values.get(name, "true").lower() in ("true", "1")
+    return values.get(name, default).lower() in ("true", "1")
 
 
 def period_s(values: dict[str, str], name: str) -> float:

@@ -1,7 +1,7 @@
 """Reads a Triton request into the engine's types, and says precisely what is wrong with it.
 
-``TABLE`` lists every input tensor of NVIDIA's contract once: what it is called in each model, and
-whether we read it or accept only values that change nothing.
+``TABLE`` lists every input tensor of NVIDIA's contract once: what it is called in each model, which lanes serve it,
+and what it becomes. ``python -m model_repository.shared.tensors`` prints it for the documentation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from model_repository.shared import words
+from model_repository.shared.contract import OURS, Contract
 from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError, SamplingParams
+
+TORCH, PYTORCH, ENGINE = "torch", "trtllm-pytorch", "trtllm-engine"
+LANES = (TORCH, PYTORCH, ENGINE)
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,29 @@ class Tensor:
     """In ``ensemble``; the name that users know and errors show."""
     aliases: tuple[str, ...] = ()
     """What ``preprocessing`` and ``tensorrt_llm`` call it."""
-    unsupported: str = ""
-    """The feature that we do not have; "" = we read the tensor."""
+    sampling: str = ""
+    """The field of ``SamplingParams`` that it fills."""
+    option: str = ""
+    """The field of ``Options`` that it fills."""
+    feature: str = ""
+    """What it is for, if not every lane has it; "" = all do."""
+    lanes: tuple[str, ...] = LANES
+    """Whose engine has the feature."""
+    ensemble_only: bool = False
+    """Whether it changes what an answer consists of: then our text models refuse it, in each lane."""
     neutral: tuple = (0, False, b"")
-    """Values of an unsupported tensor that ask for nothing; a tensor without elements never does."""
+    """Values that ask for nothing of the feature; a tensor without elements never does."""
 
 
-def _lacks(feature: str, *names: str, neutral: tuple = Tensor.neutral) -> list[Tensor]:
-    return [Tensor(name, unsupported=feature, neutral=neutral) for name in names]
+def _only(lanes: tuple[str, ...], feature: str, *names: str, **more: Any) -> list[Tensor]:
+    return [Tensor(name, feature=feature, lanes=lanes, **more) for name in names]
 
+
+NOWHERE: tuple[str, ...] = ()
+_COMPILED = (ENGINE,)
+_BEAMS, _DRAFTS = "beam search", "speculative decoding"
+_TUNING, _RETENTION, _CODERS = "prompt tuning", "KV cache retention", "an encoder-decoder model"
+_WHOLE = {"ensemble_only": True}
 
 TABLE: tuple[Tensor, ...] = (
     Tensor("text_input", ("QUERY",)),
@@ -44,53 +62,56 @@ TABLE: tuple[Tensor, ...] = (
     Tensor("stop_words", ("STOP_WORDS_DICT", "stop_words_list")),
     Tensor("end_id", ("END_ID",)),
     Tensor("pad_id", ("PAD_ID",)),
-    Tensor("top_k", ("runtime_top_k",)),
-    Tensor("top_p", ("runtime_top_p",)),
-    Tensor("temperature"),
-    Tensor("repetition_penalty"),
-    Tensor("presence_penalty"),
-    Tensor("frequency_penalty"),
+    Tensor("top_k", ("runtime_top_k",), sampling="top_k"),
+    Tensor("top_p", ("runtime_top_p",), sampling="top_p"),
+    Tensor("temperature", sampling="temperature"),
+    Tensor("repetition_penalty", sampling="repetition_penalty"),
+    Tensor("presence_penalty", sampling="presence_penalty"),
+    Tensor("frequency_penalty", sampling="frequency_penalty"),
+    Tensor("seed", sampling="seed"),
     Tensor("min_tokens"),
-    Tensor("seed"),
-    Tensor("stream", ("streaming",)),
+    Tensor("embedding_bias_words", ("EMBEDDING_BIAS_WORDS",)),
+    Tensor("embedding_bias_weights", ("EMBEDDING_BIAS_WEIGHTS",)),
+    Tensor("embedding_bias"),
     Tensor("stop"),
-    Tensor("exclude_input_in_output"),
-    Tensor("return_log_probs"),
-    Tensor("return_perf_metrics"),
-    Tensor("return_num_input_tokens"),
-    Tensor("return_num_output_tokens"),
-    *_lacks("beam search", "beam_width", neutral=(0, 1)),
-    *_lacks("more than one output for a prompt", "num_return_sequences", neutral=(0, 1)),
-    Tensor("length_penalty", ("len_penalty",), "beam search", (0, 1)),
-    *_lacks("beam search", "early_stopping", "beam_search_diversity_rate"),
-    *_lacks("top-p decay", "runtime_top_p_min", neutral=(0, np.float32(1e-6))),
-    *_lacks("top-p decay", "runtime_top_p_decay", neutral=(0, 1)),
-    *_lacks("top-p decay", "runtime_top_p_reset_ids", neutral=(0, 1, -1)),
-    *_lacks("returning logits", "return_context_logits", "return_generation_logits"),
-    Tensor("decoder_text_input", ("DECODER_QUERY",), "an encoder-decoder model"),
-    *_lacks("an encoder-decoder model", "decoder_input_ids", "decoder_input_lengths"),
-    *_lacks("an encoder-decoder model", "encoder_output_lengths"),
-    *_lacks("an encoder-decoder model", "encoder_input_features", neutral=()),
-    *_lacks("an encoder-decoder model", "cross_attention_mask", "skip_cross_attn_blocks"),
-    *_lacks("speculative decoding", "draft_input_ids", "draft_logits", neutral=()),
-    *_lacks("speculative decoding", "draft_acceptance_threshold"),
-    *_lacks("speculative decoding", "lookahead_window_size", "lookahead_ngram_size"),
-    *_lacks("speculative decoding", "lookahead_verification_set_size"),
-    Tensor("embedding_bias_words", ("EMBEDDING_BIAS_WORDS",), "a bias on tokens"),
-    Tensor("embedding_bias_weights", ("EMBEDDING_BIAS_WEIGHTS",), "a bias on tokens"),
-    *_lacks("a bias on tokens", "embedding_bias"),
-    *_lacks("prompt tuning", "prompt_embedding_table", neutral=()),
-    *_lacks("prompt tuning", "prompt_table_extra_ids", "prompt_vocab_size"),
-    Tensor("prompt_table_extra_id", ("PROMPT_TABLE_EXTRA_ID",), "prompt tuning"),
-    *_lacks("LoRA", "lora_task_id"),
-    *_lacks("LoRA", "lora_weights", "lora_config", neutral=()),
-    *_lacks("guided decoding", "guided_decoding_guide_type", "guided_decoding_guide"),
-    *_lacks("image and video input", "IMAGE_BYTES", "IMAGE_URL", "IMAGE_SIZES", "VIDEO_BYTES", neutral=()),
-    *_lacks("multi-modal positions", "mrope_rotary_cos_sin", "mrope_position_deltas"),
-    *_lacks("disaggregated serving", "context_phase_params"),
-    *_lacks("KV cache retention", "retention_token_range_starts", "retention_token_range_ends"),
-    *_lacks("KV cache retention", "retention_token_range_priorities", "retention_token_range_durations_ms"),
-    *_lacks("KV cache retention", "retention_decode_priority", "retention_decode_duration_ms"),
+    Tensor("stream", ("streaming",), option="stream"),
+    Tensor("exclude_input_in_output", option="exclude_input"),
+    Tensor("return_log_probs", option="log_probs"),
+    Tensor("return_perf_metrics", option="perf_metrics"),
+    Tensor("return_num_input_tokens", option="num_input_tokens"),
+    Tensor("return_num_output_tokens", option="num_output_tokens"),
+    *_only(_COMPILED, _BEAMS, "beam_width", neutral=(0, 1), **_WHOLE),
+    *_only(_COMPILED, "more than one output for a prompt", "num_return_sequences", neutral=(0, 1), **_WHOLE),
+    *_only(_COMPILED, _BEAMS, "length_penalty", aliases=("len_penalty",), neutral=(0, 1), **_WHOLE),
+    *_only(_COMPILED, _BEAMS, "early_stopping", "beam_search_diversity_rate", **_WHOLE),
+    *_only(_COMPILED, "returning logits", "return_context_logits", "return_generation_logits", **_WHOLE),
+    *_only(_COMPILED, "top-p decay", "runtime_top_p_min", neutral=(0, np.float32(1e-6))),
+    *_only(_COMPILED, "top-p decay", "runtime_top_p_decay", neutral=(0, 1)),
+    *_only(_COMPILED, "top-p decay", "runtime_top_p_reset_ids", neutral=(0, 1, -1)),
+    *_only(_COMPILED, _DRAFTS, "draft_input_ids", "draft_logits", neutral=()),
+    *_only(_COMPILED, _DRAFTS, "draft_acceptance_threshold"),
+    *_only(_COMPILED, _DRAFTS, "lookahead_window_size", "lookahead_ngram_size"),
+    *_only(_COMPILED, _DRAFTS, "lookahead_verification_set_size"),
+    *_only(NOWHERE, "a draft model", "num_draft_tokens", "use_draft_logits"),
+    *_only(_COMPILED, _TUNING, "prompt_embedding_table", neutral=()),
+    *_only(_COMPILED, _TUNING, "prompt_table_extra_ids", "prompt_vocab_size"),
+    *_only(_COMPILED, _TUNING, "prompt_table_extra_id", aliases=("PROMPT_TABLE_EXTRA_ID",)),
+    *_only(_COMPILED, "LoRA", "lora_task_id"),
+    *_only(_COMPILED, "LoRA", "lora_weights", "lora_config", neutral=()),
+    *_only(_COMPILED, "guided decoding", "guided_decoding_guide_type", "guided_decoding_guide"),
+    *_only(_COMPILED, _RETENTION, "retention_token_range_starts", "retention_token_range_ends"),
+    *_only(_COMPILED, _RETENTION, "retention_token_range_priorities", "retention_token_range_durations_ms"),
+    *_only(_COMPILED, _RETENTION, "retention_decode_priority", "retention_decode_duration_ms"),
+    *_only(NOWHERE, _CODERS, "decoder_text_input", aliases=("DECODER_QUERY",)),
+    *_only(_COMPILED, _CODERS, "decoder_input_ids", "decoder_input_lengths", "encoder_output_lengths"),
+    *_only(_COMPILED, _CODERS, "encoder_input_features", neutral=()),
+    *_only(_COMPILED, _CODERS, "cross_attention_mask", "skip_cross_attn_blocks"),
+    *_only(_COMPILED, "multi-modal positions", "mrope_rotary_cos_sin", "mrope_position_deltas"),
+    *_only(_COMPILED, "disaggregated serving", "context_phase_params"),
+    *_only(NOWHERE, "image and video input", "IMAGE_BYTES", "IMAGE_URL", "IMAGE_SIZES", neutral=()),
+    *_only(NOWHERE, "image and video input", "VIDEO_BYTES", "image_input", "image_bytes_input", neutral=()),
+    *_only(NOWHERE, "image and video input", "image_url_input", "image_sizes_input", neutral=()),
+    *_only(NOWHERE, "image and video input", "video_bytes_input", neutral=()),
 )
 BY_NAME: dict[str, Tensor] = {name: tensor for tensor in TABLE for name in (tensor.name, *tensor.aliases)}
 
@@ -110,8 +131,12 @@ class Options:
 class Inputs:
     """The tensors of one request, by the names of ``ensemble``; the first dimension is the batch."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Raises RequestError for an unknown tensor or an unsupported feature."""
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], lane: str = TORCH, contract: Contract = OURS
+    ) -> None:
+        """Raises RequestError for an unknown tensor or a feature that the lane does not have."""
+        self.lane = lane
+        self.contract = contract
         self._values: dict[str, np.ndarray] = {}
         self._labels: dict[str, str] = {}
         for name, value in tensors.items():
@@ -120,18 +145,19 @@ class Inputs:
                 raise RequestError(Code.INVALID_ARG, f"{name} is not an input of this model")
             self._values[known.name] = value
             self._labels[known.name] = name if name == known.name else f"{known.name} ({name})"
-            if known.unsupported:
+            if known.feature and lane not in known.lanes:
                 self._require_neutral(known, value)
         self.rows = max((len(value) for value in self._values.values()), default=1)
 
     @classmethod
-    def of(cls, request: Any) -> Inputs:
+    def of(cls, request: Any, lane: str, contract: Contract) -> Inputs:
         """Reads a ``pb_utils.InferenceRequest``."""
-        inputs = cls({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
-        # Over HTTP, Triton makes a request parameter of a JSON field that is no input: a misspelled one.
-        for name in json.loads(request.parameters() or "{}"):
-            if not name.startswith("triton_"):
-                inputs.refuse(name, "is not an input of this model")
+        inputs = cls({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, lane, contract)
+        if not contract.unknown_parameters:
+            # Over HTTP, Triton makes a request parameter of a JSON field that is no input: a misspelled one.
+            for name in json.loads(request.parameters() or "{}"):
+                if not name.startswith("triton_"):
+                    inputs.refuse(name, "is not an input of this model")
         return inputs
 
     def _require_neutral(self, tensor: Tensor, value: np.ndarray) -> None:
@@ -141,8 +167,14 @@ class Inputs:
                 label = self._labels[tensor.name]
                 raise RequestError(
                     Code.UNSUPPORTED,
-                    f"{label} is {shown}: {tensor.unsupported} is not supported; leave {label} out",
+                    f"{label} is {shown}: {tensor.feature} is not supported {self._remedy(tensor, label)}",
                 )
+
+    def _remedy(self, tensor: Tensor, label: str) -> str:
+        if self.lane in tensor.lanes:
+            return f"by this model; leave {label} out, or ask the model ensemble"
+        others = " or ".join(f"ENGINE={lane}" for lane in tensor.lanes)
+        return f"by lane {self.lane}; leave {label} out" + (f", or build with {others}" if others else "")
 
     def has(self, name: str) -> bool:
         return name in self._values
@@ -181,7 +213,7 @@ class Inputs:
         if name not in self._values:
             return []
         try:
-            return words.parse(self.row(name, row).ravel().tolist())
+            return words.parse(self.row(name, row).ravel().tolist(), self.contract.json_words)
         except UnicodeDecodeError as error:
             self.refuse(name, f"has a word that is not UTF-8: {error.reason} at byte {error.start}")
 
@@ -215,26 +247,59 @@ class Inputs:
             self.refuse("max_tokens", f"is {value}: it must be at least 1")
         return value
 
-    def sampling(self, row: int) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.scalar("temperature", row, 1.0),
-            top_k=self.scalar("top_k", row),
-            top_p=self.scalar("top_p", row),
-            repetition_penalty=self.scalar("repetition_penalty", row, 1.0),
-            presence_penalty=self.scalar("presence_penalty", row, 0.0),
-            frequency_penalty=self.scalar("frequency_penalty", row, 0.0),
-            seed=self.scalar("seed", row),
-        )
+    def sampling(self, row: int, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
+        given = {
+            tensor.sampling: self.scalar(tensor.name, row)
+            for tensor in TABLE
+            if tensor.sampling and self.has(tensor.name)
+        }
+        return SamplingParams(**given, logit_bias=logit_bias)
 
     def options(self, row: int) -> Options:
-        return Options(
-            stream=self.scalar("stream", row, False),
-            exclude_input=self.scalar("exclude_input_in_output", row, True),
-            log_probs=self.scalar("return_log_probs", row, False),
-            perf_metrics=self.scalar("return_perf_metrics", row, False),
-            num_input_tokens=self.scalar("return_num_input_tokens", row, False),
-            num_output_tokens=self.scalar("return_num_output_tokens", row, False),
-        )
+        given = {
+            tensor.option: self.scalar(tensor.name, row)
+            for tensor in TABLE
+            if tensor.option and self.has(tensor.name)
+        }
+        return Options(**({"exclude_input": self.contract.exclude_input} | given))
+
+    def bias_words(self, row: int) -> list[tuple[str, float]]:
+        """``embedding_bias_words`` with ``embedding_bias_weights``: (word, what its tokens' logits gain)."""
+        if not self.has("embedding_bias_words") or not self.has("embedding_bias_weights"):
+            return []
+        names = self.row("embedding_bias_words", row).ravel().tolist()
+        weights = self.row("embedding_bias_weights", row).ravel().tolist()
+        if len(names) != len(weights):
+            self.refuse(
+                "embedding_bias_words", f"has {len(names)} words for {len(weights)} embedding_bias_weights"
+            )
+        try:
+            return [(name.decode("utf-8"), weight) for name, weight in zip(names, weights, strict=True)]
+        except UnicodeDecodeError as error:
+            self.refuse(
+                "embedding_bias_words",
+                f"has a word that is not UTF-8: {error.reason} at byte {error.start}",
+            )
+
+    def token_bias(self, row: int, vocab_size: int) -> tuple[tuple[int, float], ...]:
+        """``embedding_bias``, a number for each token of the vocabulary, as (token id, bias) of those not 0."""
+        if not self.has("embedding_bias"):
+            return ()
+        values = self.row("embedding_bias", row).ravel()
+        if len(values) > vocab_size:
+            self.refuse("embedding_bias", f"has {len(values)} values: this model has {vocab_size} tokens")
+        return tuple((int(token), float(values[token])) for token in np.flatnonzero(values))
+
+    def stops(self) -> bool:
+        """Whether this is the order to stop another request.
+
+        Raises:
+            RequestError: it says so for some rows and not for others.
+        """
+        values = self._values.get("stop", np.zeros(0)).ravel().tolist()
+        if any(values) and not all(values):
+            self.refuse("stop", f"is {values}: a stop request must be true for each of its rows")
+        return any(values)
 
     def generation(
         self,
@@ -243,6 +308,7 @@ class Inputs:
         stop: tuple[bytes, ...],
         bad_ids: tuple[tuple[int, ...], ...],
         info: ModelInfo,
+        logit_bias: tuple[tuple[int, float], ...] = (),
     ) -> GenerationRequest:
         """The engine's request, checked against the model's limits.
 
@@ -268,7 +334,7 @@ class Inputs:
         return GenerationRequest(
             prompt_ids=prompt_ids,
             max_tokens=max_tokens,
-            sampling=self.sampling(row),
+            sampling=self.sampling(row, logit_bias),
             end_id=self._end_id(row, info),
             stop=stop,
             bad_ids=bad_ids,

@@ -54,22 +54,42 @@ class Vocabulary:
         )
 
     def stop_ids(self, word: str) -> list[int]:
-        """Token ids that spell a stop word exactly, whatever the tokenizer would put before it."""
+        """Token ids that spell a stop word: the tokenizer's own, or where those put a space before it, ours."""
         data = self.stop_bytes(word)
-        ids = self.bytes.spell(data) if data else []
-        if data and self.bytes.bytes_of(ids) != data:
+        if not data:
+            return []
+        ids = self.word_ids(word)
+        if self.bytes.bytes_of(ids) != data:
+            ids = self.bytes.spell(data)
+        if self.bytes.bytes_of(ids) != data:
             raise RequestError(
                 Code.INVALID_ARG, f"stop_words holds {word!r}, which no tokens of this model spell"
             )
         return ids
 
-    def bad_ids(self, word: str) -> list[list[int]]:
-        """Token sequences of a word: as it stands, and after a space."""
-        variants = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in (word, " " + word)]
-        space = self._tokenizer.encode(" ", add_special_tokens=False).ids
-        bare, spaced = variants
+    def word_ids(self, word: str) -> list[int]:
+        """A word as NVIDIA's preprocessing encodes it."""
+        return self._tokenizer.encode(word, add_special_tokens=False).ids
+
+    def bad_ids(self, word: str, spaced: bool) -> list[list[int]]:
+        """Token sequences of a word: as it stands, and if ``spaced`` after a space."""
+        bare = self.word_ids(word)
+        if not spaced:
+            return [bare]
+        after_space, space = self.word_ids(" " + word), self.word_ids(" ")
         # Where the space is a token of its own, the second variant only repeats the first.
-        return [bare] if spaced in (bare, space + bare) else variants
+        return [bare] if after_space in (bare, space + bare) else [bare, after_space]
+
+    def bias(self, words: list[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
+        """(token id, bias) of words, each token of a word by its word's weight, as NVIDIA's preprocessing adds up.
+
+        Theirs encodes a word like a prompt, with special tokens; so does this.
+        """
+        sums: dict[int, float] = {}
+        for word, weight in words:
+            for token in self._tokenizer.encode(word, add_special_tokens=True).ids if word else []:
+                sums[token] = sums.get(token, 0.0) + weight
+        return tuple(sorted(sums.items()))
 
 
 def _read_json(path: Path) -> dict:

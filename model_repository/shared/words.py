@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def parse(elements: Iterable[bytes]) -> list[str]:
+def parse(elements: Iterable[bytes], json_lists: bool) -> list[str]:
     """Words in one row of a ``stop_words``/``bad_words`` tensor.
 
-    An element is a word, or a JSON list of words; "" is none.
+    An element is a word, or with ``json_lists`` a JSON list of words; "" is none.
 
     Raises:
         ValueError: an element is not UTF-8.
@@ -23,7 +23,7 @@ def parse(elements: Iterable[bytes]) -> list[str]:
     words: list[str] = []
     for element in elements:
         text = element.decode("utf-8")
-        words += _json_list(text) or [text]
+        words += (json_lists and _json_list(text)) or [text]
     return [word for word in words if word]
 
 

@@ -63,7 +63,7 @@ def test_engine_repository(tmp_path: Path) -> None:
     ]
     assert values["gpt_model_type"] == "inflight_fused_batching"
     assert values["gpt_model_path"] == str(tmp_path / "engine")
-    assert values["exclude_input_in_output"] == "true"  # §4.3: the output has the prompt otherwise
+    assert "exclude_input_in_output" not in values  # NVIDIA's default, which its clients count on
     assert values["executor_worker_path"] == FACTS["executor_worker_path"]["default"]
     assert values.keys() <= PARAMETERS.keys()
     assert int(values["max_tokens_in_paged_kv_cache"]) == PLAN.num_kv_blocks * PLAN.block_size
@@ -94,6 +94,7 @@ def test_what_was_asked_for_arrives(tmp_path: Path) -> None:
         ("enable_trt_overlap", "true", "not one of the tensorrtllm backend"),
         ("kv_cache_free_gpu_mem_fraction", "90", "a number from 0 to 1"),
         ("enable_chunked_context", "yes", "true or false"),
+        ("enable_chunked_context", "tRuE", "true or false"),  # which the backend would take for false
         ("cuda_graph_cache_size", "-1", "a whole number"),
         ("batch_scheduler_policy", "fair", "guaranteed_no_evict, max_utilization"),
         ("medusa_choices", '"', "text"),

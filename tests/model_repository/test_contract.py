@@ -18,6 +18,7 @@ from tests.engine_build.test_plan import H200, SMALL
 
 TEMPLATES = Path(__file__).parents[2] / "model_repository"
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "io_tables.json").read_text())
+LLMAPI = FACTS.pop("llmapi")
 TEXT_MODELS = ("text_generation", "hf_baseline")
 MODELS = (*FACTS, *TEXT_MODELS)
 VALUES = {
@@ -44,10 +45,9 @@ VALUES = {
     "end_ids_as_stop_words": "false",
     "text_generation_engine": "process",
     "max_seq_len": "512",
+    "lane": "torch",
+    "accumulate_tokens": "false",
 }
-REQUIRED = {"text_input", "max_tokens", "QUERY", "REQUEST_OUTPUT_LEN"}
-"""Required by NVIDIA, and optional for Triton 2.51 in our files: its check only counts inputs, and an ensemble
-that then lacks a required one answers with an empty final response and no error. The models check instead."""
 DTYPE = model_config_pb2.DataType.Name
 
 
@@ -71,39 +71,47 @@ def table(tensors: Any) -> list[tuple]:
     ]
 
 
-def expected(tensors: list[dict], ours: bool) -> list[tuple]:
-    """The same of the facts; ``ours`` with our exception."""
+def expected(tensors: list[dict], optional: tuple[str, ...] = ()) -> list[tuple]:
+    """The same of the facts, with more of them ``optional``."""
     return [
         (
             each["name"],
             string.Template(each["dtype"]).substitute(VALUES),
             tuple(each["dims"]),
             each.get("reshape") == [],
-            each.get("optional", False) or (ours and each["name"] in REQUIRED),
+            each.get("optional", False) or each["name"] in optional,
             each.get("allow_ragged_batch", False),
         )
         for each in tensors
     ]
 
 
+CHECKED_BY_US = ("text_input", "max_tokens")
+"""Optional in our own models: Triton 2.51 only counts a request's inputs, and the model can say which is missing."""
+
+
 @pytest.mark.parametrize("model", FACTS)
 def test_tensors_are_nvidias(model: str) -> None:
     config = config_of(model)
-    assert table(config.input) == expected(FACTS[model]["input"], ours=True)
-    assert table(config.output) == expected(FACTS[model]["output"], ours=False)
+    assert table(config.input) == expected(FACTS[model]["input"])
+    assert table(config.output) == expected(FACTS[model]["output"])
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("lane", ["torch", "trtllm-pytorch", "trtllm-engine"])
-def test_what_a_lane_serves_is_nvidias(lane: str, tmp_path: Path) -> None:
+def test_what_a_lane_serves_is_nvidias(lane: str, decoupled: bool, tmp_path: Path) -> None:
     """The rendered files of each lane, through Triton's schema; no lane changes a tensor."""
     plan = make_plan(SMALL, H200, lane, "bf16")
-    rendering = repository.render(TEMPLATES, repository.values_for(plan, "m", tmp_path, tmp_path))
+    values = repository.values_for(plan, "m", tmp_path, tmp_path, decoupled=decoupled)
+    rendering = repository.render(TEMPLATES, values)
     for model in MODELS:
         text = rendering[f"{model}/config.pbtxt"].decode()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
-        facts = FACTS.get(model, FACTS["ensemble"])
-        assert table(config.input) == expected(facts["input"], ours=True)
-        assert dict.fromkeys(table(config.output)) == dict.fromkeys(expected(facts["output"], ours=False))
+        facts, optional = FACTS.get(model, FACTS["ensemble"]), CHECKED_BY_US if model in TEXT_MODELS else ()
+        assert table(config.input) == expected(facts["input"], optional)
+        assert dict.fromkeys(table(config.output)) == dict.fromkeys(expected(facts["output"]))
+        answers_often = model in TEXT_MODELS or (decoupled and model in ("tensorrt_llm", "tensorrt_llm_bls"))
+        assert config.model_transaction_policy.decoupled == answers_often
 
 
 def test_ensemble_is_wired_like_nvidias() -> None:
@@ -122,7 +130,7 @@ def test_ensemble_is_wired_like_nvidias() -> None:
 @pytest.mark.parametrize("model", TEXT_MODELS)
 def test_text_models_are_twins_of_the_ensemble(model: str) -> None:
     ensemble, twin = config_of("ensemble"), config_of(model)
-    assert table(twin.input) == table(ensemble.input)
+    assert table(twin.input) == expected(FACTS["ensemble"]["input"], CHECKED_BY_US)
     # NVIDIA lists kv_cache_alloc_total_blocks twice, which Triton takes for one.
     assert table(twin.output) == list(dict.fromkeys(table(ensemble.output)))
     assert twin.model_transaction_policy.decoupled

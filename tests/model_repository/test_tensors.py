@@ -119,7 +119,7 @@ def test_missing_prompt() -> None:
         ("lora_task_id", number(1, np.uint64), "LoRA"),
         ("lora_weights", np.zeros((1, 2, 2), np.float16), "LoRA"),
         ("prompt_embedding_table", np.zeros((1, 2, 2), np.float16), "prompt tuning"),
-        ("embedding_bias_words", text(b"a"), "a bias on tokens"),
+        ("num_draft_tokens", number(3), "a draft model"),
         ("DECODER_QUERY", text(b"a"), "encoder-decoder"),
         ("draft_input_ids", np.array([[1]], np.int32), "speculative decoding"),
         ("guided_decoding_guide", text(b"{}"), "guided decoding"),

@@ -40,9 +40,13 @@ def test_impossible_ends_are_refused(ends: list[int]) -> None:
     ],
 )
 def test_spellings_of_words(elements: list[bytes], expected: list[str]) -> None:
-    assert words.parse(elements) == expected
+    assert words.parse(elements, json_lists=True) == expected
+
+
+def test_nvidia_takes_a_word_as_it_stands() -> None:
+    assert words.parse([b'["a", "b"]', b"", b"c"], json_lists=False) == ['["a", "b"]', "c"]
 
 
 def test_words_must_be_text() -> None:
     with pytest.raises(UnicodeDecodeError):
-        words.parse([b"\xff"])
+        words.parse([b"\xff"], json_lists=True)

@@ -7,9 +7,11 @@ import json
 import triton_python_backend_utils as pb_utils
 
 from model_repository.shared import stub
+from model_repository.shared.contract import OURS
 from model_repository.shared.emitter import Emitter
 from model_repository.shared.front import Front, TextDoor
 from model_repository.shared.metrics import MemoryMetric
+from model_repository.shared.tensors import TORCH
 from model_repository.shared.transformers_engine import TransformersEngine
 from model_repository.shared.vocabulary import Vocabulary
 
@@ -19,7 +21,7 @@ class TritonPythonModel:
         values = stub.parameters(args)
         folder = values["model_dir"]
         max_batch_size = json.loads(args["model_config"])["max_batch_size"]
-        door = TextDoor(Vocabulary(folder, stub.flag(values, "add_special_tokens")))
+        door = TextDoor(Vocabulary(folder, stub.flag(values, "add_special_tokens")), OURS)
         self._engine = TransformersEngine(folder, values["dtype"], max_batch_size)
         self._memory = MemoryMetric(pb_utils, args["model_name"], args["model_version"])
         self._emitter = Emitter(
@@ -28,7 +30,9 @@ class TritonPythonModel:
             stub.period_s(values, "cancellation_check_period_ms"),
             on_tick=lambda: self._memory.update(self._engine.gpu_memory_bytes),
         )
-        self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
+        self._front = Front(
+            pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"], lane=TORCH
+        )
 
     def execute(self, requests: list) -> None:
         self._front.execute(requests)

@@ -21,7 +21,8 @@ class TritonPythonModel:
         return [self._decode(request) for request in requests]
 
     def _decode(self, request: object) -> object:
-        """int32 [batch, beams, n] and lengths [batch, beams] -> bytes [batch, beams]."""
+        """int32 [batch, beams, n] and lengths [batch, beams] -> bytes [batch * beams], without a batch dimension
+        as NVIDIA's has none: their clients index it once."""
         tokens = _array(request, "TOKENS_BATCH")
         lengths = _array(request, "SEQUENCE_LENGTH")
         if tokens is None or lengths is None or tokens.shape[:2] != lengths.shape:
@@ -31,7 +32,7 @@ class TritonPythonModel:
         texts = np.empty(lengths.shape, dtype=np.object_)
         for at, length in np.ndenumerate(lengths):
             texts[at] = self._bytes.decode(tokens[at][: max(length, 0)].tolist()).encode("utf-8")
-        return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
+        return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts.ravel())])
 
 
 def _array(request: object, name: str) -> np.ndarray | None:

@@ -6,7 +6,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from model_repository.shared import stub, words
-from model_repository.shared.tensors import Inputs
+from model_repository.shared.contract import NVIDIA
+from model_repository.shared.tensors import ENGINE, Inputs
 from model_repository.shared.vocabulary import Vocabulary
 from torch_engine.request import RequestError
 
@@ -15,6 +16,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
         self._vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
+        self._lane = values["lane"]
         self._end_ids_as_stop_words = stub.flag(values, "end_ids_as_stop_words")
 
     def execute(self, requests: list) -> list:
@@ -22,7 +24,7 @@ class TritonPythonModel:
 
     def _answer(self, request: object) -> object:
         try:
-            outputs = self._encode(Inputs.of(request))
+            outputs = self._encode(Inputs.of(request, self._lane, NVIDIA))
         except RequestError as error:
             code = getattr(pb_utils.TritonError, error.code.value)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
@@ -38,12 +40,12 @@ class TritonPythonModel:
         for row, ids in enumerate(prompts):
             prompt_ids[row, : len(ids)] = ids
         stop = [
-            [ids for word in inputs.words("stop_words", row) if (ids := vocabulary.stop_ids(word))]
+            [ids for word in inputs.words("stop_words", row) if (ids := self._stop_ids(word))]
             + self._other_ends(inputs, row)
             for row in rows
         ]
         bad = [
-            [ids for word in inputs.words("bad_words", row) for ids in vocabulary.bad_ids(word)]
+            [ids for word in inputs.words("bad_words", row) for ids in vocabulary.bad_ids(word, spaced=False)]
             for row in rows
         ]
         nothing = (inputs.rows, 0)
@@ -55,12 +57,25 @@ class TritonPythonModel:
             "BAD_WORDS_IDS": words.pack(bad),
             "OUT_END_ID": _column([inputs.scalar("end_id", row, eos) for row in rows]),
             "OUT_PAD_ID": _column([inputs.scalar("pad_id", row, pad) for row in rows]),
+            "EMBEDDING_BIAS": self._bias(inputs),
             # For models that we do not serve; the ensemble's wiring wants them nevertheless.
             "DECODER_INPUT_ID": np.zeros(nothing, dtype=np.int32),
             "REQUEST_DECODER_INPUT_LEN": _column([0] * inputs.rows),
-            "EMBEDDING_BIAS": np.zeros(nothing, dtype=np.float32),
             "OUT_PROMPT_TABLE_EXTRA_IDS": np.zeros(nothing, dtype=np.uint64),
         }
+
+    def _stop_ids(self, word: str) -> list[int]:
+        """NVIDIA's backend compares token ids, so it gets those that its own preprocessing would have made."""
+        return self._vocabulary.word_ids(word) if self._lane == ENGINE else self._vocabulary.stop_ids(word)
+
+    def _bias(self, inputs: Inputs) -> np.ndarray:
+        """float32 [rows, vocabulary]; [rows, 0] where nobody asks for one."""
+        biases = [self._vocabulary.bias(inputs.bias_words(row)) for row in range(inputs.rows)]
+        bias = np.zeros((inputs.rows, len(self._vocabulary.bytes) if any(biases) else 0), dtype=np.float32)
+        for row, pairs in enumerate(biases):
+            for token, weight in pairs:
+                bias[row, token] = weight
+        return bias
 
     def _other_ends(self, inputs: Inputs, row: int) -> list[list[int]]:
         """NVIDIA's backend takes one end token and Llama 3 has several: the others go as stop words."""

@@ -24,7 +24,14 @@ class TritonPythonModel:
             on_tick=lambda: self._metrics.update(self._engine.stats),
             on_finish=self._metrics.observe,
         )
-        self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
+        self._front = Front(
+            pb_utils,
+            door,
+            self._emitter,
+            lambda: self._engine.info,
+            args["model_config"],
+            lane=values["lane"],
+        )
 
     def execute(self, requests: list) -> None:
         self._front.execute(requests)

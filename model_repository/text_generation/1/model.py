@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton_python_backend_utils as pb_utils
 
 from model_repository.shared import stub
+from model_repository.shared.contract import OURS
 from model_repository.shared.emitter import Emitter
 from model_repository.shared.front import Front, TextDoor
 from model_repository.shared.vocabulary import Vocabulary
@@ -14,10 +15,17 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
         vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
-        door = TextDoor(vocabulary)
+        door = TextDoor(vocabulary, OURS)
         self._engine = stub.engine(pb_utils, values, vocabulary)
         self._emitter = Emitter(pb_utils, self._engine, stub.period_s(values, "cancellation_check_period_ms"))
-        self._front = Front(pb_utils, door, self._emitter, lambda: self._engine.info, args["model_config"])
+        self._front = Front(
+            pb_utils,
+            door,
+            self._emitter,
+            lambda: self._engine.info,
+            args["model_config"],
+            lane=values["lane"],
+        )
 
     def execute(self, requests: list) -> None:
         self._front.execute(requests)

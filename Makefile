@@ -29,6 +29,7 @@ help: ## Show this list
 # MAX_SEQ_LEN            ## longest prompt plus output, also MAX_BATCH_SIZE (requests at once) and MAX_NUM_TOKENS (of one step)
 # TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM)
 # DP                     ## whole engines, each on a GPU of its own (1; ENGINE=torch)
+# MODEL_CONTRACT         ## tensors of tensorrt_llm: inflight_batcher_llm (default) or llmapi (TensorRT-LLM 1.3 and later)
 # DECOUPLED              ## 1 (default): NVIDIA's models stream; 0: they answer once, over ModelInfer and /generate too
 # ACCUMULATE_TOKENS      ## 1: tensorrt_llm_bls streams the whole text so far (0)
 # TRTLLM_PARAMETERS      ## of Triton's tensorrtllm backend: 'name=value name=value'

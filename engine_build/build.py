@@ -102,8 +102,9 @@ class Build:
                 cores=hardware.cores,
                 decoupled=self.settings.decoupled,
                 accumulate_tokens=self.settings.accumulate_tokens,
+                contract=self.settings.contract,
             )
-            rendering = repository.render(TEMPLATES, values)
+            rendering = repository.render(TEMPLATES, values, self.settings.contract)
             note.cached = not repository.write(rendering, self.root / "model_repository")
             note.text = ", ".join(sorted({name.split("/")[0] for name in rendering}))
         return self._deployment(source.name, plan, hardware, engine_dir, model_dir, source_dir)
@@ -355,8 +356,9 @@ class Build:
             parameters=self.settings.parameters,
             decoupled=self.settings.decoupled,
             accumulate_tokens=self.settings.accumulate_tokens,
+            contract=self.settings.contract,
         )
-        rendering = repository.render(TEMPLATES, values)
+        rendering = repository.render(TEMPLATES, values, self.settings.contract)
         lines += [f"write  {self.root}/model_repository/{name}" for name in sorted(rendering)]
         for line in [*lines, f"write  {self.root}/{DEPLOYMENT}", "dry run: no engine was built"]:
             self.say(line)

@@ -21,6 +21,11 @@ ENGINE_QUEUE_SIZE = 512
 """Requests that may wait in NVIDIA's backend before it refuses one."""
 CORES_FOR_TWO = 8
 """CPU cores from which on two processes tokenise prompts for the ensemble, and two carry text."""
+INFLIGHT, LLMAPI = "inflight_batcher_llm", "llmapi"
+CONTRACTS = (INFLIGHT, LLMAPI)
+"""Whose tensors the model ``tensorrt_llm`` has: NVIDIA's for compiled engines, or those of its LLM API."""
+ENGINE_MODEL = "tensorrt_llm_engine"
+"""NVIDIA's backend where its usual name is that of the ``llmapi`` model."""
 Rendering = dict[str, bytes]
 """Path inside the repository to content."""
 
@@ -38,6 +43,7 @@ def values_for(
     cores: int = 1,
     decoupled: bool = True,
     accumulate_tokens: bool = False,
+    contract: str = INFLIGHT,
 ) -> dict[str, str]:
     """Every placeholder a template may use.
 
@@ -48,6 +54,7 @@ def values_for(
         decoupled: whether ``tensorrt_llm``, ``ensemble`` and ``tensorrt_llm_bls`` may answer a request more than
             once; streams and batches need it, ModelInfer and ``/generate`` of some clients need its absence.
         accumulate_tokens: whether each streamed text of ``tensorrt_llm_bls`` is the whole text so far.
+        contract: one of ``CONTRACTS``.
 
     Raises:
         BuildError: a parameter is unknown or of the wrong type, or the lane has none.
@@ -55,8 +62,10 @@ def values_for(
     in_triton = plan.lane == "trtllm-engine"
     if parameters and not in_triton:
         _require_llm_api(plan.lane, parameters)
+    engine_model = ENGINE_MODEL if contract == LLMAPI else "tensorrt_llm"
     return {
         "model_name": model_name,
+        "engine_model": engine_model,
         "triton_backend": TRITON_BACKEND[plan.lane],
         "triton_max_batch_size": str(plan.max_batch_size),
         "decoupled_mode": str(decoupled),
@@ -76,7 +85,7 @@ def values_for(
         # Our engine processes have a limit of their own; NVIDIA's backend takes Triton's, and 0 is none.
         "max_queue_size": str(ENGINE_QUEUE_SIZE if in_triton else 0),
         "engine_parameters": _engine_parameters(plan, engine_dir, source_dir, parameters or {}),
-        "text_generation_engine": "tensorrt_llm" if in_triton else "process",
+        "text_generation_engine": engine_model if in_triton else "process",
         "end_ids_as_stop_words": "true" if in_triton else "false",
         "max_seq_len": str(plan.max_seq_len),
         "baseline_model_dir": str(source_dir),
@@ -123,7 +132,17 @@ def _engine_parameters(plan: Plan, engine_dir: Path, source_dir: Path, asked: Ma
     )
 
 
-def render(templates: Path, values: dict[str, str]) -> Rendering:
+def model_of(template: str, contract: str, lane: str) -> str | None:
+    """What the model of a template is called; None = it is not part of this repository."""
+    if contract == INFLIGHT:
+        return None if template == LLMAPI else template
+    names = {LLMAPI: "tensorrt_llm", "text_generation": "text_generation", "hf_baseline": "hf_baseline"}
+    if lane == "trtllm-engine":
+        names["tensorrt_llm"] = ENGINE_MODEL
+    return names.get(template)
+
+
+def render(templates: Path, values: dict[str, str], contract: str = INFLIGHT) -> Rendering:
     """All files of the repository.
 
     Raises:
@@ -132,12 +151,15 @@ def render(templates: Path, values: dict[str, str]) -> Rendering:
     rendering: Rendering = {}
     for config in sorted(templates.glob(f"*/{CONFIG}")):
         model = config.parent
-        rendering[f"{model.name}/{CONFIG}"] = text = _fill(config, values).encode()
+        name = model_of(model.name, contract, values.get("lane", ""))
+        if name is None:
+            continue
+        rendering[f"{name}/{CONFIG}"] = text = _fill(config, values).encode()
         if b'backend: "tensorrtllm"' in text:
             continue  # NVIDIA's C++ backend, which has no model.py
         for path in sorted((model / VERSION).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                rendering[f"{model.name}/{path.relative_to(model)}"] = path.read_bytes()
+                rendering[f"{name}/{path.relative_to(model)}"] = path.read_bytes()
     if not rendering:
         raise BuildError(f"{templates} has no model with a {CONFIG}: the installation is incomplete")
     return rendering

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine_build.errors import BuildError
 from engine_build.plan import AUTO, LANES, PRECISIONS
+from engine_build.repository import CONTRACTS, INFLIGHT
 
 BASELINE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -41,6 +42,8 @@ class Settings:
     """Whether NVIDIA's models may answer a request more than once."""
     accumulate_tokens: bool = False
     """Whether each streamed text of ``tensorrt_llm_bls`` is the whole text so far."""
+    contract: str = INFLIGHT
+    """Whose tensors the model ``tensorrt_llm`` has."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
@@ -82,6 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         "of Triton's tensorrtllm backend: name=value, with spaces between",
     )
     option("--dp", "DP", "1", "whole engines, each on a GPU of its own (ENGINE=torch)")
+    option("--model-contract", "MODEL_CONTRACT", INFLIGHT, f"of tensorrt_llm: {', '.join(CONTRACTS)}")
     option(
         "--decoupled", "DECOUPLED", "1", "1: NVIDIA's models stream; 0: they answer once, over ModelInfer too"
     )
@@ -108,6 +112,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         dp=_positive("DP", found.dp) or 1,
         parameters=_pairs("TRTLLM_PARAMETERS", found.parameters),
         dry_run=found.dry_run,
+        contract=_one_of("MODEL_CONTRACT", found.model_contract, CONTRACTS),
         decoupled=_one_of("DECOUPLED", found.decoupled, ("0", "1")) == "1",
         accumulate_tokens=_one_of("ACCUMULATE_TOKENS", found.accumulate_tokens, ("0", "1")) == "1",
     )

@@ -36,7 +36,12 @@ def ready_message(server: Server) -> str:
     engine = server.engine.info.description or deployment.precision
     if deployment.engines > 1:
         engine = f"{deployment.engines} engines, each {engine}"
-    models = "text_generation, ensemble" + (", hf_baseline" if settings.baseline else "")
+    served = {path.name for path in deployment.model_repository.iterdir()}
+    if "ensemble" in served:
+        models, door = "text_generation, ensemble, tensorrt_llm_bls", "ensemble"
+    else:
+        models, door = "text_generation, tensorrt_llm", "text_generation"
+    models += ", hf_baseline" if settings.baseline else ""
     return "\n".join(
         [
             "",
@@ -47,7 +52,7 @@ def ready_message(server: Server) -> str:
             f"  metrics  http://{settings.host}:{settings.metrics_port}/metrics",
             f"  logs     {settings.run_dir}",
             "",
-            f"try   curl -d '{curl}' {settings.http_url}/v2/models/ensemble/generate",
+            f"try   curl -d '{curl}' {settings.http_url}/v2/models/{door}/generate",
             "next  make loadtest (web UI), make chat; Ctrl-C stops the server, then make bench compares the endpoints",
             "",
         ]

@@ -29,6 +29,7 @@ from torch_engine.replicas import Replicas
 from torch_engine.request import ModelInfo
 
 DOORS = ("ensemble", "text_generation")
+"""What is asked for a token, again and again, where it is served."""
 ENGINE_PROCESS = {"torch": "torch_engine.server", "trtllm-pytorch": "model_repository.trtllm.server"}
 """Lane to module; lane trtllm-engine has its engine inside Triton."""
 _WATCH_PERIOD_S = 0.25
@@ -268,6 +269,10 @@ class Server:
         assert engine.child is not None
         self._await(engine.child, lambda: engine.client.connected)
 
+    @property
+    def _doors(self) -> list[str]:
+        return [door for door in DOORS if (self._models / door).is_dir()]
+
     def _start_triton(self) -> None:
         command = triton.command(
             self._triton_home,
@@ -280,7 +285,7 @@ class Server:
         env = triton.environment(self._triton_home, self._sockets)
         self._triton = Child("Triton", command, env, self.settings.run_dir / "triton.log")
         self._await(self._triton, lambda: probe.ready(self.settings.http_url))
-        for door in DOORS:
+        for door in self._doors:
             answer = probe.generate(self.settings.http_url, door, self.settings.start_timeout_s)
             if not answer.served:
                 raise ServeError(f"model {door} does not answer: {answer.detail}\n{self._triton.tail()}")
@@ -376,7 +381,7 @@ class Server:
 
     def _doorbells(self) -> dict[str, Doorbell]:
         settings = self.settings
-        return {door: Doorbell(settings.http_url, door, settings.probe_timeout_s) for door in DOORS}
+        return {door: Doorbell(settings.http_url, door, settings.probe_timeout_s) for door in self._doors}
 
     def _look_into_silence(self, door: str, silent: int, progressed: bool) -> None:
         if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):

@@ -129,10 +129,12 @@ def command(
     if ranks == 1:
         return [*_server(triton, settings, models, backends), _shm(shm_prefix)]
     parts = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+    renamed = "tensorrt_llm_engine"  # with MODEL_CONTRACT=llmapi
+    engine = renamed if (models / renamed).is_dir() else "tensorrt_llm"
     server = _server(triton, settings, models, backends)
     for rank in range(ranks):
         # The others wait inside the engine's start for what the first one tells them; they open no ports.
-        follow = ["--model-control-mode=explicit", "--load-model=tensorrt_llm"] if rank else []
+        follow = ["--model-control-mode=explicit", f"--load-model={engine}"] if rank else []
         mine = [part for part in server if not (rank and part.startswith("--model-control-mode"))]
         parts += [*([":"] if rank else []), "-n", "1", *mine, *follow, _shm(f"{shm_prefix}{rank}_")]
     return parts

@@ -28,16 +28,32 @@ from torch_engine.request import (
 )
 from torch_engine.text import TokenBytes
 
-MODEL = "tensorrt_llm"
 _TIMES = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
-_BLOCKS = ("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks")
+_COUNTS = (
+    *("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks"),
+    *("total_draft_tokens", "total_accepted_draft_tokens"),
+)
 
 
 class BlsEngine:
     """As ``EngineClient``; a thread for each request, because Triton's calls block."""
 
-    def __init__(self, pb_utils: Any, info: ModelInfo, tokens: TokenBytes) -> None:
+    def __init__(
+        self,
+        pb_utils: Any,
+        info: ModelInfo,
+        tokens: TokenBytes,
+        model: str = "tensorrt_llm",
+        decoupled: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: with NVIDIA's backend.
+            decoupled: whether it streams; one that does not gives all tokens of an answer at its end.
+        """
         self.info = info
+        self._model = model
+        self._decoupled = decoupled
         self._pb = pb_utils
         self._tokens = tokens
         self._handles = itertools.count(1)
@@ -83,14 +99,14 @@ class BlsEngine:
         try:
             self._read(request_id, progress)
         except Exception as error:  # every request ends in an answer
-            progress.fail(RequestError(Code.INTERNAL, f"{MODEL}: {error}"))
+            progress.fail(RequestError(Code.INTERNAL, f"{self._model}: {error}"))
         finally:
             with self._lock:
                 self._running.pop(handle, None)
 
     def _read(self, request_id: str, progress: Progress) -> None:
         log_probs = progress.request.return_log_probs
-        names = ["output_ids", "sequence_length", *_TIMES, *_BLOCKS]
+        names = ["output_ids", "sequence_length", *_TIMES, *_COUNTS]
         names += ["output_log_probs"] if log_probs else []
         stopped = False
         for response in self._call(request_id, self._inputs(progress.request), names):
@@ -114,7 +130,7 @@ class BlsEngine:
         values = found.get("output_log_probs", np.zeros(0)).ravel().tolist()
         # Of the new tokens, or of all so far: the last ones are the new ones' either way.
         values = values[-len(ids) :] if len(values) >= len(ids) else [0.0] * len(ids)
-        times = {name: int(found[name].ravel()[0]) for name in (*_TIMES, *_BLOCKS) if name in found}
+        times = {name: int(found[name].ravel()[0]) for name in (*_TIMES, *_COUNTS) if name in found}
         if times.get("last_token_time_ns"):
             progress.metrics, progress.told_metrics = PerfMetrics(**times), True
         for token, value in zip(ids, values, strict=True):
@@ -127,7 +143,7 @@ class BlsEngine:
             "input_ids": np.array([request.prompt_ids], np.int32),
             "input_lengths": _one(len(request.prompt_ids), np.int32),
             "request_output_len": _one(request.max_tokens, np.int32),
-            "streaming": _one(True, np.bool_),
+            "streaming": _one(self._decoupled, np.bool_),
             "exclude_input_in_output": _one(True, np.bool_),
             "return_perf_metrics": _one(True, np.bool_),
             "temperature": _one(sampling.temperature or 1.0, np.float32),
@@ -146,14 +162,19 @@ class BlsEngine:
             inputs["return_log_probs"] = _one(True, np.bool_)
         if request.bad_ids:
             inputs["bad_words_list"] = words.pack([request.bad_ids])
-        return inputs | self._ends(request)
+        if sampling.logit_bias:
+            bias = np.zeros((1, self.info.vocab_size), np.float32)
+            for token, value in sampling.logit_bias:
+                bias[0, token] += value
+            inputs["embedding_bias"] = bias
+        return inputs | self._ends(request) | dict(request.lane_inputs)
 
     def _ends(self, request: GenerationRequest) -> dict[str, np.ndarray]:
         """The contract has one end token; a model's others go in as stop words."""
         ends = list(self.info.end_ids) if request.end_id is None else [request.end_id]
         inputs = {"end_id": _one(ends[0] if ends else -1, np.int32)}
-        if len(ends) > 1:
-            inputs["stop_words_list"] = words.pack([[[token] for token in ends[1:]]])
+        if others := [*ends[1:], *request.stop_ids]:
+            inputs["stop_words_list"] = words.pack([[[token] for token in others]])
         return inputs
 
     def _stop(self, request_id: str) -> None:
@@ -166,12 +187,12 @@ class BlsEngine:
 
     def _call(self, request_id: str, inputs: dict[str, np.ndarray], names: list[str]) -> Any:
         request = self._pb.InferenceRequest(
-            model_name=MODEL,
+            model_name=self._model,
             request_id=request_id,
             requested_output_names=names,
             inputs=[self._pb.Tensor(name, value) for name, value in inputs.items()],
         )
-        return request.exec(decoupled=True)
+        return request.exec(decoupled=True) if self._decoupled else [request.exec()]
 
 
 def _one(value: Any, dtype: type) -> np.ndarray:

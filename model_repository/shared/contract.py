@@ -8,7 +8,7 @@ of TensorRT-LLM 1.0 to 1.2, ``inflight_batcher_llm/src/model_instance_state.cc``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Contract:
     """Whether a bad word is also banned where it follows a space."""
     flat_text: bool
     """Whether ``text_output`` is [1] instead of [1, 1]: NVIDIA's postprocessing drops the batch dimension."""
+    stop_is_an_error: bool = False
+    """Whether an order to stop is itself answered with CANCELLED, and not with a response without outputs."""
 
 
 NVIDIA = Contract(
@@ -45,3 +47,5 @@ OURS = Contract(
     spaced_bad_words=True,
     flat_text=False,
 )
+LLMAPI = replace(NVIDIA, stop_is_an_error=True)
+"""Of ``all_models/llmapi``, the contract that TensorRT-LLM kept after 1.2."""

@@ -25,9 +25,13 @@ class Door(Protocol):
 
     contract: Contract
 
+    def inputs(self, request: Any, lane: str) -> Inputs: ...
+
     def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest: ...
 
-    def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]: ...
+    def show(
+        self, prompt_ids: list[int], output: RequestOutput, options: Options, row: int
+    ) -> dict[str, responses.Make]: ...
 
 
 class TextDoor:
@@ -37,22 +41,29 @@ class TextDoor:
         self.contract = contract
         self._vocabulary = vocabulary
 
+    def inputs(self, request: Any, lane: str) -> Inputs:
+        return Inputs.of(request, lane, self.contract)
+
     def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest:
+        inputs.require_one_text()
         vocabulary, spaced = self._vocabulary, self.contract.spaced_bad_words
-        stop = (vocabulary.stop_bytes(word) for word in inputs.words("stop_words", row))
+        stops = vocabulary.stops(inputs.words("stop_words", row))
         bad_words = inputs.words("bad_words", row)
         return inputs.generation(
             row,
             prompt_ids=vocabulary.encode_prompt(inputs.text(row)),
-            stop=tuple(word for word in stop if word is not None),
+            stop=stops.texts,
+            stop_ids=stops.tokens,
             bad_ids=tuple(tuple(ids) for word in bad_words for ids in vocabulary.bad_ids(word, spaced)),
             info=info,
             logit_bias=vocabulary.bias(inputs.bias_words(row)),
         )
 
-    def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]:
+    def show(
+        self, prompt_ids: list[int], output: RequestOutput, options: Options, row: int
+    ) -> dict[str, responses.Make]:
         text = self._vocabulary.bytes.decode(prompt_ids) + output.text
-        return responses.text(text, self.contract.flat_text)
+        return responses.text(text, self.contract.flat_text) | responses.details(output, options, row)
 
 
 class TokenDoor:
@@ -63,19 +74,27 @@ class TokenDoor:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._bytes = vocabulary.bytes
 
+    def inputs(self, request: Any, lane: str) -> Inputs:
+        return Inputs.of(request, lane, self.contract)
+
     def read(self, inputs: Inputs, row: int, info: ModelInfo) -> GenerationRequest:
-        stop = (self._bytes.bytes_of(ids) for ids in inputs.word_ids("stop_words", row))
+        stops = inputs.word_ids("stop_words", row)
+        texts = (self._bytes.bytes_of(ids) for ids in stops)
         return inputs.generation(
             row,
             prompt_ids=inputs.prompt_ids(row, info.vocab_size),
-            stop=tuple(word for word in stop if word),
+            stop=tuple(text for text in texts if text),
+            # Special tokens have no text to look for.
+            stop_ids=tuple(ids[0] for ids in stops if len(ids) == 1 and not self._bytes[ids[0]]),
             bad_ids=tuple(tuple(ids) for ids in inputs.word_ids("bad_words", row)),
             info=info,
             logit_bias=inputs.token_bias(row, info.vocab_size),
         )
 
-    def show(self, prompt_ids: list[int], output: RequestOutput) -> dict[str, responses.Make]:
-        return responses.ids(prompt_ids, output)
+    def show(
+        self, prompt_ids: list[int], output: RequestOutput, options: Options, row: int
+    ) -> dict[str, responses.Make]:
+        return responses.ids(prompt_ids, output) | responses.details(output, options, row)
 
 
 class Front:
@@ -114,7 +133,7 @@ class Front:
         for request in requests:
             reply = Reply(request.get_response_sender())
             try:
-                inputs = Inputs.of(request, self._lane, self._door.contract)
+                inputs = self._door.inputs(request, self._lane)
                 if inputs.stops():
                     self._stop(reply, self._name(request))
                     continue
@@ -138,6 +157,8 @@ class Front:
                 Code.INVALID_ARG, "stop: a request id must be provided for request cancellation"
             )
         self._emitter.stop_request(name)
+        if self._door.contract.stop_is_an_error:
+            raise RequestError(Code.CANCELLED, "Request cancelled by client")
         self._emitter.acknowledge(reply, self._decoupled)
 
     def _generations(self, reply: Reply, request: Any, inputs: Inputs) -> list[Generation]:
@@ -175,8 +196,6 @@ class Front:
                 text += output.text
                 output = dataclasses.replace(output, text=text)
             prompt = request.prompt_ids if first and shows_prompt else []
-            made = self._door.show(prompt, output)
-            made.update(responses.details(output, options, row))
-            return self._writer.write(requested, made)
+            return self._writer.write(requested, self._door.show(prompt, output, options, row))
 
         return Generation(reply, request, options.stream, write)

@@ -15,8 +15,10 @@ import numpy as np
 from model_repository.shared.tensors import Options
 from torch_engine.request import RequestOutput
 
-_PERF_INT32 = ("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks")
-_PERF_DRAFTS = ("total_accepted_draft_tokens", "total_draft_tokens")
+_PERF_INT32 = (
+    *("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks"),
+    *("total_accepted_draft_tokens", "total_draft_tokens"),
+)
 _PERF_INT64 = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
 
 Make = Callable[[], np.ndarray]
@@ -55,9 +57,7 @@ def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make
     if options.perf_metrics and metrics:
         made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
         made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
-        # NVIDIA's ten, always: without draft tokens of the request there are none to count.
-        made.update({name: _one(0, np.int32) for name in _PERF_DRAFTS})
-        made["acceptance_rate"] = _one(0.0, np.float32)
+        made["acceptance_rate"] = _one(metrics.acceptance_rate, np.float32)
     if row:
         made["batch_index"] = _one(row, np.int32)
     return made
@@ -73,12 +73,14 @@ class ResponseWriter:
     def __init__(self, pb_utils: Any, model_config: str) -> None:
         """``model_config`` is the JSON that Triton gives to ``initialize``."""
         self._pb = pb_utils
+        config = json.loads(model_config)
+        batch = [1] if config["max_batch_size"] else []
         self._empty = {
             output["name"]: np.zeros(
-                [1, *(max(int(size), 1) for size in output["dims"])],
+                [*batch, *(max(int(size), 1) for size in output["dims"])],
                 dtype=pb_utils.triton_string_to_numpy(output["data_type"]),
             )
-            for output in json.loads(model_config)["output"]
+            for output in config["output"]
         }
 
     def write(self, requested: Iterable[str], made: dict[str, Make]) -> Any:

@@ -42,8 +42,8 @@ def connect_engine() -> Replicas:
 
 
 def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> Replicas | BlsEngine:
-    """The engine that a text model drives: a process, or the model ``tensorrt_llm`` of this server."""
-    if values.get("engine") != "tensorrt_llm":
+    """The engine that a text model drives: a process, or a model of this server with NVIDIA's backend."""
+    if values["engine"] == "process":
         return connect_engine()
     info = ModelInfo(
         vocab_size=len(vocabulary.bytes),
@@ -51,7 +51,7 @@ def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> Rep
         end_ids=tuple(sorted(id for id in vocabulary.end_ids if id is not None)),
         model_dir=values["tokenizer_dir"],
     )
-    return BlsEngine(pb_utils, info, vocabulary.bytes)
+    return BlsEngine(pb_utils, info, vocabulary.bytes, values["engine"], flag(values, "decoupled"))
 
 
 def flag(values: dict[str, str], name: str, default: str = "true") -> bool:

@@ -1,7 +1,7 @@
 """Reads a Triton request into the engine's types, and says precisely what is wrong with it.
 
 ``TABLE`` lists every input tensor of NVIDIA's contract once: what it is called in each model, which lanes serve it,
-and what it becomes. ``python -m model_repository.shared.tensors`` prints it for the documentation.
+and what it becomes. ``docs/TENSORS.md`` is made from it (:mod:`model_repository.tensors_page`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,15 @@ class Tensor:
     """Whose engine has the feature."""
     ensemble_only: bool = False
     """Whether it changes what an answer consists of: then our text models refuse it, in each lane."""
+    ignored: bool = False
+    """Whether NVIDIA's own models send it along without a need."""
     neutral: tuple = (0, False, b"")
     """Values that ask for nothing of the feature; a tensor without elements never does."""
+
+    @property
+    def engine_name(self) -> str:
+        """In ``tensorrt_llm``."""
+        return self.aliases[-1] if self.aliases else self.name
 
 
 def _only(lanes: tuple[str, ...], feature: str, *names: str, **more: Any) -> list[Tensor]:
@@ -98,12 +105,15 @@ TABLE: tuple[Tensor, ...] = (
     *_only(_COMPILED, _TUNING, "prompt_table_extra_id", aliases=("PROMPT_TABLE_EXTRA_ID",)),
     *_only(_COMPILED, "LoRA", "lora_task_id"),
     *_only(_COMPILED, "LoRA", "lora_weights", "lora_config", neutral=()),
-    *_only(_COMPILED, "guided decoding", "guided_decoding_guide_type", "guided_decoding_guide"),
+    *_only((PYTORCH, ENGINE), "guided decoding", "guided_decoding_guide_type", "guided_decoding_guide"),
     *_only(_COMPILED, _RETENTION, "retention_token_range_starts", "retention_token_range_ends"),
     *_only(_COMPILED, _RETENTION, "retention_token_range_priorities", "retention_token_range_durations_ms"),
     *_only(_COMPILED, _RETENTION, "retention_decode_priority", "retention_decode_duration_ms"),
     *_only(NOWHERE, _CODERS, "decoder_text_input", aliases=("DECODER_QUERY",)),
-    *_only(_COMPILED, _CODERS, "decoder_input_ids", "decoder_input_lengths", "encoder_output_lengths"),
+    # Preprocessing sends one pad token to every model, and one without a decoder apart does not look.
+    Tensor("decoder_input_ids", ignored=True),
+    Tensor("decoder_input_lengths", ignored=True),
+    *_only(_COMPILED, _CODERS, "encoder_output_lengths"),
     *_only(_COMPILED, _CODERS, "encoder_input_features", neutral=()),
     *_only(_COMPILED, _CODERS, "cross_attention_mask", "skip_cross_attn_blocks"),
     *_only(_COMPILED, "multi-modal positions", "mrope_rotary_cos_sin", "mrope_position_deltas"),
@@ -175,6 +185,22 @@ class Inputs:
             return f"by this model; leave {label} out, or ask the model ensemble"
         others = " or ".join(f"ENGINE={lane}" for lane in tensor.lanes)
         return f"by lane {self.lane}; leave {label} out" + (f", or build with {others}" if others else "")
+
+    def require_one_text(self) -> None:
+        """Raises RequestError where more is asked for than a model that answers with one text can show."""
+        for name, value in self._values.items():
+            if BY_NAME[name].ensemble_only:
+                self._require_neutral(BY_NAME[name], value)
+
+    def lane_inputs(self, row: int) -> dict[str, np.ndarray]:
+        """What only some engines understand, as it came, by the names of ``tensorrt_llm``; [1, ...] each."""
+        found = {}
+        for name, value in self._values.items():
+            tensor = BY_NAME[name]
+            if tensor.feature and self.lane in tensor.lanes and value.size:
+                one = value[row : row + 1]
+                found[tensor.engine_name] = one if one.ndim > 1 else one.reshape(1, 1)
+        return found
 
     def has(self, name: str) -> bool:
         return name in self._values
@@ -309,6 +335,7 @@ class Inputs:
         bad_ids: tuple[tuple[int, ...], ...],
         info: ModelInfo,
         logit_bias: tuple[tuple[int, float], ...] = (),
+        stop_ids: tuple[int, ...] = (),
     ) -> GenerationRequest:
         """The engine's request, checked against the model's limits.
 
@@ -336,11 +363,13 @@ class Inputs:
             max_tokens=max_tokens,
             sampling=self.sampling(row, logit_bias),
             end_id=self._end_id(row, info),
+            stop_ids=stop_ids,
             stop=stop,
             bad_ids=bad_ids,
             min_tokens=min_tokens,
             return_log_probs=self.scalar("return_log_probs", row, False),
             stream=self.scalar("stream", row, False),
+            lane_inputs=self.lane_inputs(row),
         )
 
     def _end_id(self, row: int, info: ModelInfo) -> int | None:

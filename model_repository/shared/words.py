@@ -37,11 +37,11 @@ def _json_list(text: str) -> list[str] | None:
     return value if value and all(isinstance(word, str) for word in value) else None
 
 
-def pack(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    """Token ids of the words of each row -> int32 ``[rows, 2, N]``."""
+def pack(rows: Sequence[Sequence[Sequence[int]]], width: int = 0) -> np.ndarray:
+    """Token ids of the words of each row -> int32 ``[rows, 2, N]``, N at least ``width``."""
     flat = [[token for word in words for token in word] for words in rows]
     ends = [np.cumsum([len(word) for word in words], dtype=np.int32) for words in rows]
-    packed = np.zeros((len(rows), 2, max(map(len, flat), default=0)), dtype=np.int32)
+    packed = np.zeros((len(rows), 2, max(width, *map(len, flat), 0)), dtype=np.int32)
     packed[:, 1] = -1
     for row, (tokens, stops) in enumerate(zip(flat, ends, strict=True)):
         packed[row, 0, : len(tokens)] = tokens

@@ -40,9 +40,6 @@ BAD = [
     pytest.param({"text_input": b"\xff\xfe"}, "text_input.* is not UTF-8", id="prompt not UTF-8"),
     pytest.param({"stop_words": b"\xc3\x28"}, "stop_words.* not UTF-8", id="stop word not UTF-8"),
     pytest.param({"bad_words": b"\xc3\x28"}, "bad_words.* not UTF-8", id="bad word not UTF-8"),
-    pytest.param(
-        {"stop_words": "<pad>"}, "stop_words.*special token.*end_id", id="special token as stop word"
-    ),
     pytest.param({"end_id": 10**6}, "end_id.* is 1000000", id="end id beyond the vocabulary"),
     pytest.param({"beam_width": 4}, "beam_width is 4: beam search is not supported", id="beam search"),
     pytest.param({"num_return_sequences": 2}, "num_return_sequences is 2", id="several sequences"),

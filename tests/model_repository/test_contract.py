@@ -46,6 +46,7 @@ VALUES = {
     "text_generation_engine": "process",
     "max_seq_len": "512",
     "lane": "torch",
+    "engine_model": "tensorrt_llm",
     "accumulate_tokens": "false",
 }
 DTYPE = model_config_pb2.DataType.Name
@@ -144,3 +145,24 @@ def test_batch_dimension_is_in_front(model: str) -> None:
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"postprocessing"}))
 def test_every_input_is_read_or_refused(model: str) -> None:
     assert [each.name for each in config_of(model).input if each.name not in BY_NAME] == []
+
+
+def test_llmapi_is_nvidias() -> None:
+    config = config_of("llmapi")
+    assert (config.name, config.max_batch_size) == ("tensorrt_llm", 0)
+    assert table(config.input) == expected(LLMAPI["input"])
+    assert table(config.output) == expected(LLMAPI["output"])
+
+
+@pytest.mark.parametrize("lane", ["torch", "trtllm-pytorch", "trtllm-engine"])
+def test_models_of_the_llmapi_contract(lane: str, tmp_path: Path) -> None:
+    """In lane trtllm-engine NVIDIA's backend gives its name away."""
+    plan = make_plan(SMALL, H200, lane, "bf16")
+    values = repository.values_for(plan, "m", tmp_path, tmp_path, contract="llmapi")
+    rendering = repository.render(TEMPLATES, values, "llmapi")
+    models = {name.split("/")[0] for name in rendering}
+    engine = {"tensorrt_llm_engine"} if lane == "trtllm-engine" else set()
+    assert models == {"tensorrt_llm", "text_generation", "hf_baseline"} | engine
+    for model in models:
+        repository.check_config(rendering[f"{model}/config.pbtxt"].decode(), model)
+    assert ('"tensorrt_llm_engine"' in rendering["tensorrt_llm/config.pbtxt"].decode()) == bool(engine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +21,18 @@ from model_repository.serve import Server, ServeSettings
 from model_repository.settings import Deployment, ServeError
 from model_repository.trtllm import guard, host
 from model_repository.trtllm.in_triton import parse
-from tests.model_repository.doors import Call, ask, in_pieces, post, stop, wait_until
+from tests.model_repository.doors import Call, GrpcError, ask, in_pieces, post, stop, wait_until
 from tests.serving import DOUBLE, GPU, tensorrt_llm_lane
 
 TWO_ENDS = [1, 5]
+PROMPT = "the quick brown"
+DOORS = ("ensemble", "text_generation", "tensorrt_llm_bls")
 WILD = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 
 
-def replace_backend(build: Path) -> None:
+def replace_backend(build: Path, model: str = "tensorrt_llm") -> None:
     """The one change to what was built: the backend's name, and the model that stands for it."""
-    config = build / "model_repository/tensorrt_llm/config.pbtxt"
+    config = build / "model_repository" / model / "config.pbtxt"
     text = config.read_text(encoding="utf-8")
     assert 'backend: "tensorrtllm"' in text
     config.write_text(text.replace('backend: "tensorrtllm"', 'backend: "python"'), encoding="utf-8")
@@ -41,16 +44,86 @@ def engine_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("engine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRTLLM_DOUBLE_MODEL", str(folder / "tiny"))
+        patch.setenv("TRTLLM_DOUBLE_LOG", str(folder / "log"))
         with tensorrt_llm_lane(folder, "trtllm-engine", prepare=replace_backend) as server:
             yield server
 
 
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same with ``DECOUPLED=0``: NVIDIA's models answer a request once."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRTLLM_DOUBLE_MODEL", str(folder / "tiny"))
+        patch.setenv("DECOUPLED", "0")
+        with tensorrt_llm_lane(folder, "trtllm-engine", prepare=replace_backend, baseline=False) as server:
+            patch.delenv("DECOUPLED")  # it is for this build alone
+            yield server
+
+
+@pytest.mark.slow
+def test_not_decoupled(at_once: Server, engine_lane: Server) -> None:
+    expected = ask(engine_lane, "hf_baseline", PROMPT, 24).text
+    for door in DOORS:
+        assert ask(at_once, door, PROMPT, 24).text == expected
+        answer = post(
+            at_once, door, {"text_input": PROMPT, "max_tokens": 24, "exclude_input_in_output": True}
+        )
+        assert answer.text == expected
+    # Ours still streams; what comes from a model that does not is one piece.
+    assert ask(at_once, "text_generation", PROMPT, 24, stream=True).text == expected
+    word = next(word for word in re.findall(" [a-z]+", expected) if len(word) > 2)
+    stopped = ask(at_once, "text_generation", PROMPT, 24, stop_words=[word])
+    assert stopped.text == expected[: expected.index(word)]
+
+
+def last_request(server: Server) -> dict:
+    """The tensors of the last request that the backend got, but for orders to stop."""
+    lines = (server.settings.build_dir.parent / "log").read_text(encoding="utf-8").splitlines()
+    return [values for values in map(json.loads, lines) if "stop" not in values][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["ensemble", "text_generation", "tensorrt_llm_bls"])
+def test_the_backend_gets_what_it_can_do(engine_lane: Server, door: str) -> None:
+    extra = {
+        "lora_task_id": 7,
+        "lora_weights": np.full((1, 2, 3), 0.5, np.float16),
+        "lora_config": np.array([[[0, 1, 2]]], np.int32),
+        "guided_decoding_guide_type": "regex",
+        "guided_decoding_guide": "a+",
+        "embedding_bias_words": [" of", "x"],
+        "embedding_bias_weights": [1.5, -2.0],
+        "prompt_vocab_size": 3,
+    }
+    ask(engine_lane, door, PROMPT, 4, **extra)
+    got = last_request(engine_lane)
+    assert got["lora_weights"] == [[[0.5] * 3] * 2] and got["lora_config"] == [[[0, 1, 2]]]
+    assert np.ravel(got["lora_task_id"]).tolist() == [7] and np.ravel(got["prompt_vocab_size"]).tolist() == [
+        3
+    ]
+    assert got["guided_decoding_guide_type"] == [["regex"]] and got["guided_decoding_guide"] == [["a+"]]
+    assert sorted(set(got["embedding_bias"][0])) == [-2.0, 0.0, 1.5]
+
+
+@pytest.mark.slow
+def test_beams_are_for_the_ensemble(engine_lane: Server) -> None:
+    inputs = {"beam_width": 2, "length_penalty": 0.5, "return_context_logits": True}
+    ask(engine_lane, "ensemble", PROMPT, 4, **inputs)
+    got = last_request(engine_lane)
+    assert [np.ravel(got[name]).tolist() for name in ("beam_width", "len_penalty")] == [[2], [0.5]]
+    for door in ("text_generation", "tensorrt_llm_bls"):
+        with pytest.raises(GrpcError, match="beam_width is 2: beam search is not supported by this model"):
+            ask(engine_lane, door, PROMPT, 4, **inputs)
+
+
 @pytest.mark.slow
 def test_both_doors_answer_like_the_baseline(engine_lane: Server) -> None:
-    expected = ask(engine_lane, "hf_baseline", "the quick brown", 24).text
-    for door in ("ensemble", "text_generation"):
-        assert ask(engine_lane, door, "the quick brown", 24).text == expected
-    assert post(engine_lane, "ensemble", {"text_input": "the quick brown", "max_tokens": 24}).text == expected
+    expected = ask(engine_lane, "hf_baseline", PROMPT, 24).text
+    for door in DOORS:
+        assert ask(engine_lane, door, PROMPT, 24).text == expected
+    # NVIDIA's own backend puts the prompt first unless it is told not to.
+    assert post(engine_lane, "ensemble", {"text_input": PROMPT, "max_tokens": 24}).text == PROMPT + expected
 
 
 @pytest.mark.slow

@@ -66,9 +66,13 @@ def deployment(
             arguments = ["--model", served.engine.info.model_dir, "--engine", "torch", "--precision", "bf16"]
             Build(parse([*arguments, "--build-dir", str(folder)]), say=print).run()
             with Server(settings_for(folder, baseline=False), say=print) as server:
+                for name in ("DECOUPLED", "MAX_SEQ_LEN"):  # they are for this build alone
+                    patch.delenv(name)
                 yield Deployment(server, decoupled)
         else:
             with tensorrt_llm_lane(folder, lane, baseline=False, max_position_embeddings=CONTEXT) as server:
+                for name in ("DECOUPLED", "MAX_SEQ_LEN"):  # they are for this build alone
+                    patch.delenv(name)
                 yield Deployment(server, decoupled)
 
 

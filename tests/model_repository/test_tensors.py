@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model_repository import tensors_page
 from model_repository.shared.tensors import Inputs
 from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
 
@@ -133,6 +134,85 @@ def test_unsupported_features_are_named(name: str, value: np.ndarray, feature: s
         Inputs({name: value})
     assert caught.value.code is Code.UNSUPPORTED
     assert name in caught.value.message
+
+
+def test_a_lane_passes_on_what_its_engine_can_do() -> None:
+    """By the names of ``tensorrt_llm``, with a batch dimension; what asks for nothing of the feature too."""
+    tensors = {
+        "lora_task_id": np.array([7, 8], np.uint64),  # as ``reshape { shape: [ ] }`` leaves it
+        "lora_weights": np.ones((2, 3, 4), np.float16),
+        "guided_decoding_guide": text(b"{}", b"[]"),
+        "top_k": np.array([[3], [4]], np.int32),
+        "draft_input_ids": np.zeros((2, 0), np.int32),
+    }
+    found = Inputs(tensors, "trtllm-engine").lane_inputs(1)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "lora_task_id": [[8]],
+        "lora_weights": [[[1.0] * 4] * 3],
+        "guided_decoding_guide": [[b"[]"]],
+    }
+    renamed = Inputs({"length_penalty": number(0.5, np.float32)}, "trtllm-engine").lane_inputs(0)
+    assert renamed == {"len_penalty": np.float32([[0.5]])}
+
+
+@pytest.mark.parametrize(
+    ("lane", "name", "value", "remedy"),
+    [
+        (
+            "torch",
+            "guided_decoding_guide",
+            text(b"{}"),
+            "by lane torch; leave guided_decoding_guide out, or build with ENGINE=trtllm-pytorch or ENGINE=trtllm-e",
+        ),
+        (
+            "trtllm-pytorch",
+            "lora_task_id",
+            number(3, np.uint64),
+            "by lane trtllm-pytorch; leave lora_task_id out, or build with ENGINE=trtllm-engine",
+        ),
+        (
+            "trtllm-engine",
+            "num_draft_tokens",
+            number(3),
+            "by lane trtllm-engine; leave num_draft_tokens out$",
+        ),
+    ],
+)
+def test_a_lane_refuses_by_name(lane: str, name: str, value: np.ndarray, remedy: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} is .* is not supported {remedy}"):
+        Inputs({name: value}, lane)
+
+
+def test_a_text_model_shows_one_text() -> None:
+    inputs = Inputs({"beam_width": number(4)}, "trtllm-engine")
+    with pytest.raises(RequestError, match=r"beam_width is 4: .* by this model; .* ask the model ensemble"):
+        inputs.require_one_text()
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    assert tensors_page.PAGE.read_text(encoding="utf-8") == tensors_page.page(), (
+        "run python -m model_repository.tensors_page"
+    )
+
+
+def test_bias() -> None:
+    given = {
+        "embedding_bias_words": text(b"a"),
+        "embedding_bias_weights": number(2.5, np.float32),
+        "embedding_bias": np.array([[0, 0, -1.5]], np.float32),
+    }
+    inputs = Inputs(given)
+    assert inputs.bias_words(0) == [("a", 2.5)]
+    assert inputs.token_bias(0, 3) == ((2, -1.5),)
+    with pytest.raises(RequestError, match="embedding_bias has 3 values: this model has 2 tokens"):
+        inputs.token_bias(0, 2)
+
+
+def test_orders_to_stop() -> None:
+    assert Inputs({"stop": np.array([[True], [True]])}).stops()
+    assert not Inputs({"stop": np.array([[False]])}).stops()
+    with pytest.raises(RequestError, match=r"stop is \[True, False\]: a stop request must be true for each"):
+        Inputs({"stop": np.array([[True], [False]])}).stops()
 
 
 @pytest.mark.parametrize(

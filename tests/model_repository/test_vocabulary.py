@@ -7,7 +7,6 @@ from tokenizers import processors
 
 from model_repository.shared.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
-from torch_engine.request import RequestError
 
 KINDS = {"byte_level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 WORDS = ["dog", " dog", "\n\n", "END", "日本", "👩‍🚀", "é", "a token"]
@@ -24,7 +23,7 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path: Path) -> Vocabulary:
 
 @pytest.mark.parametrize("word", WORDS)
 def test_stop_words_are_spelled_exactly(vocabulary: Vocabulary, word: str) -> None:
-    assert vocabulary.stop_bytes(word) == word.encode()
+    assert vocabulary.stops([word]) == ((word.encode(),), ())
     assert vocabulary.bytes.bytes_of(vocabulary.stop_ids(word)) == word.encode()
 
 
@@ -36,10 +35,9 @@ def test_a_prompt_gets_one_bos(vocabulary: Vocabulary) -> None:
 
 
 def test_special_tokens_as_stop_words(vocabulary: Vocabulary) -> None:
-    assert vocabulary.stop_bytes("</s>") is None  # it ends the output anyway
-    assert vocabulary.stop_ids("</s>") == []
-    with pytest.raises(RequestError, match=r"special token '<pad>': give its id 2 as end_id"):
-        vocabulary.stop_bytes("<pad>")
+    """They have no text to look for; their ids end the output."""
+    assert vocabulary.stops(["</s>", "dog", "<pad>"]) == ((b"dog",), (1, 2))
+    assert vocabulary.stop_ids("<pad>") == [2]
 
 
 def test_bad_words_have_no_bos_and_cover_the_word_after_a_space(vocabulary: Vocabulary) -> None:

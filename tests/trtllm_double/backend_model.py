@@ -22,6 +22,8 @@ from torch_engine.engine import Engine
 from torch_engine.request import FinishReason, GenerationRequest, RequestOutput, SamplingParams
 
 MODEL_DIR = "TRTLLM_DOUBLE_MODEL"
+LOG = "TRTLLM_DOUBLE_LOG"
+"""Environment: a file that gets a line of JSON for each request, its tensors by name."""
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -41,12 +43,16 @@ class Request:
     def words(self, name: str) -> list[list[int]]:
         return words.unpack(self.inputs[name][0]) if name in self.inputs else []
 
+    @property
+    def prompt(self) -> list[int]:
+        return self.inputs["input_ids"].ravel()[: self.scalar("input_lengths", 0)].tolist()
+
     def stopped(self) -> bool:
         return any(self.ids[-len(word) :] == word for word in self.words("stop_words_list"))
 
     def generation(self) -> GenerationRequest:
         return GenerationRequest(
-            prompt_ids=self.inputs["input_ids"].ravel()[: self.scalar("input_lengths", 0)].tolist(),
+            prompt_ids=self.prompt,
             max_tokens=self.scalar("request_output_len", 0),
             sampling=SamplingParams(
                 temperature=self.scalar("temperature", 1.0),
@@ -70,6 +76,7 @@ class TritonPythonModel:
         if not values.get("gpt_model_path"):
             raise ValueError("Both encoder and decoder model paths are empty")
         assert os.path.isfile(os.path.join(values["gpt_model_path"], "rank0.engine"))
+        self._decoupled = config["model_transaction_policy"]["decoupled"]
         self._writer = ResponseWriter(pb_utils, args["model_config"])
         model = os.environ[MODEL_DIR]
         self._engine = Engine(
@@ -86,6 +93,7 @@ class TritonPythonModel:
         with self._changed:
             for each in requests:
                 inputs = {tensor.name(): tensor.as_numpy() for tensor in each.inputs()}
+                _log(inputs)
                 names, sender = each.requested_output_names(), each.get_response_sender()
                 self._arrived.append(Request(each.request_id(), inputs, sender, names))
             self._changed.notify()
@@ -119,7 +127,8 @@ class TritonPythonModel:
         for request in [each for each in self._running if each.id == order.id]:
             output = self._engine.cancel(request) or RequestOutput(finish_reason=FinishReason.CANCELLED)
             self._answer(request, output)
-        order.sender.send(flags=FINAL)
+        # One that is not decoupled owes each request a response.
+        order.sender.send(*(() if self._decoupled else (pb_utils.InferenceResponse([]),)), flags=FINAL)
 
     def _answer(self, request: Request, output: RequestOutput) -> None:
         if request not in self._running:
@@ -136,7 +145,8 @@ class TritonPythonModel:
         if ended:
             self._running.discard(request)
         if not request.scalar("streaming", False):
-            fresh = [(request.ids, [0.0] * len(request.ids))] if ended else []
+            prompt = [] if request.scalar("exclude_input_in_output", False) else request.prompt
+            fresh = [(prompt + request.ids, [0.0] * len(request.ids))] if ended else []
         elif ended and not fresh:
             fresh = [([], [])]
         for place, (ids, log_probs) in enumerate(fresh):
@@ -150,3 +160,10 @@ class TritonPythonModel:
             "output_log_probs": lambda: np.array(log_probs, np.float32).reshape(1, 1, -1),
         }
         return self._writer.write(request.wanted, made)
+
+
+def _log(inputs: dict[str, np.ndarray]) -> None:
+    if LOG in os.environ:
+        values = {name: value.tolist() for name, value in inputs.items()}
+        with open(os.environ[LOG], "a", encoding="utf-8") as file:
+            file.write(json.dumps(values, default=bytes.decode) + "\n")

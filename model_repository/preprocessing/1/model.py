@@ -48,21 +48,23 @@ class TritonPythonModel:
             [ids for word in inputs.words("bad_words", row) for ids in vocabulary.bad_ids(word, spaced=False)]
             for row in rows
         ]
-        nothing = (inputs.rows, 0)
-        return {
+        outputs = {
             "INPUT_ID": prompt_ids,
             "REQUEST_INPUT_LEN": _column([len(ids) for ids in prompts]),
             "REQUEST_OUTPUT_LEN": _column([inputs.max_tokens(row) for row in rows]),
-            "STOP_WORDS_IDS": words.pack(stop),
-            "BAD_WORDS_IDS": words.pack(bad),
+            # As NVIDIA's: a list that is given but empty is one token wide.
+            "STOP_WORDS_IDS": words.pack(stop, width=int(inputs.has("stop_words"))),
+            "BAD_WORDS_IDS": words.pack(bad, width=int(inputs.has("bad_words"))),
             "OUT_END_ID": _column([inputs.scalar("end_id", row, eos) for row in rows]),
             "OUT_PAD_ID": _column([inputs.scalar("pad_id", row, pad) for row in rows]),
             "EMBEDDING_BIAS": self._bias(inputs),
-            # For models that we do not serve; the ensemble's wiring wants them nevertheless.
-            "DECODER_INPUT_ID": np.zeros(nothing, dtype=np.int32),
-            "REQUEST_DECODER_INPUT_LEN": _column([0] * inputs.rows),
-            "OUT_PROMPT_TABLE_EXTRA_IDS": np.zeros(nothing, dtype=np.uint64),
+            # For models with a decoder apart; NVIDIA's ensemble begins it with a pad token.
+            "DECODER_INPUT_ID": _column([inputs.scalar("pad_id", row, pad) for row in rows]),
+            "REQUEST_DECODER_INPUT_LEN": _column([1] * inputs.rows),
         }
+        if inputs.has("prompt_table_extra_id"):  # of virtual tokens, which a text has none of
+            outputs["OUT_PROMPT_TABLE_EXTRA_IDS"] = np.zeros(prompt_ids.shape, dtype=np.uint64)
+        return outputs
 
     def _stop_ids(self, word: str) -> list[int]:
         """NVIDIA's backend compares token ids, so it gets those that its own preprocessing would have made."""

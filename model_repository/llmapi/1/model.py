@@ -1,0 +1,44 @@
+"""NVIDIA's ``llmapi`` contract in front of the engine of any lane."""
+
+from __future__ import annotations
+
+import triton_python_backend_utils as pb_utils
+
+from model_repository.shared import stub
+from model_repository.shared.emitter import Emitter
+from model_repository.shared.front import Front
+from model_repository.shared.llmapi import LlmapiDoor
+from model_repository.shared.metrics import EngineMetrics
+from model_repository.shared.vocabulary import Vocabulary
+from torch_engine.replicas import Replicas
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        values = stub.parameters(args)
+        vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
+        self._engine = engine = stub.engine(pb_utils, values, vocabulary)
+        self._metrics = None
+        hooks = {}
+        if isinstance(engine, Replicas):  # NVIDIA's backend has metrics of its own
+            self._metrics = metrics = EngineMetrics(pb_utils, args["model_name"], args["model_version"])
+            hooks = {"on_tick": lambda: metrics.update(engine.stats), "on_finish": metrics.observe}
+        period_s = stub.period_s(values, "cancellation_check_period_ms")
+        self._emitter = Emitter(pb_utils, engine, period_s, **hooks)
+        self._front = Front(
+            pb_utils,
+            LlmapiDoor(vocabulary),
+            self._emitter,
+            lambda: engine.info,
+            args["model_config"],
+            lane=values["lane"],
+            accumulate=True,
+        )
+
+    def execute(self, requests: list) -> None:
+        self._front.execute(requests)
+
+    def finalize(self) -> None:
+        stub.close(self._emitter, self._engine)
+        if self._metrics is not None:
+            self._metrics.close()

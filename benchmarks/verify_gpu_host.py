@@ -145,7 +145,7 @@ def llm_api_surface() -> str:
 def answers(url: str) -> Callable[[], str]:
     def check() -> str:
         need(_answers(f"{url}/v2/health/ready"), f"no server answers at {url}: make up (or make serve) first")
-        body = {"text_input": "The capital of France is", "max_tokens": 16}
+        body = {"text_input": "The capital of France is", "max_tokens": 16, "exclude_input_in_output": True}
         texts = {
             model: _generate(url, model, body) for model in ("ensemble", "text_generation", "hf_baseline")
         }

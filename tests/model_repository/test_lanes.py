@@ -212,7 +212,8 @@ def test_our_client_and_http_do_not_know_the_lane(lane: Server, served: Server) 
     with Client(lane.settings.grpc_url) as client:
         assert client.generate(PROMPT, max_tokens=12).text == expected
         assert "".join(piece.text for piece in client.generate_stream(PROMPT, max_tokens=12)) == expected
-    assert post(lane, "ensemble", {"text_input": PROMPT, "max_tokens": 12}).text == expected
+    assert post(lane, "text_generation", {"text_input": PROMPT, "max_tokens": 12}).text == expected
+    assert post(lane, "ensemble", {"text_input": PROMPT, "max_tokens": 12}).text == PROMPT + expected
 
 
 def test_no_caller_names_a_lane() -> None:

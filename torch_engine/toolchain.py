@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,18 @@ def available_isas() -> list[str]:
 
 def library(folder: str | Path, isa: str) -> Path:
     return Path(folder) / f"kernels-{isa}.so"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a 64-bit ELF file is as long as its header says: its section headers come last (System V ABI)."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+            return False
+        order = "<" if header[5] == 1 else ">"
+        (sections_at,) = struct.unpack_from(f"{order}Q", header, 40)
+        size, count = struct.unpack_from(f"{order}HH", header, 58)
+        return os.fstat(file.fileno()).st_size >= sections_at + size * count
 
 
 def compile_library(

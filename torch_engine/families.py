@@ -264,9 +264,10 @@ def _rope(fields: Fields, kind: str) -> Rope:
 
 def _end_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     """All ids that end an output; generation_config.json knows more of them than config.json."""
+    own = fields.ids("eos_token_id")
     path = folder / "generation_config.json"
     declared = Fields(_read_json(path), path).ids("eos_token_id") if path.exists() else None
-    return declared or fields.ids("eos_token_id") or ()
+    return declared or own or ()
 
 
 def _is_fp8(folder: Path, fields: Fields) -> bool:

@@ -5,6 +5,7 @@ No torch, because the build's plan asks before it imports anything heavy.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
@@ -77,6 +78,7 @@ def compile_library(
 
     Raises:
         NoCompiler: there is no C++ compiler, or it failed; nothing is left in ``folder``.
+        OSError: the disk is full, which other kernels would not cure.
     """
     command = compiler()
     if command is None:
@@ -97,6 +99,8 @@ def compile_library(
     if failed:
         for path in partial.values():
             path.unlink(missing_ok=True)
+        if os.strerror(errno.ENOSPC) in failed[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise NoCompiler(f"{command} failed: {(failed[0].strip().splitlines() or ['no message'])[0]}")
     for isa, target in targets.items():
         os.replace(partial[isa], target)

@@ -72,8 +72,9 @@ def _check_tensor(
 def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) -> bool:
     """Tensors that may be there: scales, an unused copy of the tied head, and tables that old files stored."""
     module, _, leaf = name.rpartition(".")
-    if leaf in SCALES:
-        return spec.fp8 and (f"{module}.weight" in wanted or f"{module}.q_proj.weight" in wanted)
+    if leaf in SCALES:  # those of keys and values also come with unquantised weights
+        of_linear = spec.fp8 or leaf in ("k_scale", "v_scale")
+        return of_linear and (f"{module}.weight" in wanted or f"{module}.q_proj.weight" in wanted)
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 

@@ -26,6 +26,8 @@ class Layer:
     mlp_out_norm: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    kv_scales: tuple[float, float] = (1.0, 1.0)
+    """What keys and values are divided by where the KV cache is e4m3."""
 
 
 class Model:
@@ -71,6 +73,7 @@ class Model:
             gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
             down=linear("mlp.down_proj"),
             input_norm=norm("input_layernorm"),
+            kv_scales=checkpoint.kv_scales(f"{name}.self_attn"),
             mlp_norm=norm("pre_feedforward_layernorm" if spec.sandwich_norm else "post_attention_layernorm"),
         )
         if spec.sandwich_norm:
@@ -88,8 +91,10 @@ class Model:
         spec = self.spec
         try:
             return [
-                self.kernels.new_cache(num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-                for _ in self.layers
+                self.kernels.new_cache(
+                    num_blocks, block_size, spec.num_kv_heads, spec.head_dim, layer.kv_scales
+                )
+                for layer in self.layers
             ]
         except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
             if "memory" not in str(error) and "overflow" not in str(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,24 @@ class Checkpoint:
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
         return self.raw(name).to(dtype) if name in self._files else None
+
+    def kv_scales(self, attention: str) -> tuple[float, float]:
+        """What keys and values of the module ``attention`` are divided by in an e4m3 cache; 1 where nobody calibrated.
+
+        Names of ModelOpt (``k_proj.k_scale``) and of compressed-tensors (``k_scale``).
+        """
+        scales = []
+        for module, name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
+            stored = next(
+                (n for n in (f"{attention}.{module}.{name}", f"{attention}.{name}") if n in self), None
+            )
+            scale = float(self.raw(stored).float()) if stored else 1.0
+            if not 0 < scale < math.inf:
+                raise UnsupportedModel(
+                    f"{self.folder}: {stored} is {scale}: it must be positive, fetch the checkpoint again"
+                )
+            scales.append(scale)
+        return scales[0], scales[1]
 
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights of several linears stacked along the output, and their biases if they have any."""

@@ -264,7 +264,14 @@ class NativeKernels(PyTorchKernels):
         self.library.fl_gate(gate_up.data_ptr(), rows, size, gelu, reader.integers, out.data_ptr())
         return out
 
-    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> NativeCache:
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+    ) -> NativeCache:
         shape, dtype = (num_blocks, num_kv_heads, 2, block_size), CACHE_DTYPES[self.kv]
         codes = torch.zeros(*shape[:3], block_size * head_dim, dtype=dtype)
         return NativeCache(codes, torch.zeros(shape) if dtype == torch.int8 else None, block_size)

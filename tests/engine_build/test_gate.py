@@ -102,7 +102,7 @@ def test_the_scales_of_a_checkpoint_are_used(tmp_path: Path) -> None:
     edited(folder, forget)
     without = logits("fp8")
     spread = exact.std()
-    assert (with_scales - exact).abs().mean() < 0.05 * spread
+    assert (with_scales - exact).abs().mean() < 0.1 * spread
     assert (int8 - exact).abs().mean() < 0.4 * (with_scales - exact).abs().mean()
     assert (without - exact).abs().mean() > 0.3 * spread
 

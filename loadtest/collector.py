@@ -50,7 +50,10 @@ class Collector:
         assert options is not None
         self._workers, self._finished, self._idle = set(workers), set(), set()
         self._last_answer_s, self._errors, self._ending = time.monotonic(), 0, False
-        self.live.start()
+        contestants = {
+            user.endpoint for user in self.environment.user_classes if getattr(user, "endpoint", "")
+        }  # type: ignore[attr-defined]
+        self.live.start(sorted(contestants))
         if options.records:
             try:
                 self._files = JsonLines(options.records), JsonLines(Path(options.records).with_name(CLIENTS))

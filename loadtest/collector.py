@@ -50,9 +50,8 @@ class Collector:
         assert options is not None
         self._workers, self._finished, self._idle = set(workers), set(), set()
         self._last_answer_s, self._errors, self._ending = time.monotonic(), 0, False
-        contestants = {
-            user.endpoint for user in self.environment.user_classes if getattr(user, "endpoint", "")
-        }  # type: ignore[attr-defined]
+        named = (getattr(user, "endpoint", "") for user in self.environment.user_classes)
+        contestants = set(filter(None, named))
         self.live.start(sorted(contestants))
         if options.records:
             try:

@@ -19,7 +19,7 @@ from engine_build.checkpoint import Checkpoint, obtain
 from engine_build.errors import GateRefused, PrecisionRefused
 from engine_build.hardware import Hardware, detect
 from engine_build.package import package, package_llm_api
-from engine_build.plan import AUTO, INTEGERS, Plan, make_plan, require_tensorrt_llm
+from engine_build.plan import AUTO, INTEGERS, Plan, make_plan, other_kv_dtypes, require_tensorrt_llm
 from engine_build.prompts import read_prompts
 from engine_build.settings import Settings
 from engine_build.workspace import locked, new_folder, write_text
@@ -32,11 +32,16 @@ CALIBRATION, GATE_TEXT, GATE_PROMPTS = (
     DATA / "gate_prompts.jsonl",
 )
 TEMPLATES = Path(__file__).parent.parent / "model_repository"
-KERNEL_SOURCES = [
-    Path(torch_engine.__file__).parent / "kernels" / "native.py",
-    Path(torch_engine.__file__).parent / "toolchain.py",
+ENGINE = Path(torch_engine.__file__).parent
+ENGINE_SOURCES = [
+    *(
+        ENGINE / f"{name}.py"
+        for name in ("families", "fields", "layout", "weights", "rope", "model", "toolchain")
+    ),
+    *sorted((ENGINE / "kernels").glob("*.py")),
     *sorted(path for path in SOURCES.iterdir() if path.is_file()),
 ]
+"""What decides an engine's logits, which the gate has judged."""
 CPU_STRIDE = 3
 """On a CPU every third of our calibration prompts is taken: minutes less, and no worse by the gate."""
 DEPLOYMENT = "deployment.json"
@@ -59,6 +64,8 @@ class Build:
         self.say = say
         self.seconds: dict[str, float] = {}
         self.root = settings.build_dir
+        self._references: dict[Path, Any] = {}
+        """What each source said to the accuracy gate: asked once, however many candidates it judges."""
 
     def run(self) -> dict[str, Any]:
         """Builds what is not built yet and returns the content of ``deployment.json`` (nothing of a dry run).
@@ -131,25 +138,36 @@ class Build:
         self.say(f"{name:<12}{state:>10}  {note.text}")
 
     def _plan(self, source: Checkpoint, hardware: Hardware, refused: tuple[str, ...] = ()) -> Plan:
-        asked = self.settings
         with self._stage("plan") as note:
-            plan = make_plan(
-                source.shape,
-                hardware,
-                asked.engine,
-                asked.precision,
-                asked.max_seq_len,
-                asked.max_batch_size,
-                asked.tp,
-                asked.pp,
-                refused,
-                asked.dp,
-                asked.max_num_tokens,
-            )
+            plan = self._make_plan(source, hardware, self.settings.precision, refused)
             note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
         for reason in plan.reasons:
             self.say(f"              - {reason}")
         return plan
+
+    def _make_plan(
+        self,
+        source: Checkpoint,
+        hardware: Hardware,
+        precision: str,
+        refused: tuple[str, ...] = (),
+        kv_dtype: str | None = None,
+    ) -> Plan:
+        asked = self.settings
+        return make_plan(
+            source.shape,
+            hardware,
+            asked.engine,
+            precision,
+            asked.max_seq_len,
+            asked.max_batch_size,
+            asked.tp,
+            asked.pp,
+            refused,
+            asked.dp,
+            asked.max_num_tokens,
+            kv_dtype,
+        )
 
     def _engine(
         self, source: Checkpoint, hardware: Hardware, plan: Plan, refused: tuple[str, ...] = ()
@@ -160,7 +178,7 @@ class Build:
         """
         try:
             source_dir, model_dir, checkpoint_record = self._engine_checkpoint(source, plan)
-            engine_dir = self._package(source, model_dir, plan, hardware, checkpoint_record)
+            plan, engine_dir = self._package(source, source_dir, model_dir, plan, hardware, checkpoint_record)
         except PrecisionRefused as refusal:
             if self.settings.precision != AUTO or plan.precision not in INTEGERS:
                 raise
@@ -228,76 +246,135 @@ class Build:
         return folder, built
 
     def _gate(self, source: Path, quantized: Path, plan: Plan) -> dict[str, Any]:
-        from engine_build.gate import become_w8a8
+        from engine_build import gate, source_model
 
-        remedy = (
-            "use PRECISION=bf16, or calibrate with more prompts like your own traffic (CALIB=prompts.jsonl)"
-        )
-        return self._judged(source, lambda model: become_w8a8(model, quantized), plan, remedy)
+        def become(model: Any) -> Any:
+            if model is None:  # the source has said its part before
+                model, _ = source_model.load(source, plan.device, plan.build_dtype)
+            return gate.become_w8a8(model, quantized)
+
+        return self._judged(source, plan, become)
 
     def _engine_gate(self, source: Path, plan: Plan, engine_dir: Path) -> dict[str, Any]:
         from engine_build.engine_model import EngineModel
         from engine_build.gate import MAX_TOKENS
 
-        remedy = "use PRECISION=bf16"
-        if plan.device == "cpu":
-            other = next(name for name in INTEGERS if name != plan.precision)
-            remedy = f"use PRECISION={other} or PRECISION=bf16"
-        return {"gate": self._judged(source, lambda _: EngineModel(engine_dir, MAX_TOKENS), plan, remedy)}
+        return {"gate": self._judged(source, plan, lambda _: EngineModel(engine_dir, MAX_TOKENS))}
 
-    def _judged(self, source: Path, become: Any, plan: Plan, remedy: str) -> dict[str, Any]:
+    def _judged(self, source: Path, plan: Plan, become: Any) -> dict[str, Any]:
+        """The gate's record of what ``become`` makes, out of the loaded source if it needs that.
+
+        Raises:
+            GateRefused: it is not the same model any more.
+            BuildError: the source itself is broken.
+        """
         with self._stage("gate") as note:
-            from engine_build import gate
+            from engine_build import gate, source_model
 
-            text, prompts = GATE_TEXT.read_text(encoding="utf-8"), read_prompts(GATE_PROMPTS)
-            result = gate.measure(source, become, text, prompts, plan.device, plan.build_dtype)
+            model, first = None, source not in self._references
+            if first:
+                text, prompts = GATE_TEXT.read_text(encoding="utf-8"), read_prompts(GATE_PROMPTS)
+                model, tokenizer = source_model.load(source, plan.device, plan.build_dtype)
+                self._references[source] = gate.refer(source, model, tokenizer, text, prompts)
+            result = gate.judge(self._references[source], become(model))
             note.text = str(result)
-        result.require(f"PRECISION={plan.precision}", remedy)
+        if first and result.remark:
+            self.say(f"              - {result.remark}")
+        result.require(f"PRECISION={plan.precision}", _remedy(plan))
         return result.record() | {"summary": str(result)}
 
     def _package(
-        self, source: Checkpoint, model_dir: Path, plan: Plan, hardware: Hardware, checkpoint: dict[str, Any]
-    ) -> Path:
+        self,
+        source: Checkpoint,
+        source_dir: Path,
+        model_dir: Path,
+        plan: Plan,
+        hardware: Hardware,
+        checkpoint: dict[str, Any],
+    ) -> tuple[Plan, Path]:
+        """The engine folder, and the plan with the KV cache that has passed the gate."""
         folder = self._engine_folder(source, plan)
         inputs = self._inputs(source, plan) | {
             "checkpoint": checkpoint["key"],
             "model_dir": str(model_dir),
             "hardware": hardware.identity(),
-            "kernels": [self.hashes.of(path) for path in KERNEL_SOURCES],
+            "engine": [self.hashes.of(path) for path in ENGINE_SOURCES],
             "max_seq_len": self.settings.max_seq_len,
             "max_batch_size": self.settings.max_batch_size,
             "max_num_tokens": self.settings.max_num_tokens,
         }
-        options: dict[str, Any] = {}
-        if plan.precision in INTEGERS:
+        if plan.lane == "torch":
             inputs |= self._gate_inputs()
-            options["check"] = functools.partial(self._engine_gate, source.folder, plan)
         if plan.lane == "trtllm-pytorch":
-            options["guided_decoding"] = self.settings.parameters.get("guided_decoding_backend", "")
-            inputs["guided_decoding"] = options["guided_decoding"]
+            inputs["guided_decoding"] = self._guided_decoding
         key = digest(inputs)
         built = self._current(folder, key)
         if built is not None and "refused" in built:
             raise GateRefused(built["refused"])
         with self._stage("package") as note:
             note.cached = built is not None
-            if not note.cached:
-                facts = self._facts(source, plan, hardware, inputs) | {
+            if built is None:
+                facts = {
+                    "inputs": inputs,
                     "gate": checkpoint.get("gate"),
                     "calibration": checkpoint.get("calibration"),
                     "checkpoint_files": checkpoint.get("files"),
                 }
-                write = package if plan.lane == "torch" else package_llm_api
                 try:
-                    remarks = write(folder, model_dir, plan, key, facts, **options)
+                    plan = self._write_engine(source, source_dir, model_dir, plan, hardware, key, facts)
                 except GateRefused as refusal:  # remembered, so that it is not measured again every time
                     with new_folder(folder) as fresh:
                         record.close(fresh, key, {"inputs": inputs, "refused": str(refusal)})
                     raise
-                for remark in remarks:
-                    self.say(f"              - {remark}")
+            elif (kv_dtype := built["plan"]["kv_dtype"]) != plan.kv_dtype:
+                plan = self._make_plan(source, hardware, plan.precision, kv_dtype=kv_dtype)
             note.text = _shown(folder)
-        return folder
+            if plan.lane == "torch" and plan.kv_dtype != "auto":
+                note.text += f", {plan.kv_dtype} KV cache"
+        return plan, folder
+
+    @property
+    def _guided_decoding(self) -> str:
+        """TensorRT-LLM's backend for it, of lane trtllm-pytorch."""
+        return self.settings.parameters.get("guided_decoding_backend", "")
+
+    def _write_engine(
+        self,
+        source: Checkpoint,
+        source_dir: Path,
+        model_dir: Path,
+        plan: Plan,
+        hardware: Hardware,
+        key: str,
+        facts: dict[str, Any],
+    ) -> Plan:
+        """Writes the folder with the plan's KV cache, or with a better one if the gate refuses it; returns the plan.
+
+        Raises:
+            GateRefused: none passes.
+        """
+        folder = self._engine_folder(source, plan)
+        others = list(other_kv_dtypes(plan))
+        while True:
+            facts |= self._facts(source, plan, hardware, facts["inputs"])
+            try:
+                if plan.lane == "torch":
+                    check = functools.partial(self._engine_gate, source_dir, plan)
+                    remarks = package(folder, model_dir, plan, key, facts, check)
+                else:
+                    remarks = package_llm_api(folder, model_dir, plan, key, facts, self._guided_decoding)
+            except GateRefused as refusal:
+                if not others:
+                    raise
+                better = others.pop(0)
+                self.say(
+                    f"              - KV cache {better} instead of {plan.kv_dtype}, with which {refusal.why}"
+                )
+                plan = self._make_plan(source, hardware, plan.precision, kv_dtype=better)
+                continue
+            for remark in remarks:
+                self.say(f"              - {remark}")
+            return plan
 
     def _engine_folder(self, source: Checkpoint, plan: Plan) -> Path:
         return self.root / "engines" / f"{source.name}-{plan.lane}-{plan.precision}"
@@ -419,6 +496,22 @@ class Build:
         }
         write_text(self.root / DEPLOYMENT, json.dumps(content, indent=2) + "\n")
         return content
+
+
+def _remedy(plan: Plan) -> str:
+    """What to do about a plan that the gate refuses."""
+    if plan.precision == "bf16":
+        return (
+            "the engine computes another model than Transformers does: please report it with the config.json"
+        )
+    if plan.precision == "fp8":
+        return (
+            "use PRECISION=bf16, or calibrate with more prompts like your own traffic (CALIB=prompts.jsonl)"
+        )
+    if plan.device == "cpu":
+        other = next(name for name in INTEGERS if name != plan.precision)
+        return f"use PRECISION={other} or PRECISION=bf16"
+    return "use PRECISION=bf16"
 
 
 def _shown(path: Path) -> str:

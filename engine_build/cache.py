@@ -49,8 +49,11 @@ class FileHashes:
             name: known for name, known in self._known.items() if name in self._used or Path(name).exists()
         }
         temporary = self._path.with_name(f".{CACHE_FILE}.tmp")
-        temporary.write_text(json.dumps(alive, indent=1), encoding="utf-8")
-        temporary.replace(self._path)
+        try:
+            temporary.write_text(json.dumps(alive, indent=1), encoding="utf-8")
+            temporary.replace(self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def source_version(hashes: FileHashes) -> str:

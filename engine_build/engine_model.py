@@ -1,4 +1,4 @@
-"""Our engine, called like a Transformers model: what the accuracy gate runs for precisions made at load."""
+"""Our engine, called like a Transformers model: what the accuracy gate runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EngineModel:
         self._block_size = config.block_size
         blocks = -(-max_tokens // config.block_size)
         with torch.inference_mode():
-            self._model = Model(checkpoint, kernels.choose(config), config.max_seq_len)
+            self._model = Model(checkpoint, kernels.choose(config), max(config.max_seq_len, max_tokens))
             self._caches = self._model.new_caches(blocks, config.block_size)
         self._table = torch.arange(blocks, device=self.device)
 

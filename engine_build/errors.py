@@ -12,4 +12,8 @@ class PrecisionRefused(BuildError):
 
 
 class GateRefused(PrecisionRefused):
-    """A precision failed the accuracy gate."""
+    """A precision failed the accuracy gate; ``why`` are its figures."""
+
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why

@@ -1,8 +1,8 @@
 """Stage 4: is what we serve still the same model? Perplexity and teacher-forced agreement with its source.
 
-The FP8 checkpoint is run as a W8A8 engine runs it: dequantised weights, activations rounded to e4m3 with the
-static input scale. That is the strictest lane; weight-only lanes are closer to the source. int8 and int4 of
-lane torch are judged as they are served: by the engine itself (engine_model.py).
+What serves is judged: lane torch's engine itself (engine_model.py), with its weights, kernels and KV cache. The FP8
+checkpoint, which other engines load too, is first run as a W8A8 engine runs it: dequantised weights, activations
+rounded to e4m3 with the static input scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine_build import source_model
-from engine_build.errors import GateRefused
+from engine_build.errors import BuildError, GateRefused
 from engine_build.hf_format import read_tensors
 from engine_build.prompts import Sample
 from engine_build.quantize import to_e4m3
@@ -27,9 +27,24 @@ WINDOW = 512
 MAX_TOKENS = 2048
 """More than any gate prompt has together with its continuation, and than a window."""
 MAX_WINDOWS = 6
+ABSURD_PERPLEXITY = 1000.0
+"""Of a source on plain English text, where trained models have 5 to 60 a token."""
 CONTINUATION_TOKENS = 32
 Become = Callable[[Any], Any]
 """From the source model to what is compared with it: called like a Transformers model, and gives ``logits``."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the source says: all that a candidate is compared with."""
+
+    windows: list[list[int]]
+    rows: list[list[int]]
+    """Prompts, as ids."""
+    answers: list[list[int]]
+    """The source's greedy tokens after each."""
+    surprisals: torch.Tensor
+    """[scored tokens] float64, of the windows."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class GateResult:
     source_perplexity: float
     perplexity: float
     agreement: float
-    """Share of the source's greedy tokens that the FP8 model also chooses, given the source's history."""
+    """Share of the source's greedy tokens that the candidate also chooses, given the source's history."""
     scored_tokens: int
     compared_tokens: int
     rise_error: float
@@ -53,6 +68,16 @@ class GateResult:
     @property
     def perplexity_rise(self) -> float:
         return self.perplexity / self.source_perplexity - 1
+
+    @property
+    def remark(self) -> str | None:
+        """What is odd about the source itself."""
+        if self.source_perplexity <= ABSURD_PERPLEXITY:
+            return None
+        return (
+            f"the source model's own perplexity is {self.source_perplexity:,.0f} on plain English text, where trained "
+            "models have 5 to 60: see whether it is trained, whole, and has the right tokenizer"
+        )
 
     def record(self) -> dict[str, Any]:
         """For the manifest, with the limits."""
@@ -74,24 +99,50 @@ class GateResult:
         # Written so that a NaN fails.
         if self.perplexity_rise <= MAX_PERPLEXITY_RISE and self.agreement >= MIN_AGREEMENT:
             return
-        raise GateRefused(f"{what} failed the accuracy gate: {self}: {remedy}")
+        raise GateRefused(f"{what} failed the accuracy gate: {self}: {remedy}", str(self))
 
 
 def measure(
     source: Path, become: Become, text: str, prompts: list[Sample], device: str, dtype: str
 ) -> GateResult:
-    """Runs the source and then what ``become`` makes of it: the FP8 checkpoint in the same memory, or our engine."""
+    """Runs the source and then what ``become`` makes of it, in the same memory.
+
+    Raises:
+        BuildError: the source itself gives no finite logits.
+    """
     model, tokenizer = source_model.load(source, device, dtype)
+    reference = refer(source, model, tokenizer, text, prompts)
+    return judge(reference, become(model))
+
+
+def refer(source: Path, model: Any, tokenizer: Any, text: str, prompts: list[Sample]) -> Reference:
+    """Runs the source; raises as :func:`measure`."""
     window = min(WINDOW, model.config.max_position_embeddings)
     windows = _windows(source_model.encode(tokenizer, text), window)
     rows = [source_model.encode(tokenizer, sample.render(tokenizer)) for sample in prompts]
+    surprisals = _surprisals(model, windows)
+    if not surprisals.isfinite().all():
+        raise BuildError(_not_finite(source))
     answers = source_model.greedy(model, rows, CONTINUATION_TOKENS)
+    return Reference(windows, rows, answers, surprisals)
 
-    before = _surprisals(model, windows)
-    model = become(model)
-    after = _surprisals(model, windows)
-    agreed = sum(_agreements(model, row, answer) for row, answer in zip(rows, answers, strict=True))
-    compared = sum(map(len, answers))
+
+def _not_finite(source: Path) -> str:
+    broken = [name for name, tensor in read_tensors(source) if not tensor.float().isfinite().all()]
+    why = (
+        f"{len(broken)} of its tensors hold NaN or infinity, the first is {broken[0]}"
+        if broken
+        else "it overflows"
+    )
+    return f"{source}: the source model's logits are not finite ({why}): fetch the checkpoint again"
+
+
+def judge(reference: Reference, model: Any) -> GateResult:
+    """Runs ``model``, called like a Transformers model, on what the source was run on."""
+    before, after = reference.surprisals, _surprisals(model, reference.windows)
+    pairs = zip(reference.rows, reference.answers, strict=True)
+    agreed = sum(_agreements(model, row, answer) for row, answer in pairs)
+    compared = sum(map(len, reference.answers))
     return GateResult(
         source_perplexity=_perplexity(before),
         perplexity=_perplexity(after),

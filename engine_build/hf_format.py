@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_build.errors import BuildError
+from torch_engine.layout import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BuildError(f"{path} is missing: MODEL must be a Hugging Face checkpoint folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BuildError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
     if not isinstance(value, dict):
         raise BuildError(f"{path} is damaged (not a JSON object): fetch the checkpoint again")
@@ -55,7 +57,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise BuildError(f"{index} is damaged (no weight_map): fetch the checkpoint again")
+        files = sorted({folder / name for name in named.values()})
         for path in files:
             if not path.exists():
                 raise BuildError(f"{path} is missing but {index.name} names it: fetch the checkpoint again")
@@ -66,30 +71,33 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def tensor_sizes(files: list[Path]) -> dict[str, int]:
-    """Tensor name to number of elements, from the safetensors headers alone.
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Tensor name to dtype and shape, from the safetensors headers alone.
 
     Raises:
         BuildError: a header is damaged or the file is cut short.
     """
-    sizes: dict[str, int] = {}
+    stored: dict[str, Stored] = {}
     for path in files:
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
+                if length > path.stat().st_size:
+                    raise ValueError("cut short")
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if path.stat().st_size != 8 + length + end:
                 raise ValueError("cut short")
-        except (struct.error, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+            stored |= {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise BuildError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
-        for name, entry in header.items():
-            count = 1
-            for extent in entry["shape"]:
-                count *= extent
-            sizes[name] = count
-    return sizes
+    return stored
+
+
+def tensor_sizes(files: list[Path]) -> dict[str, int]:
+    """Tensor name to number of elements; raises as :func:`stored_tensors`."""
+    return {name: math.prod(tensor.shape) for name, tensor in stored_tensors(files).items()}
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -94,10 +94,12 @@ def make_plan(
     refused: tuple[str, ...] = (),
     dp: int = 1,
     max_num_tokens: int | None = None,
+    kv_dtype: str | None = None,
 ) -> Plan:
     """Decides everything the engine needs to know.
 
-    ``refused`` are precisions that ``auto`` must not choose, because an attempt to build them has failed.
+    ``refused`` are precisions that ``auto`` must not choose, because an attempt to build them has failed;
+    ``kv_dtype`` is the KV cache to take instead of the first choice, for the same reason.
 
     Raises:
         BuildError: the request cannot work on this hardware; the message names the alternative.
@@ -119,10 +121,12 @@ def make_plan(
     step_tokens = _step_tokens(max_num_tokens, batch, 256 if on_cpu else 8192)
     weights = _weights_bytes(shape, precision, dtype, kernels, on_cpu, tp, pp)
     block_size = BLOCK_SIZE if lane == "torch" else TRTLLM_BLOCK_SIZE
-    kv_dtype = _kv_dtype(lane, precision, dtype, on_cpu, reasons)
+    kv_dtype = kv_dtype or _kv_dtype(lane, precision, dtype, on_cpu, reasons)
     fp8_kv = kv_dtype == "fp8" or (lane != "torch" and precision in ("fp8", "nvfp4"))
     kv_bytes = 1 if fp8_kv else DTYPE_BYTES[dtype]
-    if precision in INTEGERS:  # int8 with a float32 scale for each token and head
+    if kv_dtype == "int8" or (
+        on_cpu and precision in INTEGERS
+    ):  # with a float32 scale for each token and head
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1)
     else:
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
@@ -161,6 +165,15 @@ def _kv_dtype(lane: str, precision: str, dtype: str, on_cpu: bool, reasons: list
         "tokens/s on an H200"
     )
     return "fp8"
+
+
+def other_kv_dtypes(plan: Plan) -> tuple[str, ...]:
+    """KV caches of lane torch to try after the plan's, the smallest first: each has less error than the one before.
+
+    int8 has scales of its own for each token and head; the compute dtype rounds no more than the source does.
+    """
+    caches = ("fp8", "int8", plan.compute_dtype)
+    return caches[caches.index(plan.kv_dtype) + 1 :] if plan.kv_dtype in caches else ()
 
 
 def require_tensorrt_llm(plan: Plan, version: str | None) -> None:

@@ -1,7 +1,8 @@
 """Stage 3: FP8 post-training quantisation with NVIDIA ModelOpt, and the pass that makes the result unambiguous.
 
 The result is one Hugging Face folder in ModelOpt's unified FP8 format, which every lane loads: e4m3 weights
-with a scalar ``weight_scale`` and ``input_scale`` for each linear layer, embeddings and norms in bf16.
+with a scalar ``weight_scale`` and ``input_scale`` for each linear layer, a ``k_scale`` and a ``v_scale`` for an e4m3 KV
+cache, embeddings and norms in bf16.
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ def _run_modelopt(model: Any, batches: list[torch.Tensor], folder: Path) -> None
 
         try:
             with torch.inference_mode():
-                model = mtq.quantize(model, copy.deepcopy(mtq.FP8_DEFAULT_CFG), feed)
+                recipe = mtq.utils.update_quant_cfg_with_kv_cache_quant(
+                    copy.deepcopy(mtq.FP8_DEFAULT_CFG), mtq.FP8_KV_CFG["quant_cfg"]
+                )
+                model = mtq.quantize(model, recipe, feed)
                 mte.export_hf_checkpoint(model, export_dir=folder)
         except (NotImplementedError, AssertionError, ValueError) as error:
             why = (str(error).splitlines() or ["no reason given"])[0]
@@ -140,6 +144,9 @@ def _write_unified(source: Path, exported: Path, folder: Path) -> None:
             )
         elif not (tied and name == "lm_head.weight"):
             unified[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+    for name, tensor in tensors.items():
+        if name.endswith((".k_scale", ".v_scale")):
+            unified[name] = torch.tensor(_scale(tensor * E4M3_MAX, name, "cached"), dtype=torch.float32)
     save_torch_state_dict(unified, folder, max_shard_size="5GB")
     _write_configs(source, exported, folder)
 
@@ -172,8 +179,12 @@ def _write_configs(source: Path, exported: Path, folder: Path) -> None:
     config = with_both_rope_spellings(read_json(source / "config.json"))
     config["quantization_config"] = read_json(exported / "config.json")["quantization_config"]
     config["torch_dtype"] = config["dtype"] = "bfloat16"
+    # What the KV cache is made of is the engine's choice: the checkpoint has the scales for e4m3 and asks for nothing.
+    config["quantization_config"].pop("kv_cache_scheme", None)
     write_json(folder / "config.json", config)
-    shutil.copyfile(exported / "hf_quant_config.json", folder / "hf_quant_config.json")
+    described = read_json(exported / "hf_quant_config.json")
+    described["quantization"]["kv_cache_quant_algo"] = None
+    write_json(folder / "hf_quant_config.json", described)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -13,6 +13,7 @@ from engine_build.errors import BuildError
 from engine_build.plan import AUTO, LANES, PRECISIONS
 from engine_build.repository import CONTRACTS, INFLIGHT
 
+MOST = 2**31 - 1
 BASELINE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -126,7 +127,11 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def _pairs(name: str, value: str) -> dict[str, str]:
     pairs = {}
-    for word in shlex.split(value):
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{name}={value} is not valid ({error}): close its quotes") from None
+    for word in words:
         key, equals, what = word.partition("=")
         if not key or not equals:
             raise BuildError(f"{name}: {word!r} is not name=value: write for example cuda_graph_mode=true")
@@ -137,6 +142,11 @@ def _pairs(name: str, value: str) -> dict[str, str]:
 def _positive(name: str, value: str) -> int | None:
     if value == "":
         return None
-    if not value.isascii() or not value.isdigit() or int(value) < 1:
-        raise BuildError(f"{name}={value} is not valid: use a whole number of at least 1")
+    if (
+        not value.isascii()
+        or not value.isdigit()
+        or len(value) > len(str(MOST))
+        or not 1 <= int(value) <= MOST
+    ):
+        raise BuildError(f"{name}={value} is not valid: use a whole number from 1 to {MOST}")
     return int(value)

@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_build.checkpoint import EMBEDDED_MODEL, HUB_ID, check_small_files, slug
+from engine_build.checkpoint import EMBEDDED_MODEL, check_small_files, require_hub_id, slug
 from engine_build.errors import BuildError
 from engine_build.hub import fetch_configuration
 from engine_build.plan import ModelShape
@@ -47,11 +47,7 @@ def look_up(model: str) -> Model:
     if path.is_dir():
         check_small_files(path)
         return Model(slug(path.resolve().name), of_spec(load_spec(path)), 0)
-    if not HUB_ID.fullmatch(model):
-        raise BuildError(
-            f"MODEL={model} is neither an existing folder nor a hub id (owner/name): "
-            f"leave it empty for the embedded {EMBEDDED_MODEL}"
-        )
+    require_hub_id(model)
     folder = _from_hub(model)
     shape = of_spec(load_spec(folder))
     fetched = any(folder.glob("model*.safetensors"))

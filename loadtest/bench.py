@@ -2,7 +2,7 @@
 
 ``python -m loadtest.bench [--url HOST:PORT] [--concurrency 16] [--output-tokens 64] [--budget-s 330] ...``
 
-Exit status: 0 the run is VALID, 1 it is INVALID or could not be done, 2 a setting is wrong, 130 Ctrl-C.
+Exit status: 0 the run is VALID, 1 it is INVALID, UNSTEADY or could not be done, 2 a setting is wrong, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +31,10 @@ from loadtest.target import Target, TargetError, target
 from loadtest.telemetry import Sampler
 from loadtest.trial import LOCUST_LOG, LOCUSTFILE, RECORDS, USER_CLASSES
 from loadtest.warmup import wait_until_idle, warm_up
+
+GONE_TRIES, GONE_PAUSE_S = 3, 0.5
+STEADY_SPREAD = 1.3
+"""Most that the fastest of an endpoint's blocks may have over the slowest."""
 
 
 class BenchError(Exception):
@@ -116,8 +120,10 @@ def run_blocks(blocks: list[Block], config: BenchConfig, url: str, work: Path) -
             run_block(block, config, url, work, used[block.endpoint])
             for endpoint in (config.candidate, config.baseline):
                 wait_until_idle(url, endpoint)
-        except (BenchError, ClientError) as error:
+        except BenchError as error:
             return f"block {block.name}: {error}"
+        except ClientError as error:
+            return f"block {block.name}: {told_plainly(url, block.endpoint, error)}"
         records = [record for record in read_records(work / RECORDS) if record.block == block.name]
         used[block.endpoint] += len(records)
         summary = summarise(block.endpoint, [records])
@@ -126,6 +132,22 @@ def run_blocks(blocks: list[Block], config: BenchConfig, url: str, work: Path) -
             f"latency p50 {number(summary.e2e_s.p50)} s (n={summary.e2e_s.n})"
         )
     return None
+
+
+def told_plainly(url: str, endpoint: str, error: ClientError) -> str:
+    """``error``, or that there is no server any more.
+
+    gRPC words the end of a server in many ways, by what reached the client first: a call cancelled, a connection reset
+    or refused. What counts is whether anybody answers now.
+    """
+    for _ in range(GONE_TRIES):
+        try:
+            with Client(url, endpoint) as client:
+                client.check_ready()
+        except ClientError:
+            return f"the server died: no server at {url} answers any more ({error})"
+        time.sleep(GONE_PAUSE_S)  # it may be closing
+    return str(error)
 
 
 def run_block(block: Block, config: BenchConfig, url: str, work: Path, first_prompt: int) -> None:
@@ -196,6 +218,7 @@ def evaluate(
     for name, answered in by_block.items():
         reasons += audit.server_reasons(name, answered, unique=prompts.count is None)
     return Report(
+        unsteady=unsteady(each[block.name] for block in blocks),
         reasons=[failure, *reasons] if failure else reasons,
         limits=limits([candidate, baseline]),
         candidate=candidate,
@@ -221,6 +244,20 @@ def evaluate(
         conditions=conditions.gather(config, sampler.gpus, server.deployment),
         notes=notes(prompts, records, sampler),
     )
+
+
+def unsteady(summaries: Iterable[Summary]) -> list[str]:
+    """Endpoints whose blocks, under the same load, differ by more than :data:`STEADY_SPREAD`, with their figures."""
+    rates: dict[str, list[float]] = {}
+    for summary in summaries:
+        if summary.output_tokens_per_s:
+            rates.setdefault(summary.endpoint, []).append(summary.output_tokens_per_s)
+    return [
+        f"the blocks of {endpoint} gave {', '.join(number(rate) for rate in found)} tokens/s, a spread of "
+        f"{max(found) / min(found):.2f} (at most {STEADY_SPREAD} is steady): see what else runs here, and run again"
+        for endpoint, found in rates.items()
+        if max(found) > STEADY_SPREAD * min(found)
+    ]
 
 
 def notes(prompts: Prompts, records: list[RequestRecord], sampler: Sampler) -> list[str]:

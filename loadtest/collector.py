@@ -50,7 +50,9 @@ class Collector:
         assert options is not None
         self._workers, self._finished, self._idle = set(workers), set(), set()
         self._last_answer_s, self._errors, self._ending = time.monotonic(), 0, False
-        self.live.start()
+        named = (getattr(user, "endpoint", "") for user in self.environment.user_classes)
+        contestants = set(filter(None, named))
+        self.live.start(sorted(contestants))
         if options.records:
             try:
                 self._files = JsonLines(options.records), JsonLines(Path(options.records).with_name(CLIENTS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loadtest.histogram import Histogram
@@ -14,6 +15,8 @@ RECENT_S = 10.0
 MAX_CPU = 0.6
 """Of a core, for one worker process: beyond it, tokens wait for the client (measured)."""
 MAX_LAG_MS = 10.0
+HISTORY_POINTS = 600
+"""Kept of each endpoint, a second apart at first; of a longer run every second one, and so on."""
 
 
 def brief(record: RequestRecord) -> dict:
@@ -97,10 +100,15 @@ class Live:
         self.lags_ms = Histogram()
         self.delays_s = Histogram()
         self.lost_workers = 0
+        self.history: dict[str, list[dict]] = {}
+        """Endpoint -> points of the charts since the start, so that a page opened later shows them too."""
+        self._history_step_s, self._history_due_s = 1.0, 0.0
 
-    def start(self) -> None:
+    def start(self, endpoints: Iterable[str] = ()) -> None:
+        """``endpoints`` are all contestants: a slow one is shown before its first answer."""
         self.reset()
         self.started_s = time.monotonic()
+        self.endpoints = {name: EndpointLive() for name in endpoints}
 
     def add(self, told: dict) -> None:
         self.endpoints.setdefault(told["endpoint"], EndpointLive()).add(told, time.monotonic())
@@ -113,6 +121,22 @@ class Live:
         self.clients[sample.worker] = (sample, use)
         for lag_ms in sample.lags_ms:
             self.lags_ms.add(lag_ms / 1e3)
+        if self.started_s is not None and self.ended_s is None:
+            self._remember(time.monotonic() - self.started_s)
+
+    def _remember(self, seconds: float) -> None:
+        """Adds a point to the history when one is due."""
+        if seconds < self._history_due_s:
+            return
+        now_s = time.monotonic()
+        for name, live in list(self.endpoints.items()):
+            points = self.history.setdefault(name, [])
+            points.append(_point(seconds, live.snapshot(now_s, seconds)))
+        if any(len(points) > HISTORY_POINTS for points in self.history.values()):
+            for points in self.history.values():
+                del points[1::2]
+            self._history_step_s *= 2
+        self._history_due_s = seconds + self._history_step_s
 
     def problems(self) -> list[str]:
         """Why the figures must not be believed, so far."""
@@ -153,5 +177,16 @@ class Live:
                 str(worker): {"cpu": use, "in_flight": sample.in_flight}
                 for worker, (sample, use) in sorted(self.clients.items())
             },
+            "history": {name: list(points) for name, points in self.history.items()},
             "lag_p99_ms": (self.lags_ms.percentile(99) or 0.0) * 1e3,
         }
+
+
+def _point(seconds: float, figures: dict) -> dict:
+    """What the charts show of an endpoint at a time."""
+    return {
+        "t": round(seconds, 1),
+        "tokens_per_s": round(figures["tokens_per_s"], 2),
+        "ttft_s": figures["ttft_s"]["recent_p50"],
+        "tpot_s": figures["tpot_s"]["recent_p50"],
+    }

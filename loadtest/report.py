@@ -39,15 +39,21 @@ class Report:
     blocks: list[BlockResult]
     conditions: dict
     notes: list[str] = field(default_factory=list)
+    unsteady: list[str] = field(default_factory=list)
+    """Why the run is UNSTEADY: the same load gave very different figures."""
 
     @property
     def valid(self) -> bool:
-        return not self.reasons
+        return not self.reasons and not self.unsteady
+
+    @property
+    def state(self) -> str:
+        return "INVALID" if self.reasons else "UNSTEADY" if self.unsteady else "VALID"
 
     @property
     def verdict(self) -> str:
         if not self.valid:
-            return "INVALID: " + "; ".join(self.reasons)
+            return f"{self.state}: " + "; ".join([*self.reasons, *self.unsteady])
         return "; ".join(["VALID", *self.limits])
 
     def mean_latency_s(self, summary: Summary) -> float | None:
@@ -60,7 +66,7 @@ class Report:
         return any(use.gpu_percent is not None for use in self.utilisation.values())
 
     def as_dict(self) -> dict:
-        return {"verdict": "VALID" if self.valid else "INVALID", **asdict(self)}
+        return {"verdict": self.state, **asdict(self)}
 
 
 def number(value: float | None, scale: float = 1.0) -> str:

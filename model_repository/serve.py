@@ -170,6 +170,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ServeError as error:
         print(f"serve: error: {error}", file=sys.stderr, flush=True)
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = error.filename or "the build folder"
+        print(
+            f"serve: error: {where}: {error.strerror}: free some space or check its permissions",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
 
 
 if __name__ == "__main__":

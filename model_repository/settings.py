@@ -144,6 +144,11 @@ class Deployment:
             raise ServeError(f"{path} does not exist: run 'make build-engines' first") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ServeError(f"{path} is damaged ({error!r}): run 'make build-engines' again") from None
+        if type(deployment.engines) is not int or deployment.engines < 1:
+            raise ServeError(
+                f"dp={deployment.engines!r} of {path} is not valid: it must be a whole number of at least 1, "
+                "run 'make build-engines' again"
+            )
         for folder in (deployment.engine_dir, deployment.model_repository):
             if not folder.is_dir():
                 raise ServeError(f"{folder}, named by {path}, does not exist: run 'make build-engines' again")

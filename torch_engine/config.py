@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,24 @@ KV_DTYPES = ("auto", *COMPUTE_DTYPES, "fp8", "int8")
 WEIGHT_PRECISIONS = ("auto", "dequantised", "int8", "int4")
 CPU_ISAS = ("auto", *ISAS)
 LM_HEAD_PRECISIONS = ("auto", "fp8")
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "use text"),
+    "bool": ((bool,), "use true or false"),
+    "int": ((int,), "use a whole number"),
+    "float": ((int, float), "use a number"),
+}
+MOST = {
+    "block_size": 4096,
+    "num_kv_blocks": 2**31 - 2,
+    "max_batch_size": 65536,
+    "max_num_tokens": 2**20,
+    "max_seq_len": 2**31 - 1,
+    "speculation_tokens": 64,
+    "num_threads": 1024,
+    "max_queue_size": 2**31 - 1,
+    "max_queue_delay_ms": 2**31 - 1,
+}
+"""Beyond these a number is a slip of the pen; what is below them and too much for the machine, its memory refuses."""
 
 
 class ConfigError(ValueError):
@@ -84,6 +103,15 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not valid: {remedy}")
 
+        for field in dataclasses.fields(self):
+            types, remedy = TYPES[str(field.type)]
+            value = getattr(self, field.name)
+            require(
+                isinstance(value, types) and (bool in types or type(value) is not bool), field.name, remedy
+            )
+        for name, most in MOST.items():
+            require(getattr(self, name) <= most, name, f"use {most} at most")
+        require(math.isfinite(self.abandon_after_s), "abandon_after_s", "use a positive number of seconds")
         require(bool(self.model_dir), "model_dir", "give the checkpoint folder")
         require(self.device.split(":")[0] in DEVICES, "device", f"use one of {', '.join(DEVICES)}")
         require(
@@ -140,13 +168,17 @@ class EngineConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist: run 'make build-engines' first") from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged ({error}): run 'make build-engines' again") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} is damaged (not a JSON object): run 'make build-engines' again")
         values.update(overrides)
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"{path}: unknown settings {sorted(unknown)}: run 'make build-engines' again")
         for name in ("model_dir", "kernel_dir"):
-            if values.get(name):
+            if values.get(name) and isinstance(values[name], str):
                 values[name] = str((Path(engine_dir) / values[name]).resolve())
+        if "model_dir" not in values:
+            raise ConfigError(f"{path} lacks model_dir: run 'make build-engines' again")
         return cls(**values)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch_engine.fields import ROPE_NEEDED, ROPE_SETTINGS, Fields, UnsupportedModel, check_keys
+
+__all__ = ["SUPPORTED_ARCHITECTURES", "LayerSpec", "ModelSpec", "Rope", "UnsupportedModel", "load_spec"]
+
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -17,10 +21,6 @@ SUPPORTED_ARCHITECTURES = (
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
 )
-
-
-class UnsupportedModel(ValueError):
-    """The checkpoint asks for something that the engine does not implement; the message lists what it does."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ class ModelSpec:
     logit_softcap: float | None = None
     fp8: bool = False
     """ModelOpt unified FP8: e4m3 weights with ``weight_scale`` and ``input_scale``."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -87,144 +90,191 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
     """Reads ``config.json`` (and the end ids of ``generation_config.json``).
 
     Raises:
-        UnsupportedModel: the architecture, activation, quantisation or shape is not implemented.
+        UnsupportedModel: the architecture, activation, quantisation or shape is not implemented, a value is none, or
+            a key is not known.
     """
     folder = Path(model_dir)
-    config = _read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["?"])[0]
+    fields = Fields(_read_json(folder / "config.json"), folder / "config.json")
+    architecture = (fields.words("architectures") or ["?"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         supported = ", ".join(SUPPORTED_ARCHITECTURES)
         raise UnsupportedModel(
             f"{folder}: architecture {architecture} is not supported; supported are {supported}"
         )
+    fp8 = _is_fp8(folder, fields)  # said first: what quantises a model often brings keys of its own
+    check_keys(fields.config, architecture, folder)
     gemma = architecture.startswith("Gemma")
     sandwich = architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
-    activation = (
-        config.get("hidden_activation")
-        or config.get("hidden_act")
-        or ("gelu_pytorch_tanh" if gemma else "silu")
-    )
-    if architecture == "GemmaForCausalLM":  # its "gelu" has always meant the tanh form
-        activation = "gelu_pytorch_tanh"
-    if activation not in ACTIVATIONS:
-        raise UnsupportedModel(
-            f"{folder}: activation {activation!r} is not supported; supported: {sorted(ACTIVATIONS)}"
-        )
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    scalar = config.get("query_pre_attn_scalar") if sandwich else None
+    hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    kv_heads = fields.whole("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.refuse("num_key_value_heads", f"it must divide num_attention_heads={heads}")
+    if "head_dim" not in fields.config and hidden % heads:
+        raise fields.refuse("num_attention_heads", f"it must divide hidden_size={hidden}")
+    head_dim = fields.whole("head_dim", hidden // heads or 1)
+    if head_dim % 2:
+        raise fields.refuse("head_dim", f"heads of {head_dim} cannot be rotated in halves: it must be even")
+    scalar = fields.positive("query_pre_attn_scalar", head_dim) if sandwich else head_dim
+    attention_bias = fields.flag("attention_bias", False)
     return ModelSpec(
         architecture=architecture,
-        vocab_size=config["vocab_size"],
+        vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=config["intermediate_size"],
+        intermediate_size=fields.whole("intermediate_size"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        layers=_layers(config, architecture, folder),
-        tie_embeddings=config.get("tie_word_embeddings", gemma),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        activation=ACTIVATIONS[activation],
-        attention_scale=1.0 / math.sqrt(scalar or head_dim),
-        end_ids=_end_ids(folder, config),
+        norm_eps=fields.positive("rms_norm_eps", 1e-6),
+        layers=_layers(fields, architecture),
+        tie_embeddings=fields.flag("tie_word_embeddings", gemma),
+        max_position_embeddings=fields.whole("max_position_embeddings", 2048),
+        activation=_activation(fields, architecture),
+        attention_scale=1.0 / math.sqrt(scalar),
+        end_ids=_end_ids(folder, fields),
         qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"),
         norm_plus_one=gemma,
         sandwich_norm=sandwich,
         embedding_scale=hidden**0.5 if gemma else 1.0,
-        attention_softcap=config.get("attn_logit_softcapping") if sandwich else None,
-        logit_softcap=config.get("final_logit_softcapping") if sandwich else None,
-        fp8=_is_fp8(folder, config),
+        attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping", 50.0),
+        logit_softcap=_softcap(fields, architecture, "final_logit_softcapping", 30.0),
+        fp8=fp8,
+        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        out_bias=attention_bias and architecture != "Qwen2ForCausalLM",
+        mlp_bias=fields.flag("mlp_bias", False),
     )
 
 
-def _read_json(path: Path) -> dict:
+def _activation(fields: Fields, architecture: str) -> str:
+    if architecture == "GemmaForCausalLM":  # its "gelu" has always meant the tanh form
+        return "gelu_tanh"
+    gemma = architecture.startswith("Gemma")
+    name = "hidden_activation" if fields.config.get("hidden_activation") else "hidden_act"
+    activation = fields.config.get(name) or ("gelu_pytorch_tanh" if gemma else "silu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise fields.refuse(name, f"supported activations are {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[activation]
+
+
+def _softcap(fields: Fields, architecture: str, name: str, default: float) -> float | None:
+    """Gemma 2 has caps even if its file does not say so, Gemma 3 only if it does."""
+    if architecture == "Gemma2ForCausalLM" and name not in fields.config:
+        return default
+    if architecture not in ("Gemma2ForCausalLM", "Gemma3ForCausalLM") or fields.config.get(name) is None:
+        return None
+    return fields.positive(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnsupportedModel(f"{path} does not exist: not a Hugging Face checkpoint folder") from None
-    except json.JSONDecodeError as error:
-        raise UnsupportedModel(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedModel(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise UnsupportedModel(f"{path} is not a JSON object: fetch the checkpoint again")
+    return value
 
 
-def _layers(config: dict, architecture: str, folder: Path) -> tuple[LayerSpec, ...]:
-    count = config["num_hidden_layers"]
-    window = config.get("sliding_window")
-    if architecture.startswith("Qwen") and not config.get("use_sliding_window", False):
-        window = None
-    kinds = config.get("layer_types") or _layer_kinds(config, architecture, count, window)
+def _layers(fields: Fields, architecture: str) -> tuple[LayerSpec, ...]:
+    count = fields.whole("num_hidden_layers")
+    window = _window(fields, architecture)
+    kinds = fields.words("layer_types") or _layer_kinds(fields, architecture, count, window)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise UnsupportedModel(f"{folder}: layer types {sorted(unknown)} are not supported")
-    return tuple(
-        LayerSpec(_rope(config, kind, folder), window if kind == "sliding_attention" else None)
-        for kind in kinds
-    )
+        raise UnsupportedModel(f"{fields.source}: layer types {sorted(unknown)} are not supported")
+    if len(kinds) != count:
+        raise fields.refuse("layer_types", f"it must have one for each of num_hidden_layers={count}")
+    if window is None and "sliding_attention" in kinds:
+        raise fields.refuse(
+            "sliding_window", "layer_types has sliding_attention, so it must be a whole number"
+        )
+    ropes = {kind: _rope(fields, kind) for kind in set(kinds)}
+    return tuple(LayerSpec(ropes[kind], window if kind == "sliding_attention" else None) for kind in kinds)
 
 
-def _layer_kinds(config: dict, architecture: str, count: int, window: int | None) -> list[str]:
+WINDOWED = ("MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+"""Families with a window of 4,096 tokens if the file does not speak of it."""
+
+
+def _window(fields: Fields, architecture: str) -> int | None:
+    name = "sliding_window"
+    if architecture.startswith("Qwen") and not fields.flag("use_sliding_window", False):
+        return None
+    if architecture in WINDOWED and name not in fields.config:
+        return 4096
+    return None if fields.config.get(name) is None else fields.whole(name)
+
+
+def _layer_kinds(fields: Fields, architecture: str, count: int, window: int | None) -> list[str]:
     """Layer types of configs written before ``layer_types`` existed."""
     if window is None:
         return ["full_attention"] * count
     if architecture == "Gemma2ForCausalLM":
         return ["sliding_attention" if index % 2 == 0 else "full_attention" for index in range(count)]
     if architecture == "Gemma3ForCausalLM":
-        pattern = config.get("sliding_window_pattern", 6)
+        pattern = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
         return ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(count)]
     if architecture.startswith("Qwen"):
-        first = config.get("max_window_layers", 0)
+        first = fields.whole("max_window_layers", 28, least=0)
         return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
     return ["sliding_attention"] * count
 
 
-def _rope(config: dict, kind: str, folder: Path) -> Rope:
+def _rope(fields: Fields, kind: str) -> Rope:
     """Reads either spelling: ``rope_parameters`` (Transformers 5) or ``rope_theta`` + ``rope_scaling``."""
-    parameters = config.get("rope_parameters") or {}
+    parameters = fields.table("rope_parameters")
     if kind in parameters:
-        parameters = parameters[kind]
+        parameters = Fields(parameters, fields.source).table(kind)
     elif "full_attention" in parameters or "sliding_attention" in parameters:
-        raise UnsupportedModel(f"{folder}: rope_parameters lack {kind}")
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
-    scaling = (
-        {key: value for key, value in parameters.items() if key != "rope_theta"}
-        or config.get("rope_scaling")
-        or {}
-    )
-    if kind == "sliding_attention" and not parameters and config.get("rope_local_base_freq"):
-        theta, scaling = config["rope_local_base_freq"], {}
-    scaling = dict(scaling)
-    rope_type = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    if rope_type == "default":
-        return Rope(float(theta))
-    if rope_type not in ("linear", "llama3", "yarn"):
+        raise UnsupportedModel(f"{fields.source}: rope_parameters lack {kind}")
+    spelled = Fields(parameters or fields.config, fields.source)
+    theta = spelled.positive("rope_theta", fields.positive("rope_theta", 10000.0))
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if not scaling:
+        scaling = fields.table("rope_scaling")
+    if kind == "sliding_attention" and not parameters and fields.config.get("rope_local_base_freq"):
+        theta, scaling = fields.positive("rope_local_base_freq"), {}
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    old_spelling = scaling.pop("type", None)
+    rope_type = scaling.pop("rope_type", None) or old_spelling or "default"
+    if not isinstance(rope_type, str) or rope_type not in ROPE_SETTINGS:
         raise UnsupportedModel(
-            f"{folder}: rope_type {rope_type!r} is not supported; supported are default, linear, llama3, yarn"
+            f"{fields.source}: rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_SETTINGS)}"
         )
-    items = tuple(sorted((key, _freeze(value)) for key, value in scaling.items()))
-    return Rope(float(theta), (("rope_type", rope_type), *items))
+    if scaling.get("partial_rotary_factor") == 1:
+        del scaling["partial_rotary_factor"]
+    if rope_type == "default" and not set(scaling) - ROPE_SETTINGS["yarn"] - ROPE_SETTINGS["llama3"]:
+        return Rope(float(theta))
+    unknown = set(scaling) - ROPE_SETTINGS[rope_type]
+    if unknown:
+        raise UnsupportedModel(
+            f"{fields.source}: {sorted(unknown)} of rope_type {rope_type!r} is not implemented"
+        )
+    settings = Fields(scaling, f"{fields.source}: rope scaling")
+    for name in sorted(set(scaling) | ROPE_NEEDED[rope_type]):
+        if name == "truncate":
+            settings.flag(name, True)
+        else:
+            settings.positive(name)
+    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise settings.refuse("low_freq_factor", "it must be below high_freq_factor")
+    return Rope(float(theta), (("rope_type", rope_type), *sorted(scaling.items())))
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _end_ids(folder: Path, config: dict) -> tuple[int, ...]:
+def _end_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     """All ids that end an output; generation_config.json knows more of them than config.json."""
+    own = fields.ids("eos_token_id")
     path = folder / "generation_config.json"
-    declared = _read_json(path).get("eos_token_id") if path.exists() else None
-    if declared is None:
-        declared = config.get("eos_token_id")
-    if declared is None:
-        return ()
-    return tuple(declared) if isinstance(declared, list) else (declared,)
+    declared = Fields(_read_json(path), path).ids("eos_token_id") if path.exists() else None
+    return declared or own or ()
 
 
-def _is_fp8(folder: Path, config: dict) -> bool:
+def _is_fp8(folder: Path, fields: Fields) -> bool:
     path = folder / "hf_quant_config.json"
-    quantization = (
-        _read_json(path).get("quantization", {}) if path.exists() else config.get("quantization_config")
-    )
+    quantization = fields.table("quantization_config")
+    if path.exists():
+        quantization = Fields(_read_json(path), path).table("quantization")
     if not quantization:
         return False
     algorithm = quantization.get("quant_algo")

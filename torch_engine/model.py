@@ -26,6 +26,8 @@ class Layer:
     mlp_out_norm: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    kv_scales: tuple[float, float] = (1.0, 1.0)
+    """What keys and values are divided by where the KV cache is e4m3."""
 
 
 class Model:
@@ -71,6 +73,7 @@ class Model:
             gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
             down=linear("mlp.down_proj"),
             input_norm=norm("input_layernorm"),
+            kv_scales=checkpoint.kv_scales(f"{name}.self_attn"),
             mlp_norm=norm("pre_feedforward_layernorm" if spec.sandwich_norm else "post_attention_layernorm"),
         )
         if spec.sandwich_norm:
@@ -81,12 +84,25 @@ class Model:
         return layer
 
     def new_caches(self, num_blocks: int, block_size: int) -> list[Cache]:
-        """A KV cache for each layer; one block more than asked for, which padding may read and write."""
+        """A KV cache for each layer.
+
+        Raises MemoryError if they do not fit the device.
+        """
         spec = self.spec
-        return [
-            self.kernels.new_cache(num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-            for _ in self.layers
-        ]
+        try:
+            return [
+                self.kernels.new_cache(
+                    num_blocks, block_size, spec.num_kv_heads, spec.head_dim, layer.kv_scales
+                )
+                for layer in self.layers
+            ]
+        except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
+            if "memory" not in str(error) and "overflow" not in str(error):
+                raise
+            raise MemoryError(
+                f"num_kv_blocks={num_blocks} blocks of {block_size} tokens for {len(self.layers)} layers do not fit "
+                f"the memory of {self.kernels.device}: lower num_kv_blocks, or build with a smaller MAX_SEQ_LEN"
+            ) from None
 
     def forward(self, step: Any, caches: list[Cache]) -> torch.Tensor:
         """Runs one step; fills the caches and returns logits [sampled, vocab] in float32."""

@@ -5,9 +5,11 @@ No torch, because the build's plan asks before it imports anything heavy.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +55,18 @@ def library(folder: str | Path, isa: str) -> Path:
     return Path(folder) / f"kernels-{isa}.so"
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a 64-bit ELF file is as long as its header says: its section headers come last (System V ABI)."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+            return False
+        order = "<" if header[5] == 1 else ">"
+        (sections_at,) = struct.unpack_from(f"{order}Q", header, 40)
+        size, count = struct.unpack_from(f"{order}HH", header, 58)
+        return os.fstat(file.fileno()).st_size >= sections_at + size * count
+
+
 def compile_library(
     folder: str | Path, isas: Iterable[str] | None = None, extra_flags: tuple[str, ...] = ()
 ) -> list[Path]:
@@ -64,6 +78,7 @@ def compile_library(
 
     Raises:
         NoCompiler: there is no C++ compiler, or it failed; nothing is left in ``folder``.
+        OSError: the disk is full, which other kernels would not cure.
     """
     command = compiler()
     if command is None:
@@ -84,6 +99,8 @@ def compile_library(
     if failed:
         for path in partial.values():
             path.unlink(missing_ok=True)
+        if os.strerror(errno.ENOSPC) in failed[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise NoCompiler(f"{command} failed: {(failed[0].strip().splitlines() or ['no message'])[0]}")
     for isa, target in targets.items():
         os.replace(partial[isa], target)

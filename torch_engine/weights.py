@@ -3,34 +3,68 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from torch_engine.families import ModelSpec, UnsupportedModel
+from torch_engine.layout import Stored, check_tensors
 
 
 class Checkpoint:
-    """Tensors by their Hugging Face names, read when asked for."""
+    """Tensors by their Hugging Face names, read when asked for.
+
+    Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
+    """
 
     def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
         self.folder = Path(model_dir)
         self.spec = spec
+        self._open: dict[str, Any] = {}
         self._files = self._locate()
-        self._open: dict[str, safe_open] = {}
+        check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {str(name): str(file) for name, file in files.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UnsupportedModel(
+                    f"{index} is damaged ({error!r}): fetch the checkpoint again"
+                ) from None
         single = self.folder / "model.safetensors"
         if not single.exists():
             raise UnsupportedModel(
                 f"{self.folder} has no model.safetensors (nor its index): convert it to safetensors"
             )
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
+        return dict.fromkeys(self._file(single.name).keys(), single.name)
+
+    def _file(self, name: str) -> Any:
+        """The open file, with every failure in one line."""
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(name, error) from None
+        return self._open[name]
+
+    def _damaged(self, name: str, error: Exception) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.folder / name} is missing or damaged ({error}): fetch the checkpoint again"
+        )
+
+    def _stored(self, name: str) -> Stored:
+        file = self._files[name]
+        try:
+            entry = self._file(file).get_slice(name)
+            return Stored(entry.get_dtype(), tuple(entry.get_shape()))
+        except SafetensorError as error:
+            raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -39,10 +73,7 @@ class Checkpoint:
         """Raises UnsupportedModel if the checkpoint lacks the tensor."""
         if name not in self._files:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        filename = self._files[name]
-        if filename not in self._open:
-            self._open[filename] = safe_open(self.folder / filename, framework="pt")
-        return self._open[filename].get_tensor(name)
+        return self._file(self._files[name]).get_tensor(name)
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
         """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
@@ -62,6 +93,24 @@ class Checkpoint:
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
         return self.raw(name).to(dtype) if name in self._files else None
+
+    def kv_scales(self, attention: str) -> tuple[float, float]:
+        """What keys and values of the module ``attention`` are divided by in an e4m3 cache; 1 where nobody calibrated.
+
+        Names of ModelOpt (``k_proj.k_scale``) and of compressed-tensors (``k_scale``).
+        """
+        scales = []
+        for module, name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
+            stored = next(
+                (n for n in (f"{attention}.{module}.{name}", f"{attention}.{name}") if n in self), None
+            )
+            scale = float(self.raw(stored).float()) if stored else 1.0
+            if not 0 < scale < math.inf:
+                raise UnsupportedModel(
+                    f"{self.folder}: {stored} is {scale}: it must be positive, fetch the checkpoint again"
+                )
+            scales.append(scale)
+        return scales[0], scales[1]
 
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights of several linears stacked along the output, and their biases if they have any."""

@@ -22,6 +22,7 @@ from tests.tiny import FAMILIES, tiny_checkpoint
 SAMPLES = [Sample(text="the quick brown fox " * count) for count in range(1, 9)]
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEAR += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def test_schema(fp8: dict[str, torch.Tensor], tiny: Path) -> None:
     source = load_file(tiny / "model.safetensors")
     names = {f"model.layers.{layer}.{part}" for layer in range(2) for part in LINEAR}
     scales = {f"{name}.{kind}" for name in names for kind in ("weight_scale", "input_scale")}
+    scales |= {f"model.layers.{layer}.self_attn.{kind}" for layer in range(2) for kind in KV_SCALES}
     assert fp8.keys() == source.keys() | scales
     for name in names:
         assert fp8[f"{name}.weight"].dtype == torch.float8_e4m3fn

@@ -34,12 +34,12 @@ BLOCKS = [
 DEPLOYED = {"model": "Tiny", "lane": "torch", "precision": "fp8", "baseline": {"dtype": "bfloat16"}}
 
 
-def made(extra=(), failure=None, clients=()) -> report.Report:
+def made(extra=(), failure=None, clients=(), last_s=5.0) -> report.Report:
     config = BenchConfig(concurrency=16, output_tokens=8)
     records = [
         *batch_server(16, 4.0, 20.0, block=BLOCKS[0].name),
         *serial_server(16, 2.0, 60.0, block=BLOCKS[1].name, endpoint="hf_baseline"),
-        *batch_server(16, 5.0, 20.0, block=BLOCKS[2].name),
+        *batch_server(16, last_s, 20.0, block=BLOCKS[2].name),
         *extra,
     ]
     target = Target("here", lambda: [], DEPLOYED)
@@ -54,6 +54,17 @@ def test_the_table_says_what_was_measured():
     assert "n/a (n=14, worst 32.0)" in rows["Latency p99 (s)"]
     assert "| 500 | 250 |" in rows["TPOT p50 (ms)"]
     assert "| n/a | n/a |" in rows["GPU utilisation (%)"]
+
+
+def test_blocks_of_one_endpoint_that_differ_are_unsteady():
+    found = made(last_s=7.0)
+    assert found.verdict.startswith(
+        "UNSTEADY: the blocks of text_generation gave 32.0, 18.3 tokens/s, a spread of 1.75 (at most 1.3 is steady): "
+    )
+    assert not found.valid and found.as_dict()["verdict"] == "UNSTEADY"
+    assert made().as_dict()["verdict"] == "VALID" and not made().unsteady
+    worse = made(last_s=7.0, failure="block 3: it broke")
+    assert worse.verdict.startswith("INVALID: block 3: it broke; ") and "a spread of 1.75" in worse.verdict
 
 
 def test_markdown_has_verdict_first_then_conditions_and_definitions():

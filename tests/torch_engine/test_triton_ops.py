@@ -224,6 +224,7 @@ class TestKernels:
             (9, 3, 64, "fp8", None, None, False),
             (8, 2, 128, "fp8", 70, None, True),
             (4, 1, 40, "int8", 5, None, False),
+            (4, 2, 16, "scaled fp8", 7, 3.0, False),
             (8, 2, 128, "int8", None, 3.0, False),
         ],
     )
@@ -266,7 +267,7 @@ class TestKernels:
         flat = qkv.reshape(step_rows, -1).clone()
         ops.rotate_write(flat, cache, step, rope, heads, q_norm, k_norm, 1e-5)
         got = read_cache(cache)
-        tolerance = max(tolerance_of(dtype), {"compute": 0.0, "fp8": 4e-2, "int8": 1.2e-2}[kind])
+        tolerance = max(tolerance_of(dtype), {"compute": 0.0, "int8": 1.2e-2}.get(kind, 4e-2))
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
             block = tables[slot][position // block_size]
             close(got[block, :, :, position % block_size], writes[row], tolerance)
@@ -462,6 +463,9 @@ def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, 
     return torch.cat(outputs).to(DEVICE), writes.to(DEVICE)
 
 
+KV_SCALES = 0.0625, 0.25
+
+
 def filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size):
     """A cache that holds what came before the step and garbage elsewhere."""
     values = torch.randn(100, 2, kv_heads, block_size, size)
@@ -471,9 +475,13 @@ def filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size
     if kind == "int8":
         scales = values.abs().amax(-1) / 127
         return ops.KVCache((values / scales[..., None]).round().to(torch.int8).to(DEVICE), scales.to(DEVICE))
+    if kind == "scaled fp8":
+        units = torch.tensor(KV_SCALES).view(1, 2, 1, 1, 1)
+        return ops.KVCache((values / units).to(torch.float8_e4m3fn).to(DEVICE), None, *KV_SCALES)
     return ops.KVCache(values.to(torch.float8_e4m3fn if kind == "fp8" else dtype).to(DEVICE), None)
 
 
 def read_cache(cache) -> torch.Tensor:
     values = cache.values.double()
+    values *= torch.tensor([cache.k_scale, cache.v_scale], device=DEVICE).view(1, 2, 1, 1, 1)
     return values if cache.scales is None else values * cache.scales[..., None]

@@ -39,7 +39,7 @@ def choose(config: EngineConfig) -> PyTorchKernels:
     if name == "pytorch":
         if device.type == "cpu":
             torch.set_num_threads(threads)
-        return PyTorchKernels(device, dtype)
+        return PyTorchKernels(device, dtype, config.kv_dtype)
     if name == "native":
         return NativeKernels(config, device, dtype, threads)
     if name == "cuda":

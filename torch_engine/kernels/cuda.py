@@ -214,14 +214,22 @@ class CudaKernels(PyTorchKernels):
     def gate(self, gate_up: torch.Tensor, activation: str, reader: Any = None) -> Activation:
         return triton_ops.gate(gate_up, activation, self.dtype, reader.form, reader.input_scale)
 
-    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> KVCache:
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+    ) -> KVCache:
         kinds = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
         dtype = kinds.get(self.kv) or getattr(torch, self.kv)
         shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
         scales = None
         if dtype == torch.int8:
             scales = torch.zeros(shape[:-1], dtype=torch.float32, device=self.device)
-        return KVCache(torch.zeros(shape, dtype=dtype, device=self.device), scales)
+        values = torch.zeros(shape, dtype=dtype, device=self.device)
+        return KVCache(values, scales, *kv_scales) if self.kv == "fp8" else KVCache(values, scales)
 
     def attention(
         self, qkv: torch.Tensor, layer: Layer, spec: ModelSpec, rope: torch.Tensor, cache: KVCache, step: Any

@@ -20,7 +20,7 @@ from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.families import ModelSpec
 from torch_engine.kernels.pytorch import Hidden, PyTorchKernels
 from torch_engine.steps import StepBuilder, StepInput
-from torch_engine.toolchain import available_isas, library
+from torch_engine.toolchain import available_isas, is_whole, library
 from torch_engine.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -264,7 +264,14 @@ class NativeKernels(PyTorchKernels):
         self.library.fl_gate(gate_up.data_ptr(), rows, size, gelu, reader.integers, out.data_ptr())
         return out
 
-    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> NativeCache:
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+    ) -> NativeCache:
         shape, dtype = (num_blocks, num_kv_heads, 2, block_size), CACHE_DTYPES[self.kv]
         codes = torch.zeros(*shape[:3], block_size * head_dim, dtype=dtype)
         return NativeCache(codes, torch.zeros(shape) if dtype == torch.int8 else None, block_size)
@@ -342,13 +349,16 @@ def _load(config: EngineConfig) -> tuple[str, ctypes.CDLL]:
         raise ConfigError(
             f"kernel_dir={config.kernel_dir!r} has no kernels for {' or '.join(wanted)}: {again}"
         )
+    path = library(config.kernel_dir, isa)
     try:
-        loaded = ctypes.CDLL(str(library(config.kernel_dir, isa)))
-    except OSError as error:
+        if not is_whole(path):  # the dynamic loader would end the process with SIGBUS
+            raise OSError(f"{path.name} is cut short")
+        loaded = ctypes.CDLL(str(path))
+        for name, types in SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = types, None
+    except (OSError, AttributeError) as error:
         raise ConfigError(f"kernel_dir={config.kernel_dir!r} cannot be loaded ({error}): {again}") from None
-    for name, types in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = types, None
     for name in ("fl_panel", "fl_group_bytes"):
         getattr(loaded, name).restype = I64
     loaded.fl_int_bytes.argtypes, loaded.fl_int_bytes.restype = (I64, I64, I64), I64

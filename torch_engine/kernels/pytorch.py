@@ -8,11 +8,13 @@ that a token's keys and values are one row and a block is one contiguous piece.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from torch_engine.config import ConfigError
 from torch_engine.families import ModelSpec
 from torch_engine.steps import PrefillChunk, StepBuilder, StepInput
 from torch_engine.weights import Checkpoint
@@ -26,22 +28,65 @@ Linear = Callable[[Hidden], torch.Tensor]
 Cache = Any
 """One layer's KV cache: here a tensor, elsewhere the implementation's own."""
 
+CODED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""KV caches of 8 bits."""
+E4M3_MAX = 448.0
+
+
+@dataclass
+class CodedCache:
+    """One layer's KV cache in 8 bits: a value is its code times its scale."""
+
+    codes: torch.Tensor
+    """[num_blocks, block_size, 2, V, D], e4m3 or int8."""
+    scales: torch.Tensor
+    """float32. e4m3: one for keys and one for values, [2, 1, 1]; int8: [num_blocks, block_size, 2, V, 1]."""
+
+    def write(self, kv: torch.Tensor, slots: torch.Tensor) -> None:
+        """``kv`` [T, 2, V, D]."""
+        wide = kv.float()
+        if self.codes.dtype == torch.int8:
+            scales = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+            self.scales.flatten(0, 1).index_copy_(0, slots, scales)
+            codes = (wide / scales).round_().to(torch.int8)
+        else:  # the cast turns values beyond 464 into NaN, hence the clamp
+            codes = (wide / self.scales).clamp_(-E4M3_MAX, E4M3_MAX).to(self.codes.dtype)
+        # As bytes: torch does not move e4m3 by index on every device.
+        self.codes.view(torch.uint8).flatten(0, 1).index_copy_(0, slots, codes.view(torch.uint8))
+
+    def read(self, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[blocks, block_size, 2, V, D]."""
+        codes = self.codes.view(torch.uint8).index_select(0, blocks).view(self.codes.dtype)
+        scales = self.scales if self.scales.dim() == 3 else self.scales.index_select(0, blocks)
+        return (codes.float() * scales).to(dtype)
+
+
 PACKED_ROWS = 16
 """Rows that a packed CPU weight is laid out for; measured best across batch 1 to 256."""
 
 
 class PyTorchKernels:
-    """Reference implementation; computes in ``dtype`` on ``device``."""
+    """Reference implementation; computes in ``dtype`` on ``device``.
+
+    ``kv`` is the dtype of the KV cache by its name in ``engine.json``: ``dtype`` itself, ``fp8`` or ``int8``.
+    """
 
     name = "pytorch"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, kv: str = "auto") -> None:
         self.device = device
         self.dtype = dtype
+        own = str(dtype).removeprefix("torch.")
+        self.kv = own if kv == "auto" else kv
+        if self.kv not in (own, *CODED):
+            raise ConfigError(
+                f"kv_dtype={kv!r} is not for kernels='pytorch': use auto, {own}, {', '.join(CODED)}"
+            )
         self.packs = device.type == "cpu" and torch.backends.mkldnn.is_available() and _onednn_packs(dtype)
 
     def describe(self) -> str:
-        return f"PyTorch kernels ({'prepacked oneDNN' if self.packs else 'plain'} linears)"
+        cache = f", {self.kv} KV cache" if self.kv in CODED else ""
+        return f"PyTorch kernels ({'prepacked oneDNN' if self.packs else 'plain'} linears{cache})"
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """Prepares ``x [T, K] -> [T, N]`` for ``weight [N, K]``; the weight passed in may be dropped afterwards."""
@@ -129,10 +174,26 @@ class PyTorchKernels:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def new_cache(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Cache:
-        """One layer's KV cache: [num_blocks, block_size, 2, V, D]."""
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+    ) -> Cache:
+        """One layer's KV cache: [num_blocks, block_size, 2, V, D].
+
+        ``kv_scales`` are what a key and a value are divided by where the cache is e4m3.
+        """
         shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+        if self.kv not in CODED:
+            return torch.zeros(shape, device=self.device, dtype=self.dtype)
+        if self.kv == "fp8":
+            scales = torch.tensor(kv_scales, device=self.device).view(2, 1, 1)
+        else:
+            scales = torch.zeros(*shape[:-1], 1, device=self.device)
+        return CodedCache(torch.zeros(shape, device=self.device).to(CODED[self.kv]), scales)
 
     def attention(
         self,
@@ -160,7 +221,7 @@ class PyTorchKernels:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cache: torch.Tensor,
+        cache: Cache,
         step: StepInput,
         scale: float,
         window: int | None = None,
@@ -178,13 +239,17 @@ class PyTorchKernels:
             parts.append(self.attend_prefill(q, cache, step, number, scale, window, softcap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, step: StepInput) -> None:
-        cache.view(-1, 2, *k.shape[1:]).index_copy_(0, step.slots, torch.stack([k, v], dim=1))
+    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: Cache, step: StepInput) -> None:
+        kv = torch.stack([k, v], dim=1)
+        if isinstance(cache, CodedCache):
+            cache.write(kv, step.slots)
+        else:
+            cache.view(-1, 2, *k.shape[1:]).index_copy_(0, step.slots, kv)
 
     def attend_decodes(
         self,
         q: torch.Tensor,
-        cache: torch.Tensor,
+        cache: Cache,
         step: StepInput,
         scale: float,
         window: int | None,
@@ -192,7 +257,7 @@ class PyTorchKernels:
     ) -> torch.Tensor:
         """One query token of each sequence: ``q`` [decodes, H, D] -> [decodes, H, D]."""
         rows, heads, head_dim = q.shape
-        keys, values = _gather(cache, step.decode_blocks.flatten(), rows)
+        keys, values = _gather(cache, step.decode_blocks.flatten(), rows, self.dtype)
         mask = step.made.get(("decode", window))
         if mask is None:
             mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
@@ -203,7 +268,7 @@ class PyTorchKernels:
     def attend_prefill(
         self,
         q: torch.Tensor,
-        cache: torch.Tensor,
+        cache: Cache,
         step: StepInput,
         number: int,
         scale: float,
@@ -213,7 +278,7 @@ class PyTorchKernels:
         """The step's ``number``-th prompt chunk, out of ``q`` [T, H, D] -> [tokens of the chunk, H, D]."""
         chunk = step.prefills[number]
         count, (heads, head_dim) = chunk.end - chunk.start, q.shape[1:]
-        keys, values = _gather(cache, chunk.blocks, 1)
+        keys, values = _gather(cache, chunk.blocks, 1, self.dtype)
         keys, values = keys[:, :, : chunk.context], values[:, :, : chunk.context]
         kv_heads = keys.shape[1]
         mask = step.made.get((number, window))
@@ -236,11 +301,14 @@ def _onednn_packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(
+    cache: Cache, blocks: torch.Tensor, rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of ``rows`` sequences: each [rows, V, blocks a row * block_size, D]."""
-    num_kv_heads, head_dim = cache.shape[3:]
-    picked = cache.flatten(1).index_select(0, blocks).view(rows, -1, 2, num_kv_heads, head_dim)
-    keys, values = picked.permute(2, 0, 3, 1, 4).unbind(0)
+    coded = isinstance(cache, CodedCache)
+    picked = cache.read(blocks, dtype) if coded else cache.flatten(1).index_select(0, blocks)
+    num_kv_heads, head_dim = (cache.codes if coded else cache).shape[3:]
+    keys, values = picked.view(rows, -1, 2, num_kv_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     return keys, values
 
 

@@ -50,12 +50,15 @@ class Activation:
 
 @dataclass
 class KVCache:
-    """One layer's keys and values: bf16/fp16/fp32, e4m3 (scale 1), or int8 with a scale per token and head."""
+    """One layer's keys and values: bf16/fp16/fp32, e4m3, or int8 with a scale per token and head."""
 
     values: torch.Tensor
     """[blocks, 2, V, block_size, D]."""
     scales: torch.Tensor | None
     """[blocks, 2, V, block_size] float32; only of int8."""
+    k_scale: float = 1.0
+    """Of e4m3: a key is its code times this, as the checkpoint's calibration found it."""
+    v_scale: float = 1.0
 
     @property
     def num_bytes(self) -> int:
@@ -324,7 +327,7 @@ def dequantise(
 
 @triton.jit(do_not_specialize=["step"])
 def _rotate_write_kernel(
-    qkv, step, out, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, eps,
+    qkv, step, out, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, k_scale, v_scale, eps,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, KV_INT8: tl.constexpr,
     KV_FP8: tl.constexpr,
@@ -371,8 +374,9 @@ def _rotate_write_kernel(
         turned_first = tl.floor(turned_first / scale[:, None] + 0.5)
         turned_second = tl.floor(turned_second / scale[:, None] + 0.5)
     if KV_FP8:
-        turned_first = _fp8(turned_first)
-        turned_second = _fp8(turned_second)
+        unit = tl.where(rotates, k_scale, v_scale)
+        turned_first = _fp8(turned_first / unit)
+        turned_second = _fp8(turned_second / unit)
     target = values + place[:, None] * D + d[None, :]
     tl.store(target, turned_first.to(values.dtype.element_ty), mask=is_kv)
     tl.store(target + D // 2, turned_second.to(values.dtype.element_ty), mask=is_kv)
@@ -402,7 +406,7 @@ def rotate_write(
     _rotate_write_kernel[grid](
         qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
         step.slots, step.positions, step.tables, step.tables.shape[1],
-        cache.values, cache.values if cache.scales is None else cache.scales, eps,
+        cache.values, cache.values if cache.scales is None else cache.scales, cache.k_scale, cache.v_scale, eps,
         num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
         block_size, parts, q_norm is not None, kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
     )  # fmt: skip
@@ -629,7 +633,7 @@ def _span(length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.conste
 
 @triton.jit
 def _decode_kernel(
-    qkv, slots, positions, tables, width, values, scales, out, in_scale, parts, sums, scale, softcap,
+    qkv, slots, positions, tables, width, values, scales, out, in_scale, parts, sums, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
@@ -654,7 +658,7 @@ def _decode_kernel(
             values, scales, head, scale, softcap,
             V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
         )  # fmt: skip
-        result = result / total[:, None]
+        result = result / total[:, None] * v_scale
         if SPLITS == 1:
             _store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
         else:
@@ -686,7 +690,7 @@ def _merge_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    qkv, tiles, tables, width, values, scales, out, in_scale, scale, softcap,
+    qkv, tiles, tables, width, values, scales, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr,
@@ -711,7 +715,7 @@ def _prefill_kernel(
         values, scales, head, scale, softcap,
         V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
     )  # fmt: skip
-    result = result / tl.where(total == 0.0, 1.0, total)[:, None]
+    result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
     _store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
 
@@ -786,7 +790,7 @@ def attend(
             sums = torch.empty(decodes, num_heads, splits, dtype=torch.float32, device=qkv.device)
         _decode_kernel[(decodes, kv_heads, splits)](
             qkv, step.slots, step.positions, step.tables, step.tables.shape[1], cache.values, scales,
-            out, in_scale, parts, sums, scale, softcap,
+            out, in_scale, parts, sums, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
             SPLITS=splits, PAIRS=cache.values.element_size() == 1, **shared,
             num_warps=plan.warps, num_stages=3, **LAUNCH,
@@ -802,7 +806,7 @@ def attend(
             block = 32
         _prefill_kernel[(step.tiles.shape[0], kv_heads)](
             qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales,
-            out, in_scale, scale, softcap,
+            out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, prefill_rows(qkv.dtype), block,
             PAIRS=False, **shared, num_warps=4, num_stages=1, **LAUNCH,
         )  # fmt: skip

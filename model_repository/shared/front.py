@@ -91,6 +91,7 @@ class Front:
                 if inputs.scalar("stop", 0, False):
                     self._stop(reply, self._name(request))
                     continue
+                self._emitter.gate.check()
                 generations = self._generations(reply, request, inputs)
             except RequestError as error:
                 self._emitter.refuse(reply, error)

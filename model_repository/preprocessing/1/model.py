@@ -6,6 +6,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from model_repository.shared import stub, words
+from model_repository.shared.gate import Gate
 from model_repository.shared.tensors import Inputs
 from model_repository.shared.vocabulary import Vocabulary
 from torch_engine.request import RequestError
@@ -16,12 +17,14 @@ class TritonPythonModel:
         values = stub.parameters(args)
         self._vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
         self._end_ids_as_stop_words = stub.flag(values, "end_ids_as_stop_words")
+        self._gate = Gate.of_server()
 
     def execute(self, requests: list) -> list:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: object) -> object:
         try:
+            self._gate.check()
             outputs = self._encode(Inputs.of(request))
         except RequestError as error:
             code = getattr(pb_utils.TritonError, error.code.value)

@@ -73,6 +73,8 @@ class Drills:
     def __init__(self, build_dir: Path, tokens: int) -> None:
         self.server = UnderTest(build_dir)
         self.tokens = tokens
+        self._begun = 0.0
+        """When the fault came."""
         self.server.start()
         self.known = known_answers(self.server.url, tokens)
         self.short = known_answers(self.server.url, SHORT)
@@ -138,13 +140,13 @@ class Drills:
         for client in clients:
             assert client.stdout is not None
             client.stdout.readline()
+        self._begun = time.monotonic()
         for client in clients:
             client.kill()
             client.wait()
-        begun = time.monotonic()
-        while self.server.kv_blocks_used() != 0 and time.monotonic() - begun < PATIENCE_S:
+        while self.server.kv_blocks_used() != 0 and time.monotonic() - self._begun < PATIENCE_S:
             time.sleep(0.1)
-        return f"KV blocks used: {self.server.kv_blocks_used()} after {time.monotonic() - begun:.1f} s"
+        return f"KV blocks used: {self.server.kv_blocks_used()} after {time.monotonic() - self._begun:.1f} s"
 
     # -- the course of a drill -----------------------------------------------------------------------
 
@@ -162,10 +164,10 @@ class Drills:
 
     def drill(self, name: str, fault: Callable[[], str]) -> Row:
         streams = Streams(self.server.url, self.tokens, EACH)
-        begun = time.monotonic()
+        self._begun = time.monotonic()
         note = fault()
         right = self.until_right()
-        after = None if right is None else time.monotonic() - begun
+        after = None if right is None else time.monotonic() - self._begun
         finished = streams.join()
         time.sleep(2.0)  # what ends, ends
         return Row(name, finished, self.known, after, self.server.left_behind(), note)

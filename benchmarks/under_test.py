@@ -61,7 +61,7 @@ class UnderTest:
         self._run_in = run_in
         self.lines: list[str] = []
         """What the supervisor has said."""
-        self._before = remains_of_all()
+        self._before = remains()
 
     def start(self) -> None:
         """Raises StartFailed."""
@@ -135,31 +135,36 @@ class UnderTest:
         return int(found[1]) if found else None
 
     def left_behind(self) -> list[str]:
-        """What is there now and was not before the first start, without what the running server needs."""
-        mine = set()
-        if self.process.poll() is None:
-            words = " ".join(" ".join(process.cmdline()) for process in self.processes().values())
-            mine = set(re.findall(r"flightline[0-9a-f]{8}_|flightline-\w+", words))
-        left = sorted(remains_of_all() - self._before)
-        triton_folders = [name for name in left if name.startswith("python_env_")]
-        needed = 1 if mine else 0
-        return [
-            name for name in left if name not in triton_folders and not any(each in name for each in mine)
-        ] + (triton_folders[needed:])
+        """What nobody uses now and was not there before the first start."""
+        return sorted(remains() - self._before)
 
 
-def remains_of_all() -> set[str]:
-    """Names of every server's private folder, shared memory, Triton folder, and of processes without a supervisor."""
-    temporary = Path(tempfile.gettempdir())
-    names = {path.name for path in temporary.glob("flightline-*")}
-    names |= {path.name for path in Path("/tmp").glob("python_env_*")}
-    names |= {path.name for path in Path("/dev/shm").glob("flightline*")}
+_NAMES = re.compile(r"flightline[0-9a-f]{8}_|flightline-\w+")
+
+
+def remains() -> set[str]:
+    """Names of private folders, shared memory, Triton's folders and processes that have no living server."""
+    used, left, tritons = set(), set(), 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = " ".join(process.cmdline())
-            if process.ppid() == 1 and ("flightline" in words or "torch_engine.server" in words):
-                names.add(f"{process.name()} {process.pid} {words[-80:]}")
-    return names
+            names = _NAMES.findall(words)
+            if not names or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            tritons += "bin/tritonserver" in words.split()[0]
+            above = [parent for parent in process.parents() if parent.pid != 1]
+            if any(not _NAMES.search(" ".join(parent.cmdline())) for parent in above):
+                used.update(names)
+            else:
+                left.add(f"process {process.name()}")
+    places = {Path(tempfile.gettempdir()): "flightline-*", Path("/dev/shm"): "flightline*"}
+    for folder, pattern in places.items():
+        left |= {
+            path.name for path in folder.glob(pattern) if not any(path.name.startswith(name) for name in used)
+        }
+    # Each Triton has one, and nobody can tell whose is whose.
+    triton_folders = len(list(Path("/tmp").glob("python_env_*")))
+    return left | {f"python_env folder {number}" for number in range(tritons + 1, triton_folders + 1)}
 
 
 @dataclass

@@ -13,12 +13,13 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from model_repository.serve import ServeError, Server
+from model_repository.serve import ServeError, Server, ready_message
 from tests.model_repository.doors import PATIENCE_S, Call, GrpcError, ask, wait_until
 from tests.serving import CONTEXT, settings_for
 
@@ -231,8 +232,13 @@ def test_stop_lets_running_requests_end_and_refuses_new_ones(server: Server) -> 
 
 
 def test_stop_leaves_nothing_even_with_an_open_stream(tiny_build: Path, tmp_path: Path) -> None:
-    server = Server(settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=2.0))
+    """Of a server without HTTP, which asks itself over gRPC."""
+    settings = replace(
+        settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=2.0), http_port=0
+    )
+    server = Server(settings)
     server.start()
+    assert "HTTP     off" in ready_message(server)
     call = Call(server, "text_generation", LONG)
     call.next()
     processes = [psutil.Process(server.engine_pids[0]), psutil.Process(server.triton_pid)]
@@ -240,8 +246,12 @@ def test_stop_leaves_nothing_even_with_an_open_stream(tiny_build: Path, tmp_path
     assert len(processes) >= 6
     socket_dir, prefix = server._belongings.folder, server._belongings.shm_prefix
     assert list(Path("/dev/shm").glob(prefix + "*"))
+    bells = server._doorbells()
+    assert all(bell.ring().served for bell in bells.values())
     server.stop()
-    assert not any(process.is_running() for process in processes)
+    wait_until(
+        lambda: not any(process.is_running() for process in processes)
+    )  # zombies until they are collected
     assert not socket_dir.exists()
     assert not list(Path("/dev/shm").glob(prefix + "*"))
     call.close()
@@ -301,4 +311,4 @@ def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
     assert "left by a server that was killed" in output
     assert "/v2/models/ensemble/generate" in output
     assert output.endswith("serve: stopped\n")
-    assert not any(orphan.is_running() for orphan in orphans)
+    wait_until(lambda: not any(orphan.is_running() for orphan in orphans))

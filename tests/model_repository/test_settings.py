@@ -50,12 +50,13 @@ def test_patience_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.probe_timeout_s, settings.drain_s) == (90, 45)
 
 
-def test_stop_ends_no_process_of_somebody_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("started", ["", " 1.0"])
+def test_stop_ends_no_process_of_somebody_else(tmp_path: Path, started: str) -> None:
     """The supervisor was killed, and its process id is another's by now."""
     (tmp_path / "run").mkdir()
     other = subprocess.Popen(["sleep", "1000"])
     try:
-        (tmp_path / "run" / "serve.lock").write_text(f"{other.pid} 1.0")
+        (tmp_path / "run" / "serve.lock").write_text(f"{other.pid}{started}")
         assert main(["--stop", "--build-dir", str(tmp_path)]) == 0
         assert other.poll() is None
         with (tmp_path / "run" / "serve.lock").open() as lock:  # a new server is just about to write its name

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,9 @@ __all__ = ["ServeError", "ServeSettings", "Server", "main"]
 
 
 def _say(line: str) -> None:
-    print(f"serve: {line}", flush=True)
+    """A full disk, or a reader that has gone, must not end the supervisor."""
+    with suppress(OSError):
+        print(f"serve: {line}", flush=True)
 
 
 def ready_message(server: Server) -> str:
@@ -126,7 +129,13 @@ def stop_detached(settings: ServeSettings) -> int:
         _say(f"no server runs from {settings.build_dir}")
         return 0
     process.terminate()
-    process.wait(settings.drain_s + 20)
+    patience = settings.drain_s + 30
+    try:
+        process.wait(patience)
+    except psutil.TimeoutExpired:
+        raise ServeError(
+            f"the server (pid {process.pid}) has not ended after {patience:.0f} s: see {settings.run_dir}"
+        ) from None
     _say("stopped")
     return 0
 

@@ -347,7 +347,7 @@ class Server:
             self._stopping.wait(_WATCH_PERIOD_S)
             try:
                 self._restart()
-            except ServeError as error:
+            except (ServeError, OSError) as error:  # no room for a log, say: there may be some the next time
                 if not self._stopping.is_set():
                     self._say(f"restart failed: {error}")
 

@@ -3,15 +3,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model_repository import triton
+from model_repository import serve, triton
 from model_repository.serve import main
 from model_repository.server import BackOff
 from model_repository.settings import Deployment, ServeError, ServeSettings
@@ -139,3 +141,11 @@ def test_back_off_grows() -> None:
     delays = [back_off.next() for _ in range(9)]
     assert delays[:4] == [0.0, 0.5, 1.0, 2.0]
     assert max(delays) == 30.0
+
+
+def test_the_supervisor_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        serve._say("anything")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # where the rest goes when it is closed

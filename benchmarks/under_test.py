@@ -163,8 +163,8 @@ def remains() -> set[str]:
             path.name for path in folder.glob(pattern) if not any(path.name.startswith(name) for name in used)
         }
     # Each Triton has one, and nobody can tell whose is whose.
-    triton_folders = len(list(Path("/tmp").glob("python_env_*")))
-    return left | {f"python_env folder {number}" for number in range(tritons + 1, triton_folders + 1)}
+    too_many = len(list(Path("/tmp").glob("python_env_*"))) - tritons
+    return left | {f"python_env folder {number}" for number in range(1, too_many + 1)}
 
 
 @dataclass

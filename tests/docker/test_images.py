@@ -146,7 +146,7 @@ def test_server(profile: str) -> None:
         name: value for name, value in service["environment"].items() if re.search("TOKEN|PASSWORD|KEY", name)
     }
     assert set(secret.values()) <= {"", "/run/secrets/hf_token"}, "a secret is in the environment"
-    assert {each["source"] for each in service["secrets"]} == {"hf_token", "admin_key", "tls_cert", "tls_key"}
+    assert {each["source"] for each in service["secrets"]} == {"hf_token", "tls_cert", "tls_key"}
     assert {mount["target"] for mount in service["volumes"]} >= {"/engines", "/cache/huggingface"}
 
 

@@ -55,7 +55,7 @@ class Child:
             for process in (root, *root.children(recursive=True)):
                 times = process.cpu_times()
                 used += times.user + times.system
-        except psutil.NoSuchProcess:
+        except psutil.Error:
             pass  # one has just ended
         return used
 

@@ -311,6 +311,7 @@ class Server:
                 if not answer.no_engine:
                     self._suspicion = f"model {door} does not answer: {answer.detail.strip()}"
                     raise ServeError(f"{self._suspicion}\n{self.triton_process.tail()}")
+                self._stopping.wait(0.1)
 
     def _ask(self, door: str) -> Probe:
         question = Question(self._port, door, self.settings.start_timeout_s)
@@ -347,9 +348,11 @@ class Server:
             self._stopping.wait(_WATCH_PERIOD_S)
             try:
                 self._restart()
-            except (ServeError, OSError) as error:  # no room for a log, say: there may be some the next time
+            except ServeError as error:
                 if not self._stopping.is_set():
                     self._say(f"restart failed: {error}")
+            except Exception as error:  # no room for a log, say: there may be some the next time
+                self._say(f"restart failed: {error!r}")
 
     def _problems(self) -> dict[str, str]:
         """Name -> what is wrong with it, of all that must be started again."""
@@ -367,6 +370,9 @@ class Server:
     def _restart(self) -> None:
         """All at once, since one needs the other: no door is asked before there is an engine behind it."""
         problems = self._problems()
+        if not problems:  # it has come to itself
+            self._ready.set()
+            return
         delay = max(self._back_off[name].next() for name in problems)
         for problem in problems.values():
             self._say(f"{problem}: restarting it" + (f" in {delay:.1f} s" if delay else ""))
@@ -388,7 +394,7 @@ class Server:
             self._await_engine(engine)
         if "Triton" in problems:
             self._await_triton()
-        self._await_doors()
+            self._await_doors()
         self._ready.set()
         for name in problems:
             self._say(f"{name} is back after {time.monotonic() - started:.1f} s")

@@ -77,7 +77,14 @@ def test_what_lives_is_left_alone(server: Server, parts: Parts) -> None:
     parts.triton_code = None
     server._triton = parts.triton()  # type: ignore[assignment]
     server._restart()
-    assert parts.events == ["engine starts", "engine is there", "doors are asked"]
+    assert parts.events == ["engine starts", "engine is there"]
+
+
+def test_what_has_come_to_itself_is_left_alone(server: Server, parts: Parts) -> None:
+    parts.triton_code, parts.engine_problem = None, ""
+    server._triton = parts.triton()  # type: ignore[assignment]
+    server._restart()
+    assert not parts.events and server.wait_ready(0)
 
 
 def test_a_failed_restart_is_tried_again(

@@ -38,6 +38,13 @@ class Parts:
         )
 
 
+class SlowToRing:
+    """A door that has a question open."""
+
+    def waits(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def parts() -> Parts:
     return Parts()
@@ -100,3 +107,21 @@ def test_a_failed_restart_is_tried_again(
     server._triton = parts.triton()  # type: ignore[assignment]
     assert server._problems() == {"Triton": "the last restart of Triton failed"}
     assert not server.wait_ready(0)
+
+
+def test_a_door_is_not_blamed_for_its_engine(server: Server, parts: Parts) -> None:
+    """Whose steps take longer than the patience of a probe, with or without progress meanwhile."""
+    server._engines = [SimpleNamespace(answers=lambda timeout_s: False)]  # type: ignore[list-item]
+    parts.triton_code = None
+    server._triton = parts.triton()  # type: ignore[assignment]
+    for progressed in (False, True):
+        server._look_into_silence("ensemble", SlowToRing(), 3, progressed)  # type: ignore[arg-type]
+        assert server._triton_problem() is None
+
+
+def test_a_door_whose_engine_answers_later_questions_is(server: Server, parts: Parts) -> None:
+    server._engines = [SimpleNamespace(answers=lambda timeout_s: True)]  # type: ignore[list-item]
+    parts.triton_code = None
+    server._triton = parts.triton()  # type: ignore[assignment]
+    server._look_into_silence("ensemble", SlowToRing(), 1, False)  # type: ignore[arg-type]
+    assert server._triton_problem() == "model ensemble has not answered 1 one-token request(s)"

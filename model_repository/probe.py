@@ -4,6 +4,7 @@ Triton goes on saying that it is healthy."""
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -27,7 +28,7 @@ class Verdict(Enum):
     ANSWERED = "answered"
     """With text, or with an error of the model's own, such as a full queue."""
     DEAD = "dead"
-    """Triton says that the model's process is gone."""
+    """Nobody listens, or Triton says that the model's process is gone."""
     SILENT = "silent"
     """No answer in time."""
 
@@ -79,8 +80,10 @@ class HttpPort:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             answer = {"error": error.read().decode("utf-8", errors="replace")}
-        except (OSError, ValueError) as error:
+        except TimeoutError as error:
             return Probe(Verdict.SILENT, str(error))
+        except (OSError, ValueError) as error:
+            return Probe(Verdict.DEAD, str(error))
         return _judge(answer.get("error", ""), served="text_output" in answer)
 
 
@@ -104,7 +107,8 @@ class GrpcPort:
             try:
                 answers = list(service.ModelStreamInfer(iter([_one_token(model)]), timeout=timeout_s))
             except grpc.RpcError as error:
-                return Probe(Verdict.SILENT, error.details() or error.code().name)
+                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                return Probe(Verdict.SILENT if late else Verdict.DEAD, error.details() or error.code().name)
         problem = next((answer.error_message for answer in answers if answer.error_message), "")
         names = {output.name for answer in answers for output in answer.infer_response.outputs}
         return _judge(problem, served="text_output" in names)
@@ -120,6 +124,17 @@ def _one_token(model: str) -> service_pb2.ModelInferRequest:
 
 def _judge(problem: str, served: bool) -> Probe:
     return Probe(Verdict.DEAD if DEAD_STUB in problem else Verdict.ANSWERED, problem, served)
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether a connection is not refused."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except TimeoutError:
+        return True  # too busy to say
+    except OSError:
+        return False
+    return True
 
 
 class Doorbell:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from model_repository import engine_process, remains, triton
+from model_repository import engine_process, probe, remains, triton
 from model_repository.engine_process import EngineProcess
 from model_repository.errors import ServeError
 from model_repository.probe import Doorbell, GrpcPort, HttpPort, Probe, Question, Verdict
@@ -341,13 +341,14 @@ class Server:
     def _watch(self) -> None:
         """Restarts what has died."""
         while not self._stopping.wait(_WATCH_PERIOD_S):
-            if not self._problems():
+            problems = self._problems()
+            if not problems:
                 continue
             # Who dies together may be seen to die one after the other.
             self._ready.clear()
             self._stopping.wait(_WATCH_PERIOD_S)
             try:
-                self._restart()
+                self._restart(problems | self._problems())
             except ServeError as error:
                 if not self._stopping.is_set():
                     self._say(f"restart failed: {error}")
@@ -365,14 +366,12 @@ class Server:
             return f"Triton {self.triton_process.how_it_ended()}"
         if zombies := self.triton_process.zombies():
             return f"a Python stub of Triton has died (pid {zombies[0]}) and Triton never restarts one"
+        if self._ready.is_set() and not probe.listens(self.settings.host, self.settings.grpc_port):
+            return "Triton has closed its ports and does not end"  # it may hang while it dies of SIGSEGV
         return self._suspicion
 
-    def _restart(self) -> None:
+    def _restart(self, problems: dict[str, str]) -> None:
         """All at once, since one needs the other: no door is asked before there is an engine behind it."""
-        problems = self._problems()
-        if not problems:  # it has come to itself
-            self._ready.set()
-            return
         delay = max(self._back_off[name].next() for name in problems)
         for problem in problems.values():
             self._say(f"{problem}: restarting it" + (f" in {delay:.1f} s" if delay else ""))

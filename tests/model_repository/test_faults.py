@@ -294,14 +294,15 @@ def _command(settings: object) -> list[str]:
 def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
     """Ready message, Ctrl-C; and what a killed supervisor leaves, the next one ends."""
     command = _command(settings_for(private_copy(tiny_build, tmp_path)))
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"TMPDIR": str(tmp_path)}  # or any other server that starts now would end it
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert any(line.startswith("ready: ") for line in first.stdout)
     orphans = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.wait()
     assert any(orphan.is_running() for orphan in orphans)
 
-    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     output = ""
     for line in second.stdout:
         output += line

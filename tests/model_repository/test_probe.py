@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from model_repository.engine_process import EngineProcess, Share
-from model_repository.probe import Doorbell, HttpPort, Verdict
+from model_repository.probe import Doorbell, GrpcPort, HttpPort, Port, Verdict
 from torch_engine.request import EngineStats
 
 TIMEOUT_S = 0.5
@@ -74,9 +74,11 @@ def test_a_door_that_answers(door: tuple[str, threading.Event]) -> None:
     assert all(bell.ring().served and not bell.overtaken() for _ in range(3))
 
 
-def test_a_door_that_is_not_there() -> None:
-    bell = Doorbell(HttpPort("http://127.0.0.1:9"), "m", 30)
-    assert bell.ring().verdict is Verdict.SILENT and not bell.overtaken()
+@pytest.mark.parametrize("port", [HttpPort("http://127.0.0.1:9"), GrpcPort("127.0.0.1:9")])
+def test_a_door_that_is_not_there(port: Port) -> None:
+    """That is not silence, which may be the engine's."""
+    bell = Doorbell(port, "m", 30)
+    assert bell.ring().verdict is Verdict.DEAD and not bell.overtaken()
 
 
 class Mute:

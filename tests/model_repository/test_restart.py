@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +69,7 @@ def server(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def test_no_door_is_asked_before_there_is_an_engine_behind_it(server: Server, parts: Parts) -> None:
-    server._restart()
+    server._restart(server._problems())
     assert parts.events == [
         "engine starts",
         "remains go",
@@ -83,15 +84,21 @@ def test_no_door_is_asked_before_there_is_an_engine_behind_it(server: Server, pa
 def test_what_lives_is_left_alone(server: Server, parts: Parts) -> None:
     parts.triton_code = None
     server._triton = parts.triton()  # type: ignore[assignment]
-    server._restart()
+    server._restart(server._problems())
     assert parts.events == ["engine starts", "engine is there"]
 
 
-def test_what_has_come_to_itself_is_left_alone(server: Server, parts: Parts) -> None:
+def test_a_triton_that_hangs_while_it_dies(server: Server, parts: Parts) -> None:
+    """Its process is there and its ports are closed."""
     parts.triton_code, parts.engine_problem = None, ""
     server._triton = parts.triton()  # type: ignore[assignment]
-    server._restart()
-    assert not parts.events and server.wait_ready(0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server.settings = ServeSettings(grpc_port=listener.getsockname()[1])
+        server._ready.set()
+        assert server._problems() == {}
+    assert server._problems() == {"Triton": "Triton has closed its ports and does not end"}
 
 
 def test_a_failed_restart_is_tried_again(
@@ -102,7 +109,7 @@ def test_a_failed_restart_is_tried_again(
 
     monkeypatch.setattr(server, "_await_triton", fail)
     with pytest.raises(ServeError):
-        server._restart()
+        server._restart(server._problems())
     parts.triton_code = None
     server._triton = parts.triton()  # type: ignore[assignment]
     assert server._problems() == {"Triton": "the last restart of Triton failed"}

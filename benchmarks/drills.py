@@ -170,6 +170,7 @@ class Drills:
         right = self.until_right()
         after = None if right is None else time.monotonic() - self._begun
         finished = streams.join()
+        self.server.processes()  # those of now, too
         # Each fault meets a fresh server, whose supervisor does not hold back because of the ones before.
         self.server.stop()
         left = self.server.left_behind()

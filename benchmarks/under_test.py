@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from client import Client, ClientError  # noqa: E402
 
 DOORS = ("ensemble", "text_generation")
+_NAMES = re.compile(r"flightline[0-9a-f]{8}_|flightline-\w+")
 PROMPTS = (
     "The capital of France is",
     "Once upon a time",
@@ -61,7 +62,9 @@ class UnderTest:
         self._run_in = run_in
         self.lines: list[str] = []
         """What the supervisor has said."""
-        self._before = remains()
+        self._before = _triton_folders()
+        self._names: set[str] = set()
+        """Of its private folders and shared memory."""
 
     def start(self) -> None:
         """Raises StartFailed."""
@@ -112,6 +115,7 @@ class UnderTest:
         for process in [supervisor, *supervisor.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 words = " ".join(process.cmdline())
+                self._names.update(_NAMES.findall(words))
                 if stub := re.search(r"python_backend_stub \S+/(\w+)/1/model.py", words):
                     found[stub[1]] = process
                 elif "bin/tritonserver" in words:
@@ -135,36 +139,26 @@ class UnderTest:
         return int(found[1]) if found else None
 
     def left_behind(self) -> list[str]:
-        """What nobody uses now and was not there before the first start."""
-        return sorted(remains() - self._before)
+        """What this server, in all its lives, has left; ask when it was stopped."""
+        left, others = set(), False
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                words = " ".join(process.cmdline())
+                if process.status() != psutil.STATUS_ZOMBIE and self._is_mine(words):
+                    left.add(f"process {process.name()}")
+                others |= "bin/tritonserver" in words
+        for folder in (Path(tempfile.gettempdir()), Path("/dev/shm")):
+            left |= {path.name for path in folder.glob("flightline*") if self._is_mine(path.name)}
+        if not others:  # else nobody could tell whose they are
+            left |= _triton_folders() - self._before
+        return sorted(left)
+
+    def _is_mine(self, words: str) -> bool:
+        return any(name in words for name in self._names)
 
 
-_NAMES = re.compile(r"flightline[0-9a-f]{8}_|flightline-\w+")
-
-
-def remains() -> set[str]:
-    """Names of private folders, shared memory, Triton's folders and processes that have no living server."""
-    used, left, tritons = set(), set(), 0
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            words = " ".join(process.cmdline())
-            names = _NAMES.findall(words)
-            if not names or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            tritons += "bin/tritonserver" in words.split()[0]
-            above = [parent for parent in process.parents() if parent.pid != 1]
-            if any(not _NAMES.search(" ".join(parent.cmdline())) for parent in above):
-                used.update(names)
-            else:
-                left.add(f"process {process.name()}")
-    places = {Path(tempfile.gettempdir()): "flightline-*", Path("/dev/shm"): "flightline*"}
-    for folder, pattern in places.items():
-        left |= {
-            path.name for path in folder.glob(pattern) if not any(path.name.startswith(name) for name in used)
-        }
-    # Each Triton has one, and nobody can tell whose is whose.
-    too_many = len(list(Path("/tmp").glob("python_env_*"))) - tritons
-    return left | {f"python_env folder {number}" for number in range(1, too_many + 1)}
+def _triton_folders() -> set[str]:
+    return {path.name for path in Path("/tmp").glob("python_env_*")}
 
 
 @dataclass

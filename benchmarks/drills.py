@@ -164,6 +164,7 @@ class Drills:
         return None if open_doors else time.monotonic() - begun
 
     def drill(self, name: str, fault: Callable[[], str]) -> Row:
+        self.server.processes()  # whose names it learns
         streams = Streams(self.server.url, self.tokens, EACH)
         self._begun = time.monotonic()
         note = fault()
@@ -178,6 +179,7 @@ class Drills:
         return Row(name, finished, self.known, after, left, note)
 
     def stop_under_load(self) -> Row:
+        self.server.processes()
         streams = Streams(self.server.url, self.tokens, EACH)
         self.server.process.send_signal(signal.SIGTERM)
         begun = time.monotonic()
@@ -258,6 +260,7 @@ def confined(build_dir: Path, what: str, tokens: int) -> Row:
         note = "while full: " + (
             f"a 24 MB prompt: {big.error[:60]}" if what == "/dev/shm" else "engine killed"
         )
+        server.processes()
         server.stop()
         return Row(f"full {what}", finished, known, right, server.left_behind(), note)
 

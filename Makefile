@@ -37,7 +37,8 @@ help: ## Show this list
 # ARGS                   ## more options of a build: --dry-run prints commands and files, --force
 # BASELINE_DTYPE         ## of the Transformers baseline: bfloat16 (default), float16 or float32; also BASELINE_MAX_BATCH_SIZE
 # CALIB                  ## JSONL file with your own calibration prompts
-# HTTP_PORT              ## (8000), also GRPC_PORT (8001) and METRICS_PORT (8002)
+# HTTP_PORT              ## (8000, 0 = off), also GRPC_PORT (8001) and METRICS_PORT (8002); for serve, loadtest and chat
+# DRAIN_S                ## seconds that running requests get at a stop (10), also PROBE_TIMEOUT_S: of a silent engine (20)
 # CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (seconds: 330 the first time, then 160)
 # ASSERT                 ## for compare and sweep, like 'ttft_p99<500ms, ratio>=6'; also SLO, LEVELS, WORKLOAD, ...
 # PYTHON                 ## interpreter for the virtual environment (python3, 3.11 or later)

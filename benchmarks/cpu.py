@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -162,9 +163,7 @@ def run_served(options: argparse.Namespace, models: list[str]) -> None:
     from model_repository.serve import Server, ServeSettings
 
     settings = ServeSettings.from_environment()
-    settings = ServeSettings(
-        options.build_dir, baseline=False, **{k.lower(): v for k, v in settings.ports.items()}
-    )
+    settings = dataclasses.replace(settings, build_dir=options.build_dir, baseline=False)
     model_dir = deployment(options.build_dir)["model_dir"]
 
     async def closed_loop(model: str, prompts: list[str], in_flight: int) -> list[int]:

@@ -29,14 +29,14 @@ class AsyncClient(BaseClient):
 
     def __init__(
         self,
-        url: str = wire.DEFAULT_URL,
+        url: str | None = None,
         model: str = wire.TEXT_GENERATION,
         *,
         timeout_s: float | None = None,
         model_dir: str | Path | None = None,
     ) -> None:
         super().__init__(url, model, timeout_s=timeout_s, model_dir=model_dir)
-        self._channel = grpc.aio.insecure_channel(url, options=wire.CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(self.url, options=wire.CHANNEL_OPTIONS)
         self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._call = self._channel.unary_stream(
             wire.STREAM_INFER,

@@ -20,7 +20,7 @@ class BaseClient:
 
     def __init__(
         self,
-        url: str = wire.DEFAULT_URL,
+        url: str | None = None,
         model: str = wire.TEXT_GENERATION,
         *,
         timeout_s: float | None = None,
@@ -28,12 +28,12 @@ class BaseClient:
     ) -> None:
         """
         Args:
-            url: ``host:port`` of the server's gRPC port.
+            url: ``host:port`` of the server's gRPC port; None = ``GRPC_PORT`` of this machine, or 8001.
             model: Endpoint: ``text_generation``, ``ensemble`` or ``hf_baseline``.
             timeout_s: Deadline of every call, unless the call gives its own; None = no limit.
             model_dir: Checkpoint folder whose chat template ``chat`` applies; None = the deployed one's.
         """
-        self.url = url
+        self.url = url or wire.default_url()
         self.model = model
         self.timeout_s = timeout_s
         self._model_dir = model_dir

@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--stream", action="store_true", help="print the text as it is generated")
     result.add_argument("--json", action="store_true", help="print the answer with counts and times as JSON")
     result.add_argument("--model", default=wire.TEXT_GENERATION, help="%(default)s, ensemble or hf_baseline")
-    result.add_argument("--url", default=wire.DEFAULT_URL, help="gRPC address (default %(default)s)")
+    result.add_argument(
+        "--url", default=wire.default_url(), help="gRPC address (default %(default)s, or of GRPC_PORT)"
+    )
     result.add_argument(
         "--model-dir", help="checkpoint folder with the chat template (default: the deployed one)"
     )

@@ -7,6 +7,7 @@ share a channel.
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import Any
 
@@ -18,7 +19,6 @@ from client.errors import InvalidRequest, from_stream_error
 from client.params import WIRE_TYPES, GenerateParams
 from client.results import Chunk, PerfMetrics
 
-DEFAULT_URL = "127.0.0.1:8001"
 TEXT_GENERATION = "text_generation"
 ENSEMBLE = "ensemble"
 HF_BASELINE = "hf_baseline"
@@ -34,6 +34,11 @@ OUTPUTS_OF = {
     "return_num_output_tokens": ("num_output_tokens",),
     "return_perf_metrics": PERF_FIELDS,
 }
+
+
+def default_url() -> str:
+    """The gRPC port of the server on this machine: ``GRPC_PORT``, or 8001."""
+    return f"127.0.0.1:{os.environ.get('GRPC_PORT') or 8001}"
 
 
 def infer_request(

@@ -130,7 +130,7 @@ class EndpointUser(User):
 
     abstract = True
     wait_time = constant(0)
-    host = os.environ.get("URL") or wire.DEFAULT_URL
+    host = os.environ.get("URL") or wire.default_url()
     endpoint = ""
 
     def on_start(self) -> None:

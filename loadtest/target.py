@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from client import wire
 from loadtest import conditions
 
 
@@ -40,7 +41,7 @@ def target(
         yield Target(url, lambda: [], {})
         return
     # Only here: to measure a server that runs elsewhere, this machine needs no Triton.
-    from model_repository.serve import ServeError, Server, ServeSettings
+    from model_repository.serve import ServeError, Server, ServeSettings, running
 
     folder = Path(build_dir)
     deployed = conditions.deployment(folder)
@@ -48,6 +49,11 @@ def target(
         raise TargetError(f"nothing is built in {folder}: run 'make build-engines' first")
     say("starting {model}, lane {lane}, precision {precision}".format(**deployed))
     settings = dataclasses.replace(ServeSettings.from_environment(), build_dir=folder, baseline=baseline)
+    if running(settings) is not None:
+        raise TargetError(
+            f"a server already runs from {folder}: give its address to load it (--url {wire.default_url()}; "
+            "URL=... with make), or stop it to have one started for the run"
+        )
     server = Server(settings, say)
     try:
         server.start()

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
 
     Returns 1 with one line if there is no server to load.
     """
-    url = os.environ.get("URL") or f"127.0.0.1:{os.environ.get('GRPC_PORT') or 8001}"
+    url = os.environ.get("URL") or wire.default_url()
     port = os.environ.get("LOCUST_PORT") or "8089"
     try:
         for endpoint in wire.ENDPOINTS:

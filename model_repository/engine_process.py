@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_repository import probe
 from model_repository.errors import ServeError
 from model_repository.processes import Child
 from torch_engine.client import EngineClient
 
+_IDLE_SHARE = 0.01
+"""Of a processor: whoever uses less does not compute."""
+_LONGEST_STEP = 10
+"""Times the patience of a probe that a step may take, even if it computes."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -22,6 +28,16 @@ class Share:
     env: Mapping[str, str]
     cores: frozenset[int] = frozenset()
     """Empty = all."""
+
+
+@dataclass(frozen=True)
+class _Silence:
+    """What there was when an engine was asked that has not answered since."""
+
+    since: float
+    """Monotonic seconds."""
+    steps: int
+    cpu_s: float
 
 
 class EngineProcess:
@@ -36,7 +52,8 @@ class EngineProcess:
         self.client = client
         self.child: Child | None = None
         self.stuck = False
-        """It runs and does not answer."""
+        """It runs, and neither answers nor computes."""
+        self._silence: _Silence | None = None
         self._share = share
         options = ["--engine-dir", str(engine_dir), "--socket", client.path]
         self._command = [sys.executable, "-m", module, *options]
@@ -44,11 +61,32 @@ class EngineProcess:
     def start(self) -> Child:
         """Returns at once; ``client.connected`` tells when it is ready."""
         Path(self.client.path).unlink(missing_ok=True)
-        self.stuck = False
+        self.stuck, self._silence = False, None
         self.child = Child(self.name, self._command, dict(self._share.env), self.log)
         if self._share.cores:
             os.sched_setaffinity(self.child.pid, self._share.cores)  # before it has looked how many there are
         return self.child
+
+    def answers(self, timeout_s: float) -> bool:
+        """Asks it for a token. One that does not answer in time is slow, or ``stuck`` from then on.
+
+        A step may take longer than anybody's patience: a step that uses the processor is taken for work, though not
+        for ever.
+        """
+        child = self.child
+        assert child is not None, "start() first"
+        before = _Silence(time.monotonic(), self.client.stats.iterations, child.cpu_seconds())
+        if probe.engine_answers(self.client, timeout_s):
+            self._silence = None
+            return True
+        if not self.client.connected or self.client.stats.iterations != before.steps:
+            self._silence = None
+            return False
+        self._silence = self._silence or before
+        now, used = time.monotonic(), child.cpu_seconds() - before.cpu_s
+        computes = used >= _IDLE_SHARE * (now - before.since)
+        self.stuck = not computes or now - self._silence.since > _LONGEST_STEP * timeout_s
+        return False
 
     def problem(self) -> str:
         """Why it must be started again; empty if it need not."""

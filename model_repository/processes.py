@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -45,6 +47,18 @@ class Child:
             text = source.read().decode("utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
+    def cpu_seconds(self) -> float:
+        """Processor time that it and all that it started have used."""
+        used = 0.0
+        try:
+            root = psutil.Process(self.pid)
+            for process in (root, *root.children(recursive=True)):
+                times = process.cpu_times()
+                used += times.user + times.system
+        except psutil.Error:
+            pass  # one has just ended
+        return used
+
     def zombies(self) -> list[int]:
         """Children of this process that have died and that it has not noticed: Triton's stubs."""
         try:
@@ -69,7 +83,7 @@ class Child:
             except psutil.NoSuchProcess:
                 pass
         self._process.wait()
-        psutil.wait_procs(list(members), timeout=5)
+        _await_end(members, patience_s=5)
         return willing
 
     def _wait(self, patience_s: float, hurry: threading.Event) -> bool:
@@ -90,6 +104,20 @@ class Child:
             except (ProcessLookupError, psutil.NoSuchProcess):
                 pass
         return members
+
+
+def _await_end(processes: Iterable[psutil.Process], patience_s: float) -> None:
+    """Returns when they have ended; an orphan may stay a zombie for ever where process 1 collects none."""
+    deadline = time.monotonic() + patience_s
+    while any(_runs(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def holder_of_port(port: int) -> str:

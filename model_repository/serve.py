@@ -8,11 +8,13 @@ python -m model_repository.serve --stop                 # ends a detached one
 from __future__ import annotations
 
 import argparse
+import fcntl
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +28,19 @@ __all__ = ["ServeError", "ServeSettings", "Server", "main"]
 
 
 def _say(line: str) -> None:
-    print(f"serve: {line}", flush=True)
+    """A full disk, or a reader that has gone, must not end the supervisor."""
+    with suppress(OSError):
+        print(f"serve: {line}", flush=True)
 
 
 def ready_message(server: Server) -> str:
     """What a user can do now."""
     settings, deployment = server.settings, server.deployment
-    curl = '{"text_input": "What is ML?", "max_tokens": 20}'
+    chat = (
+        "make chat"
+        if settings.grpc_port == ServeSettings.grpc_port
+        else f"make chat GRPC_PORT={settings.grpc_port}"
+    )
     engine = server.engine.info.description or deployment.precision
     if deployment.engines > 1:
         engine = f"{deployment.engines} engines, each {engine}"
@@ -41,6 +49,8 @@ def ready_message(server: Server) -> str:
         models, door = "text_generation, ensemble, tensorrt_llm_bls", "ensemble"
     else:
         models, door = "text_generation, tensorrt_llm", "text_generation"
+    question = '{"text_input": "What is ML?", "max_tokens": 20}'
+    curl = f"curl -d '{question}' {settings.http_url}/v2/models/{door}/generate"
     models += ", hf_baseline" if settings.baseline else ""
     return "\n".join(
         [
@@ -48,12 +58,12 @@ def ready_message(server: Server) -> str:
             f"ready: {deployment.model} ({engine})",
             f"  models   {models}",
             f"  gRPC     {settings.grpc_url}",
-            f"  HTTP     {settings.http_url}/v2",
+            f"  HTTP     {settings.http_url}/v2" if settings.http_port else "  HTTP     off",
             f"  metrics  http://{settings.host}:{settings.metrics_port}/metrics",
             f"  logs     {settings.run_dir}",
             "",
-            f"try   curl -d '{curl}' {settings.http_url}/v2/models/{door}/generate",
-            "next  make loadtest (web UI), make chat; Ctrl-C stops the server, then make bench compares the endpoints",
+            *([f"try   {curl}"] if settings.http_port else []),
+            f"next  make loadtest (web UI), {chat}; Ctrl-C stops the server, then make bench compares the endpoints",
             "",
         ]
     )
@@ -119,16 +129,38 @@ def detach(settings: ServeSettings, arguments: list[str]) -> int:
 
 def stop_detached(settings: ServeSettings) -> int:
     """Ends the server that runs from this build folder."""
-    try:
-        pid = int((settings.run_dir / "serve.lock").read_text())
-        process = psutil.Process(pid)
-        process.terminate()
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+    process = running(settings)
+    if process is None:
         _say(f"no server runs from {settings.build_dir}")
         return 0
-    process.wait(settings.drain_s + 20)
+    process.terminate()
+    patience = settings.drain_s + 30
+    try:
+        process.wait(patience)
+    except psutil.TimeoutExpired:
+        raise ServeError(
+            f"the server (pid {process.pid}) has not ended after {patience:.0f} s: see {settings.run_dir}"
+        ) from None
     _say("stopped")
     return 0
+
+
+def running(settings: ServeSettings) -> psutil.Process | None:
+    """The server that runs from this build folder: it holds the lock, and is the process that wrote its name there.
+
+    The name alone may be that of a server that was killed, and its process id another's by now.
+    """
+    try:
+        with (settings.run_dir / "serve.lock").open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid, started = lock.read().split()
+                process = psutil.Process(int(pid))
+                return process if process.create_time() == float(started) else None
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        pass
+    return None
 
 
 def _parser(defaults: ServeSettings) -> argparse.ArgumentParser:

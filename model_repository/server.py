@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import re
 import shutil
 import socket
-import tempfile
 import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from model_repository import engine_process, probe, triton
+from model_repository import engine_process, probe, remains, triton
 from model_repository.engine_process import EngineProcess
 from model_repository.errors import ServeError
-from model_repository.probe import Doorbell, Verdict
+from model_repository.probe import Doorbell, GrpcPort, HttpPort, Probe, Question, Verdict
 from model_repository.processes import Child, holder_of_port
+from model_repository.remains import Belongings
 from model_repository.settings import Deployment, ServeSettings
+from model_repository.shared.gate import Gate
 from model_repository.trtllm import guard, versions
 from model_repository.trtllm.in_triton import InTriton
 from torch_engine.replicas import Replicas
@@ -35,6 +35,8 @@ ENGINE_PROCESS = {"torch": "torch_engine.server", "trtllm-pytorch": "model_repos
 _WATCH_PERIOD_S = 0.25
 _LONGEST_BACK_OFF_S = 30.0
 _SILENT_PROBES = 3
+_SETTLED_S = 0.5
+"""So long no request must have been running before a server is drained: the last answers are still on their way."""
 
 
 class BackOff:
@@ -69,13 +71,14 @@ class Server:
         self._ready = threading.Event()
         self._suspicion: str | None = None
         self._lock_file: int | None = None
-        self._socket_dir: Path | None = None
+        self._belongings: Belongings | None = None
+        self._gate: Gate | None = None
+        self._port = HttpPort(settings.http_url) if settings.http_port else GrpcPort(settings.grpc_url)
         self._engines: list[EngineProcess] = []
         self._client: Replicas | InTriton | None = None
         self._triton: Child | None = None
         self._world_size = 1
-        self._shm_prefix = f"flightline{uuid.uuid4().hex[:8]}_"
-        self._threads: list[threading.Thread] = []
+        self._watches: list[threading.Thread] = []
         self._back_off: defaultdict[str, BackOff] = defaultdict(BackOff)
 
     def __enter__(self) -> Server:
@@ -125,32 +128,56 @@ class Server:
             self._prepare()
             self._start_engines()
             self._start_triton()
-        except BaseException:
+        except BaseException as error:
             self._hurry.set()
             self.stop()
+            if isinstance(error, OSError):
+                raise ServeError(
+                    f"cannot write {error.filename or self.settings.run_dir}: {error.strerror}; "
+                    "make room or give the right to, then start again"
+                ) from None
             raise
         for watch in (self._watch, self._watch_answers):
             thread = threading.Thread(target=watch, name=watch.__name__, daemon=True)
             thread.start()
-            self._threads.append(thread)
+            self._watches.append(thread)
 
     def stop(self) -> None:
-        """Lets requests drain, then ends everything and removes what it left."""
+        """Refuses new requests, lets the running ones end, then ends everything and removes what it left."""
         self._stopping.set()
         self._ready.clear()
-        for thread in self._threads:
-            thread.join()
-        if self._triton is not None:
-            self._triton.stop(self.settings.drain_s, self._hurry)
-        self._remove_shared_memory()
-        if self._client is not None:
-            self._client.close()
+        for watch in self._watches[:1]:
+            watch.join()  # no restarts from here on
+        self._drain()
+        # The engines first: whoever was not ready in time gets an error, and Triton has nothing left to wait for.
         for engine in self._engines:
             if engine.child is not None:
                 engine.child.stop(5.0, self._hurry)
-        if self._socket_dir is not None:
-            shutil.rmtree(self._socket_dir, ignore_errors=True)
+        if self._triton is not None:
+            self._triton.stop(triton.EXIT_S, self._hurry)
+        if self._client is not None:
+            self._client.close()
+        for watch in self._watches:
+            watch.join()
+        if self._belongings is not None:
+            self._belongings.remove()
+            self._belongings = self._gate = None
         self._unlock()
+
+    def _drain(self) -> None:
+        """Waits until no request is running, for up to ``drain_s``."""
+        if self._gate is None:
+            return
+        self._gate.close()
+        deadline = time.monotonic() + self.settings.drain_s
+        empty_since: float | None = None
+        while (now := time.monotonic()) < deadline and not self._hurry.wait(0.05):
+            if not self._gate.empty or self.engine.stats.active_requests:
+                empty_since = None
+            elif empty_since is None:
+                empty_since = now
+            elif now - empty_since >= _SETTLED_S:
+                return
 
     def abandon_start(self) -> None:
         """Makes a ``start`` that is under way give up."""
@@ -170,49 +197,21 @@ class Server:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = path.read_text().strip() or "unknown"
+            owner = path.read_text().split()[:1] or ["unknown"]
             os.close(file)
             raise ServeError(
-                f"a server already runs from {self.settings.build_dir} (pid {owner}): stop it first"
+                f"a server already runs from {self.settings.build_dir} (pid {owner[0]}): stop it first"
             ) from None
         self._lock_file = file
         os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
-        self._end_leftovers()
+        os.write(file, f"{os.getpid()} {psutil.Process().create_time()}".encode())
+        remains.sweep(self._say)
 
     def _unlock(self) -> None:
         if self._lock_file is not None:
-            (self.settings.run_dir / "marks.json").unlink(missing_ok=True)
             os.ftruncate(self._lock_file, 0)
             os.close(self._lock_file)
             self._lock_file = None
-
-    def _end_leftovers(self) -> None:
-        """Ends what a supervisor that was killed could not end."""
-        path = self.settings.run_dir / "marks.json"
-        try:
-            left = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return
-        ended = []
-        for process in psutil.process_iter():
-            try:
-                # Random names on the command line tell ours from others, and from reused process ids.
-                if any(
-                    left[name] in word for word in process.cmdline() for name in ("shm_prefix", "socket_dir")
-                ):
-                    self._say(
-                        f"ending {process.name()} (pid {process.pid}), left by a server that was killed"
-                    )
-                    process.kill()
-                    ended.append(process)
-            except psutil.Error:
-                pass
-        psutil.wait_procs(ended, timeout=10)
-        for name in Path("/dev/shm").glob(left["shm_prefix"] + "*"):
-            name.unlink(missing_ok=True)
-        shutil.rmtree(left["socket_dir"], ignore_errors=True)
-        path.unlink()
 
     def _check_ports(self) -> None:
         for variable, port in self.settings.ports.items():
@@ -234,12 +233,21 @@ class Server:
         self._models = triton.prepare_models(
             self.deployment.model_repository, run_dir, self.settings.baseline
         )
-        # A Unix socket's path may have 107 bytes; the build folder's may be longer.
-        self._socket_dir = Path(tempfile.mkdtemp(prefix="flightline-"))
+        self._check_shared_memory()
+        self._belongings = Belongings()
         engines = range(self.deployment.engines)
-        self._sockets = [str(self._socket_dir / f"engine-{number}.sock") for number in engines]
-        marks = {"shm_prefix": self._shm_prefix, "socket_dir": str(self._socket_dir)}
-        (run_dir / "marks.json").write_text(json.dumps(marks))
+        self._sockets = [str(self._belongings.folder / f"engine-{number}.sock") for number in engines]
+        self._gate_path = self._belongings.folder / "gate"
+        self._gate = Gate(self._gate_path)
+
+    def _check_shared_memory(self) -> None:
+        stubs = sum(_instances(config.read_text()) for config in self._models.glob("*/config.pbtxt"))
+        needed, free = stubs * triton.STUB_MEMORY_BYTES, shutil.disk_usage("/dev/shm").free
+        if free < needed:
+            raise ServeError(
+                f"/dev/shm has {free >> 20} MiB free and the {stubs} processes of Triton's models need {needed >> 20}: "
+                "remove what fills it, or give the container more (docker run --shm-size=1g)"
+            )
 
     def _engine_log(self, number: int) -> Path:
         several = self.deployment.engines > 1
@@ -274,29 +282,58 @@ class Server:
         return [door for door in DOORS if (self._models / door).is_dir()]
 
     def _start_triton(self) -> None:
+        self._launch_triton()
+        self._await_triton()
+        self._await_doors()
+        self._ready.set()
+
+    def _launch_triton(self) -> None:
+        """Returns at once; nothing is known to be wrong with it until it has had its chance."""
+        assert self._belongings is not None
+        ranks = self._world_size if self.deployment.lane == versions.ENGINE_LANE else 1
         command = triton.command(
             self._triton_home,
             self.settings,
             self._models,
             self._backends,
-            self._shm_prefix,
-            self._world_size if self.deployment.lane == versions.ENGINE_LANE else 1,
+            self._belongings.shm_prefix,
+            ranks,
         )
-        env = triton.environment(self._triton_home, self._sockets)
+        env = triton.environment(self._triton_home, self._sockets, self._gate_path)
+        self._triton_folders = remains.triton_folders()
         self._triton = Child("Triton", command, env, self.settings.run_dir / "triton.log")
-        self._await(self._triton, lambda: probe.ready(self.settings.http_url))
-        for door in self._doors:
-            answer = probe.generate(self.settings.http_url, door, self.settings.start_timeout_s)
-            if not answer.served:
-                raise ServeError(f"model {door} does not answer: {answer.detail}\n{self._triton.tail()}")
+
+    def _await_triton(self) -> None:
+        assert self._belongings is not None
+        self._await(self.triton_process, self._port.ready)
+        self._belongings.own_triton_folder(self._triton_folders)
         self._suspicion = None
-        self._ready.set()
+
+    def _await_doors(self) -> None:
+        """Until a real request was answered through both doors."""
+        for door in self._doors:
+            while not (answer := self._ask(door)).works:
+                if not answer.no_engine:
+                    self._suspicion = f"model {door} does not answer: {answer.detail.strip()}"
+                    raise ServeError(f"{self._suspicion}\n{self.triton_process.tail()}")
+                self._stopping.wait(0.1)
+
+    def _ask(self, door: str) -> Probe:
+        question = Question(self._port, door, self.settings.start_timeout_s)
+        self._await(self.triton_process, lambda: question.answer(0.0) is not None)
+        answer = question.answer(0.0)
+        assert answer is not None
+        return answer
 
     def _await(self, child: Child, done: Callable[[], bool]) -> None:
+        """Until ``child`` is ``done``, while all that were started live."""
+        children = [engine.child for engine in self._engines if engine.child is not None]
+        children += [self._triton] if self._triton is not None else []
         deadline = time.monotonic() + self.settings.start_timeout_s
         while not done():
-            if child.exit_code is not None:
-                raise ServeError(f"{child.name} {child.how_it_ended()} at start:\n{child.tail()}")
+            for each in children:
+                if each.exit_code is not None:
+                    raise ServeError(f"{each.name} {each.how_it_ended()} at start:\n{each.tail()}")
             if time.monotonic() > deadline:
                 patience = self.settings.start_timeout_s
                 raise ServeError(f"{child.name} was not ready after {patience:.0f} s:\n{child.tail()}")
@@ -309,49 +346,62 @@ class Server:
     def _watch(self) -> None:
         """Restarts what has died."""
         while not self._stopping.wait(_WATCH_PERIOD_S):
+            problems = self._problems()
+            if not problems:
+                continue
+            # Who dies together may be seen to die one after the other.
+            self._ready.clear()
+            self._stopping.wait(_WATCH_PERIOD_S)
             try:
-                if broken := next((engine for engine in self._engines if engine.problem()), None):
-                    self._restart_engine(broken)
-                elif reason := self._triton_problem():
-                    self._restart_triton(reason)
+                self._restart(problems | self._problems())
             except ServeError as error:
-                self._say(f"restart failed: {error}")
+                if not self._stopping.is_set():
+                    self._say(f"restart failed: {error}")
+            except Exception as error:  # no room for a log, say: there may be some the next time
+                self._say(f"restart failed: {error!r}")
+
+    def _problems(self) -> dict[str, str]:
+        """Name -> what is wrong with it, of all that must be started again."""
+        problems = {engine.name: engine.problem() for engine in self._engines}
+        problems["Triton"] = self._triton_problem() or ""
+        return {name: problem for name, problem in problems.items() if problem}
 
     def _triton_problem(self) -> str | None:
         if self.triton_process.exit_code is not None:
             return f"Triton {self.triton_process.how_it_ended()}"
         if zombies := self.triton_process.zombies():
             return f"a Python stub of Triton has died (pid {zombies[0]}) and Triton never restarts one"
+        if self._ready.is_set() and not probe.listens(self.settings.host, self.settings.grpc_port):
+            return "Triton has closed its ports and does not end"  # it may hang while it dies of SIGSEGV
         return self._suspicion
 
-    def _restart_engine(self, engine: EngineProcess) -> None:
-        self._ready.clear()
-        if self._back_out(engine.name, engine.problem()):
+    def _restart(self, problems: dict[str, str]) -> None:
+        """All at once, since one needs the other: no door is asked before there is an engine behind it."""
+        delay = max(self._back_off[name].next() for name in problems)
+        for problem in problems.values():
+            self._say(f"{problem}: restarting it" + (f" in {delay:.1f} s" if delay else ""))
+        if self._stopping.wait(delay):
             return
         started = time.monotonic()
-        if engine.child is not None:
-            engine.child.stop(0.0)
-        engine.start()
-        self._await_engine(engine)
+        engines = [engine for engine in self._engines if engine.name in problems]
+        for engine in engines:
+            if engine.child is not None:
+                engine.child.stop(0.0)
+            engine.start()
+        if "Triton" in problems:
+            assert self._belongings is not None
+            self.triton_process.stop(0.0)
+            self._belongings.remove_tritons()
+            self._suspicion = "the last restart of Triton failed"  # until this one has not
+            self._launch_triton()
+        for engine in engines:
+            self._await_engine(engine)
+        if "Triton" in problems:
+            self._await_triton()
+            self._await_doors()
         self._ready.set()
-        self._say(f"{engine.name} is back after {time.monotonic() - started:.1f} s")
-
-    def _restart_triton(self, reason: str) -> None:
-        self._ready.clear()
-        if self._back_out("triton", reason):
-            return
-        started = time.monotonic()
-        self.triton_process.stop(0.0)
-        self._remove_shared_memory()
-        self._suspicion = "the last restart of Triton failed"  # until this one has not
-        self._start_triton()
-        self._say(f"Triton is back after {time.monotonic() - started:.1f} s")
-
-    def _back_out(self, what: str, reason: str) -> bool:
-        """Says what happens and waits its time; True if the server is stopping meanwhile."""
-        delay = self._back_off[what].next()
-        self._say(f"{reason}: restarting it" + (f" in {delay:.1f} s" if delay else ""))
-        return self._stopping.wait(delay)
+        for name in problems:
+            self._say(f"{name} is back after {time.monotonic() - started:.1f} s")
 
     def _watch_answers(self) -> None:
         """Asks for a token now and then; a busy server may take its time, a silent one is looked into."""
@@ -359,12 +409,12 @@ class Server:
         bells = self._doorbells()
         while not self._stopping.wait(self.settings.probe_period_s):
             if len(self._engines) > 1 and self._ready.is_set():
-                self._look_for_stuck_engines()  # the doors would not notice: the others get the requests
+                self._look_for_silent_engines()  # the doors would not notice: the others get the requests
             for door, bell in bells.items():
                 if self._stopping.is_set() or not self._ready.is_set():
                     silent, bells = 0, self._doorbells()
                     break
-                if bell.overtaken():
+                if bell.overtaken() and not self._look_for_silent_engines():
                     self._suspicion = f"an instance of model {door} has left a one-token request unanswered"
                     break
                 steps = self.engine.stats.iterations
@@ -377,30 +427,29 @@ class Server:
                     silent = 0
                 else:
                     silent += 1
-                    self._look_into_silence(door, silent, progressed=self.engine.stats.iterations != steps)
+                    progressed = self.engine.stats.iterations != steps
+                    self._look_into_silence(door, bell, silent, progressed)
 
     def _doorbells(self) -> dict[str, Doorbell]:
-        settings = self.settings
-        return {door: Doorbell(settings.http_url, door, settings.probe_timeout_s) for door in self._doors}
+        return {door: Doorbell(self._port, door, self.settings.probe_timeout_s) for door in self._doors}
 
-    def _look_into_silence(self, door: str, silent: int, progressed: bool) -> None:
-        if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):
-            return  # busy: the probe waits in the queue like everyone
-        if progressed or not self._look_for_stuck_engines():
-            self._suspicion = f"model {door} has not answered {silent} one-token request(s)"
+    def _look_into_silence(self, door: str, bell: Doorbell, silent: int, progressed: bool) -> None:
+        """An engine that answers later questions while the door's is open shows that the fault is the door's."""
+        if not self._engines:  # it is inside Triton, and cannot be asked by itself
+            if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):
+                return  # busy: the probe waits in the queue like everyone
+        elif self._look_for_silent_engines() or not bell.waits():
+            return
+        self._suspicion = f"model {door} has not answered {silent} one-token request(s)"
 
-    def _look_for_stuck_engines(self) -> bool:
-        """Asks each engine itself, past Triton; True if one does not answer."""
-        silent = False
-        for engine in self._engines:
-            steps = engine.client.stats.iterations
-            if probe.engine_answers(engine.client, self.settings.probe_timeout_s):
-                continue
-            silent = True
-            if engine.client.connected and engine.client.stats.iterations == steps:
-                engine.stuck = True
-        return silent
+    def _look_for_silent_engines(self) -> bool:
+        """Asks each engine itself, past Triton; True if one does not answer in time. It may be stuck from then on."""
+        answers = [engine.answers(self.settings.probe_timeout_s) for engine in self._engines]
+        return not all(answers)
 
-    def _remove_shared_memory(self) -> None:
-        for name in Path("/dev/shm").glob(self._shm_prefix + "*"):
-            name.unlink(missing_ok=True)
+
+def _instances(config: str) -> int:
+    """Python processes that Triton starts for a model, from its ``config.pbtxt``."""
+    if not re.search(r'^backend: "python"', config, re.M):
+        return 0
+    return int(found[1]) if (found := re.search(r"instance_group \[ \{ count: (\d+)", config)) else 1

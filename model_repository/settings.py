@@ -16,10 +16,11 @@ SOCKETS_VARIABLE = "FLIGHTLINE_ENGINE_SOCKETS"
 LANES = ("torch", "trtllm-pytorch", "trtllm-engine")
 
 
-def _port(variable: str, default: int) -> int:
+def _port(variable: str, default: int, least: int = 1) -> int:
     text = os.environ.get(variable, "") or str(default)
-    if not text.isdigit() or not 0 < int(text) < 65536:
-        raise ServeError(f"{variable}={text!r} is not a port: use a number from 1 to 65535")
+    if not text.isascii() or not text.isdigit() or not least <= int(text) < 65536:
+        off = "" if least else ", or 0 to switch it off"
+        raise ServeError(f"{variable}={text!r} is not a port: use a number from 1 to 65535{off}")
     return int(text)
 
 
@@ -47,6 +48,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     """Address of all three ports; this Triton is not safe to expose, put a gateway before it."""
     http_port: int = 8000
+    """0 = off: everything then goes over gRPC."""
     grpc_port: int = 8001
     metrics_port: int = 8002
     baseline: bool = True
@@ -57,8 +59,7 @@ class ServeSettings:
     probe_period_s: float = 10.0
     """How often the supervisor asks each door for a token, to see whether it still answers."""
     probe_timeout_s: float = 20.0
-    admin_key_file: Path | None = None
-    """Holds the key that opens the restricted endpoints (header ``flightline-key``); None = nobody has it."""
+    """Who has not answered after this time is looked into; an engine that works is left alone, however slow."""
     tls_cert: Path | None = None
     """Certificate of the gRPC port; Triton's HTTP port knows no TLS, put a proxy before it."""
     tls_key: Path | None = None
@@ -66,33 +67,45 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ServeError("TLS_CERT and TLS_KEY belong together: set both or neither")
+        if self.tls_cert is not None and not self.http_port:
+            raise ServeError(
+                "HTTP_PORT=0 with TLS_CERT leaves the supervisor no port to ask whether the server works: "
+                f"give HTTP a port (it listens on {self.host} only), or leave TLS to a proxy"
+            )
 
     @classmethod
     def from_environment(cls) -> ServeSettings:
         """Defaults, changed by the environment.
 
-        ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT``, ``HOST``, ``START_TIMEOUT_S``, ``PROBE_PERIOD_S``,
-        ``TRITON_ADMIN_KEY_FILE``, ``TLS_CERT`` and ``TLS_KEY``.
+        ``HTTP_PORT``, ``GRPC_PORT``, ``METRICS_PORT``, ``HOST``, ``START_TIMEOUT_S``, ``DRAIN_S``, ``PROBE_PERIOD_S``,
+        ``PROBE_TIMEOUT_S``, ``TLS_CERT`` and ``TLS_KEY``.
 
         Raises:
             ServeError: a value that cannot work, or a file that is not there.
         """
+        if os.environ.get("TRITON_ADMIN_KEY_FILE"):
+            raise ServeError(
+                "TRITON_ADMIN_KEY_FILE is not supported: Triton takes a key on its command line only, where every "
+                "local user can read it, so the endpoints that need one are closed; leave the variable out"
+            )
         return cls(
             host=os.environ.get("HOST") or cls.host,
-            http_port=_port("HTTP_PORT", cls.http_port),
+            http_port=_port("HTTP_PORT", cls.http_port, least=0),
             grpc_port=_port("GRPC_PORT", cls.grpc_port),
             metrics_port=_port("METRICS_PORT", cls.metrics_port),
-            probe_period_s=float(_number("PROBE_PERIOD_S", int(cls.probe_period_s))),
             start_timeout_s=float(_number("START_TIMEOUT_S", int(cls.start_timeout_s))),
-            admin_key_file=_file("TRITON_ADMIN_KEY_FILE"),
+            drain_s=float(_number("DRAIN_S", int(cls.drain_s))),
+            probe_period_s=float(_number("PROBE_PERIOD_S", int(cls.probe_period_s))),
+            probe_timeout_s=float(_number("PROBE_TIMEOUT_S", int(cls.probe_timeout_s))),
             tls_cert=_file("TLS_CERT"),
             tls_key=_file("TLS_KEY"),
         )
 
     @property
     def ports(self) -> dict[str, int]:
-        """Environment variable -> port."""
-        return {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+        """Environment variable -> port, of those that are on."""
+        http = {"HTTP_PORT": self.http_port} if self.http_port else {}
+        return {**http, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
 
     @property
     def run_dir(self) -> Path:

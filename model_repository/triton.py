@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import shutil
 import sys
 import sysconfig
@@ -21,12 +20,22 @@ import numpy as np
 
 from model_repository.errors import ServeError
 from model_repository.settings import SOCKETS_VARIABLE, ServeSettings
+from model_repository.shared.gate import VARIABLE as GATE_VARIABLE
 
 CONTAINER_HOME = Path("/opt/tritonserver")
 PROJECT = Path(__file__).parents[1]
 STUB = "triton_python_backend_stub"
-RESTRICTED = "model-repository,shared-memory,trace,logging"
-"""Endpoints that run code, map memory or write files. They want a key, which nobody has unless a file names it."""
+CLOSED = "model-repository,shared-memory,trace,logging:closed\n=-"
+"""Endpoints that run code, map memory or write files, closed to everybody.
+
+Triton can only ask for a header, and learns its value on the command line, where every local user reads it. So it is
+one that nobody can send: neither HTTP nor gRPC has headers with a line end in their name.
+"""
+EXIT_S = 5
+"""Seconds that it gets to end when no request is running; an open gRPC stream, idle or not, keeps it for ever."""
+STUB_MEMORY_BYTES = 16 << 20
+"""Shared memory of each Python stub at its start."""
+OWN_MEMORY = Path(__file__).with_name("own_memory.py")
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,11 @@ def prepare_models(repository: Path, run_dir: Path, baseline: bool) -> Path:
     return models
 
 
-def environment(triton: Triton, socket_paths: list[str]) -> dict[str, str]:
+def environment(triton: Triton, socket_paths: list[str], gate: Path | None = None) -> dict[str, str]:
     """Environment of the server and its stubs."""
     env = dict(os.environ)
+    if gate is not None:
+        env[GATE_VARIABLE] = str(gate)
     env[SOCKETS_VARIABLE] = os.pathsep.join(socket_paths)
     env["OMP_NUM_THREADS"] = "1"  # the baseline sets its own number
     env["TOKENIZERS_PARALLELISM"] = "false"
@@ -126,9 +137,10 @@ def command(
     triton: Triton, settings: ServeSettings, models: Path, backends: Path, shm_prefix: str, ranks: int = 1
 ) -> list[str]:
     """The server's command line; with several ``ranks`` one server for each GPU, of which the first serves."""
+    alone = [sys.executable, str(OWN_MEMORY)]
     if ranks == 1:
-        return [*_server(triton, settings, models, backends), _shm(shm_prefix)]
-    parts = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+        return [*alone, *_server(triton, settings, models, backends), _shm(shm_prefix)]
+    parts = [*alone, "mpirun", "--allow-run-as-root", "--oversubscribe"]
     renamed = "tensorrt_llm_engine"  # with MODEL_CONTRACT=llmapi
     engine = renamed if (models / renamed).is_dir() else "tensorrt_llm"
     server = _server(triton, settings, models, backends)
@@ -140,24 +152,11 @@ def command(
     return parts
 
 
-def _admin_key(settings: ServeSettings) -> str:
-    """Raises ServeError: the key file is empty or its key has odd characters."""
-    if settings.admin_key_file is None:
-        return secrets.token_hex(16)
-    key = settings.admin_key_file.read_text(encoding="utf-8").strip()
-    if not key.isalnum():
-        raise ServeError(
-            f"TRITON_ADMIN_KEY_FILE={settings.admin_key_file}: its key must be letters and digits, at least one"
-        )
-    return key
-
-
 def _shm(prefix: str) -> str:
     return f"--backend-config=python,shm-region-prefix-name={prefix}"
 
 
 def _server(triton: Triton, settings: ServeSettings, models: Path, backends: Path) -> list[str]:
-    key = _admin_key(settings)
     tls = (
         []
         if settings.tls_cert is None
@@ -175,14 +174,14 @@ def _server(triton: Triton, settings: ServeSettings, models: Path, backends: Pat
         "--disable-auto-complete-config",
         "--strict-readiness=true",
         *(f"--{door}-address={settings.host}" for door in ("http", "grpc", "metrics")),
-        f"--http-port={settings.http_port}",
+        *([f"--http-port={settings.http_port}"] if settings.http_port else ["--allow-http=false"]),
         f"--grpc-port={settings.grpc_port}",
         f"--metrics-port={settings.metrics_port}",
-        f"--grpc-restricted-protocol={RESTRICTED}:flightline-key={key}",
-        f"--http-restricted-api={RESTRICTED}:flightline-key={key}",
+        f"--grpc-restricted-protocol={CLOSED}",
+        f"--http-restricted-api={CLOSED}",
         *tls,
-        f"--exit-timeout-secs={max(1, int(settings.drain_s) - 2)}",
+        f"--exit-timeout-secs={EXIT_S - 2}",
         "--pinned-memory-pool-byte-size=0",
         "--allow-gpu-metrics=false",
-        "--backend-config=python,shm-default-byte-size=16777216",
+        f"--backend-config=python,shm-default-byte-size={STUB_MEMORY_BYTES}",
     ]

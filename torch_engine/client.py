@@ -30,9 +30,7 @@ from torch_engine.request import (
 
 OutputCallback = Callable[[RequestOutput], None]
 
-GONE = (
-    "the engine process ended while this request was in flight; it is being restarted, send the request again"
-)
+GONE = "the engine process ended while this request was in flight: send it again in a few seconds"
 NOT_THERE = "the engine process is not running; it is being started, try again in a few seconds"
 
 

@@ -11,6 +11,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,26 +85,27 @@ def compile_library(
     if command is None:
         raise NoCompiler("no C++ compiler found (CXX, g++, clang++)")
     targets = {isa: library(folder, isa) for isa in isas or {available_isas()[0], "portable"}}
-    partial = {isa: target.with_suffix(f".{os.getpid()}.tmp") for isa, target in targets.items()}
-    runs = {
-        isa: subprocess.Popen(
-            [command, *FLAGS, *ISAS[isa][1], *extra_flags, "-o", str(path), str(SOURCES / "kernels.cpp")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for isa, path in partial.items()
-    }
-    errors = [run.communicate()[1] for run in runs.values()]
-    failed = [error for run, error in zip(runs.values(), errors, strict=True) if run.returncode != 0]
-    if failed:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-        if os.strerror(errno.ENOSPC) in failed[0]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        raise NoCompiler(f"{command} failed: {(failed[0].strip().splitlines() or ['no message'])[0]}")
-    for isa, target in targets.items():
-        os.replace(partial[isa], target)
+    # The compiler's temporary files are inside, too: whoever removes the folder after a kill removes them.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as workshop:
+        partial = {isa: Path(workshop) / target.name for isa, target in targets.items()}
+        runs = {
+            isa: subprocess.Popen(
+                [command, *FLAGS, *ISAS[isa][1], *extra_flags, "-o", str(path), str(SOURCES / "kernels.cpp")],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"TMPDIR": workshop},
+            )
+            for isa, path in partial.items()
+        }
+        errors = [run.communicate()[1] for run in runs.values()]
+        failed = [error for run, error in zip(runs.values(), errors, strict=True) if run.returncode != 0]
+        if failed:
+            if os.strerror(errno.ENOSPC) in failed[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            raise NoCompiler(f"{command} failed: {(failed[0].strip().splitlines() or ['no message'])[0]}")
+        for isa, target in targets.items():
+            os.replace(partial[isa], target)
     return list(targets.values())
 
 

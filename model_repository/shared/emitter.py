@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from model_repository.shared.gate import Gate
 from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
 
 
@@ -72,6 +73,7 @@ class Emitter:
             abandon_after_s: output that could not be sent for this long cancels its request.
             on_finish: called with the last output of each generation.
         """
+        self.gate = Gate.of_server()
         self._pb = pb_utils
         self._engine = engine
         self._check_period_s = check_period_s
@@ -88,6 +90,7 @@ class Emitter:
 
     def start(self, generation: Generation) -> None:
         """Hands a generation to the engine; from here on its reply is answered, come what may."""
+        self.gate.enter()
         with self._changed:
             self._active.add(generation)
         try:
@@ -199,6 +202,8 @@ class Emitter:
             response = self._error_response(RequestError(Code.INTERNAL, f"response not written: {error!r}"))
         generation.first = False
         reply.sender.send(response, flags=flags)
+        if ended:
+            self.gate.leave()
 
     def _error_response(self, error: RequestError) -> Any:
         code = getattr(self._pb.TritonError, error.code.value)

@@ -137,6 +137,7 @@ class Front:
                 if inputs.stops():
                     self._stop(reply, self._name(request))
                     continue
+                self._emitter.gate.check()
                 generations = self._generations(reply, request, inputs)
             except RequestError as error:
                 self._emitter.refuse(reply, error)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from client import Client
 from client.cli import main
 from tests.client.test_chat_template import CHATML, save_model
 from tests.client.waiting import eventually
@@ -80,3 +81,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(slow_server, tmp_path)
         process.communicate()
         os.close(controller)
         os.close(terminal)
+
+
+def test_the_port_that_the_server_was_given(server, capsys, monkeypatch) -> None:
+    """``make serve GRPC_PORT=...`` and then ``make chat GRPC_PORT=...``; the library follows, too."""
+    monkeypatch.setenv("GRPC_PORT", server.url.split(":")[1])
+    assert main(["hello", "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out
+    with Client() as llm:
+        assert llm.url == server.url
+        llm.check_ready()

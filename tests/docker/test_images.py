@@ -146,7 +146,7 @@ def test_server(profile: str) -> None:
         name: value for name, value in service["environment"].items() if re.search("TOKEN|PASSWORD|KEY", name)
     }
     assert set(secret.values()) <= {"", "/run/secrets/hf_token"}, "a secret is in the environment"
-    assert {each["source"] for each in service["secrets"]} == {"hf_token", "admin_key", "tls_cert", "tls_key"}
+    assert {each["source"] for each in service["secrets"]} == {"hf_token", "tls_cert", "tls_key"}
     assert {mount["target"] for mount in service["volumes"]} >= {"/engines", "/cache/huggingface"}
 
 
@@ -167,15 +167,14 @@ def test_all_at_once_and_settings_arrive() -> None:
 
 
 def test_secrets_are_files(tmp_path: Path) -> None:
-    found = compose("cpu", ADMIN_KEY_FILE="/k", TLS_CERT="/c", TLS_KEY="/p", HF_TOKEN_FILE="/t")
+    found = compose("cpu", TLS_CERT="/c", TLS_KEY="/p", HF_TOKEN_FILE="/t")
     environment = found["services"]["cpu"]["environment"]
-    assert environment["TRITON_ADMIN_KEY_FILE"] == "/run/secrets/admin_key"
     assert (environment["TLS_CERT"], environment["TLS_KEY"]) == (
         "/run/secrets/tls_cert",
         "/run/secrets/tls_key",
     )
     files = {name: each["file"] for name, each in found["secrets"].items()}
-    assert files == {"hf_token": "/t", "admin_key": "/k", "tls_cert": "/c", "tls_key": "/p"}
+    assert files == {"hf_token": "/t", "tls_cert": "/c", "tls_key": "/p"}
 
 
 def test_health_check_waits_for_a_long_load() -> None:
@@ -381,10 +380,9 @@ def test_promtool_accepts_the_rules_and_they_fire() -> None:
 
 
 def test_every_flag_exists(tmp_path: Path) -> None:
-    """In the real server's help; TLS and the restricted endpoints' key included."""
+    """In the real server's help; TLS included."""
     home = triton.find()
-    (tmp_path / "key").write_text("abc123\n")
-    settings = ServeSettings(admin_key_file=tmp_path / "key", tls_cert=tmp_path / "c", tls_key=tmp_path / "k")
+    settings = ServeSettings(tls_cert=tmp_path / "c", tls_key=tmp_path / "k")
     command = triton.command(home, settings, tmp_path, tmp_path, "prefix")
     done = subprocess.run(
         [str(home.binary), "--help"],
@@ -394,9 +392,12 @@ def test_every_flag_exists(tmp_path: Path) -> None:
         timeout=60,
     )
     known = set(re.findall(r"--[a-z-]+", done.stdout + done.stderr))
-    assert {part.split("=")[0] for part in command[1:]} <= known
+    flags = command[command.index(str(home.binary)) + 1 :]
+    assert {part.split("=")[0] for part in [*flags, "--allow-http"]} <= known
     assert "--model-control-mode=none" in command and "--grpc-use-ssl=true" in command
-    assert any(part.endswith("shared-memory,trace,logging:flightline-key=abc123") for part in command)
+    # They want a header that nobody can send: its name has a line end.
+    closed = "model-repository,shared-memory,trace,logging:closed\n=-"
+    assert {f"--grpc-restricted-protocol={closed}", f"--http-restricted-api={closed}"} <= set(command)
     # No way around the header: not served, and not opened by any client.
     assert not [part for part in command if "allow-client-shm=true" in part or "sagemaker" in part]
 
@@ -407,6 +408,7 @@ def test_every_flag_exists(tmp_path: Path) -> None:
         ({"TLS_CERT": __file__}, "TLS_CERT and TLS_KEY belong together"),
         ({"TLS_CERT": "/nowhere", "TLS_KEY": __file__}, "TLS_CERT='/nowhere' is not a file"),
         ({"START_TIMEOUT_S": "soon"}, "START_TIMEOUT_S='soon' is not valid"),
+        ({"TRITON_ADMIN_KEY_FILE": __file__}, "TRITON_ADMIN_KEY_FILE is not supported"),
     ],
 )
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str) -> None:
@@ -414,13 +416,6 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
         monkeypatch.setenv(name, value)
     with pytest.raises(ServeError, match=says):
         ServeSettings.from_environment()
-
-
-def test_admin_key_must_be_one(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("\n")
-    settings = ServeSettings(admin_key_file=tmp_path / "key")
-    with pytest.raises(ServeError, match="its key must be letters and digits"):
-        triton.command(triton.find(), settings, tmp_path, tmp_path, "prefix")
 
 
 # -- make verify-gpu-host --------------------------------------------------------------------------------

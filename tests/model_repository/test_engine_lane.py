@@ -196,7 +196,7 @@ def test_a_server_for_each_gpu(tmp_path: Path) -> None:
     """Leader mode (fact sheet, section 5.1): world size = tp * pp, own shared-memory names, one rank that serves."""
     home = triton.Triton(Path("/opt/tritonserver"), in_container=True)
     command = triton.command(home, ServeSettings(), Path("/models"), Path("/backends"), "prefix", 2)
-    assert command[0] == "mpirun" and command.count(":") == 1
+    assert "mpirun" in command and command.count(":") == 1
     first, second = command[: command.index(":")], command[command.index(":") :]
     for rank, part in enumerate((first, second)):
         assert part[part.index("-n") + 1] == "1"

@@ -7,16 +7,20 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from model_repository.serve import ServeError, Server
-from tests.model_repository.doors import Call, GrpcError, ask, wait_until
+from model_repository.serve import ServeError, Server, ready_message
+from tests.model_repository.doors import PATIENCE_S, Call, GrpcError, ask, wait_until
 from tests.serving import CONTEXT, settings_for
 
 pytestmark = pytest.mark.slow
@@ -34,7 +38,7 @@ def lines() -> list[str]:
 def server(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Iterator[Server]:
     """One to break; it asks itself more often whether it still works."""
     build = private_copy(tiny_build, tmp_path_factory.mktemp("faults"))
-    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=10.0)
+    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=10.0, drain_s=60.0)
     with Server(settings, say=lines.append) as running:
         yield running
 
@@ -101,6 +105,93 @@ def test_killed_triton(server: Server, lines: list[str]) -> None:
     assert any("Triton was ended by SIGKILL" in line for line in lines)
 
 
+def test_engine_and_triton_killed_together(server: Server, lines: list[str]) -> None:
+    """Both are restarted before anybody asks whether a door works."""
+    said = len(lines)
+    old = server.triton_pid, server.engine_pids[0]
+    for pid in old:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.triton_pid != old[0] and server.engine_pids[0] != old[1])
+    recovered(server)
+    assert not [line for line in lines[said:] if "restart failed" in line]
+    assert len([line for line in lines[said:] if "is back after" in line]) == 2
+
+
+def test_a_body_that_ends_triton(server: Server, lines: list[str]) -> None:
+    """Its HTTP port follows 50,000 nested brackets until the stack is full (Triton 2.51)."""
+    old = server.triton_pid
+    url = f"{server.settings.http_url}/v2/models/ensemble/generate"
+    body = b'{"max_tokens": 1, "text_input": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    with pytest.raises(OSError):
+        urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=PATIENCE_S)
+    wait_until(lambda: server.triton_pid != old)
+    recovered(server)
+    assert any("Triton was ended by SIGSEGV" in line for line in lines)
+
+
+def test_nobody_else_reads_what_is_on_its_way(server: Server) -> None:
+    """Neither prompts in shared memory, nor a key on a command line."""
+    files = list(Path("/dev/shm").glob(server._belongings.shm_prefix + "*"))
+    assert files
+    ask(server, "text_generation", "the dog " * 1000)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    assert stat.S_IMODE(server._belongings.folder.stat().st_mode) == 0o700
+    words = psutil.Process(server.triton_pid).cmdline()
+    restricted = [word.split(":", 1)[1] for word in words if "restricted" in word]
+    assert len(restricted) == 2
+    for header in restricted:
+        name, value = header.split("=")
+        status = shared_memory_over_http(server, name.encode(), value.encode())
+        assert b"200 OK" not in status
+        assert not shared_memory_over_grpc(server, name.encode(), value.encode())
+
+
+def shared_memory_over_http(server: Server, name: bytes, value: bytes) -> bytes:
+    """What the server says to a request for a closed endpoint with this header, byte by byte as it is."""
+    request = b"GET /v2/systemsharedmemory/status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    with socket.create_connection(
+        (server.settings.host, server.settings.http_port), PATIENCE_S
+    ) as connection:
+        connection.sendall(request + name + b": " + value + b"\r\n\r\n")
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    return answer
+
+
+def shared_memory_over_grpc(server: Server, name: bytes, value: bytes) -> bool:
+    """Whether a closed endpoint opens to this header; HTTP/2 frames written by hand, since no client sends it."""
+
+    def field(key: bytes, text: bytes) -> bytes:
+        return b"\0" + bytes([len(key)]) + key + bytes([len(text)]) + text
+
+    def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+        return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/inference.GRPCInferenceService/SystemSharedMemoryStatus",
+        b":authority": b"a",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+        b"triton-grpc-protocol-" + name: value,
+    }
+    headers = b"".join(field(key, text) for key, text in fields.items())
+    with socket.create_connection(
+        (server.settings.host, server.settings.grpc_port), PATIENCE_S
+    ) as connection:
+        connection.sendall(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, headers)
+        )
+        connection.sendall(frame(0, 1, 1, bytes(5)))
+        answer = b""
+        while b"grpc-status" not in answer and (part := connection.recv(4096)):
+            answer += part
+    assert b"grpc-status" in answer
+    return b"grpc-status\x010" in answer
+
+
 def test_frozen_stub(server: Server) -> None:
     old = server.triton_pid
     stub_of(server, "postprocessing").suspend()
@@ -122,18 +213,45 @@ def test_one_server_a_build_folder(server: Server) -> None:
     assert ask(server, "ensemble").text
 
 
+def test_stop_lets_running_requests_end_and_refuses_new_ones(server: Server) -> None:
+    """Of both doors, on streams that stay open. It stops the server of the tests above."""
+    recovered(server)
+    inputs = LONG | {"max_tokens": 1000, "return_num_output_tokens": True}
+    calls = [Call(server, door, inputs) for door in ("ensemble", "text_generation") for _ in range(4)]
+    for call in calls:
+        call.next()
+    stopping = threading.Thread(target=server.stop)
+    stopping.start()
+    wait_until(lambda: server._gate is None or server._gate.closed)
+    for door in ("ensemble", "text_generation"):
+        with pytest.raises(GrpcError, match="the server is stopping and takes no new requests"):
+            ask(server, door)
+    for call in calls:
+        assert call.read().last("num_output_tokens") == inputs["max_tokens"]
+    stopping.join()
+
+
 def test_stop_leaves_nothing_even_with_an_open_stream(tiny_build: Path, tmp_path: Path) -> None:
-    server = Server(settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=2.0))
+    """Of a server without HTTP, which asks itself over gRPC."""
+    settings = replace(
+        settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=2.0), http_port=0
+    )
+    server = Server(settings)
     server.start()
+    assert "HTTP     off" in ready_message(server)
     call = Call(server, "text_generation", LONG)
     call.next()
     processes = [psutil.Process(server.engine_pids[0]), psutil.Process(server.triton_pid)]
     processes += [child for process in processes for child in process.children(recursive=True)]
     assert len(processes) >= 6
-    socket_dir, prefix = server._socket_dir, server._shm_prefix
+    socket_dir, prefix = server._belongings.folder, server._belongings.shm_prefix
     assert list(Path("/dev/shm").glob(prefix + "*"))
+    bells = server._doorbells()
+    assert all(bell.ring().served for bell in bells.values())
     server.stop()
-    assert not any(process.is_running() for process in processes)
+    wait_until(
+        lambda: not any(process.is_running() for process in processes)
+    )  # zombies until they are collected
     assert not socket_dir.exists()
     assert not list(Path("/dev/shm").glob(prefix + "*"))
     call.close()
@@ -158,7 +276,7 @@ def test_engine_that_cannot_start(tiny_build: Path, tmp_path: Path) -> None:
     (tmp_path / "deployment.json").write_text(json.dumps({**deployment, "engine_dir": str(broken)}))
     with pytest.raises(ServeError, match=r"the engine process ended with status 1 at start:\n.*nowhere"):
         Server(settings_for(tmp_path)).start()
-    assert not list(tmp_path.glob("run/marks.json"))
+    assert not (tmp_path / "run" / "serve.lock").read_text()
 
 
 def _command(settings: object) -> list[str]:
@@ -176,14 +294,15 @@ def _command(settings: object) -> list[str]:
 def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
     """Ready message, Ctrl-C; and what a killed supervisor leaves, the next one ends."""
     command = _command(settings_for(private_copy(tiny_build, tmp_path)))
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"TMPDIR": str(tmp_path)}  # or any other server that starts now would end it
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert any(line.startswith("ready: ") for line in first.stdout)
     orphans = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.wait()
     assert any(orphan.is_running() for orphan in orphans)
 
-    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     output = ""
     for line in second.stdout:
         output += line
@@ -193,4 +312,4 @@ def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
     assert "left by a server that was killed" in output
     assert "/v2/models/ensemble/generate" in output
     assert output.endswith("serve: stopped\n")
-    assert not any(orphan.is_running() for orphan in orphans)
+    wait_until(lambda: not any(orphan.is_running() for orphan in orphans))

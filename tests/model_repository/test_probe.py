@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from model_repository.probe import Doorbell, Verdict
+from model_repository.engine_process import EngineProcess, Share
+from model_repository.probe import Doorbell, GrpcPort, HttpPort, Port, Verdict
+from torch_engine.request import EngineStats
 
 TIMEOUT_S = 0.5
 
@@ -49,7 +55,7 @@ def door(request: pytest.FixtureRequest) -> Iterator[tuple[str, threading.Event]
 @pytest.mark.parametrize("door", [2], indirect=True)
 def test_a_question_that_later_ones_overtake(door: tuple[str, threading.Event]) -> None:
     url, let_go = door
-    bell = Doorbell(url, "m", TIMEOUT_S)
+    bell = Doorbell(HttpPort(url), "m", TIMEOUT_S)
     verdicts = [bell.ring().verdict for _ in range(2)]
     assert verdicts == [Verdict.ANSWERED, Verdict.SILENT]
     assert not bell.overtaken(), "nothing later was answered yet"
@@ -64,10 +70,60 @@ def test_a_question_that_later_ones_overtake(door: tuple[str, threading.Event]) 
 
 @pytest.mark.parametrize("door", [0], indirect=True)
 def test_a_door_that_answers(door: tuple[str, threading.Event]) -> None:
-    bell = Doorbell(door[0], "m", 30)
+    bell = Doorbell(HttpPort(door[0]), "m", 30)
     assert all(bell.ring().served and not bell.overtaken() for _ in range(3))
 
 
-def test_a_door_that_is_not_there() -> None:
-    bell = Doorbell("http://127.0.0.1:9", "m", 30)
-    assert bell.ring().verdict is Verdict.SILENT and not bell.overtaken()
+@pytest.mark.parametrize("port", [HttpPort("http://127.0.0.1:9"), GrpcPort("127.0.0.1:9")])
+def test_a_door_that_is_not_there(port: Port) -> None:
+    """That is not silence, which may be the engine's."""
+    bell = Doorbell(port, "m", 30)
+    assert bell.ring().verdict is Verdict.DEAD and not bell.overtaken()
+
+
+class Mute:
+    """An engine that takes requests and ends no step."""
+
+    connected = True
+    stats = EngineStats()
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def submit(self, request: object, on_output: object) -> None: ...
+
+
+@pytest.fixture
+def silent_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineProcess]:
+    """A process that never answers; the parameter is what it does instead."""
+    share = Share(dict(os.environ))
+    engine = EngineProcess("engine", "m", tmp_path, tmp_path / "log", Mute(str(tmp_path / "socket")), share)
+    engine._command = [sys.executable, "-S", "-c", request.param]
+    child = engine.start()
+    yield engine
+    child.stop(0.0)
+
+
+@pytest.mark.parametrize("silent_engine", ["while True: pass"], indirect=True)
+def test_a_slow_engine_is_not_stuck(silent_engine: EngineProcess) -> None:
+    for _ in range(3):
+        assert not silent_engine.answers(TIMEOUT_S)
+        assert not silent_engine.problem()
+
+
+@pytest.mark.parametrize("silent_engine", ["while True: pass"], indirect=True)
+def test_no_step_takes_for_ever(silent_engine: EngineProcess) -> None:
+    silent_engine.answers(TIMEOUT_S)
+    silent_engine._silence = dataclasses.replace(silent_engine._silence, since=-1000.0)
+    silent_engine.answers(TIMEOUT_S)
+    assert "has stopped answering" in silent_engine.problem()
+
+
+@pytest.mark.parametrize("silent_engine", ["import time; time.sleep(1000)"], indirect=True)
+def test_an_engine_that_neither_answers_nor_computes_is_stuck(silent_engine: EngineProcess) -> None:
+    # The first questions may fall into the start of the interpreter, which computes.
+    deadline = time.monotonic() + 60
+    while not silent_engine.problem():
+        assert time.monotonic() < deadline
+        assert not silent_engine.answers(TIMEOUT_S)
+    assert "has stopped answering" in silent_engine.problem()

@@ -368,6 +368,21 @@ def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.M
         compile_library(tmp_path)
 
 
+def test_a_compiler_works_where_its_output_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary files and all, so that the next build removes what a killed one has left."""
+    script = tmp_path / "c++"
+    script.write_text(f'#!/bin/sh\necho "$TMPDIR $@" >> {tmp_path}/log\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    with pytest.raises(NoCompiler, match="failed"):
+        compile_library(folder, ["portable"])
+    temporary, *arguments = (tmp_path / "log").read_text().split()
+    assert Path(temporary).parent == folder and f"{temporary}/kernels-portable.so" in arguments
+    assert not list(folder.iterdir())
+
+
 def test_a_library_that_cannot_run_is_refused_with_the_remedy(make_engine, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no kernels.*make build-engines"):
         make_engine(kernel_dir=str(tmp_path))

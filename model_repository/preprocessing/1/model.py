@@ -7,6 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from model_repository.shared import stub, words
 from model_repository.shared.contract import NVIDIA
+from model_repository.shared.gate import Gate
 from model_repository.shared.tensors import ENGINE, Inputs
 from model_repository.shared.vocabulary import Vocabulary
 from torch_engine.request import RequestError
@@ -18,12 +19,14 @@ class TritonPythonModel:
         self._vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
         self._lane = values["lane"]
         self._end_ids_as_stop_words = stub.flag(values, "end_ids_as_stop_words")
+        self._gate = Gate.of_server()
 
     def execute(self, requests: list) -> list:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: object) -> object:
         try:
+            self._gate.check()
             outputs = self._encode(Inputs.of(request, self._lane, NVIDIA))
         except RequestError as error:
             code = getattr(pb_utils.TritonError, error.code.value)

@@ -185,7 +185,8 @@ class RequestOutput:
     """Sum over all tokens so far."""
     num_input_tokens: int = 0
     num_output_tokens: int = 0
-    """Tokens generated so far, whether emitted yet or not; the end id is not counted, held-back tokens are."""
+    """Tokens told so far, the number of all ``token_ids`` up to here: neither what is held back nor an end id or
+    stop word."""
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     metrics: PerfMetrics | None = None

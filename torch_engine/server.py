@@ -130,7 +130,6 @@ class EngineServer:
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._front_ends: list[FrontEnd] = []
         self._stopping = False
-        self._failed_steps = 0
         self._stats_due = 0.0
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
@@ -150,11 +149,9 @@ class EngineServer:
                 front_end.put(handle, output)
             self._flush()
             failures = [output.error for _, output in outputs if output.error is not None]
-            internal = [error for error in failures if error.code is Code.INTERNAL]
-            self._failed_steps = self._failed_steps + 1 if internal else 0
-            if internal:
-                print(f"engine: {internal[0].message}", file=sys.stderr, flush=True)
-            if self._failed_steps >= MAX_FAILED_STEPS:
+            for message in {error.message for error in failures if error.code is Code.INTERNAL}:
+                print(f"engine: {message}", file=sys.stderr, flush=True)
+            if self.engine.failed_steps >= MAX_FAILED_STEPS:
                 print(
                     f"engine: {MAX_FAILED_STEPS} steps in a row failed, giving up",
                     file=sys.stderr,
@@ -214,8 +211,14 @@ class EngineServer:
                 return
             self.engine.add((front_end, handle), request, arrival_ns)
         except RequestError as error:
-            front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
-            front_end.flush(None)
+            self._refuse(front_end, handle, error)
+        except Exception as error:  # whatever it is about this request, the others go on
+            print(f"engine: request not taken: {error!r}", file=sys.stderr, flush=True)
+            self._refuse(front_end, handle, RequestError(Code.INTERNAL, f"request not taken: {error!r}"))
+
+    def _refuse(self, front_end: FrontEnd, handle: int, error: RequestError) -> None:
+        front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
+        front_end.flush(None)
 
     def _cancel(self, front_end: FrontEnd, handle: int) -> None:
         output = self.engine.cancel((front_end, handle))

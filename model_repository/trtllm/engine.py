@@ -62,6 +62,8 @@ class LlmEngine:
         )
         self._record: dict[str, Any] = {}
         self._generated = 0
+        self.failed_steps = 0
+        """Requests in a row that TensorRT-LLM failed."""
         self._results: dict[Key, Any] = {}
         self._outputs: list[tuple[Key, RequestOutput]] = []
         self._produced = threading.Condition()
@@ -119,6 +121,8 @@ class LlmEngine:
         for key, output in outputs:
             if output.finish_reason is not None:
                 self.sequences.pop(key, None)
+                failed = output.error is not None and output.error.code is Code.INTERNAL
+                self.failed_steps = self.failed_steps + 1 if failed else 0
         return outputs
 
     def close(self) -> None:

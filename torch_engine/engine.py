@@ -30,6 +30,7 @@ from torch_engine.request import (
     FinishReason,
     GenerationRequest,
     ModelInfo,
+    QueueFull,
     RequestError,
     RequestOutput,
 )
@@ -134,9 +135,8 @@ class Engine:
         self._validate(request)
         limit = self.config.max_queue_size
         if limit and len(self.scheduler.waiting) >= limit:
-            raise RequestError(
-                Code.UNAVAILABLE,
-                f"the queue is full: max_queue_size={limit} requests wait already, try again later",
+            raise QueueFull(
+                f"the queue is full: max_queue_size={limit} requests wait already, try again later"
             )
         arrival = arrival_ns or time.monotonic_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
@@ -165,6 +165,7 @@ class Engine:
                 0 <= token < vocab,
                 f"prompt token {token} is outside the vocabulary: ids must be in 0..{vocab - 1}",
             )
+        require(all(request.bad_ids), "bad_ids holds a word of no tokens: leave it out")
         require(request.min_tokens >= 0, f"min_tokens is {request.min_tokens}: it must be >= 0")
 
     def cancel(self, key: Any) -> RequestOutput | None:

@@ -31,6 +31,16 @@ class RequestError(Exception):
         return RequestError, (self.code, self.message)
 
 
+class QueueFull(RequestError):
+    """This engine has no room for one more waiting request; another may have."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Code.UNAVAILABLE, message)
+
+    def __reduce__(self) -> tuple:
+        return QueueFull, (self.message,)
+
+
 LOWEST_TEMPERATURE = 1e-5
 """Below it logits divided by the temperature leave float32's range; vLLM draws the same line."""
 MOST_TOP_LOG_PROBS = 20

@@ -23,6 +23,7 @@ from torch_engine.request import (
     GenerationRequest,
     ModelInfo,
     PerfMetrics,
+    QueueFull,
     RequestError,
     RequestOutput,
 )
@@ -85,10 +86,9 @@ class LlmEngine:
         """Starts a request. Raises RequestError: too many are waiting, or it cannot be expressed."""
         limit = self.config.max_batch_size + self.config.max_queue_size
         if len(self.sequences) >= limit:
-            raise RequestError(
-                Code.UNAVAILABLE,
+            raise QueueFull(
                 f"the queue is full: {self.config.max_queue_size} requests are waiting, no more may; "
-                "try again later",
+                "try again later"
             )
         arguments = llm_api.sampling_arguments(
             request, self.info.end_ids, self._tokens, self._habits, self._guides

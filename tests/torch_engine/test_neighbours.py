@@ -1,4 +1,4 @@
-"""One request among sixteen fails at each stage: its own answer is an error, the fifteen others are what they always are."""
+"""One request among sixteen fails at each stage: it gets an error, and the others the answers that they always get."""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ import triton_python_backend_utils as pb_utils
 from model_repository.shared import stub, words
 from model_repository.shared.tensors import Inputs
 from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.request import RequestError
+from torch_engine.request import Code, RequestError
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
         self._vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
+        self._most_bytes = self._vocabulary.most_bytes(int(values["max_seq_len"]))
         self._end_ids_as_stop_words = stub.flag(values, "end_ids_as_stop_words")
 
     def execute(self, requests: list) -> list:
@@ -24,8 +25,11 @@ class TritonPythonModel:
         try:
             outputs = self._encode(Inputs.of(request))
         except RequestError as error:
-            code = getattr(pb_utils.TritonError, error.code.value)
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
+            return stub.error_response(pb_utils, error)
+        except Exception as error:  # whatever a client has sent, the others are served
+            return stub.error_response(
+                pb_utils, RequestError(Code.INTERNAL, f"request not understood: {error!r}")
+            )
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in outputs.items()])
 
     def _encode(self, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -33,7 +37,7 @@ class TritonPythonModel:
         vocabulary, rows = self._vocabulary, range(inputs.rows)
         eos = -1 if vocabulary.eos_id is None else vocabulary.eos_id
         pad = eos if vocabulary.pad_id is None else vocabulary.pad_id
-        prompts = [vocabulary.encode_prompt(inputs.text(row)) for row in rows]
+        prompts = [vocabulary.encode_prompt(inputs.text(row, self._most_bytes)) for row in rows]
         prompt_ids = np.full((len(prompts), max(map(len, prompts))), pad, dtype=np.int32)
         for row, ids in enumerate(prompts):
             prompt_ids[row, : len(ids)] = ids

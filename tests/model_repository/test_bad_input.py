@@ -37,7 +37,9 @@ BAD = [
     pytest.param(
         {"bad_words": "a" * 16_385}, "bad_words.* has 16385 bytes: at most 16384", id="too long a bad word"
     ),
-    pytest.param({"text_input": Raw(b"\xff\xff\xff\xff")}, "", id="bytes that are no string"),
+    pytest.param(
+        {"text_input": Raw(b"\xff\xff\xff\xff")}, "text_input|string|QUERY", id="bytes that are no string"
+    ),
     pytest.param({"max_tokens": 0}, "max_tokens.* is 0: it must be at least 1", id="no tokens"),
     pytest.param({"max_tokens": -3}, "max_tokens.* is -3", id="negative tokens"),
     pytest.param({"max_tokens": CONTEXT}, f"max_tokens.* is {CONTEXT}: .* at most", id="beyond the context"),

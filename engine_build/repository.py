@@ -82,8 +82,8 @@ def values_for(
         "engine_instance_count": str(plan.dp),
         "text_instance_count": "1" if in_triton else str(max(plan.dp, 2 if cores >= CORES_FOR_TWO else 1)),
         "max_queue_delay_microseconds": "0",
-        # Our engine processes have a limit of their own; NVIDIA's backend takes Triton's, and 0 is none.
         "max_queue_size": str(ENGINE_QUEUE_SIZE if in_triton else 0),
+        "engine_batching": _engine_batching(plan),
         "engine_parameters": _engine_parameters(plan, engine_dir, source_dir, parameters or {}),
         "text_generation_engine": engine_model if in_triton else "process",
         "end_ids_as_stop_words": "true" if in_triton else "false",
@@ -91,8 +91,6 @@ def values_for(
         "baseline_model_dir": str(source_dir),
         "baseline_dtype": baseline_dtype,
         "baseline_max_batch_size": str(baseline_max_batch_size),
-        # A static batch is only ever filled if Triton waits for it a little.
-        "baseline_queue_delay_microseconds": "0" if baseline_max_batch_size == 1 else "20000",
     }
 
 
@@ -109,6 +107,19 @@ def _require_llm_api(lane: str, parameters: Mapping[str, str]) -> None:
                 f"TRTLLM_PARAMETERS {name}={value}: ENGINE=trtllm-pytorch has guided_decoding_backend=xgrammar or "
                 "llguidance; use ENGINE=trtllm-engine for the others"
             )
+
+
+def _engine_batching(plan: Plan) -> str:
+    """How Triton batches requests for ``tensorrt_llm``: for NVIDIA's backend, which takes its queue limit from there.
+
+    For a Python stub it does not: a request whose bytes are no strings would fail all that share its batch.
+    """
+    if plan.lane != "trtllm-engine":
+        return ""
+    return (
+        f"dynamic_batching {{\n  preferred_batch_size: [ {plan.max_batch_size} ]\n  max_queue_delay_microseconds: 0\n"
+        f"  default_queue_policy {{ max_queue_size: {ENGINE_QUEUE_SIZE} }}\n}}"
+    )
 
 
 def _engine_parameters(plan: Plan, engine_dir: Path, source_dir: Path, asked: Mapping[str, str]) -> str:

@@ -27,6 +27,7 @@ from torch_engine.request import (
     RequestError,
     RequestOutput,
 )
+from torch_engine.threads import vital
 
 OutputCallback = Callable[[RequestOutput], None]
 
@@ -56,8 +57,7 @@ class EngineClient:
         self._connected = threading.Event()
         self._stats = EngineStats()
         self._info: ModelInfo | None = None
-        self._reader = threading.Thread(target=self._read_for_ever, name="engine-reader", daemon=True)
-        self._reader.start()
+        self._reader = vital(self._read_for_ever, "engine-reader")
         if connect_timeout_s > 0 and not self._connected.wait(connect_timeout_s):
             self.close()
             raise RequestError(Code.UNAVAILABLE, f"no engine process answers at {socket_path}")
@@ -105,9 +105,30 @@ class EngineClient:
         if handle in self._callbacks:
             self._send("cancel", handle)
 
-    def stop(self, request_id: str) -> None:
-        """Asks the engine to stop all requests of this name, other clients' too; each gets its last message."""
-        self._send("stop", request_id)
+    def stop(
+        self, request_id: str, keep: bool = True, on_known: Callable[[bool], None] = lambda known: None
+    ) -> None:
+        """Asks the engine to stop all requests of this name, other clients' too; each gets its last message.
+
+        Args:
+            keep: whether a request of this name that comes within the next seconds is stopped too, if the engine
+                knows none: the stop may have overtaken it.
+            on_known: told whether the engine knows such a request, or has just ended one.
+        """
+
+        def answered(output: RequestOutput) -> None:
+            on_known(output.error is None)
+
+        handle = next(self._ids)
+        with self._lock:
+            if self._connection is not None:
+                self._callbacks[handle] = answered
+                try:
+                    self._connection.send(("stop", handle, request_id, keep))
+                except OSError:
+                    pass  # the reader sees the same end of file and answers
+                return
+        on_known(False)
 
     def _send(self, *message: object) -> None:
         with self._lock:
@@ -123,7 +144,7 @@ class EngineClient:
         self._closed.set()
         with self._lock:
             if self._connection is not None:
-                _hang_up(self._connection)
+                hang_up(self._connection)
         self._reader.join(timeout=5)
 
     def _read_for_ever(self) -> None:
@@ -178,8 +199,8 @@ class EngineClient:
             callback(RequestOutput(finish_reason=FinishReason.ERROR, error=error))
 
 
-def _hang_up(connection: Connection) -> None:
-    """Ends both directions, so that a reader blocked in ``recv`` wakes up with end-of-file."""
+def hang_up(connection: Connection) -> None:
+    """Ends both directions, so that readers blocked in ``recv``, here and there, wake up with end-of-file."""
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         try:
             duplicate.shutdown(socket.SHUT_RDWR)

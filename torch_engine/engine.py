@@ -30,10 +30,11 @@ from torch_engine.request import (
     FinishReason,
     GenerationRequest,
     ModelInfo,
+    QueueFull,
     RequestError,
     RequestOutput,
 )
-from torch_engine.runner import Runner, Ticket
+from torch_engine.runner import Runner, SamplingFailed, Ticket
 from torch_engine.sampling import Sampled
 from torch_engine.scheduler import Chunk, Scheduler
 from torch_engine.sequence import Sequence
@@ -100,6 +101,8 @@ class Engine:
         self._flight: Flight | None = None
         self._host_sampled: set[object] = set()
         """Keys of live requests whose next token is not simply the argmax: they are served without lag."""
+        self.failed_steps = 0
+        """Steps in a row that failed as a whole."""
 
     def _runner(self) -> Runner:
         if self.kernels.name != "cuda":
@@ -132,16 +135,15 @@ class Engine:
         self._validate(request)
         limit = self.config.max_queue_size
         if limit and len(self.scheduler.waiting) >= limit:
-            raise RequestError(
-                Code.UNAVAILABLE,
-                f"the queue is full: max_queue_size={limit} requests wait already, try again later",
+            raise QueueFull(
+                f"the queue is full: max_queue_size={limit} requests wait already, try again later"
             )
         arrival = arrival_ns or time.monotonic_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
+        self.scheduler.add(sequence)
         self.sequences[key] = sequence
         if not sequence.samples_on_device:
             self._host_sampled.add(key)
-        self.scheduler.add(sequence)
 
     def _validate(self, request: GenerationRequest) -> None:
         length, limit = len(request.prompt_ids), self.config.max_seq_len
@@ -163,6 +165,7 @@ class Engine:
                 0 <= token < vocab,
                 f"prompt token {token} is outside the vocabulary: ids must be in 0..{vocab - 1}",
             )
+        require(all(request.bad_ids), "bad_ids holds a word of no tokens: leave it out")
         require(request.min_tokens >= 0, f"min_tokens is {request.min_tokens}: it must be >= 0")
 
     def cancel(self, key: Any) -> RequestOutput | None:
@@ -177,7 +180,7 @@ class Engine:
         """Launches one step; returns what became of which request since the last call.
 
         With lag (see above) that is the step launched by the last call, otherwise the one launched by this.
-        A failing step ends the requests that took part in it with INTERNAL, no others.
+        What fails for one request ends that one with INTERNAL; a step that fails as a whole, all that took part in it.
         """
         outputs = self._expire()
         lags = self.runner.lags and not self._host_sampled and not self.config.speculation_tokens
@@ -189,8 +192,9 @@ class Engine:
         if chunks:
             try:
                 launched = self._launch(chunks)
+                self.failed_steps = 0
             except Exception as error:
-                outputs += self._fail(chunks, error)
+                outputs += self._launch_again(chunks, error)
         outputs += self._land()
         self._flight = launched
         return outputs if lags else outputs + self._land()
@@ -204,6 +208,29 @@ class Engine:
                 chunk.sequence.num_pending += 1
         return Flight(chunks, ticket)
 
+    def _launch_again(self, chunks: list[Chunk], error: Exception) -> Outputs:
+        """After a step that failed: each request alone, which shows whose fault it was.
+
+        Nothing has changed yet: a step counts as computed once it was launched, and writes the same keys and values
+        again. A device that runs ahead keeps state of its own, and there the step fails for all.
+        """
+        outputs: Outputs = []
+        guilty = isinstance(error, SamplingFailed)
+        if self.runner.lags or len(chunks) == 1:
+            outputs = self._fail(chunks, error)
+        else:
+            for chunk in chunks:
+                try:
+                    self._flight = self._launch([chunk])
+                except Exception as own:
+                    outputs += self._fail([chunk], own)
+                    guilty |= isinstance(own, SamplingFailed)
+                else:
+                    outputs += self._land()
+                    guilty = True
+        self.failed_steps = 0 if guilty else self.failed_steps + 1
+        return outputs
+
     def _land(self) -> Outputs:
         """Fetches the tokens of the step in flight, if there is one."""
         flight, self._flight = self._flight, None
@@ -212,6 +239,7 @@ class Engine:
         try:
             sampled = flight.ticket()
         except Exception as error:
+            self.failed_steps += 1
             return self._fail(flight.chunks, error)
         outputs: Outputs = []
         now, at = time.monotonic_ns(), 0
@@ -222,15 +250,23 @@ class Engine:
             sequence.num_pending -= 1
             if sequence.finish_reason is not None:
                 continue  # it has ended while this step was in flight
-            if chunk.guesses:
-                outputs += self._take(chunk, sampled[first:at], now)
-            else:
-                output = sequence.append(sampled[first].token_id, sampled[first].log_prob, now)
-                if output is not None:
+            try:
+                if chunk.guesses:
+                    outputs += self._take(chunk, sampled[first:at], now)
+                elif (output := self._append(sequence, sampled[first], now)) is not None:
                     outputs.append((sequence.key, output))
+            except Exception as error:  # in its text or its words: the others have theirs
+                outputs += self._fail([chunk], error)
+                continue
             if sequence.finish_reason is not None:
                 self._retire(sequence)
         return outputs
+
+    @staticmethod
+    def _append(sequence: Sequence, token: Sampled, now_ns: int) -> RequestOutput | None:
+        if token.token_id < 0:
+            raise ArithmeticError("no token can be chosen: the model's logits are not finite")
+        return sequence.append(token.token_id, token.log_prob, now_ns)
 
     def _take(self, chunk: Chunk, tokens: list[Sampled], now_ns: int) -> Outputs:
         """Appends sampled tokens: the first, and each later one if the token before it was guessed right."""
@@ -239,7 +275,7 @@ class Engine:
         for token, guess in zip(tokens, (*chunk.guesses, None), strict=True):
             taken += 1
             sequence.num_accepted += token.token_id == guess
-            output = sequence.append(token.token_id, token.log_prob, now_ns)
+            output = self._append(sequence, token, now_ns)
             if output is not None:
                 outputs.append((sequence.key, output))
             if sequence.finish_reason is not None or token.token_id != guess:
@@ -258,15 +294,22 @@ class Engine:
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> Outputs:
         outputs: Outputs = []
+        message = f"the engine step failed: {type(error).__name__}: {error}"
         for chunk in chunks:
-            if chunk.sequence.finish_reason is not None:
-                continue
-            self._retire(chunk.sequence)
-            output = chunk.sequence.end(FinishReason.ERROR)
-            output.error = RequestError(
-                Code.INTERNAL, f"the engine step failed: {type(error).__name__}: {error}"
+            sequence = chunk.sequence
+            if self.sequences.get(sequence.key) is not sequence:
+                continue  # it has ended while this step was in flight
+            sequence.finish_reason = FinishReason.ERROR
+            self._retire(sequence)
+            # Without what it held back: its text may be what failed.
+            output = RequestOutput(
+                num_input_tokens=sequence.num_prompt,
+                num_output_tokens=sequence.num_emitted,
+                finish_reason=FinishReason.ERROR,
+                error=RequestError(Code.INTERNAL, message),
+                metrics=sequence.metrics(),
             )
-            outputs.append((chunk.sequence.key, output))
+            outputs.append((sequence.key, output))
         return outputs
 
     def _expire(self) -> Outputs:

@@ -9,14 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch_engine.client import NOT_THERE, EngineClient, OutputCallback
 from torch_engine.prefixes import MOST_ENGINES, Prefixes, chunk_keys
-from torch_engine.request import Code, EngineStats, GenerationRequest, ModelInfo, RequestError
+from torch_engine.request import (
+    Code,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+    QueueFull,
+    RequestError,
+    RequestOutput,
+)
 
-Handle = tuple[EngineClient, int]
+
+@dataclass(eq=False)
+class Handle:
+    """Where a request is."""
+
+    engine: EngineClient | None = None
+    number: int = 0
+    """That engine's handle."""
+    cancelled: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
 
 TOKENS_PER_REQUEST = 256
 """Tokens of a prompt that cost an engine as much as answering one more request at the same time, by order of magnitude.
@@ -64,7 +84,10 @@ class Replicas:
         return all(engine.connected for engine in self.engines)
 
     def submit(self, request: GenerationRequest, on_output: OutputCallback) -> Handle:
-        """As :meth:`EngineClient.submit`; raises RequestError UNAVAILABLE if no engine is there."""
+        """As :meth:`EngineClient.submit`; raises RequestError UNAVAILABLE if no engine is there.
+
+        An engine whose queue is full passes it on to the next; the last one's refusal is the answer.
+        """
         count = len(self.engines)
         keys = chunk_keys(request.prompt_ids) if self._prefixes else []
         known = self._prefixes.known(keys, count) if self._prefixes else [0] * count
@@ -73,30 +96,62 @@ class Replicas:
             return TOKENS_PER_REQUEST * self.engines[number].in_flight - known[number]
 
         turn = next(self._turn)  # among equals they take turns
-        for number in sorted(((turn + offset) % count for offset in range(count)), key=cost):
-            engine = self.engines[number]
-            if not engine.connected:
-                continue
-            try:
-                handle = engine.submit(request, on_output)
-            except RequestError as error:
-                if error.code is not Code.UNAVAILABLE:
-                    raise
-                continue
-            if self._prefixes:
-                self._prefixes.add(keys, number)
-            return engine, handle
-        raise RequestError(Code.UNAVAILABLE, NOT_THERE)
+        order = iter(sorted(((turn + offset) % count for offset in range(count)), key=cost))
+        handle = Handle()
+
+        def hand_over(refusal: RequestError) -> None:
+            """To the next engine that takes it; raises ``refusal`` if there is none."""
+            with handle.lock:
+                for number in order:
+                    engine = self.engines[number]
+                    if not engine.connected:
+                        continue
+                    try:
+                        handle.number = engine.submit(request, pass_on)
+                    except RequestError as error:
+                        if error.code is not Code.UNAVAILABLE:
+                            raise
+                        continue
+                    handle.engine = engine
+                    if handle.cancelled:
+                        engine.cancel(handle.number)
+                    if self._prefixes:
+                        self._prefixes.add(keys, number)
+                    return
+            raise refusal
+
+        def pass_on(output: RequestOutput) -> None:
+            if isinstance(output.error, QueueFull):
+                try:
+                    hand_over(output.error)
+                    return
+                except RequestError:
+                    pass
+            on_output(output)
+
+        hand_over(RequestError(Code.UNAVAILABLE, NOT_THERE))
+        return handle
 
     def cancel(self, handle: Handle) -> None:
         """As :meth:`EngineClient.cancel`."""
-        engine, number = handle
-        engine.cancel(number)
+        with handle.lock:
+            handle.cancelled = True
+            if handle.engine is not None:
+                handle.engine.cancel(handle.number)
 
     def stop(self, request_id: str) -> None:
-        """As :meth:`EngineClient.stop`, wherever the request is."""
-        for engine in self.engines:
-            engine.stop(request_id)
+        """As :meth:`EngineClient.stop`, wherever the request is; if no engine knows it, each keeps the stop a while."""
+        engines = [engine for engine in self.engines if engine.connected]
+        answers: list[bool] = []
+
+        def on_known(known: bool) -> None:
+            answers.append(known)
+            if len(answers) == len(engines) and not any(answers):
+                for engine in engines:
+                    engine.stop(request_id)
+
+        for engine in engines:
+            engine.stop(request_id, keep=False, on_known=on_known)
 
     def close(self) -> None:
         for engine in self.engines:

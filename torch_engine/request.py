@@ -31,6 +31,16 @@ class RequestError(Exception):
         return RequestError, (self.code, self.message)
 
 
+class QueueFull(RequestError):
+    """This engine has no room for one more waiting request; another may have."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Code.UNAVAILABLE, message)
+
+    def __reduce__(self) -> tuple:
+        return QueueFull, (self.message,)
+
+
 LOWEST_TEMPERATURE = 1e-5
 """Below it logits divided by the temperature leave float32's range; vLLM draws the same line."""
 MOST_TOP_LOG_PROBS = 20
@@ -185,7 +195,8 @@ class RequestOutput:
     """Sum over all tokens so far."""
     num_input_tokens: int = 0
     num_output_tokens: int = 0
-    """Tokens generated so far, whether emitted yet or not; the end id is not counted, held-back tokens are."""
+    """Tokens told so far, the number of all ``token_ids`` up to here: neither what is held back nor an end id or
+    stop word."""
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     metrics: PerfMetrics | None = None

@@ -18,6 +18,10 @@ Ticket = Callable[[], list[Sampled]]
 """A launched step; calling it waits for the tokens of the sequences that sampled."""
 
 
+class SamplingFailed(Exception):
+    """The step was computed, and then no token could be chosen for one of its sequences."""
+
+
 class Runner:
     """Computes a step while the caller waits."""
 
@@ -36,7 +40,10 @@ class Runner:
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
         logits = self.model.forward(self.steps.build(chunks), self.caches)
-        sampled = sample(logits, sampling, self.model.kernels.argmax) if sampling else []
+        try:
+            sampled = sample(logits, sampling, self.model.kernels.argmax) if sampling else []
+        except Exception as error:
+            raise SamplingFailed(f"{type(error).__name__}: {error}") from error
         return lambda: sampled
 
     def forget(self, sequence: Sequence) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch_engine.blocks import ROOT, BlockManager
 from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
 from torch_engine.speculation import PromptLookup
-from torch_engine.text import TextStream, TokenBytes
+from torch_engine.text import Release, TextStream, TokenBytes
 
 
 @dataclass(eq=False)
@@ -131,29 +131,33 @@ class Sequence:
         if release.stopped:
             self.finish_reason = FinishReason.STOP
         elif len(self.tokens) >= self.last_length:
-            return self._finish(FinishReason.LENGTH, release.token_ids, release.text)
+            return self._finish(FinishReason.LENGTH, release)
         elif not release.token_ids:
             return None
-        return self._output(release.token_ids, release.text)
+        return self._output(release)
 
     def end(self, reason: FinishReason) -> RequestOutput:
         """The request ends here, from outside."""
         return self._finish(reason)
 
-    def _finish(self, reason: FinishReason, ids: list[int] | None = None, text: str = "") -> RequestOutput:
+    def _finish(self, reason: FinishReason, release: Release | None = None) -> RequestOutput:
         self.finish_reason = reason
         rest = self.text.finish()
-        return self._output((ids or []) + rest.token_ids, text + rest.text)
+        if release is not None:
+            rest = Release(release.token_ids + rest.token_ids, release.text + rest.text)
+        return self._output(rest)
 
-    def _output(self, ids: list[int], text: str) -> RequestOutput:
+    def _output(self, release: Release) -> RequestOutput:
         log_probs: list[float] = []
         if self.held_log_probs:
-            log_probs = self.held_log_probs[: len(ids)]
-            self.held_log_probs = self.held_log_probs[len(ids) :]
-        self.num_emitted += len(ids)
+            log_probs = release.told(self.held_log_probs, 0.0)
+            if release.stopped:  # what the stop word drops counts nowhere
+                self.cum_log_prob += sum(log_probs) - sum(self.held_log_probs)
+            self.held_log_probs = self.held_log_probs[len(log_probs) :]
+        self.num_emitted += len(release.token_ids)
         return RequestOutput(
-            token_ids=ids,
-            text=text,
+            token_ids=release.token_ids,
+            text=release.text,
             log_probs=log_probs,
             cum_log_prob=self.cum_log_prob,
             num_input_tokens=self.num_prompt,

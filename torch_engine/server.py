@@ -17,9 +17,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener
 
+from torch_engine.client import hang_up
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.engine import Engine, spare_the_collector
 from torch_engine.families import UnsupportedModel
@@ -32,9 +34,12 @@ from torch_engine.request import (
     RequestOutput,
 )
 from torch_engine.text import UnsupportedTokenizer
+from torch_engine.threads import vital
 
 STATS_PERIOD_S = 0.1
 MAX_FAILED_STEPS = 3
+KEPT_S = 10.0
+"""How long a stop waits for its request, which may still be tokenised."""
 
 
 class FrontEnd:
@@ -55,7 +60,7 @@ class FrontEnd:
         self.closed = False
         connection.send(("hello", hello))
         for target in (self._read, self._write):
-            threading.Thread(target=target, name=f"front-end-{number}", daemon=True).start()
+            vital(self._guard, f"front-end-{number}", target)
 
     def put(self, handle: int, output: RequestOutput) -> None:
         """Queues an output; merges it with what still waits for the same request."""
@@ -79,6 +84,20 @@ class FrontEnd:
         with self._ready:
             return [handle for handle, since in self._since.items() if since < limit]
 
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Whatever ends one of the threads ends the connection, and says so unless it is the other side's end.
+
+        The front end then answers its clients and connects anew; the others do not notice.
+        """
+        try:
+            work()
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            print(f"engine: front end {self.number} is disconnected:", file=sys.stderr, flush=True)
+            traceback.print_exc()
+        self.close()
+
     def _read(self) -> None:
         try:
             while True:
@@ -89,35 +108,63 @@ class FrontEnd:
                         self._ready.notify()
                 else:
                     self._commands.put((self, *message))
-        except (EOFError, OSError):
-            pass
-        self.close()
-        self._commands.put((self, "gone"))
+        finally:
+            self._commands.put((self, "gone"))
 
     def _write(self) -> None:
-        try:
-            while True:
-                with self._ready:
-                    self._ready.wait_for(lambda: self.closed or self._stats or (self._taken and self._outbox))
-                    if self.closed:
-                        return
-                    stats, self._stats = self._stats, None
-                    batch: dict[int, RequestOutput] = {}
-                    if self._taken and self._outbox:
-                        batch, self._outbox = self._outbox, {}
-                        self._since.clear()
-                        self._taken = False
-                if stats is not None:
-                    self._connection.send(("stats", stats))
-                if batch:
-                    self._connection.send(("step", list(batch.items())))
-        except OSError:
-            self.close()
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self.closed or self._stats or (self._taken and self._outbox))
+                if self.closed:
+                    return
+                stats, self._stats = self._stats, None
+                batch: dict[int, RequestOutput] = {}
+                if self._taken and self._outbox:
+                    batch, self._outbox = self._outbox, {}
+                    self._since.clear()
+                    self._taken = False
+            if stats is not None:
+                self._connection.send(("stats", stats))
+            if batch:
+                self._connection.send(("step", list(batch.items())))
 
     def close(self) -> None:
+        """Ends the connection and with it both threads."""
         with self._ready:
+            if self.closed:
+                return
             self.closed = True
             self._ready.notify()
+        hang_up(self._connection)
+
+
+class EarlyStops:
+    """Stops of requests that have not come yet, and requests that a stop may come too late for; for ``KEPT_S``."""
+
+    def __init__(self) -> None:
+        self._early: dict[str, float] = {}
+        self._ended: dict[str, float] = {}
+
+    def keep(self, request_id: str) -> None:
+        self._note(self._early, request_id)
+
+    def ended(self, request_id: str) -> None:
+        self._note(self._ended, request_id)
+
+    def has_ended(self, request_id: str) -> bool:
+        return self._ended.get(request_id, 0.0) > time.monotonic() - KEPT_S
+
+    def overtook(self, request_id: str) -> bool:
+        """Whether this request, which has just come, was stopped already; that stop is used up."""
+        return self._early.pop(request_id, 0.0) > time.monotonic() - KEPT_S
+
+    @staticmethod
+    def _note(times: dict[str, float], request_id: str) -> None:
+        now = time.monotonic()
+        times.pop(request_id, None)
+        times[request_id] = now
+        while (oldest := next(iter(times))) and times[oldest] < now - KEPT_S:
+            del times[oldest]
 
 
 class EngineServer:
@@ -130,9 +177,11 @@ class EngineServer:
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._front_ends: list[FrontEnd] = []
         self._stopping = False
-        self._failed_steps = 0
         self._stats_due = 0.0
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+        self._stops = EarlyStops()
+        self._names: dict[tuple[FrontEnd, int], str] = {}
+        """Of the running requests that have one."""
+        vital(self._accept, "accept")
 
     def stop(self) -> None:
         """Ends :meth:`run`; safe to call from a signal handler (a ``SimpleQueue`` may be put to there)."""
@@ -146,15 +195,13 @@ class EngineServer:
             if self._stopping or not self.engine.busy:
                 continue
             outputs = self.engine.step()
-            for (front_end, handle), output in outputs:
-                front_end.put(handle, output)
+            for key, output in outputs:
+                self._put(key, output)
             self._flush()
             failures = [output.error for _, output in outputs if output.error is not None]
-            internal = [error for error in failures if error.code is Code.INTERNAL]
-            self._failed_steps = self._failed_steps + 1 if internal else 0
-            if internal:
-                print(f"engine: {internal[0].message}", file=sys.stderr, flush=True)
-            if self._failed_steps >= MAX_FAILED_STEPS:
+            for message in {error.message for error in failures if error.code is Code.INTERNAL}:
+                print(f"engine: {message}", file=sys.stderr, flush=True)
+            if self.engine.failed_steps >= MAX_FAILED_STEPS:
                 print(
                     f"engine: {MAX_FAILED_STEPS} steps in a row failed, giving up",
                     file=sys.stderr,
@@ -198,7 +245,7 @@ class EngineServer:
         elif kind == "cancel":
             self._cancel(front_end, *body)
         elif kind == "stop":
-            self._stop(*body)
+            self._stop(front_end, *body)
         elif kind == "join":
             self._front_ends.append(front_end)
             front_end.flush(self.engine.stats)
@@ -206,27 +253,55 @@ class EngineServer:
             if front_end in self._front_ends:
                 self._front_ends.remove(front_end)
             for key in [key for key in self.engine.sequences if key[0] is front_end]:
-                self.engine.cancel(key)
+                self._cancel(*key)
 
     def _submit(self, front_end: FrontEnd, handle: int, arrival_ns: int, request: GenerationRequest) -> None:
         try:
             if front_end.closed:
                 return
+            if self._stops.overtook(request.request_id):
+                front_end.put(handle, RequestOutput(finish_reason=FinishReason.CANCELLED))
+                front_end.flush(None)
+                return
             self.engine.add((front_end, handle), request, arrival_ns)
+            if request.request_id:
+                self._names[front_end, handle] = request.request_id
         except RequestError as error:
-            front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
-            front_end.flush(None)
+            self._refuse(front_end, handle, error)
+        except Exception as error:  # whatever it is about this request, the others go on
+            print(f"engine: request not taken: {error!r}", file=sys.stderr, flush=True)
+            self._refuse(front_end, handle, RequestError(Code.INTERNAL, f"request not taken: {error!r}"))
+
+    def _refuse(self, front_end: FrontEnd, handle: int, error: RequestError) -> None:
+        front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
+        front_end.flush(None)
 
     def _cancel(self, front_end: FrontEnd, handle: int) -> None:
         output = self.engine.cancel((front_end, handle))
         if output is not None:
-            front_end.put(handle, output)
+            self._put((front_end, handle), output)
             front_end.flush(None)
 
-    def _stop(self, request_id: str) -> None:
+    def _put(self, key: tuple[FrontEnd, int], output: RequestOutput) -> None:
+        front_end, handle = key
+        front_end.put(handle, output)
+        if output.finish_reason is not None and (name := self._names.pop(key, "")):
+            self._stops.ended(name)
+
+    def _stop(self, front_end: FrontEnd, handle: int, request_id: str, keep: bool) -> None:
+        """Answers with a last message: an error if no such request is known."""
         sequences = self.engine.sequences.items()
-        for key in [key for key, sequence in sequences if sequence.request.request_id == request_id]:
+        running = [key for key, sequence in sequences if sequence.request.request_id == request_id]
+        for key in running:
             self._cancel(*key)
+        answer = RequestOutput(finish_reason=FinishReason.CANCELLED)
+        if not running and not self._stops.has_ended(request_id):
+            answer.finish_reason = FinishReason.ERROR
+            answer.error = RequestError(Code.INVALID_ARG, f"no request {request_id!r} is running")
+            if keep:
+                self._stops.keep(request_id)
+        front_end.put(handle, answer)
+        front_end.flush(None)
 
     def _flush(self, force: bool = False) -> None:
         now = time.monotonic()

@@ -14,11 +14,19 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+from torch_engine.matcher import Matcher
+
+T = TypeVar("T")
 
 SPIECE_SPACE = "\u2581"
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class UnsupportedTokenizer(ValueError):
@@ -44,6 +52,8 @@ def _decoder_types(decoder: dict | None) -> set[str]:
         return set().union(*(_decoder_types(part) for part in decoder["decoders"]))
     if decoder["type"] == "Replace" and decoder.get("pattern") != {"String": SPIECE_SPACE}:
         return {"Replace(other)"}
+    if decoder["type"] == "Metaspace" and decoder.get("replacement") != SPIECE_SPACE:
+        return {"Metaspace(other)"}
     return {decoder["type"]}
 
 
@@ -66,11 +76,13 @@ def _whole_text(piece: bytes) -> str | None:
 class TokenBytes:
     """The bytes that each token stands for; special tokens stand for none."""
 
-    def __init__(self, table: list[bytes]) -> None:
+    def __init__(self, table: list[bytes], longest_added: int = 0) -> None:
+        """``longest_added``: bytes of the longest added token as it is written in a prompt."""
         self._table = table
+        self.longest = max(longest_added, *map(len, table), 1)
+        """Most bytes of a text that one token can stand for."""
         self._texts = [_whole_text(piece) for piece in table]
         self._ids: dict[bytes, int] | None = None
-        self._longest = 0
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> TokenBytes:
@@ -100,8 +112,8 @@ class TokenBytes:
         elif types and types <= {"ByteFallback", "Fuse", "Replace", "Strip", "Metaspace"}:
 
             def spell(piece: str) -> bytes:
-                if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-                    return bytes([int(piece[3:5], 16)])
+                if "ByteFallback" in types and (found := _BYTE_PIECE.fullmatch(piece)):
+                    return bytes([int(found[1], 16)])
                 return piece.replace(SPIECE_SPACE, " ").encode()
 
         else:
@@ -115,8 +127,9 @@ class TokenBytes:
         for piece, index in vocab.items():
             table[index] = spell(piece)
         for token in added:
-            table[token["id"]] = b"" if token["special"] else token["content"].encode()
-        return cls(table)
+            # A decoder treats an added token like any other: Gemma's of several spaces is written with their stand-ins.
+            table[token["id"]] = b"" if token["special"] else spell(token["content"])
+        return cls(table, max((len(token["content"].encode()) for token in added), default=0))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -140,10 +153,9 @@ class TokenBytes:
         """Token ids whose bytes are ``data``, longest pieces first; bytes that no token spells are left out."""
         if self._ids is None:
             self._ids = {piece: index for index, piece in reversed(list(enumerate(self._table))) if piece}
-            self._longest = max(map(len, self._ids), default=0)
         ids, start = [], 0
         while start < len(data):
-            for end in range(min(len(data), start + self._longest), start, -1):
+            for end in range(min(len(data), start + self.longest), start, -1):
                 if (index := self._ids.get(data[start:end])) is not None:
                     ids.append(index)
                     start = end
@@ -161,9 +173,30 @@ class Release:
     text: str = ""
     stopped: bool = False
     """A stop word was found; it and what follows are dropped."""
+    num_spelled: int = 0
+    """How many of the last ids spell the beginning of one generated token, whose end belongs to a stop word."""
+
+    def told(self, values: list[T], nothing: T) -> list[T]:
+        """One value for each of ``token_ids`` out of ``values``, which has one for each token as it was generated.
+
+        The ids that spell one token anew share its value: the first has it, the others ``nothing``.
+        """
+        whole = len(self.token_ids) - self.num_spelled
+        if not self.num_spelled or not values:
+            return values[:whole]
+        return values[: whole + 1] + [nothing] * (self.num_spelled - 1)
 
 
 NOTHING = Release()
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tokens that together end on a whole character, or do not yet."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    num_bytes: int = 0
 
 
 class TextStream:
@@ -171,83 +204,104 @@ class TextStream:
 
     Invariants: the texts of all releases concatenate to the text of all tokens up to the stop word; each
     is valid UTF-8; ``tokens.decode(release.token_ids) == release.text``, so that whoever sees only the
-    ids (Triton's postprocessing) gets the same text without any state.
+    ids (Triton's postprocessing) gets the same text without any state. What a token costs depends on its
+    own length only: neither on what is held back nor on the stop words.
     """
 
     def __init__(self, tokens: TokenBytes, stop: tuple[bytes, ...] = (), whole: bool = False) -> None:
         """``whole``: everything is released at the end."""
         self._tokens = tokens
-        self._stop = tuple(word for word in stop if word)
+        self._matcher = Matcher(stop) if any(stop) else None
+        self._state = self._matcher.start if self._matcher else None
         self._whole = whole
         self._final: list[int] = []
         """Tokens that are final and wait for the end."""
-        self._ids: list[int] = []
-        self._ends: list[int] = []
-        """Where the bytes of each held token end in ``_held``."""
-        self._held = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._groups: deque[_Group] = deque()
+        """What is held back: it may still become a stop word."""
+        self._open = _Group()
+        """Held back behind that: the last character is not whole."""
+        self._num_bytes = 0
+        """Of both."""
 
     @property
     def num_held(self) -> int:
-        return len(self._ids)
+        return len(self._held())
 
     def push(self, token_id: int) -> Release:
         """Adds one token; returns what became final with it, which may be nothing."""
         if not self._whole:
             return self._push(token_id)
-        if not self._stop:
+        if not self._matcher:
             self._final.append(token_id)  # its text is made at the end
             return NOTHING
         release = self._push(token_id)
+        if release.stopped:
+            ids = self._final + release.token_ids
+            return Release(ids, self._tokens.decode(ids), True, release.num_spelled)
         self._final += release.token_ids
-        return self.finish(stopped=True) if release.stopped else NOTHING
+        return NOTHING
 
     def _push(self, token_id: int) -> Release:
-        if not self._ids and not self._stop and (text := self._tokens.text_of(token_id)) is not None:
+        if not self._matcher and not self._open.ids and (text := self._tokens.text_of(token_id)) is not None:
             return Release([token_id], text)
-        self._ids.append(token_id)
-        self._held += self._tokens[token_id]
-        self._ends.append(len(self._held))
-        found = [at for word in self._stop if (at := self._held.find(word)) >= 0]
-        if found:
-            return self._stop_at(min(found))
-        return self._release(len(self._held) - self._possible_stop())
+        piece, group = self._tokens[token_id], self._open
+        group.ids.append(token_id)
+        if self._matcher and (end := self._match(piece)) is not None:
+            return self._stop_before(end)
+        group.num_bytes += len(piece)
+        self._num_bytes += len(piece)
+        group.text += self._decoder.decode(piece)
+        if not self._decoder.getstate()[0]:
+            self._groups.append(group)
+            self._open = _Group()
+        return self._release()
 
-    def finish(self, stopped: bool = False) -> Release:
+    def _match(self, piece: bytes) -> int | None:
+        """Reads on; where among the held bytes and ``piece`` the first stop word begins, if one is complete."""
+        matcher, state = self._matcher, self._state
+        assert matcher is not None and state is not None
+        for count, byte in enumerate(piece, 1):
+            state = matcher.step(state, byte)
+            if state.matched:
+                return self._num_bytes + count - state.matched
+        self._state = state
+        return None
+
+    def finish(self) -> Release:
         """The output ends here: releases everything held."""
-        ids = self._final + self._ids
-        text = self._tokens.decode(ids) if self._final else self._held.decode("utf-8", errors="replace")
-        self._ids, self._ends, self._held, self._final = [], [], b"", []
-        return Release(ids, text, stopped)
+        ids = self._final + self._held()
+        self._final = []
+        self._forget()
+        return Release(ids, self._tokens.decode(ids))
 
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held bytes that begins a stop word."""
-        longest = 0
-        for word in self._stop:
-            for length in range(min(len(word) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(word[:length]):
-                    longest = length
-                    break
-        return longest
+    def _held(self) -> list[int]:
+        return [token for group in (*self._groups, self._open) for token in group.ids]
 
-    def _release(self, limit: int) -> Release:
-        """Releases the most tokens that end within ``limit`` bytes and on a whole character."""
-        for count in range(len(self._ids), 0, -1):
-            end = self._ends[count - 1]
-            if end > limit:
-                continue
-            text, whole = codecs.utf_8_decode(self._held[:end], "replace", False)
-            if whole == end:
-                release = Release(self._ids[:count], text)
-                self._ids = self._ids[count:]
-                self._ends = [other - end for other in self._ends[count:]]
-                self._held = self._held[end:]
-                return release
-        return Release()
+    def _forget(self) -> None:
+        self._groups.clear()
+        self._open, self._num_bytes = _Group(), 0
+        self._decoder.reset()
 
-    def _stop_at(self, position: int) -> Release:
-        """Keeps the bytes before ``position``; a token that the stop word cuts is spelled anew."""
-        count = sum(end <= position for end in self._ends)
-        whole = self._ends[count - 1] if count else 0
-        ids = self._ids[:count] + self._tokens.spell(self._held[whole:position])
-        self._ids, self._ends, self._held = [], [], b""
-        return Release(ids, self._tokens.decode(ids), stopped=True)
+    def _release(self) -> Release:
+        """Releases the groups that no stop word can reach any more."""
+        limit = self._num_bytes - (self._state.depth if self._state else 0)
+        release = Release()
+        while self._groups and self._groups[0].num_bytes <= limit:
+            group = self._groups.popleft()
+            limit -= group.num_bytes
+            self._num_bytes -= group.num_bytes
+            release.token_ids += group.ids
+            release.text += group.text
+        return release
+
+    def _stop_before(self, end: int) -> Release:
+        """Keeps the first ``end`` bytes held; a token that the stop word cuts is spelled anew."""
+        held, count, whole = self._held(), 0, 0
+        while count < len(held) and (after := whole + len(self._tokens[held[count]])) <= end:
+            count, whole = count + 1, after
+        rest = self._tokens[held[count]][: end - whole] if count < len(held) else b""
+        spelled = self._tokens.spell(rest)
+        ids = held[:count] + spelled
+        self._forget()
+        return Release(ids, self._tokens.decode(ids), stopped=True, num_spelled=len(spelled))

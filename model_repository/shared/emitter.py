@@ -7,8 +7,10 @@ response a token when idle, several tokens in one under load. Nothing here block
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ from typing import Any, Protocol
 
 from model_repository.shared.gate import Gate
 from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
+from torch_engine.threads import end_process, vital
+
+SEND_PATIENCE_S = 1.0
 
 
 class Engine(Protocol):
@@ -36,6 +41,8 @@ class Reply:
     """``pb_utils.InferenceResponseSender``."""
     open_rows: int = 1
     cancelled: bool = False
+    ended: bool = False
+    """Its final response is an error: whatever its rows still produce is dropped."""
 
 
 @dataclass(eq=False)
@@ -85,8 +92,7 @@ class Emitter:
         self._ready: deque[Generation] = deque()
         self._active: set[Generation] = set()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="emitter", daemon=True)
-        self._thread.start()
+        self._thread = vital(self._run, "emitter")
 
     def start(self, generation: Generation) -> None:
         """Hands a generation to the engine; from here on its reply is answered, come what may."""
@@ -113,8 +119,21 @@ class Emitter:
             self._engine.cancel(generation.handle)
 
     def refuse(self, reply: Reply, error: RequestError) -> None:
-        """Answers a whole request with an error."""
-        reply.sender.send(self._error_response(error), flags=self._final)
+        """Answers a whole request with an error.
+
+        This must not fail: a client without an answer waits for ever, and only Triton can give it one when this
+        process ends. Where there was no room for a response, there may be some in a moment.
+        """
+        deadline = time.monotonic() + SEND_PATIENCE_S
+        reply.ended = True
+        while True:
+            try:
+                reply.sender.send(self._error_response(error), flags=self._final)
+                return
+            except Exception as failure:
+                if time.monotonic() > deadline:
+                    end_process(f"a response cannot be sent ({failure}), and its client would wait for ever")
+            time.sleep(SEND_PATIENCE_S / 20)
 
     def acknowledge(self, reply: Reply, decoupled: bool) -> None:
         """Answers a request that has no output; only a decoupled model may do so without a response."""
@@ -173,7 +192,13 @@ class Emitter:
         return generation, output
 
     def _check(self) -> None:
-        self._on_tick()
+        try:
+            self._on_tick()
+            self._cancel_abandoned()
+        except Exception:  # the next check is soon
+            traceback.print_exc()
+
+    def _cancel_abandoned(self) -> None:
         replies: dict[Reply, list[Generation]] = {}
         with self._changed:
             for generation in self._active:
@@ -190,7 +215,9 @@ class Emitter:
             with self._changed:
                 self._active.discard(generation)
             reply.open_rows -= 1
-            self._on_finish(output)
+            self._note_end(output)
+        if reply.ended:
+            return
         flags = self._final if ended and not reply.open_rows else 0
         try:
             response = (
@@ -201,9 +228,27 @@ class Emitter:
         except Exception as error:  # a bug of ours must not take the emitter, and so every client, with it
             response = self._error_response(RequestError(Code.INTERNAL, f"response not written: {error!r}"))
         generation.first = False
-        reply.sender.send(response, flags=flags)
+        try:
+            reply.sender.send(response, flags=flags)
+        except Exception as error:
+            self._give_up(reply, error)
         if ended:
             self.gate.leave()
+
+    def _note_end(self, output: RequestOutput) -> None:
+        try:
+            self._on_finish(output)
+        except Exception:  # its metrics; the client has its answer all the same
+            traceback.print_exc()
+
+    def _give_up(self, reply: Reply, error: Exception) -> None:
+        """A response could not be sent, with /dev/shm full for instance: the request ends here, with an error."""
+        print(f"a response could not be sent: {error}", file=sys.stderr, flush=True)
+        with self._changed:
+            rest = [generation for generation in self._active if generation.reply is reply]
+        for generation in rest:
+            self._cancel(generation)
+        self.refuse(reply, RequestError(Code.UNAVAILABLE, f"a response could not be sent: {error}"))
 
     def _error_response(self, error: RequestError) -> Any:
         code = getattr(self._pb.TritonError, error.code.value)

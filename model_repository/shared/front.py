@@ -6,9 +6,11 @@ decoupled answers with exactly one, and so takes neither streams nor batches.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from model_repository.shared import responses
@@ -18,6 +20,10 @@ from model_repository.shared.responses import ResponseWriter
 from model_repository.shared.tensors import Inputs, Options
 from model_repository.shared.vocabulary import Vocabulary
 from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError, RequestOutput
+
+LONG_PROMPT = 2**14
+"""Bytes from which on a prompt is tokenised aside, some milliseconds of work: shorter ones shall not wait for it."""
+LONG_PROMPTS_AT_ONCE = 2
 
 
 class Door(Protocol):
@@ -51,7 +57,7 @@ class TextDoor:
         bad_words = inputs.words("bad_words", row)
         return inputs.generation(
             row,
-            prompt_ids=vocabulary.encode_prompt(inputs.text(row)),
+            prompt_ids=vocabulary.encode_prompt(inputs.text(row, vocabulary.most_bytes(info.max_seq_len))),
             stop=stops.texts,
             stop_ids=stops.tokens,
             bad_ids=tuple(tuple(ids) for word in bad_words for ids in vocabulary.bad_ids(word, spaced)),
@@ -127,25 +133,42 @@ class Front:
         self._decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self._writer = ResponseWriter(pb_utils, model_config)
         self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._long = ThreadPoolExecutor(LONG_PROMPTS_AT_ONCE, "long-prompt")
 
     def execute(self, requests: list[Any]) -> None:
-        """Returns before anything is generated."""
+        """Returns before anything is generated, and before a long prompt is tokenised."""
         for request in requests:
             reply = Reply(request.get_response_sender())
-            try:
+            with self._answering(reply):
                 inputs = self._door.inputs(request, self._lane)
                 if inputs.stops():
                     self._stop(reply, self._name(request))
                     continue
                 self._emitter.gate.check()
-                generations = self._generations(reply, request, inputs)
-            except RequestError as error:
-                self._emitter.refuse(reply, error)
-            except Exception as error:  # whatever a client has sent, the next one is served
-                self._emitter.refuse(reply, RequestError(Code.INTERNAL, f"request not understood: {error!r}"))
-            else:
-                for generation in generations:
-                    self._emitter.start(generation)
+                if inputs.num_text_bytes > LONG_PROMPT:
+                    names = request.requested_output_names()
+                    self._long.submit(self._start, reply, names, inputs.copy(), self._name(request))
+                else:
+                    self._start(reply, request.requested_output_names(), inputs, self._name(request))
+
+    @contextlib.contextmanager
+    def _answering(self, reply: Reply) -> Iterator[None]:
+        """Whatever goes wrong with a request is its answer, and the next one is served."""
+        try:
+            yield
+        except RequestError as error:
+            self._emitter.refuse(reply, error)
+        except Exception as error:
+            self._emitter.refuse(reply, RequestError(Code.INTERNAL, f"request not understood: {error!r}"))
+
+    def _start(self, reply: Reply, requested: list[str], inputs: Inputs, name: str) -> None:
+        with self._answering(reply):
+            generations = self._generations(reply, requested, inputs, name)
+            for generation in generations:
+                self._emitter.start(generation)
+
+    def close(self) -> None:
+        self._long.shutdown(wait=False, cancel_futures=True)
 
     def _name(self, request: Any) -> str:
         """The request's id, as the engine shall know it: both doors have the same engine and may see the same id."""
@@ -162,8 +185,8 @@ class Front:
             raise RequestError(Code.CANCELLED, "Request cancelled by client")
         self._emitter.acknowledge(reply, self._decoupled)
 
-    def _generations(self, reply: Reply, request: Any, inputs: Inputs) -> list[Generation]:
-        info, requested, name = self._info(), request.requested_output_names(), self._name(request)
+    def _generations(self, reply: Reply, requested: list[str], inputs: Inputs, name: str) -> list[Generation]:
+        info = self._info()
         if inputs.rows > 1 and not self._decoupled:
             raise RequestError(
                 Code.UNSUPPORTED,

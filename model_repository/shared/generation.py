@@ -40,6 +40,7 @@ class Progress:
     metrics: PerfMetrics
     """Starts with the arrival time; times are filled in as they come."""
     num_tokens: int = 0
+    num_emitted: int = 0
     cum_log_prob: float = 0.0
     cancelled: bool = False
     finished: bool = False
@@ -100,8 +101,11 @@ class Progress:
             self.on_output(RequestOutput(finish_reason=FinishReason.ERROR, error=error))
 
     def _emit(self, release: Release, reason: FinishReason | None = None) -> None:
-        count = len(release.token_ids)
-        log_probs, self._held_log_probs = self._held_log_probs[:count], self._held_log_probs[count:]
+        log_probs = release.told(self._held_log_probs, 0.0)
+        if release.stopped:  # what the stop word drops counts nowhere
+            self.cum_log_prob += sum(log_probs) - sum(self._held_log_probs)
+        self._held_log_probs = self._held_log_probs[len(log_probs) :]
+        self.num_emitted += len(release.token_ids)
         wanted = self.request.return_log_probs
         self.on_output(
             RequestOutput(
@@ -110,7 +114,7 @@ class Progress:
                 log_probs=log_probs if wanted else [],
                 cum_log_prob=self.cum_log_prob if wanted else 0.0,
                 num_input_tokens=len(self.request.prompt_ids),
-                num_output_tokens=self.num_tokens,
+                num_output_tokens=self.num_emitted,
                 finish_reason=reason,
                 metrics=None if reason is None else self.metrics,
             )

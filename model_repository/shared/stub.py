@@ -11,7 +11,7 @@ from model_repository.settings import SOCKETS_VARIABLE
 from model_repository.shared.bls_engine import BlsEngine
 from model_repository.shared.vocabulary import Vocabulary
 from torch_engine.replicas import Replicas
-from torch_engine.request import ModelInfo
+from torch_engine.request import ModelInfo, RequestError
 
 ENGINE_WAIT_S = 5.0
 
@@ -52,6 +52,12 @@ def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> Rep
         model_dir=values["tokenizer_dir"],
     )
     return BlsEngine(pb_utils, info, vocabulary.bytes, values["engine"], flag(values, "decoupled"))
+
+
+def error_response(pb_utils: Any, error: RequestError) -> Any:
+    """A ``pb_utils.InferenceResponse``."""
+    code = getattr(pb_utils.TritonError, error.code.value)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
 
 
 def flag(values: dict[str, str], name: str, default: str = "true") -> bool:

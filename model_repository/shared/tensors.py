@@ -223,12 +223,30 @@ class Inputs:
     def refuse(self, name: str, problem: str) -> NoReturn:
         raise RequestError(Code.INVALID_ARG, f"{self._labels.get(name, name)} {problem}")
 
-    def text(self, row: int) -> str:
-        """The prompt. Raises RequestError if it is missing, empty or not UTF-8."""
+    @property
+    def num_text_bytes(self) -> int:
+        """Of all prompts in the batch."""
+        prompts = self._values.get("text_input", np.zeros(0))
+        return sum(len(prompt) for prompt in prompts.ravel().tolist() if isinstance(prompt, bytes))
+
+    def copy(self) -> Inputs:
+        """The same with arrays of its own: Triton's may end with the call that brought them."""
+        made = Inputs({})
+        made._values = {name: value.copy() for name, value in self._values.items()}
+        made._labels, made.rows = self._labels, self.rows
+        return made
+
+    def text(self, row: int, most_bytes: int) -> str:
+        """The prompt. Raises RequestError if it is missing, empty, longer than ``most_bytes`` or not UTF-8."""
         self.row("text_input", row)
         data = self.scalar("text_input", row)
         if not data:
             self.refuse("text_input", "is empty: give at least one character")
+        if len(data) > most_bytes:
+            self.refuse(
+                "text_input",
+                f"has {len(data)} bytes: the longest prompt that fits this model's context has {most_bytes}",
+            )
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -242,6 +260,8 @@ class Inputs:
             return words.parse(self.row(name, row).ravel().tolist(), self.contract.json_words)
         except UnicodeDecodeError as error:
             self.refuse(name, f"has a word that is not UTF-8: {error.reason} at byte {error.start}")
+        except ValueError as error:
+            self.refuse(name, str(error))
 
     def word_ids(self, name: str, row: int) -> list[list[int]]:
         """``stop_words`` or ``bad_words`` as token ids (the ``[2, N]`` form)."""
@@ -250,7 +270,7 @@ class Inputs:
         try:
             return words.unpack(self.row(name, row))
         except ValueError as error:
-            self.refuse(name, f"is malformed: {error}")
+            self.refuse(name, str(error))
 
     def prompt_ids(self, row: int, vocab_size: int) -> list[int]:
         """``input_ids`` cut to ``input_lengths``."""

@@ -40,10 +40,11 @@ from torch_engine.request import (
     SamplingParams,
 )
 from torch_engine.text import TokenBytes
+from torch_engine.threads import vital
 
 THREADS_VARIABLE = "FLIGHTLINE_BASELINE_THREADS"
-_GATHER_S = 0.005
-"""The requests of one Triton batch are handed over within this time."""
+_GATHER_S = 0.02
+"""A static batch is only ever filled if the first request waits for others a little."""
 
 
 class TransformersEngine:
@@ -79,8 +80,7 @@ class TransformersEngine:
         self._jobs: dict[int, Progress] = {}
         self._closed = False
         warm: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(warm,), name="generate", daemon=True)
-        self._thread.start()
+        self._thread = vital(self._run, "generate", warm)
         warm.result()
 
     def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int:

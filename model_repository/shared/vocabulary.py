@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,12 @@ from tokenizers import Tokenizer
 
 from torch_engine.request import Code, RequestError
 from torch_engine.text import TokenBytes
+
+LONG_TEXT = 2**18
+"""Characters from which on tokenising takes so much memory that it matters where it goes."""
+
+# A pool of threads in every stub, for batches of one text.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Stops(NamedTuple):
@@ -27,6 +35,9 @@ class Vocabulary:
         folder = Path(model_dir)
         self.bytes = TokenBytes.from_dir(folder)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # A file may say how prompts were cut and padded in training. Like Transformers, we do neither.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._add_special_tokens = add_special_tokens
         names = _read_json(folder / "tokenizer_config.json")
         self.bos_id = self._id_of(names.get("bos_token"))
@@ -38,9 +49,20 @@ class Vocabulary:
         content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self._tokenizer.token_to_id(content)
 
+    def most_bytes(self, max_seq_len: int) -> int:
+        """Bytes of the longest text that can fit ``max_seq_len`` tokens, if each were the longest there is."""
+        return max_seq_len * self.bytes.longest
+
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with one BOS where the model wants one, even if the text has its own."""
-        ids = self._tokenizer.encode(text, add_special_tokens=self._add_special_tokens).ids
+        """Token ids of a prompt, with one BOS where the model wants one, even if the text has its own.
+
+        Other threads go on meanwhile: tokenizers lets go of the interpreter for a batch, and for nothing else.
+        """
+        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=self._add_special_tokens)
+        ids = encoded.ids
+        del encoded
+        if len(text) > LONG_TEXT:
+            _give_memory_back()
         if len(ids) > 1 and self.bos_id is not None and ids[0] == ids[1] == self.bos_id:
             return ids[1:]
         return ids
@@ -75,8 +97,17 @@ class Vocabulary:
         return self._tokenizer.encode(word, add_special_tokens=False).ids
 
     def bad_ids(self, word: str, spaced: bool) -> list[list[int]]:
-        """Token sequences of a word: as it stands, and if ``spaced`` after a space."""
+        """Token sequences of a word: as it stands, and if ``spaced`` after a space.
+
+        Raises:
+            RequestError: the tokenizer makes nothing of the word.
+        """
         bare = self.word_ids(word)
+        if not bare:
+            raise RequestError(
+                Code.INVALID_ARG,
+                f"bad_words holds {word!r}, which no tokens of this model spell: leave it out",
+            )
         if not spaced:
             return [bare]
         after_space, space = self.word_ids(" " + word), self.word_ids(" ")
@@ -93,6 +124,13 @@ class Vocabulary:
             for token in self._tokenizer.encode(word, add_special_tokens=True).ids if word else []:
                 sums[token] = sums.get(token, 0.0) + weight
         return tuple(sorted(sums.items()))
+
+
+def _give_memory_back() -> None:
+    """To the system: the C library keeps what the tokenizer has freed, 60 bytes for each of a prompt."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
 
 
 def _read_json(path: Path) -> dict:

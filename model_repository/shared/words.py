@@ -11,6 +11,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+MOST_WORDS = 1024
+MOST_BYTES = 16_384
+"""Of one list as it is sent. Each word is tokenised and looked for, and thousands are never meant."""
+MOST_TOKEN_WORDS = 4 * MOST_WORDS
+MOST_TOKENS = 4 * MOST_BYTES
+"""Of a list of token ids, in which a word may stand in several spellings."""
+
 
 def parse(elements: Iterable[bytes], json_lists: bool) -> list[str]:
     """Words in one row of a ``stop_words``/``bad_words`` tensor.
@@ -18,13 +25,23 @@ def parse(elements: Iterable[bytes], json_lists: bool) -> list[str]:
     An element is a word, or with ``json_lists`` a JSON list of words; "" is none.
 
     Raises:
-        ValueError: an element is not UTF-8.
+        UnicodeDecodeError: an element is not UTF-8.
+        ValueError: too many words or bytes.
     """
+    elements = list(elements)
+    _limit(sum(map(len, elements)), MOST_BYTES, "bytes")
     words: list[str] = []
     for element in elements:
         text = element.decode("utf-8")
         words += (json_lists and _json_list(text)) or [text]
-    return [word for word in words if word]
+    words = [word for word in words if word]
+    _limit(len(words), MOST_WORDS, "words")
+    return words
+
+
+def _limit(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ValueError(f"has {count} {what}: at most {most} are allowed")
 
 
 def _json_list(text: str) -> list[str] | None:
@@ -32,8 +49,8 @@ def _json_list(text: str) -> list[str] | None:
         return None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
-        return None  # a word that happens to begin with a bracket
+    except (json.JSONDecodeError, RecursionError):
+        return None  # a word that happens to begin with a bracket, or with a thousand
     return value if value and all(isinstance(word, str) for word in value) else None
 
 
@@ -53,8 +70,10 @@ def unpack(packed: np.ndarray) -> list[list[int]]:
     """One row, int ``[2, N]`` -> token ids of each word.
 
     Raises:
-        ValueError: row 1 is not a list of increasing end offsets within N.
+        ValueError: row 1 is not a list of increasing end offsets within N; too many words or tokens.
     """
+    _limit(packed.shape[-1], MOST_TOKENS, "tokens")
+    _limit(int((packed[1] > 0).sum()), MOST_TOKEN_WORDS, "words")
     tokens, ends = packed.tolist()
     words, start = [], 0
     for end in ends:
@@ -62,7 +81,7 @@ def unpack(packed: np.ndarray) -> list[list[int]]:
             break
         if not start < end <= len(tokens):
             raise ValueError(
-                f"its row 1 must hold increasing end offsets of at most {len(tokens)}, not {ends}"
+                f"is malformed: its row 1 must hold increasing end offsets of at most {len(tokens)}, not {ends}"
             )
         words.append(tokens[start:end])
         start = end

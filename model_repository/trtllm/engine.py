@@ -23,6 +23,7 @@ from torch_engine.request import (
     GenerationRequest,
     ModelInfo,
     PerfMetrics,
+    QueueFull,
     RequestError,
     RequestOutput,
 )
@@ -62,6 +63,8 @@ class LlmEngine:
         )
         self._record: dict[str, Any] = {}
         self._generated = 0
+        self.failed_steps = 0
+        """Requests in a row that TensorRT-LLM failed."""
         self._results: dict[Key, Any] = {}
         self._outputs: list[tuple[Key, RequestOutput]] = []
         self._produced = threading.Condition()
@@ -83,10 +86,9 @@ class LlmEngine:
         """Starts a request. Raises RequestError: too many are waiting, or it cannot be expressed."""
         limit = self.config.max_batch_size + self.config.max_queue_size
         if len(self.sequences) >= limit:
-            raise RequestError(
-                Code.UNAVAILABLE,
+            raise QueueFull(
                 f"the queue is full: {self.config.max_queue_size} requests are waiting, no more may; "
-                "try again later",
+                "try again later"
             )
         arguments = llm_api.sampling_arguments(
             request, self.info.end_ids, self._tokens, self._habits, self._guides
@@ -119,6 +121,8 @@ class LlmEngine:
         for key, output in outputs:
             if output.finish_reason is not None:
                 self.sequences.pop(key, None)
+                failed = output.error is not None and output.error.code is Code.INTERNAL
+                self.failed_steps = self.failed_steps + 1 if failed else 0
         return outputs
 
     def close(self) -> None:

@@ -24,8 +24,19 @@ PATIENCE_S = 120.0
 """Only a hang takes longer, on however busy a machine."""
 
 
+@dataclass(frozen=True)
+class Raw:
+    """The content of a BYTES tensor [1, 1] as it shall travel, right or wrong."""
+
+    content: bytes
+
+
 def tensor(name: str, value: Any) -> grpcclient.InferInput:
     """A NumPy array as it is; anything else as [1, n] of the type that the contract gives the name."""
+    if isinstance(value, Raw):
+        made = grpcclient.InferInput(name, [1, 1], "BYTES")
+        made._raw_content = value.content
+        return made
     if not isinstance(value, np.ndarray):
         values = value if isinstance(value, list) else [value]
         first = values[0]

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 from model_repository.serve import Server
-from tests.model_repository.doors import Call, GrpcError, ask, idle, post, wait_until
+from tests.model_repository.doors import Call, GrpcError, Raw, ask, idle, post, wait_until
 from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
 
 GOOD: dict[str, Any] = {"text_input": "the dog", "max_tokens": 4}
-LONG = "the dog " * CONTEXT
+LONG = "QZ" * CONTEXT
+HUGE = "the dog " * 500_000
 NAN, BYTES = float("nan"), np.object_
 
 BAD = [
     pytest.param({"text_input": ""}, "text_input.* is empty", id="empty prompt"),
     pytest.param(
         {"text_input": LONG}, r"(text_input|input_ids).* tokens: it must have fewer than", id="long prompt"
+    ),
+    pytest.param(
+        {"text_input": HUGE},
+        r"text_input.* has 4000000 bytes: the longest prompt that fits",
+        id="huge prompt",
+    ),
+    pytest.param(
+        {"stop_words": ["a"] * 1025}, "stop_words.* has 1025 words: at most 1024", id="too many stop words"
+    ),
+    pytest.param(
+        {"bad_words": "a" * 16_385}, "bad_words.* has 16385 bytes: at most 16384", id="too long a bad word"
+    ),
+    pytest.param(
+        {"text_input": Raw(b"\xff\xff\xff\xff")}, "text_input|string|QUERY", id="bytes that are no string"
     ),
     pytest.param({"max_tokens": 0}, "max_tokens.* is 0: it must be at least 1", id="no tokens"),
     pytest.param({"max_tokens": -3}, "max_tokens.* is -3", id="negative tokens"),
@@ -58,6 +76,9 @@ BAD = [
 ]
 
 
+NASTY = {"huge prompt", "too many stop words", "too long a bad word", "bytes that are no string"}
+
+
 @pytest.mark.parametrize("door", ["ensemble", "text_generation", "hf_baseline"])
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_requests(served: Server, door: str, change: dict[str, Any], message: str) -> None:
@@ -82,6 +103,45 @@ def test_an_input_is_missing_but_their_number_is_right(served: Server, door: str
     inputs = {name: value for name, value in {**GOOD, "top_k": 3}.items() if name != missing}
     with pytest.raises(GrpcError, match=f"{missing} is missing"):
         Call(served, door, inputs).read()
+
+
+@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
+def test_good_requests_beside_bad_ones(served: Server, door: str) -> None:
+    """Bad ones without a pause through both ports; not one good answer is lost or changed."""
+    words = {"stop_words": "[" * 1000, "bad_words": "[" * 1000}
+    bad = [{**GOOD, **words}, *({**GOOD, **case.values[0]} for case in BAD if case.id in NASTY)]
+    expected = ask(served, door, "the fox", 24, end_id=-1).text
+    over, sent = threading.Event(), []
+
+    def pester(inputs: dict[str, Any]) -> None:
+        while not over.is_set():
+            with contextlib.suppress(GrpcError):
+                Call(served, door, inputs).read()
+            sent.append(1)
+
+    def pester_over_http() -> None:
+        while not over.is_set():
+            assert post(served, door, {**GOOD, "text_input": HUGE}).status == 400
+            sent.append(1)
+
+    with ThreadPoolExecutor(8) as pool:
+        pests = [pool.submit(pester, inputs) for inputs in bad] + [pool.submit(pester_over_http)]
+        try:
+            answers = [
+                Call(served, door, {"text_input": "the fox", "max_tokens": 24, "end_id": -1})
+                for _ in range(4)
+            ]
+            for _ in range(24):
+                answers.append(Call(served, door, {"text_input": "the fox", "max_tokens": 24, "end_id": -1}))
+                assert answers.pop(0).read().text == expected
+            for answer in answers:
+                assert answer.read().text == expected
+        finally:
+            over.set()
+        for pest in pests:
+            pest.result()
+    assert len(sent) > len(pests)
+    wait_until(lambda: idle(served))
 
 
 @pytest.mark.parametrize("door", ["ensemble", "text_generation"])

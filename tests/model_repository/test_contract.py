@@ -39,7 +39,7 @@ VALUES = {
     "baseline_model_dir": "/baseline",
     "baseline_dtype": "bfloat16",
     "baseline_max_batch_size": "1",
-    "baseline_queue_delay_microseconds": "0",
+    "engine_batching": "",
     "model_name": "tiny",
     "engine_parameters": "",
     "end_ids_as_stop_words": "false",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from model_repository.shared.emitter import Emitter, Generation, Reply
-from torch_engine.request import GenerationRequest
+from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
+from torch_engine.threads import STATUS
 
 
 class SlowEngine:
@@ -47,4 +54,111 @@ def test_a_client_that_goes_while_its_request_is_handed_over() -> None:
     emitter.start(generation)
     assert engine.told.wait(30) and engine.cancelled == ["handle"]
     assert emitter._thread.is_alive()
+    emitter.close()
+
+
+class Answering:
+    """An engine that says one word at once, and the last one when asked to."""
+
+    def __init__(self) -> None:
+        self.callbacks: list = []
+        self.cancelled: list[int] = []
+
+    def submit(self, request, on_output):
+        self.callbacks.append(on_output)
+        on_output(RequestOutput(text="first"))
+        return len(self.callbacks) - 1
+
+    def cancel(self, handle) -> None:
+        self.cancelled.append(handle)
+
+    def stop(self, request_id: str) -> None: ...
+
+
+class Sender:
+    """Collects responses; fails as long as it is told to."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.sent: list[tuple[object, int]] = []
+        self.ended = threading.Event()
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def send(self, response: object = None, flags: int = 0) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("no space left in shared memory")
+        self.sent.append((response, flags))
+        if flags:
+            self.ended.set()
+
+
+def triton() -> SimpleNamespace:
+    codes = {code.value: code.value for code in Code}
+    error = type(
+        "TritonError", (), {**codes, "__init__": lambda self, message, code: setattr(self, "code", code)}
+    )
+    return SimpleNamespace(
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, InferenceResponse=lambda error: error, TritonError=error
+    )
+
+
+def test_a_response_that_cannot_be_sent_ends_its_own_request() -> None:
+    engine, bad, good = Answering(), Sender(failures=3), Sender()
+    emitter = Emitter(triton(), engine)
+    for sender in (bad, good):
+        emitter.start(
+            Generation(Reply(sender), GenerationRequest([1], 1), True, lambda output, first: output.text)
+        )
+    assert bad.ended.wait(30)
+    (response, flags), *rest = bad.sent
+    assert (response.code, flags, rest) == ("UNAVAILABLE", 1, [])
+    assert engine.cancelled == [0]
+    for callback in engine.callbacks:
+        callback(RequestOutput(text="last", finish_reason=FinishReason.LENGTH))
+    assert good.ended.wait(30)
+    assert [response for response, _ in good.sent][-1] in ("last", "firstlast")
+    assert len(bad.sent) == 1
+    emitter.close()
+
+
+HANGS = """
+import threading, time
+from model_repository.shared.emitter import Emitter, Generation, Reply
+from tests.model_repository.test_emitter import Answering, Sender, triton
+from torch_engine.request import GenerationRequest
+emitter = Emitter(triton(), Answering())
+emitter.start(Generation(Reply(Sender(failures=10**9)), GenerationRequest([1], 1), True, lambda output, first: ""))
+time.sleep(60)
+"""
+
+
+def test_where_nothing_can_be_sent_the_process_ends_and_triton_answers() -> None:
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", HANGS],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert run.returncode == STATUS
+    assert "a response cannot be sent (no space left in shared memory)" in run.stderr
+
+
+def test_checks_that_fail_do_not_end_the_emitter(capsys: pytest.CaptureFixture[str]) -> None:
+    ticks = threading.Semaphore(0)
+
+    def tick() -> None:
+        ticks.release()
+        raise RuntimeError("metrics")
+
+    emitter = Emitter(triton(), Answering(), check_period_s=0.01, on_tick=tick)
+    assert all(ticks.acquire(timeout=30) for _ in range(3))
+    sender = Sender()
+    emitter.refuse(Reply(sender), RequestError(Code.INVALID_ARG, "no"))
+    assert sender.ended.is_set()
     emitter.close()

@@ -101,12 +101,12 @@ def test_prompt_must_leave_room() -> None:
 )
 def test_prompt_must_be_text(value: np.ndarray, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Inputs({"text_input": value}).text(0)
+        Inputs({"text_input": value}).text(0, 100)
 
 
 def test_missing_prompt() -> None:
     with pytest.raises(RequestError, match="text_input is missing"):
-        Inputs({"max_tokens": number(1)}).text(0)
+        Inputs({"max_tokens": number(1)}).text(0, 100)
 
 
 @pytest.mark.parametrize(

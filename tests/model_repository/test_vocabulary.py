@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from model_repository.shared.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
@@ -45,3 +45,22 @@ def test_bad_words_have_no_bos_and_cover_the_word_after_a_space(vocabulary: Voca
     assert b"dog" in spelled
     assert len(spelled) == 1 or b" dog" in spelled
     assert all(vocabulary.bos_id not in ids for ids in vocabulary.bad_ids("dog", spaced=True))
+
+
+def test_a_word_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    """A vocabulary without control characters, like that of SmolLM2; taken for a word, it would end the engine."""
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "<pad>": 2, "▁": 3, "a": 4}, merges=[]))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    save_tokenizer(tokenizer, tmp_path)
+    vocabulary = Vocabulary(tmp_path)
+    assert vocabulary.bad_ids("a", spaced=True) == [[4]]
+    with pytest.raises(RequestError, match=r"bad_words holds '\\x04', which no tokens of this model spell"):
+        vocabulary.bad_ids("\x04", spaced=True)
+    with pytest.raises(RequestError, match="stop_words holds"):
+        vocabulary.stop_ids("\x04")
+
+
+def test_no_prompt_longer_than_the_longest_tokens_can_fit(vocabulary: Vocabulary) -> None:
+    longest = max(len(vocabulary.bytes[token]) for token in range(len(vocabulary.bytes)))
+    assert vocabulary.most_bytes(100) == 100 * max(longest, len("</s>"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -50,3 +52,29 @@ def test_nvidia_takes_a_word_as_it_stands() -> None:
 def test_words_must_be_text() -> None:
     with pytest.raises(UnicodeDecodeError):
         words.parse([b"\xff"], json_lists=True)
+
+
+@pytest.mark.parametrize("element", [b"[" * 1000, b"[" * 10_000])
+def test_a_thousand_brackets_are_a_word(element: bytes) -> None:
+    assert words.parse([element], json_lists=True) == [element.decode()]
+
+
+@pytest.mark.parametrize(
+    ("elements", "message"),
+    [
+        ([b"a"] * 1025, "has 1025 words: at most 1024 are allowed"),
+        ([json.dumps(["a"] * 1025).encode()], "has 1025 words: at most 1024 are allowed"),
+        ([b"a" * 16_000, b"b" * 385], "has 16385 bytes: at most 16384 are allowed"),
+    ],
+)
+def test_words_have_caps(elements: list[bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        words.parse(elements, json_lists=True)
+    assert words.parse([b"a"] * 1024, json_lists=True) == ["a"] * 1024
+
+
+def test_token_lists_have_caps() -> None:
+    with pytest.raises(ValueError, match="has 65537 tokens: at most 65536 are allowed"):
+        words.unpack(np.zeros((2, 65_537), np.int32))
+    with pytest.raises(ValueError, match="has 4097 words: at most 4096 are allowed"):
+        words.unpack(np.stack([np.ones(4097, np.int32), np.arange(1, 4098, dtype=np.int32)]))

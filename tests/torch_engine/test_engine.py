@@ -216,6 +216,19 @@ def test_stop_words_end_the_output(make_engine) -> None:
     assert output.num_output_tokens == len(output.token_ids)
 
 
+def test_a_stop_word_inside_a_token_leaves_ids_and_log_probs_in_agreement(make_engine) -> None:
+    engine = make_engine()
+    free = one(engine, max_tokens=30, return_log_probs=True)
+    pieces = [engine.tokens[token] for token in free.token_ids]
+    number = next(n for n, piece in enumerate(pieces) if n and len(piece) > 2 and piece.isascii())
+    output = one(engine, max_tokens=30, return_log_probs=True, stop=(pieces[number][2:],))
+    assert output.finish_reason is FinishReason.STOP
+    assert output.num_output_tokens == len(output.token_ids) == len(output.log_probs)
+    kept = len(output.token_ids) - len(engine.tokens.spell(pieces[number][:2]))
+    assert output.log_probs[: kept + 1] == pytest.approx(free.log_probs[: kept + 1], abs=1e-4)
+    assert output.cum_log_prob == pytest.approx(sum(output.log_probs))
+
+
 def test_bad_words_never_appear(make_engine) -> None:
     engine = make_engine()
     free = one(engine, max_tokens=10).token_ids

@@ -10,6 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from model_repository.shared import stub
+from torch_engine.request import Code, RequestError
 from torch_engine.text import TokenBytes
 
 
@@ -18,7 +19,17 @@ class TritonPythonModel:
         self._bytes = TokenBytes.from_dir(stub.parameters(args)["tokenizer_dir"])
 
     def execute(self, requests: list) -> list:
-        return [self._decode(request) for request in requests]
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: object) -> object:
+        try:
+            return self._decode(request)
+        except RequestError as error:
+            return stub.error_response(pb_utils, error)
+        except Exception as error:  # others share the batch
+            return stub.error_response(
+                pb_utils, RequestError(Code.INTERNAL, f"request not understood: {error!r}")
+            )
 
     def _decode(self, request: object) -> object:
         """int32 [batch, beams, n] and lengths [batch, beams] -> bytes [batch * beams], without a batch dimension
@@ -26,9 +37,10 @@ class TritonPythonModel:
         tokens = _array(request, "TOKENS_BATCH")
         lengths = _array(request, "SEQUENCE_LENGTH")
         if tokens is None or lengths is None or tokens.shape[:2] != lengths.shape:
-            message = "TOKENS_BATCH and SEQUENCE_LENGTH are required, with the same batch and beam dimensions"
-            error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
-            return pb_utils.InferenceResponse(error=error)
+            raise RequestError(
+                Code.INVALID_ARG,
+                "TOKENS_BATCH and SEQUENCE_LENGTH are required, with the same batch and beam dimensions",
+            )
         texts = np.empty(lengths.shape, dtype=np.object_)
         for at, length in np.ndenumerate(lengths):
             texts[at] = self._bytes.decode(tokens[at][: max(length, 0)].tolist()).encode("utf-8")

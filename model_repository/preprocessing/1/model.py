@@ -10,7 +10,7 @@ from model_repository.shared.contract import NVIDIA
 from model_repository.shared.gate import Gate
 from model_repository.shared.tensors import ENGINE, Inputs
 from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.request import RequestError
+from torch_engine.request import Code, RequestError
 
 
 class TritonPythonModel:
@@ -18,6 +18,7 @@ class TritonPythonModel:
         values = stub.parameters(args)
         self._vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
         self._lane = values["lane"]
+        self._most_bytes = self._vocabulary.most_bytes(int(values["max_seq_len"]))
         self._end_ids_as_stop_words = stub.flag(values, "end_ids_as_stop_words")
         self._gate = Gate.of_server()
 
@@ -29,8 +30,11 @@ class TritonPythonModel:
             self._gate.check()
             outputs = self._encode(Inputs.of(request, self._lane, NVIDIA))
         except RequestError as error:
-            code = getattr(pb_utils.TritonError, error.code.value)
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
+            return stub.error_response(pb_utils, error)
+        except Exception as error:  # whatever a client has sent, the others are served
+            return stub.error_response(
+                pb_utils, RequestError(Code.INTERNAL, f"request not understood: {error!r}")
+            )
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in outputs.items()])
 
     def _encode(self, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -38,7 +42,7 @@ class TritonPythonModel:
         vocabulary, rows = self._vocabulary, range(inputs.rows)
         eos = -1 if vocabulary.eos_id is None else vocabulary.eos_id
         pad = eos if vocabulary.pad_id is None else vocabulary.pad_id
-        prompts = [vocabulary.encode_prompt(inputs.text(row)) for row in rows]
+        prompts = [vocabulary.encode_prompt(inputs.text(row, self._most_bytes)) for row in rows]
         prompt_ids = np.full((len(prompts), max(map(len, prompts))), pad, dtype=np.int32)
         for row, ids in enumerate(prompts):
             prompt_ids[row, : len(ids)] = ids

@@ -1,0 +1,111 @@
+"""What one request may cost the others at a door that all share."""
+
+from __future__ import annotations
+
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from model_repository.shared.emitter import Emitter
+from model_repository.shared.front import LONG_PROMPT, Front
+from tests.model_repository.test_emitter import Answering, Sender, triton
+from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
+
+CONFIG = json.dumps({"name": "text_generation", "output": []})
+
+
+class Request:
+    """Like Triton's, of which the arrays must not be used when ``execute`` has returned."""
+
+    def __init__(self, sender: Sender, **inputs: np.ndarray) -> None:
+        self._sender, self._inputs = sender, inputs
+
+    def get_response_sender(self) -> Sender:
+        return self._sender
+
+    def inputs(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(name=lambda name=name: name, as_numpy=lambda value=value: value)
+            for name, value in self._inputs.items()
+        ]
+
+    def parameters(self) -> str:
+        return ""
+
+    def request_id(self) -> str:
+        return "one"
+
+    def requested_output_names(self) -> list[str]:
+        return []
+
+    def spoil(self) -> None:
+        for value in self._inputs.values():
+            value[:] = 0
+
+
+class Door:
+    """Tokenises as long as it is told to, and counts what it has read."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+
+    def read(self, inputs, row, info) -> GenerationRequest:
+        if inputs.num_text_bytes > LONG_PROMPT:
+            assert self.go_on.wait(30)
+        if inputs.max_tokens(row) == 13:
+            raise ZeroDivisionError("a fault of ours")
+        return GenerationRequest([1], inputs.max_tokens(row))
+
+    def show(self, prompt_ids, output) -> dict:
+        return {}
+
+
+@pytest.fixture
+def front():
+    pb_utils = triton()
+    pb_utils.InferenceResponse = lambda tensors=None, error=None: error or "text"
+    emitter = Emitter(pb_utils, Answering())
+    made = Front(pb_utils, Door(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG)
+    yield made
+    made.close()
+    emitter.close()
+
+
+def request(text: bytes, max_tokens: int = 4) -> tuple[Request, Sender]:
+    sender = Sender()
+    arrays = {"text_input": np.array([[text]], np.object_), "max_tokens": np.array([[max_tokens]], np.int32)}
+    return Request(sender, **arrays), sender
+
+
+def test_a_long_prompt_is_tokenised_aside(front: Front) -> None:
+    """The call returns at once, the short request behind it starts, and its arrays may go."""
+    engine = front._emitter._engine
+    (long, _), (short, _) = request(b"x" * (LONG_PROMPT + 1), 5), request(b"x")
+    front.execute([long, short])
+    assert len(engine.callbacks) == 1
+    long.spoil()
+    engine.submit, started = (
+        lambda request, on_output: done.append(request) or started.set(),
+        threading.Event(),
+    )
+    done: list[GenerationRequest] = []
+    front._door.go_on.set()
+    assert started.wait(30)
+    assert done[0].max_tokens == 5 and done[0].request_id == "text_generation/one"
+
+
+@pytest.mark.parametrize("text", [b"x", b"x" * (LONG_PROMPT + 1)])
+def test_whatever_fails_is_that_requests_answer(front: Front, text: bytes) -> None:
+    front._door.go_on.set()
+    bad, answer = request(text, max_tokens=13)
+    front.execute([bad])
+    assert answer.ended.wait(30)
+    assert answer.sent[0][0].code == Code.INTERNAL.value
+    front._info = lambda: (_ for _ in ()).throw(RequestError(Code.UNAVAILABLE, "no engine"))
+    late, answer = request(text)
+    front.execute([late])
+    assert answer.ended.wait(30)
+    assert answer.sent[0][0].code == Code.UNAVAILABLE.value

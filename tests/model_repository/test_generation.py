@@ -1,0 +1,46 @@
+"""What is told about tokens is the same whichever engine has generated them."""
+
+from __future__ import annotations
+
+import pytest
+
+from model_repository.shared.generation import Progress
+from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
+from torch_engine.sequence import Sequence
+from torch_engine.text import TokenBytes
+
+TOKENS = TokenBytes([b"a", b"b", b"say STOP", b"sa", b"s", b"y", b" ", b"ST", b"OP"])
+
+
+def by_sequence(request: GenerationRequest, ids: list[int]) -> RequestOutput:
+    sequence, whole = Sequence.start("key", request, (), TOKENS, 1), RequestOutput()
+    for token in ids:
+        output = sequence.append(token, -1.0 - token, 2)
+        if output is not None:
+            whole.extend(output)
+    return whole
+
+
+def by_progress(request: GenerationRequest, ids: list[int]) -> RequestOutput:
+    whole = RequestOutput()
+    progress = Progress(request, whole.extend, TOKENS, frozenset(), PerfMetrics())
+    for token in ids:
+        progress.take(token, -1.0 - token)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "count"),
+    [([0, 2], "asay ", 4), ([0, 1, 7, 8], "ab", 2), ([0, 7, 1], "aSTb", 3)],
+    ids=["a word inside a token", "a word of two tokens", "no word"],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_counts_ids_and_log_probs_agree(ids: list[int], text: str, count: int, stream: bool) -> None:
+    request = GenerationRequest([1], 9, stop=(b"STOP",), return_log_probs=True, stream=stream)
+    if text == "aSTb":
+        request = GenerationRequest([1], 3, stop=(b"STOP",), return_log_probs=True, stream=stream)
+    for whole in (by_sequence(request, ids), by_progress(request, ids)):
+        assert whole.finish_reason is (FinishReason.LENGTH if text == "aSTb" else FinishReason.STOP)
+        assert whole.text == text == TOKENS.decode(whole.token_ids)
+        assert whole.num_output_tokens == len(whole.token_ids) == len(whole.log_probs) == count
+        assert whole.cum_log_prob == pytest.approx(sum(whole.log_probs))

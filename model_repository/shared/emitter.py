@@ -217,6 +217,8 @@ class Emitter:
             reply.open_rows -= 1
             self._note_end(output)
         if reply.ended:
+            if ended:
+                self.gate.leave()
             return
         flags = self._final if ended and not reply.open_rows else 0
         try:

@@ -37,6 +37,7 @@ from torch_engine.runner import Runner, Ticket
 from torch_engine.sampling import Sampled
 from torch_engine.scheduler import Chunk, Scheduler
 from torch_engine.sequence import Sequence
+from torch_engine.siblings import Siblings
 from torch_engine.text import TokenBytes
 from torch_engine.weights import Checkpoint
 
@@ -87,6 +88,7 @@ class Engine:
             self.runner = self._runner()
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
         self.scheduler = Scheduler(config, self.blocks)
+        self.siblings = Siblings(config.block_size)
         self.sequences: dict[Any, Sequence] = {}
         self.info = ModelInfo(
             vocab_size=spec.vocab_size,
@@ -131,7 +133,7 @@ class Engine:
         """
         self._validate(request)
         limit = self.config.max_queue_size
-        if limit and len(self.scheduler.waiting) >= limit:
+        if limit and len(self.scheduler.waiting) + len(self.siblings) >= limit:
             raise RequestError(
                 Code.UNAVAILABLE,
                 f"the queue is full: max_queue_size={limit} requests wait already, try again later",
@@ -141,7 +143,8 @@ class Engine:
         self.sequences[key] = sequence
         if not sequence.samples_on_device:
             self._host_sampled.add(key)
-        self.scheduler.add(sequence)
+        if not self.siblings.hold(sequence):
+            self.scheduler.add(sequence)
 
     def _validate(self, request: GenerationRequest) -> None:
         length, limit = len(request.prompt_ids), self.config.max_seq_len
@@ -183,6 +186,7 @@ class Engine:
         lags = self.runner.lags and not self._host_sampled and not self.config.speculation_tokens
         if not lags:
             outputs += self._land()
+        self.scheduler.waiting.extendleft(reversed(self.siblings.release()))
         chunks = self.scheduler.schedule()
         self._count(chunks)
         launched = None
@@ -257,7 +261,8 @@ class Engine:
         return outputs
 
     def _retire(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+        if not self.siblings.forget(sequence):
+            self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self.sequences[sequence.key]
         self._host_sampled.discard(sequence.key)
@@ -309,7 +314,7 @@ class Engine:
         return EngineStats(
             **counts,
             active_requests=len(self.sequences),
-            waiting_requests=len(self.scheduler.waiting),
+            waiting_requests=len(self.scheduler.waiting) + len(self.siblings),
             max_requests=self.config.max_batch_size,
             kv_blocks_max=self.blocks.num_blocks,
             kv_blocks_free=self.blocks.num_free,

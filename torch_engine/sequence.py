@@ -47,6 +47,8 @@ class Sequence:
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
+    sibling: Sequence | None = None
+    """Has the same prompt, and computes it first (:mod:`torch_engine.siblings`)."""
     new_blocks: int = 0
     reused_blocks: int = 0
     num_guessed: int = 0
@@ -65,7 +67,8 @@ class Sequence:
         if request.end_id is not None:
             end_ids = () if request.end_id < 0 else (request.end_id,)
         end_ids = (*end_ids, *request.stop_ids)
-        stream = TextStream(tokens, request.stop, whole=not request.stream)
+        spelled = tokens if request.skip_special_tokens else tokens.with_special
+        stream = TextStream(spelled, request.stop, whole=not request.stream)
         return cls(key, request, frozenset(end_ids), stream, arrival_ns, tokens=list(request.prompt_ids))
 
     def __post_init__(self) -> None:
@@ -83,7 +86,6 @@ class Sequence:
             and not request.bad_ids
             and not (request.min_tokens and request.stop_ids)
             and (not request.min_tokens or request.end_id is None or request.end_id < 0)
-            and not (request.min_tokens and request.stop_ids)
         )
 
     def sampling_state(self, vocab: int) -> SamplingState:
@@ -174,6 +176,7 @@ class Sequence:
             num_output_tokens=self.num_emitted,
             finish_reason=self.finish_reason,
             metrics=self.metrics() if self.finish_reason else None,
+            sequence_index=self.request.sequence_index,
         )
 
     def metrics(self) -> PerfMetrics:
@@ -190,6 +193,17 @@ class Sequence:
         )
 
     # KV blocks ---------------------------------------------------------------------------------
+
+    def num_shareable(self, block_size: int) -> int:
+        """Blocks of the prompt that a sibling can start from: its last token has to be computed to give logits."""
+        return (self.num_prompt - 1) // block_size
+
+    def computed_by_sibling(self, blocks: BlockManager) -> list[int]:
+        """The prompt's blocks in the sibling's table, as far as they are computed."""
+        if self.sibling is None:
+            return []
+        count = min(self.num_shareable(blocks.block_size), self.sibling.num_computed // blocks.block_size)
+        return self.sibling.block_table[:count]
 
     def adopt(self, blocks: BlockManager, cached: list[int]) -> None:
         """Starts on blocks whose content is known."""

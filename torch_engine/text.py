@@ -16,6 +16,7 @@ import codecs
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 SPIECE_SPACE = "\u2581"
@@ -66,8 +67,10 @@ def _whole_text(piece: bytes) -> str | None:
 class TokenBytes:
     """The bytes that each token stands for; special tokens stand for none."""
 
-    def __init__(self, table: list[bytes]) -> None:
+    def __init__(self, table: list[bytes], special: dict[int, bytes] | None = None) -> None:
+        """``special``: what special tokens, which have no bytes, are called."""
         self._table = table
+        self._special = special or {}
         self._texts = [_whole_text(piece) for piece in table]
         self._ids: dict[bytes, int] | None = None
         self._longest = 0
@@ -116,7 +119,12 @@ class TokenBytes:
             table[index] = spell(piece)
         for token in added:
             table[token["id"]] = b"" if token["special"] else token["content"].encode()
-        return cls(table)
+        return cls(table, {token["id"]: token["content"].encode() for token in added if token["special"]})
+
+    @cached_property
+    def with_special(self) -> TokenBytes:
+        """The same with special tokens spelled as they are called (``skip_special_tokens=False``)."""
+        return TokenBytes([self._special.get(token, piece) for token, piece in enumerate(self._table)])
 
     def __len__(self) -> int:
         return len(self._table)

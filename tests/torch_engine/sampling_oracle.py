@@ -37,6 +37,9 @@ WORDS = [
 ]
 """(seed, token id or part number, position, stream, the random word)."""
 
+RARE = (128469, 566, 15, 0, 11)
+"""Of the same form: noise of 19.7, which no uniform number of 24 bits gives. See :func:`rare`."""
+
 NOISE = [
     (0x00000000, 22.8738570),
     (0x00000001, 21.7752446),
@@ -248,6 +251,13 @@ def tail(vocab: int, seed: int = 0) -> np.ndarray:
     """
     row = -np.random.default_rng(seed).uniform(14, 20, vocab).astype(np.float32)
     row[vocab // 2] = 0
+    return row
+
+
+def rare(vocab: int = 1024) -> np.ndarray:
+    """A row from which seed and position of ``RARE`` draw its token, 16 below the other one."""
+    row = np.full(vocab, -np.inf, dtype=np.float32)
+    row[[0, RARE[1]]] = 16, 0
     return row
 
 

@@ -48,8 +48,10 @@ struct SamplingRow {
     float repetition;
 };
 
-typedef double Doubles __attribute__((vector_size(kLanes * 8), aligned(8)));
-typedef int64_t Longs __attribute__((vector_size(kLanes * 8), aligned(8)));
+constexpr int kHalf = kLanes / 2;  // doubles in a vector
+typedef float Narrow __attribute__((vector_size(kHalf * 4), aligned(4)));
+typedef double Doubles __attribute__((vector_size(kHalf * 8), aligned(8)));
+typedef int64_t Longs __attribute__((vector_size(kHalf * 8), aligned(8)));
 
 // e^x in double precision for x <= 0 (below -700: e^-700), as fast_exp with Taylor's polynomial.
 __attribute__((always_inline)) inline Doubles exact_exp(Doubles x) {
@@ -109,6 +111,10 @@ inline double gumbel(uint32_t word) {
 }
 
 constexpr double kMostNoise = 22.88;
+
+// Logarithms of weights that are added up in single precision, and not at all, beside a sum of at least 1: of a
+// vocabulary of a million tokens this leaves out no more than double precision does.
+constexpr double kLittle = -28, kNothing = -52;
 
 // Noise of one stream; ids that come in ascending order cost a generator's call for each four.
 class Noise {
@@ -223,6 +229,26 @@ class Logits {
         }
     }
 
+    // The same as two lists. Without a branch for each token, since of flat rows any may be kept.
+    void collect(uint64_t cut, std::vector<float>& values, std::vector<int32_t>& ids) const {
+        const float least = value_of(cut);
+        const int64_t last = id_of(cut);
+        values.resize(n_ + 1), ids.resize(n_ + 1);
+        float* value = values.data();
+        int32_t* id = ids.data();
+        int64_t count = 0;
+        for (size_t b = 0; b < scratch_.highest.size(); b++) {
+            if (scratch_.highest[b] < least) continue;
+            const int64_t begin = b * kBlock, end = std::min(n_, begin + kBlock);
+            for (int64_t i = begin; i < end; i++) {
+                value[count] = x_[i];
+                id[count] = static_cast<int32_t>(i);
+                count += (x_[i] > least) | ((x_[i] == least) & (i <= last));
+            }
+        }
+        values.resize(count), ids.resize(count);
+    }
+
     // A cut that leaves at least `count` tokens, or all finite ones, and seldom many more; count <= blocks.
     uint64_t roughly(int64_t count) const {
         auto& sorted = scratch_.sorted;
@@ -232,6 +258,7 @@ class Logits {
         return value == -kInfinity ? kFinite : key_of(value, 0xffffffff);
     }
 
+    float highest(int64_t block) const { return scratch_.highest[block]; }
     int64_t blocks() const { return scratch_.highest.size(); }
     const float* data() const { return x_; }
     int64_t size() const { return n_; }
@@ -293,23 +320,24 @@ uint64_t weighed_cut(std::vector<Weighed>& tokens, double before, double target)
     return cut;
 }
 
-// The same cut among all tokens: `weights(i)` are those of the kLanes tokens from i on, `weight(i)` is one's.
+// The same cut among all tokens: `weights(i)` are those of the kHalf tokens from i on, `weight(i)` is one's.
 template <class Weights, class Weight>
 uint64_t binned_cut(const Logits& logits, double target, Scratch& scratch, const Weights& weights, const Weight& weight) {
     constexpr int64_t kBins = int64_t{1} << kBinBits;
     constexpr int kShift = 32 - kBinBits;
     const float* x = logits.data();
-    const int64_t n = logits.size(), whole = n / kLanes * kLanes;
+    const int64_t n = logits.size(), whole = n / kHalf * kHalf;
     scratch.bins.assign(kBins, 0);
-    for (int64_t i = 0; i < whole; i += kLanes) {
+    double* bins = scratch.bins.data();
+    for (int64_t i = 0; i < whole; i += kHalf) {
         const Doubles each = weights(i);
-        for (int lane = 0; lane < kLanes; lane++) scratch.bins[ordered(x[i + lane]) >> kShift] += each[lane];
+        for (int lane = 0; lane < kHalf; lane++) bins[ordered(x[i + lane]) >> kShift] += each[lane];
     }
-    for (int64_t i = whole; i < n; i++) scratch.bins[ordered(x[i]) >> kShift] += weight(i);
+    for (int64_t i = whole; i < n; i++) bins[ordered(x[i]) >> kShift] += weight(i);
     const int64_t last = ordered(-kMost) >> kShift;  // of finite values
     int64_t bin = kBins - 1;
     double before = 0;
-    while (bin > last && before + scratch.bins[bin] < target) before += scratch.bins[bin--];
+    while (bin > last && before + bins[bin] < target) before += bins[bin--];
     auto& tokens = scratch.weighed;
     tokens.clear();
     const uint64_t low = std::max(static_cast<uint64_t>(bin) << (64 - kBinBits), kFinite);
@@ -337,7 +365,7 @@ uint64_t top_p_cut(const Logits& logits, uint64_t cut, double temperature, doubl
     const float* x = logits.data();
     const double max = logits.max(), factor = 1 / temperature;
     const auto weights = [&](int64_t i) {
-        const Floats values = *reinterpret_cast<const Floats*>(x + i);
+        const Narrow values = *reinterpret_cast<const Narrow*>(x + i);
         return exact_exp((__builtin_convertvector(values, Doubles) - max) * factor);
     };
     const auto weight = [&](int64_t i) { return std::exp((x[i] - max) * factor); };
@@ -354,12 +382,22 @@ uint64_t top_p_cut(const Logits& logits, uint64_t cut, double temperature, doubl
         const double mass = collect(cut);
         return weighed_cut(tokens, 0, top_p * mass);
     }
-    const int64_t n = logits.size(), whole = n / kLanes * kLanes;
+    const int64_t n = logits.size();
     Doubles sums = {};
-    for (int64_t i = 0; i < whole; i += kLanes) sums += weights(i);
     double mass = 0;
-    for (int lane = 0; lane < kLanes; lane++) mass += sums[lane];
-    for (int64_t i = whole; i < n; i++) mass += weight(i);
+    for (int64_t b = 0; b < logits.blocks(); b++) {
+        const int64_t begin = b * kBlock, end = std::min(n, begin + kBlock);
+        const double high = (logits.highest(b) - max) * factor;
+        if (high < kNothing) continue;
+        if (high < kLittle) {
+            mass += Logits::sum_exp(x + begin, end - begin, logits.max(), static_cast<float>(temperature));
+            continue;
+        }
+        int64_t i = begin;
+        for (; i + kHalf <= end; i += kHalf) sums += weights(i);
+        for (; i < end; i++) mass += weight(i);
+    }
+    for (int lane = 0; lane < kHalf; lane++) mass += sums[lane];
     const double target = top_p * mass;
     const uint64_t likely = logits.roughly(std::min(kShort, logits.blocks()));
     return collect(likely) < target ? binned_cut(logits, target, scratch, weights, weight)
@@ -394,16 +432,13 @@ int64_t draw(const Logits& logits, uint64_t cut, const SamplingRow& row, int64_t
     if (all) {
         for (int64_t begin = 0; begin < count; begin += kPart) begins.push_back(begin);
     } else {
-        values.clear(), ids.clear();
-        int64_t part = -1;
-        logits.above(cut, [&](int64_t id, float value) {
-            if (id / kPart != part) part = id / kPart, begins.push_back(ids.size());
-            ids.push_back(static_cast<int32_t>(id));
-            values.push_back(value);
-        });
+        logits.collect(cut, values, ids);
         x = values.data();
         count = values.size();
         if (count == 1) return ids[0];
+        for (int64_t i = 0; i < count; i++) {
+            if (i == 0 || ids[i] / kPart != ids[i - 1] / kPart) begins.push_back(i);
+        }
     }
     begins.push_back(count);
     const int64_t parts = begins.size() - 1;

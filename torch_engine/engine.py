@@ -38,6 +38,7 @@ from torch_engine.runner import Runner, SamplingFailed, Ticket
 from torch_engine.sampling import Sampled
 from torch_engine.scheduler import Chunk, Scheduler
 from torch_engine.sequence import Sequence
+from torch_engine.siblings import Siblings
 from torch_engine.text import TokenBytes
 from torch_engine.weights import Checkpoint
 
@@ -88,6 +89,7 @@ class Engine:
             self.runner = self._runner()
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
         self.scheduler = Scheduler(config, self.blocks)
+        self.siblings = Siblings(config.block_size)
         self.sequences: dict[Any, Sequence] = {}
         self.info = ModelInfo(
             vocab_size=spec.vocab_size,
@@ -134,7 +136,7 @@ class Engine:
         """
         self._validate(request)
         limit = self.config.max_queue_size
-        if limit and len(self.scheduler.waiting) >= limit:
+        if limit and len(self.scheduler.waiting) + len(self.siblings) >= limit:
             raise QueueFull(
                 f"the queue is full: max_queue_size={limit} requests wait already, try again later"
             )
@@ -144,6 +146,8 @@ class Engine:
         self.sequences[key] = sequence
         if not sequence.samples_on_device:
             self._host_sampled.add(key)
+        if not self.siblings.hold(sequence):
+            self.scheduler.add(sequence)
 
     def _validate(self, request: GenerationRequest) -> None:
         length, limit = len(request.prompt_ids), self.config.max_seq_len
@@ -186,6 +190,7 @@ class Engine:
         lags = self.runner.lags and not self._host_sampled and not self.config.speculation_tokens
         if not lags:
             outputs += self._land()
+        self.scheduler.waiting.extendleft(reversed(self.siblings.release()))
         chunks = self.scheduler.schedule()
         self._count(chunks)
         launched = None
@@ -264,9 +269,12 @@ class Engine:
 
     @staticmethod
     def _append(sequence: Sequence, token: Sampled, now_ns: int) -> RequestOutput | None:
+        """Takes a token; where none could be chosen the request ends, and its neighbours go on."""
         if token.token_id < 0:
-            raise ArithmeticError("no token can be chosen: the model's logits are not finite")
-        return sequence.append(token.token_id, token.log_prob, now_ns)
+            output = sequence.end(FinishReason.ERROR)
+            output.error = RequestError(Code.INTERNAL, token.error)
+            return output
+        return sequence.append(token.token_id, token.log_prob, now_ns, token.top)
 
     def _take(self, chunk: Chunk, tokens: list[Sampled], now_ns: int) -> Outputs:
         """Appends sampled tokens: the first, and each later one if the token before it was guessed right."""
@@ -287,7 +295,8 @@ class Engine:
         return outputs
 
     def _retire(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+        if not self.siblings.forget(sequence):
+            self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self.sequences[sequence.key]
         self._host_sampled.discard(sequence.key)
@@ -346,7 +355,7 @@ class Engine:
         return EngineStats(
             **counts,
             active_requests=len(self.sequences),
-            waiting_requests=len(self.scheduler.waiting),
+            waiting_requests=len(self.scheduler.waiting) + len(self.siblings),
             max_requests=self.config.max_batch_size,
             kv_blocks_max=self.blocks.num_blocks,
             kv_blocks_free=self.blocks.num_free,

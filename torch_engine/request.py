@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -142,6 +143,29 @@ class GenerationRequest:
     lane_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Tensors of NVIDIA's ``tensorrt_llm`` that only TensorRT-LLM understands (LoRA, guides, ...), [1, ...] each.
     Our own engine gets none: its doors refuse them."""
+    group: str = ""
+    """Names the requests of :meth:`siblings`; empty = it has none."""
+    sequence_index: int = 0
+    """Which of its siblings it is."""
+
+    def siblings(self, count: int) -> list[GenerationRequest]:
+        """``count`` requests for as many answers to this one's prompt, whose KV blocks they share in the engine.
+
+        Each is submitted, cancelled and answered like any request; outputs have its ``sequence_index``. From a seed
+        the answers' own follow: (seed + index) mod 2^64, so that the first is what the request alone would get.
+        """
+        seed, group = self.sampling.seed, uuid.uuid4().hex if count > 1 else ""
+        return [
+            replace(
+                self,
+                sampling=self.sampling
+                if seed is None
+                else replace(self.sampling, seed=(seed + index) % 2**64),
+                group=group,
+                sequence_index=index,
+            )
+            for index in range(count)
+        ]
 
 
 class FinishReason(StrEnum):
@@ -200,6 +224,8 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     metrics: PerfMetrics | None = None
+    sequence_index: int = 0
+    """The request's: which of several answers to a prompt this is about."""
 
     def extend(self, later: RequestOutput) -> None:
         """Merges a later message about the same request into this one: tokens coalesce, none is lost."""
@@ -213,6 +239,7 @@ class RequestOutput:
         self.finish_reason = later.finish_reason
         self.error = later.error
         self.metrics = later.metrics or self.metrics
+        self.sequence_index = later.sequence_index
 
 
 @dataclass(frozen=True)

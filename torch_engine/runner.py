@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from torch_engine.model import Model
-from torch_engine.sampling import Sampled, sample
+from torch_engine.sampling import Sampled, rows_of, sample
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
@@ -41,7 +41,7 @@ class Runner:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
         logits = self.model.forward(self.steps.build(chunks), self.caches)
         try:
-            sampled = sample(logits, sampling, self.model.kernels.argmax) if sampling else []
+            sampled = sample(logits, rows_of(chunks), self.model.kernels) if sampling else []
         except Exception as error:
             raise SamplingFailed(f"{type(error).__name__}: {error}") from error
         return lambda: sampled

@@ -165,7 +165,7 @@ class Scheduler:
         """Starts a waiting sequence if it fits; returns the tokens of its first chunk, 0 if it has to wait."""
         if sequence.num_pending:
             return 0  # preempted with a token in flight: its tokens are not all known
-        cached = self.blocks.match(sequence.tokens)
+        cached = self.blocks.match(sequence.tokens) or sequence.computed_by_sibling(self.blocks)
         computed = len(cached) * self.blocks.block_size
         count = min(len(sequence.tokens) - computed, budget)
         if not self.config.enable_chunked_context and count < len(sequence.tokens) - computed:

@@ -18,6 +18,7 @@ import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,9 +77,16 @@ def _whole_text(piece: bytes) -> str | None:
 class TokenBytes:
     """The bytes that each token stands for; special tokens stand for none."""
 
-    def __init__(self, table: list[bytes], longest_added: int = 0) -> None:
-        """``longest_added``: bytes of the longest added token as it is written in a prompt."""
+    def __init__(
+        self, table: list[bytes], longest_added: int = 0, special: dict[int, bytes] | None = None
+    ) -> None:
+        """
+        Args:
+            longest_added: bytes of the longest added token as it is written in a prompt.
+            special: what special tokens, which have no bytes, are called.
+        """
         self._table = table
+        self._special = special or {}
         self.longest = max(longest_added, *map(len, table), 1)
         """Most bytes of a text that one token can stand for."""
         self._texts = [_whole_text(piece) for piece in table]
@@ -129,7 +137,16 @@ class TokenBytes:
         for token in added:
             # A decoder treats an added token like any other: Gemma's of several spaces is written with their stand-ins.
             table[token["id"]] = b"" if token["special"] else spell(token["content"])
-        return cls(table, max((len(token["content"].encode()) for token in added), default=0))
+        return cls(
+            table,
+            max((len(token["content"].encode()) for token in added), default=0),
+            {token["id"]: token["content"].encode() for token in added if token["special"]},
+        )
+
+    @cached_property
+    def with_special(self) -> TokenBytes:
+        """The same with special tokens spelled as they are called (``skip_special_tokens=False``)."""
+        return TokenBytes([self._special.get(token, piece) for token, piece in enumerate(self._table)])
 
     def __len__(self) -> int:
         return len(self._table)

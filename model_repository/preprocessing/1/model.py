@@ -52,7 +52,7 @@ class TritonPythonModel:
             for row in rows
         ]
         bad = [
-            [ids for word in inputs.words("bad_words", row) for ids in vocabulary.bad_ids(word, spaced=False)]
+            [ids for word in inputs.words("bad_words", row) if (ids := vocabulary.word_ids(word))]
             for row in rows
         ]
         outputs = {

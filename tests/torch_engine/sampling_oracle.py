@@ -274,6 +274,7 @@ EDGES: dict[str, tuple[list[float], SamplingParams, list[int]]] = {
     "top-k above the vocabulary": ([1, 3, 2], SamplingParams(top_k=1000), [0, 1, 2]),
     "top-p's boundary hit exactly": ([0, 0, 0, 0], SamplingParams(top_p=0.5), [0, 1]),
     "top-p just above the boundary": ([0, 0, 0, 0], SamplingParams(top_p=0.50001), [0, 1, 2]),
+    "-0 equals 0": ([0.0, -0.0, -1, 0.0], SamplingParams(top_k=2), [0, 1]),
     "all equal, top-k": ([2] * 9, SamplingParams(top_k=4), [0, 1, 2, 3]),
     "ties at the k-th": ([1, 5, 3, 3, 3, 0], SamplingParams(top_k=3), [1, 2, 3]),
     "ties at the nucleus' end": ([1, 5, 5, 5, -9, 5], SamplingParams(top_p=0.6), [1, 2, 3]),
@@ -331,6 +332,14 @@ def check_distribution(tokens: np.ndarray, expected: np.ndarray, total_variation
         distance = np.abs(seen / draws - p).sum() / 2
         limit = 1.5 * np.sqrt(p * (1 - p) / (2 * math.pi * draws)).sum()
         assert distance <= limit, f"total variation {distance:.5f}, limit {limit:.5f}"
+
+
+def check_groups(tokens: np.ndarray, expected: np.ndarray) -> None:
+    """As :func:`check_distribution` for rows on which each token is rare: by part, and by remainder of the id."""
+    assert not (expected[tokens] == 0).any(), "a token was drawn that is not kept"
+    ids = np.arange(len(expected))
+    for group in (ids // PART, ids % 61):
+        check_distribution(group[tokens], np.bincount(group, weights=expected))
 
 
 def check_tail(tokens: np.ndarray, expected: np.ndarray) -> None:

@@ -27,7 +27,7 @@ from torch_engine.kernels.cuda import CudaKernels, CudaLinear
 from torch_engine.kernels.triton_ops import AttentionInput
 from torch_engine.model import Model
 from torch_engine.runner import Runner, Ticket
-from torch_engine.sampling import Sampled, sample
+from torch_engine.sampling import Sampled, rows_of, sample
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
@@ -282,7 +282,7 @@ class CudaRunner(Runner):
             logits = self._launch_mixed(chunks, staging)
             rows = list(range(len(sampling)))  # only the sampled rows have logits
         if not all(sequence.samples_on_device for sequence in sampling):
-            sampled = self._sample(logits[rows], sampling)
+            sampled = self._sample(logits[rows], chunks)
             return lambda: sampled
         count = rows[-1] + 1 if rows else 0
         staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
@@ -297,11 +297,11 @@ class CudaRunner(Runner):
 
         return fetch
 
-    def _sample(self, logits: torch.Tensor, sampling: list[Sequence]) -> list[Sampled]:
+    def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[Sampled]:
         logits = logits.float()
         if (scales := self.head.column_scales) is not None:
             logits *= scales
-        return sample(self.model.finished(logits), sampling, self.model.kernels.argmax)
+        return sample(self.model.finished(logits), rows_of(chunks), self.model.kernels)
 
     def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
         count = len(chunks)

@@ -222,10 +222,13 @@ class Engine:
             sequence.num_pending -= 1
             if sequence.finish_reason is not None:
                 continue  # it has ended while this step was in flight
+            token_id, log_prob, top, _ = chosen = sampled[first]
             if chunk.guesses:
                 outputs += self._take(chunk, sampled[first:at], now)
+            elif token_id < 0:
+                outputs.append(_unsampled(sequence, chosen))
             else:
-                output = sequence.append(sampled[first].token_id, sampled[first].log_prob, now)
+                output = sequence.append(token_id, log_prob, now, top)
                 if output is not None:
                     outputs.append((sequence.key, output))
             if sequence.finish_reason is not None:
@@ -238,8 +241,11 @@ class Engine:
         sequence.num_guessed += len(chunk.guesses)
         for token, guess in zip(tokens, (*chunk.guesses, None), strict=True):
             taken += 1
+            if token.token_id < 0:
+                outputs.append(_unsampled(sequence, token))
+                break
             sequence.num_accepted += token.token_id == guess
-            output = sequence.append(token.token_id, token.log_prob, now_ns)
+            output = sequence.append(token.token_id, token.log_prob, now_ns, token.top)
             if output is not None:
                 outputs.append((sequence.key, output))
             if sequence.finish_reason is not None or token.token_id != guess:
@@ -336,3 +342,10 @@ class Engine:
             if output.error is not None:
                 raise output.error
         return whole
+
+
+def _unsampled(sequence: Sequence, sampled: Sampled) -> tuple[Any, RequestOutput]:
+    """The end of a sequence for which no token could be chosen; its neighbours go on."""
+    output = sequence.end(FinishReason.ERROR)
+    output.error = RequestError(Code.INTERNAL, sampled.error)
+    return sequence.key, output

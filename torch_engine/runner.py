@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from torch_engine.model import Model
-from torch_engine.sampling import Sampled, sample
+from torch_engine.sampling import Sampled, rows_of, sample
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
@@ -36,7 +36,7 @@ class Runner:
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
         logits = self.model.forward(self.steps.build(chunks), self.caches)
-        sampled = sample(logits, sampling, self.model.kernels.argmax) if sampling else []
+        sampled = sample(logits, rows_of(chunks), self.model.kernels) if sampling else []
         return lambda: sampled
 
     def forget(self, sequence: Sequence) -> None:

@@ -1,161 +1,99 @@
 """Chooses the next token of each sequence from its logits.
 
-Most requests are greedy: one argmax for all. The others are sampled from their ``CANDIDATES`` most
-likely tokens, found by one top-k for the whole batch; walking a 49k vocabulary per request would cost as
-much as the model's step on a CPU. Where the candidates cannot hold the asked distribution (top-k above
-their number, nucleus not reached, no limit at all), the whole row is used: never an approximation.
+For each row, in this order: log-probabilities are taken of the logits as the model gives them; then logit bias,
+repetition penalty (Keskar et al. 2019: positive logits divided, negative ones multiplied, of all tokens of prompt and
+output), presence and frequency penalty (subtracted, of the output's tokens: OpenAI's definition), bad words and ends
+that come too early (-inf); divided by the temperature; top-k; top-p of what top-k left; min-p; and one token is drawn
+of those that remain. Tokens stand in the order (logit descending, id ascending), and what is kept is exact: the first
+k; those before which there is less mass than ``top_p``, at least one; those of at least ``min_p`` times the
+likeliest's probability. NaN counts as -inf and +inf as the largest number; a row without a finite logit is an error of
+that row alone.
 
-Every request draws from its own random numbers, so that its output does not depend on its neighbours.
+A draw is Gumbel-max in two levels, exact by the same argument twice: of parts of ``PART`` tokens the one whose
+log-sum-exp plus noise is highest, and in it the token whose logit plus noise is. The noise is a function of the
+request's seed, the token's position in the sequence, and the part's or token's number (Philox-4x32-10: Salmon et al.
+2011): an answer depends neither on its neighbours nor on how it was computed, and each device draws the same. A guess
+(:mod:`torch_engine.speculation`) is right if it is what would have been drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from torch_engine.request import SamplingParams
-from torch_engine.sequence import Sequence
+from torch_engine.sampling_state import SamplingState
 
-CANDIDATES = 256
+if TYPE_CHECKING:
+    from torch_engine.kernels.pytorch import PyTorchKernels
+    from torch_engine.scheduler import Chunk
+    from torch_engine.sequence import Sequence
+
+PART = 1024
+"""Neighbouring token ids that are drawn from together, whatever the device and the batch."""
+NO_FINITE_LOGIT = "the model gave no finite logit"
 
 
 class Sampled(NamedTuple):
     token_id: int
-    log_prob: float
+    """-1: none could be chosen, and ``error`` says why."""
+    log_prob: float = 0.0
     """Under the model's own distribution (no temperature, no truncation); 0.0 if not asked for."""
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens under that distribution with their log-probabilities, as many as asked for."""
+    error: str = NO_FINITE_LOGIT
+
+
+class Row(NamedTuple):
+    """One token to choose: what follows the sequence's tokens and these guesses."""
+
+    sequence: Sequence
+    guesses: tuple[int, ...] = ()
+
+
+def rows_of(chunks: list[Chunk]) -> list[Row]:
+    """Rows of a step's logits: one for each chunk that samples, and one more for each of its guesses."""
+    return [
+        Row(chunk.sequence, chunk.guesses[:taken])
+        for chunk in chunks
+        if chunk.samples
+        for taken in range(len(chunk.guesses) + 1)
+    ]
 
 
 @torch.inference_mode()
-def sample(
-    logits: torch.Tensor, sequences: list[Sequence], argmax: Callable[[torch.Tensor], torch.Tensor]
+def sample(logits: torch.Tensor, rows: list[Row], kernels: PyTorchKernels) -> list[Sampled]:
+    """One token for each row of ``logits`` [rows, vocab] float32, which may be changed in place.
+
+    What is wrong with one row, its parameters or its logits, is told of that row (token id -1).
+    """
+    vocab = logits.shape[1]
+    if all(row.sequence.sampling_state(vocab).plain for row in rows):
+        return [Sampled(token) for token in kernels.argmax(logits).tolist()]
+    positions = [len(sequence.tokens) + len(guesses) for sequence, guesses in rows]
+    try:
+        return kernels.sample(logits, [_state(row, vocab) for row in rows], positions)
+    except Exception:
+        return _one_by_one(logits, rows, positions, kernels.sample)
+
+
+def _state(row: Row, vocab: int) -> SamplingState:
+    return row.sequence.sampling_state(vocab).after(row.guesses)
+
+
+def _one_by_one(
+    logits: torch.Tensor,
+    rows: list[Row],
+    positions: list[int],
+    sample: Callable[[torch.Tensor, list[SamplingState], list[int]], list[Sampled]],
 ) -> list[Sampled]:
-    """One token for each row of ``logits`` [rows, vocab] float32, which is changed in place."""
-    if all(sequence.samples_on_device for sequence in sequences):
-        _leave_ends_out(logits, sequences)
-        return [Sampled(token, 0.0) for token in argmax(logits).tolist()]
-    normalisers = _normalisers(logits, sequences)
-    raw = logits
-    if normalisers is not None and any(_changes_logits(sequence) for sequence in sequences):
-        raw = logits.clone()
-    for row, sequence in enumerate(sequences):
-        if _changes_logits(sequence):
-            _penalise(logits[row], sequence)
-    tokens = argmax(logits).tolist()
-    random = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
-    if random:
-        rows = logits[random] if len(random) < len(sequences) else logits
-        for row, token in zip(random, _draw(rows, [sequences[row] for row in random]), strict=True):
-            tokens[row] = token
-    if normalisers is None:
-        return [Sampled(token, 0.0) for token in tokens]
-    chosen = raw.gather(1, torch.tensor(tokens, device=raw.device)[:, None])[:, 0]
-    return [
-        Sampled(token, log_prob)
-        for token, log_prob in zip(tokens, (chosen - normalisers).tolist(), strict=True)
-    ]
-
-
-def _leave_ends_out(logits: torch.Tensor, sequences: list[Sequence]) -> None:
-    """Where an output is too short to end, in one operation: all may be, and their rows one by one take a while."""
-    pairs = [
-        (row, token)
-        for row, sequence in enumerate(sequences)
-        if sequence.request.min_tokens and sequence.must_go_on
-        for token in sequence.end_ids
-        if 0 <= token < logits.shape[1]
-    ]
-    if pairs:
-        rows, columns = zip(*pairs, strict=True)
-        logits[list(rows), list(columns)] = float("-inf")
-
-
-def _normalisers(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor | None:
-    if not any(sequence.request.return_log_probs for sequence in sequences):
-        return None
-    return logits.logsumexp(-1)
-
-
-def _changes_logits(sequence: Sequence) -> bool:
-    request, params = sequence.request, sequence.request.sampling
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or bool(request.bad_ids)
-        or sequence.num_generated < request.min_tokens
-    )
-
-
-def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
-    """Applies penalties, bad words and the minimum length to one row [vocab], touching only the tokens concerned.
-
-    Repetition: divide positive and multiply negative logits (Keskar et al. 2019) of all tokens seen.
-    Presence and frequency: subtract, of tokens generated (OpenAI's definition).
-    """
-    request, params = sequence.request, sequence.request.sampling
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
-        values = row[seen]
-        penalty = params.repetition_penalty
-        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if sequence.counts and (params.presence_penalty or params.frequency_penalty):
-        generated = torch.tensor(list(sequence.counts), device=row.device)
-        counts = torch.tensor(list(sequence.counts.values()), device=row.device, dtype=row.dtype)
-        row[generated] -= params.presence_penalty + params.frequency_penalty * counts
-    banned = [word[-1] for word in request.bad_ids if _ends_with(sequence.tokens, word[:-1])]
-    if sequence.num_generated < request.min_tokens:
-        banned += sequence.end_ids
-    banned = [token for token in banned if 0 <= token < row.shape[0]]
-    if banned:
-        row[banned] = float("-inf")
-
-
-def _ends_with(tokens: list[int], ending: tuple[int, ...]) -> bool:
-    return not ending or tuple(tokens[-len(ending) :]) == ending
-
-
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """Samples each row of ``logits`` [rows, vocab] by its request's temperature, top-k and top-p."""
-    temperatures = torch.tensor([s.request.sampling.temperature for s in sequences], device=logits.device)
-    scaled = logits / temperatures[:, None]
-    total = scaled.logsumexp(-1).cpu().numpy()
-    candidates = scaled.topk(min(CANDIDATES, scaled.shape[-1]), dim=-1)
-    values, indices = candidates.values.double().cpu().numpy(), candidates.indices.cpu().numpy()
-    tokens = []
-    for row, sequence in enumerate(sequences):
-        params = sequence.request.sampling
-        point = sequence.rng.random()
-        if _holds(params, values[row], total[row]):
-            choice = _truncated(params, values[row], total[row], point)
-            tokens.append(int(indices[row, choice]))
-        else:
-            order = scaled[row].argsort(descending=True)
-            everything = scaled[row][order].double().cpu().numpy()
-            tokens.append(int(order[_truncated(params, everything, total[row], point)]))
-    return tokens
-
-
-def _holds(params: SamplingParams, values: np.ndarray, total: float) -> bool:
-    """Whether the sorted candidates contain everything that top-k and top-p leave over."""
-    if params.top_k:
-        return params.top_k <= len(values)
-    return params.top_p is not None and np.exp(values - total).sum() >= params.top_p
-
-
-def _truncated(params: SamplingParams, values: np.ndarray, total: float, point: float) -> int:
-    """Index into ``values`` (sorted, descending) at the quantile ``point`` of what top-k, then top-p, leave.
-
-    Top-p keeps the smallest set that reaches the mass; it is taken of what top-k left over, renormalised.
-    """
-    if params.top_k:
-        values = values[: params.top_k]
-        total = np.logaddexp.reduce(values)
-    mass = np.cumsum(np.exp(values - total))
-    if params.top_p and params.top_p < 1.0:
-        mass = mass[: int(np.searchsorted(mass, params.top_p)) + 1]
-    return min(int(np.searchsorted(mass, point * mass[-1], side="right")), len(mass) - 1)
+    """Finds the row with which it fails."""
+    sampled = []
+    for at, row in enumerate(rows):
+        try:
+            state = _state(row, logits.shape[1])
+            sampled += sample(logits[at : at + 1], [state], positions[at : at + 1])
+        except Exception as error:
+            sampled.append(Sampled(-1, error=f"sampling failed: {type(error).__name__}: {error}"))
+    return sampled

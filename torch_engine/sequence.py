@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import secrets
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from torch_engine.blocks import ROOT, BlockManager
 from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
+from torch_engine.sampling_state import SamplingState
 from torch_engine.speculation import PromptLookup
 from torch_engine.text import TextStream, TokenBytes
 
@@ -38,14 +37,13 @@ class Sequence:
     num_registered: int = 0
     last_uid: int = ROOT
     finish_reason: FinishReason | None = None
-    counts: Counter[int] = field(default_factory=Counter)
-    """How often each token was generated, for the presence and frequency penalties."""
     cum_log_prob: float = 0.0
     num_emitted: int = 0
     samples_on_device: bool = field(init=False)
     """The next token is the argmax of the untouched logits, the model's end ids left out while the output is too short,
     and nothing else is asked about it."""
     held_log_probs: list[float] = field(default_factory=list)
+    held_top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
@@ -74,19 +72,27 @@ class Sequence:
         request = self.request
         self.num_prompt = len(request.prompt_ids)
         self.last_length = self.num_prompt + request.max_tokens
+        seed = request.sampling.seed
+        self.seed = secrets.randbits(64) if seed is None else seed
+        """Of this sequence's random numbers (:mod:`torch_engine.sampling`): of the request, or drawn here once."""
+        self._sampling_state: SamplingState | None = None
         self.samples_on_device = (
             request.sampling.plain_greedy
             and not request.return_log_probs
+            and not request.top_log_probs
             and not request.bad_ids
             and not (request.min_tokens and request.stop_ids)
             and (not request.min_tokens or request.end_id is None or request.end_id < 0)
         )
 
-    @cached_property
-    def rng(self) -> np.random.Generator:
-        """This request's own random numbers; most requests need none."""
-        seed = self.request.sampling.seed
-        return np.random.default_rng() if seed is None else np.random.Generator(np.random.Philox(key=seed))
+    def sampling_state(self, vocab: int) -> SamplingState:
+        """What sampling has to know, with all tokens so far; ``vocab`` is the length of a row of logits."""
+        state = self._sampling_state
+        if state is None:
+            state = SamplingState(self.request, self.end_ids, self.seed, vocab)
+            self._sampling_state = state
+        state.catch_up(self.tokens)
+        return state
 
     @cached_property
     def lookup(self) -> PromptLookup:
@@ -114,19 +120,21 @@ class Sequence:
         """Most tokens whose keys and values this request can ever need; the last token needs none."""
         return self.last_length - 1
 
-    def append(self, token_id: int, log_prob: float, now_ns: int) -> RequestOutput | None:
-        """Takes the sampled token; returns what can be told about it, if anything."""
+    def append(
+        self, token_id: int, log_prob: float, now_ns: int, top: tuple[tuple[int, float], ...] = ()
+    ) -> RequestOutput | None:
+        """Takes the sampled token and the likeliest ones there; returns what can be told about it, if anything."""
         if not self.first_token_ns:
             self.first_token_ns = now_ns
         self.last_token_ns = now_ns
         if token_id in self.end_ids:
             return self._finish(FinishReason.END_ID)
         self.tokens.append(token_id)
-        if not self.samples_on_device:
-            self.counts[token_id] += 1
         self.cum_log_prob += log_prob
         if self.request.return_log_probs:
             self.held_log_probs.append(log_prob)
+        if self.request.top_log_probs:
+            self.held_top_log_probs.append(list(top))
         release = self.text.push(token_id)
         if release.stopped:
             self.finish_reason = FinishReason.STOP
@@ -150,11 +158,16 @@ class Sequence:
         if self.held_log_probs:
             log_probs = self.held_log_probs[: len(ids)]
             self.held_log_probs = self.held_log_probs[len(ids) :]
+        tops: list[list[tuple[int, float]]] = []
+        if self.held_top_log_probs:
+            tops = self.held_top_log_probs[: len(ids)]
+            self.held_top_log_probs = self.held_top_log_probs[len(ids) :]
         self.num_emitted += len(ids)
         return RequestOutput(
             token_ids=ids,
             text=text,
             log_probs=log_probs,
+            top_log_probs=tops,
             cum_log_prob=self.cum_log_prob,
             num_input_tokens=self.num_prompt,
             num_output_tokens=self.num_emitted,

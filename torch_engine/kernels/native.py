@@ -19,6 +19,8 @@ import torch
 from torch_engine.config import ConfigError, EngineConfig
 from torch_engine.families import ModelSpec
 from torch_engine.kernels.pytorch import Hidden, PyTorchKernels
+from torch_engine.sampling import Sampled
+from torch_engine.sampling_state import SamplingState
 from torch_engine.steps import StepBuilder, StepInput
 from torch_engine.toolchain import available_isas, library
 from torch_engine.weights import Checkpoint
@@ -37,6 +39,9 @@ SIGNATURES = {
     "fl_gate": (POINTER, I64, I64, I64, I64, POINTER),
     "fl_attention": (POINTER, POINTER, POINTER, I64, POINTER),
     "fl_argmax": (POINTER, I64, I64, POINTER),
+    "fl_sample": (POINTER, I64, I64, *[POINTER] * 4, I64, POINTER, POINTER),
+    "fl_kept": (POINTER, I64, POINTER, POINTER),
+    "fl_noise": (ctypes.c_uint64, I64, I64, I64, POINTER, POINTER),
     "fl_embed": (POINTER, I64, POINTER, I64, F32, POINTER),
     "fl_step": (POINTER, I64, POINTER, I64, I64, I64, POINTER),
     "fl_decode": (POINTER, POINTER, POINTER, POINTER, I64, POINTER),
@@ -103,6 +108,59 @@ class NativeSteps(StepBuilder):
         spans, positions, slots = at, at + 32 * chunks, at + 32 * chunks + 8 * rows
         where = AttentionStep(rows, chunks, positions, slots, spans, table_at)
         return NativeStep(tokens, where, slots + 8 * rows, sampled, (made, tables))
+
+
+class SamplingRow(ctypes.Structure):
+    """``SamplingRow`` of cpu/sampling.h."""
+
+    _fields_ = (
+        *[(name, POINTER) for name in ("seen", "generated", "amounts")],
+        ("num_generated", I64),
+        *[(name, POINTER) for name in ("bias_ids", "biases")],
+        ("num_biases", I64),
+        ("banned", POINTER),
+        ("num_banned", I64),
+        ("matched", POINTER),
+        ("num_matched", I64),
+        ("ends", POINTER),
+        *[(name, I64) for name in ("num_ends", "ends_from")],
+        ("seed", ctypes.c_uint64),
+        *[(name, I64) for name in ("top_k", "num_top")],
+        *[(name, ctypes.c_double) for name in ("temperature", "top_p", "least")],
+        ("repetition", F32),
+    )
+
+    @classmethod
+    def of(cls, state: SamplingState) -> SamplingRow:
+        """``state``'s constants, made once, and what has changed since."""
+        row = state.made
+        if row is None:
+            row = state.made = cls(
+                seen=_address(state.seen) if len(state.seen) else None,
+                bias_ids=_address(state.bias_ids),
+                biases=_address(state.biases),
+                num_biases=len(state.bias_ids),
+                banned=_address(state.banned),
+                num_banned=len(state.banned),
+                ends=_address(state.ends),
+                num_ends=len(state.ends),
+                ends_from=state.ends_from,
+                seed=state.seed,
+                top_k=state.top_k,
+                num_top=state.num_top,
+                temperature=state.temperature,
+                top_p=state.top_p,
+                least=state.least,
+                repetition=state.repetition,
+            )
+        if state.penalises_output:
+            generated = state.generated
+            row.generated, row.amounts = _address(generated), _address(state.amounts)
+            row.num_generated = len(generated)
+        if state.words.spans_tokens:
+            matched = state.matched
+            row.matched, row.num_matched = _address(matched), len(matched)
+        return row
 
 
 class LinearWeights(ctypes.Structure):
@@ -324,6 +382,29 @@ class NativeKernels(PyTorchKernels):
         out = torch.empty(logits.shape[0], dtype=torch.int64)
         self.library.fl_argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
         return out
+
+    def sample(
+        self, logits: torch.Tensor, states: list[SamplingState], positions: list[int]
+    ) -> list[Sampled]:
+        """In place in ``logits``."""
+        rows, width = len(states), max(0, *(state.num_top for state in states))
+        asked = [SamplingRow.of(state) for state in states]
+        at = np.array([*map(ctypes.addressof, asked), *positions], dtype=np.int64)
+        tokens, log_probs = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=np.float32)
+        top_ids = np.full((rows, width), -1, dtype=np.int32)
+        top_log_probs = np.empty((rows, width), dtype=np.float32)
+        self.library.fl_sample(
+            *(logits.data_ptr(), *logits.shape, _address(at), _address(at) + 8 * rows),
+            *(_address(tokens), _address(log_probs)),
+            *(width, _address(top_ids), _address(top_log_probs)),
+        )
+        chosen, told = tokens.tolist(), log_probs.tolist()
+        if not width:
+            return list(map(Sampled, chosen, told))
+        return [
+            Sampled(token, log_prob, tuple(zip(ids[ids >= 0].tolist(), values.tolist(), strict=False)))
+            for token, log_prob, ids, values in zip(chosen, told, top_ids, top_log_probs, strict=True)
+        ]
 
 
 def _load(config: EngineConfig) -> tuple[str, ctypes.CDLL]:

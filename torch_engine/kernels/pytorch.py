@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from torch_engine.families import ModelSpec
+from torch_engine.kernels import sampling
+from torch_engine.sampling import Sampled
+from torch_engine.sampling_state import SamplingState
 from torch_engine.steps import PrefillChunk, StepBuilder, StepInput
 from torch_engine.weights import Checkpoint
 
@@ -226,8 +229,19 @@ class PyTorchKernels:
         return out.view(kv_heads, -1, count, head_dim).permute(2, 0, 1, 3).reshape(count, heads, head_dim)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """Most likely token of each row: [rows, vocab] float32 -> [rows] int64."""
-        return logits.argmax(-1)
+        """Most likely token of each row: [rows, vocab] float32 -> [rows] int64; -1 if none is above -inf."""
+        highest, tokens = logits.max(-1)
+        if not bool(highest.isfinite().all()):  # NaN counts as highest there
+            highest, tokens = sampling.tidy(logits).max(-1)
+            tokens = tokens.masked_fill(highest == -torch.inf, -1)
+        return tokens
+
+    def sample(
+        self, logits: torch.Tensor, states: list[SamplingState], positions: list[int]
+    ) -> list[Sampled]:
+        """A token for each row of ``logits`` [rows, vocab] float32, which may be changed; ``positions`` is where it
+        will stand."""
+        return sampling.sample(logits, states, positions)
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:

@@ -15,6 +15,7 @@
 #include "int_linear.h"
 #include "pool.h"
 #include "rows.h"
+#include "sampling.h"
 #include "vectors.h"
 
 namespace {
@@ -185,23 +186,52 @@ void fl_attention(const AttentionLayer* layer, const AttentionStep* step, float*
     });
 }
 
-// Index of the first largest element of each row of x [rows, n].
+// Index of the first largest element of each row of x [rows, n]; -1 of a row without a number above -inf.
 void fl_argmax(const float* x, int64_t rows, int64_t n, int64_t* out) {
     constexpr int64_t kStretch = 512;  // searched once more, and only if it has a larger element than all before
     pool.run(rows, rows * n > kParallelWork, [&](int64_t r) {
         const float* row = x + r * n;
-        int64_t best = 0;
+        int64_t best = -1;
+        float most = -kInfinity;
         for (int64_t from = 0; from < n; from += kStretch) {
             const int64_t end = from + kStretch < n ? from + kStretch : n;
-            float highest = row[from];
+            float highest = -kInfinity;  // NaN is above nothing
 #pragma omp simd reduction(max : highest)
             for (int64_t i = from; i < end; i++) highest = row[i] > highest ? row[i] : highest;
-            if (!(highest > row[best])) continue;
+            if (!(highest > most)) continue;
+            most = highest;
             best = from;
-            while (best < end - 1 && row[best] != highest) best++;
+            while (row[best] != highest) best++;
         }
         out[r] = best;
     });
+}
+
+// The next token of each row of logits [rows, n], which are changed: -1 if no logit is finite. asked [rows] is what is
+// asked of each, positions [rows] where its token will stand. Log-probabilities [rows] and [rows, width] of those who
+// ask, the others' are left as they are.
+void fl_sample(float* logits, int64_t rows, int64_t n, const SamplingRow* const* asked, const int64_t* positions,
+               int64_t* tokens, float* log_probs, int64_t width, int32_t* top_ids, float* top_log_probs) {
+    pool.run(rows, rows * n > kParallelWork, [&](int64_t r) {
+        tokens[r] = choose(logits + r * n, n, *asked[r], positions[r], log_probs + r, top_ids + r * width,
+                           top_log_probs + r * width);
+    });
+}
+
+// For tests: kept [n] is 1 where a token of x [n] may be drawn, x being after bias, penalties and bans.
+void fl_kept(float* x, int64_t n, const SamplingRow* asked, uint8_t* kept) {
+    Scratch scratch;
+    Logits logits(x, n, scratch);
+    logits.survey();
+    std::memset(kept, 0, n);
+    if (logits.max() == -kInfinity) return;
+    logits.above(cut_of(logits, *asked, scratch), [&](int64_t id, float) { kept[id] = 1; });
+}
+
+// For tests: random words and noise of the numbers 0 to count - 1.
+void fl_noise(uint64_t seed, int64_t position, int64_t stream, int64_t count, uint32_t* words, double* noise) {
+    Noise source(seed, position, static_cast<uint32_t>(stream));
+    for (int64_t i = 0; i < count; i++) noise[i] = source.of(i), words[i] = source.word(i);
 }
 
 // Rows `ids` [count] of table [.., n], times factor -> out [count, n].

@@ -98,8 +98,6 @@ class Engine:
         self._counts: Counter[str] = Counter()
         """Of EngineStats' fields those that steps add to."""
         self._flight: Flight | None = None
-        self._host_sampled: set[object] = set()
-        """Keys of live requests whose next token is not simply the argmax: they are served without lag."""
 
     def _runner(self) -> Runner:
         if self.kernels.name != "cuda":
@@ -138,9 +136,8 @@ class Engine:
             )
         arrival = arrival_ns or time.monotonic_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
+        self.runner.check(sequence)
         self.sequences[key] = sequence
-        if not sequence.samples_on_device:
-            self._host_sampled.add(key)
         self.scheduler.add(sequence)
 
     def _validate(self, request: GenerationRequest) -> None:
@@ -180,7 +177,7 @@ class Engine:
         A failing step ends the requests that took part in it with INTERNAL, no others.
         """
         outputs = self._expire()
-        lags = self.runner.lags and not self._host_sampled and not self.config.speculation_tokens
+        lags = self.runner.lags and not self.config.speculation_tokens
         if not lags:
             outputs += self._land()
         chunks = self.scheduler.schedule()
@@ -260,7 +257,6 @@ class Engine:
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self.sequences[sequence.key]
-        self._host_sampled.discard(sequence.key)
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> Outputs:
         outputs: Outputs = []

@@ -39,6 +39,9 @@ class Runner:
         sampled = sample(logits, rows_of(chunks), self.model.kernels) if sampling else []
         return lambda: sampled
 
+    def check(self, sequence: Sequence) -> None:
+        """Raises RequestError: INVALID_ARG if the device cannot do what a request asks of its tokens. This one can."""
+
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         self.steps.forget(sequence)

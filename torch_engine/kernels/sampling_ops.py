@@ -2,8 +2,8 @@
 
 All of it is launches without a word from the host, so that it lives in a CUDA graph, and rows of every kind mix: a
 program looks at its row's flags and leaves what the row does not ask for. What a request asks for lies in tables by
-slot, and so does what was said (``Tables``): the kernels keep the latter up themselves, so that the next step's sampling
-knows this step's token before the host does.
+slot, and so does what was said (``Tables``): the kernels keep the latter up themselves, so that the next step's
+sampling knows this step's token before the host does.
 
 The row is read in parts of ``PART`` columns, whatever the batch. Nothing is sorted: where top-k or top-p leave tokens
 out, the last value that stays is found by narrowing the interval it lies in (``_select_kernel``), exactly, ties by id.
@@ -132,7 +132,9 @@ class Choice:
 @triton.jit
 def _gumbel(low, high, numbers, position, STREAM: tl.constexpr):
     """Gumbel noise for token ids or part numbers: Philox-4x32-10 with the seed's halves as key."""
-    seed = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    seed = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(
+        tl.uint64
+    )
     counter = (numbers // 4).to(tl.uint32)
     zero = counter * 0
     a, b, c, d = tl.philox(seed, counter, zero + position.to(tl.uint32), zero + STREAM, zero)
@@ -140,7 +142,9 @@ def _gumbel(low, high, numbers, position, STREAM: tl.constexpr):
     word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
     v = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.960464477539063e-08)
     # -log1p(-v): the series where 1 - v would lose digits, so that large noise keeps all 32 bits
-    series = v * (1 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * (0.16666667 + v * 0.14285715))))))
+    series = v * (
+        1 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * (0.16666667 + v * 0.14285715)))))
+    )
     return -tl.log(tl.where(v < 0.0625, series, -tl.log(1 - v)))
 
 
@@ -453,7 +457,9 @@ def _select_kernel(
                 mass += ties.to(tl.float64) * each
             target = mass * top_p
             # What lies further below has less than 1 - top_p together
-            depth = temperature * (tl.log(N * 1.0) - tl.log(tl.maximum(1.0 - top_p, 1e-9)) + 1.0).to(tl.float32)
+            depth = temperature * (tl.log(N * 1.0) - tl.log(tl.maximum(1.0 - top_p, 1e-9)) + 1.0).to(
+                tl.float32
+            )
             begin = tl.maximum(bound, top - depth)
             value, before = _narrow(
                 begin, end, target, top, temperature, buffer,
@@ -555,7 +561,9 @@ def _draw_kernel(
     if ((flags & _DRAWN) != 0) & (top > float("-inf")):
         low, high = tl.load(integers + slot * _INTEGERS + 2), tl.load(integers + slot * _INTEGERS + 3)
         total = tl.load(sums + row * P + number, mask=number < P, other=float("-inf"))
-        score = tl.where(total == float("-inf"), float("-inf"), total + _gumbel(low, high, number, position, 1))
+        score = tl.where(
+            total == float("-inf"), float("-inf"), total + _gumbel(low, high, number, position, 1)
+        )
         part = tl.min(tl.where(score == tl.max(score, 0), number, _NONE), 0)
         columns = part * _PART + tl.arange(0, _PART)
         mask = columns < N
@@ -665,7 +673,7 @@ def sample(
     last: torch.Tensor,
     choice: Choice,
 ) -> None:
-    """Chooses a token for each row of ``logits`` [R, N], as its slot's request asks, and notes in ``tables`` that it was.
+    """Chooses a token for each row of ``logits`` [R, N], as its slot's request asks, and notes it in ``tables``.
 
     Args:
         column_scales: [N] float32, of the logits; None = 1.

@@ -186,9 +186,10 @@ def throughput(engine: Engine, options: argparse.Namespace) -> None:
             seconds[case].append(took)
     for case, values in rates.items():
         sizes, _, kind = case.partition(" ")
+        share = statistics.median(values) / statistics.median(rates.get(sizes, values))
         report(
             part="throughput", case=sizes, sampling=kind or "greedy",
-            of_greedy=round(statistics.median(values) / statistics.median(rates.get(sizes, values)), 3), output_tokens_per_s=round(statistics.median(values), 1),
+            of_greedy=round(share, 3), output_tokens_per_s=round(statistics.median(values), 1),
             lowest=round(min(values), 1), highest=round(max(values), 1), rates=[round(v, 1) for v in values],
             seconds=round(statistics.median(seconds[case]), 4),
             host_waits=round(statistics.median(waits[case]), 2), gpu=watched[case],

@@ -48,7 +48,7 @@ KINDS = [
     SamplingParams(temperature=1e-4, top_p=1.0),
 ]
 SHAPES = {"peaked": 4.0, "flat": 0.8, "tied": 2.0, "equal": 0.0}
-VOCABULARIES = [300, 1024, 50_257, 128_256, 151_936, 256_000] if ON_GPU else [300, 1024, 2500]
+VOCABULARIES = [300, 1024, 50_257, 128_256, 151_936, 256_000] if ON_GPU else [300, 2500]
 
 
 @needs_triton
@@ -131,7 +131,7 @@ class TestKernels:
         vocab, said = 1500, [7, 8]
         rows = Rows([sequence(params, said, [], 5)], vocab)
         logits = np.random.default_rng(1).standard_normal((1, vocab)).astype(np.float32)
-        logits[0, 1490:] += 6.0
+        logits[0, 1490:] += 60.0
         output: list[int] = []
         for _ in range(12):
             token = int(rows.draw(logits, [2 + len(output)]).tokens[0])

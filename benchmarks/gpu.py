@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.kinds import ALL, request_fields  # noqa: E402
 from torch_engine.config import EngineConfig  # noqa: E402
 from torch_engine.engine import Engine, spare_the_collector  # noqa: E402
 from torch_engine.families import LayerSpec, ModelSpec, Rope  # noqa: E402
@@ -139,28 +140,39 @@ def llama_engine(options: argparse.Namespace) -> Engine:
     return engine
 
 
-def requests(count: int, inputs: int, outputs: int, chance: random.Random) -> list[GenerationRequest]:
+def requests(
+    count: int, inputs: int, outputs: int, chance: random.Random, kind: str = "greedy"
+) -> list[GenerationRequest]:
     return [
-        GenerationRequest([chance.randrange(5, 120000) for _ in range(inputs)], outputs, end_id=-1)
-        for _ in range(count)
+        GenerationRequest(
+            [chance.randrange(5, 120000) for _ in range(inputs)],
+            outputs,
+            end_id=-1,
+            **request_fields(kind, number),
+        )
+        for number in range(count)
     ]
 
 
 def throughput(engine: Engine, options: argparse.Namespace) -> None:
     chance = random.Random(0)
+    kinds = options.sampling.split(",")
     for warm in ((4, 128, 16), (1, 128, 128), (40, 500, 8)):
-        engine.generate(requests(*warm, chance))
+        engine.generate(requests(*warm, chance, kinds[-1]))
     rates: dict[str, list[float]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
     waits: dict[str, list[float]] = defaultdict(list)
     watched: dict[str, dict[str, float]] = {}
     torch.cuda.reset_peak_memory_stats()
+    # Each case's kinds follow each other, so that their ratios are of the same minute.
+    named = [(case, kind) for case in options.cases.split(",") for kind in kinds]
     for repeat in range(options.repeats):
-        for case in options.cases.split(","):
-            count, inputs, outputs = map(int, case.split(":"))
+        for sizes, kind in named:
+            count, inputs, outputs = map(int, sizes.split(":"))
+            case = sizes if kind == "greedy" else f"{sizes} {kind}"
             if repeat and count * outputs > 100_000 and not options.long:
                 continue  # minutes of device time for little
-            batch = requests(count, inputs, outputs, chance)
+            batch = requests(count, inputs, outputs, chance, kind)
             waited, watch = Waiting(engine), Watch()
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -173,8 +185,11 @@ def throughput(engine: Engine, options: argparse.Namespace) -> None:
             rates[case].append(made / took)
             seconds[case].append(took)
     for case, values in rates.items():
+        sizes, _, kind = case.partition(" ")
+        share = statistics.median(values) / statistics.median(rates.get(sizes, values))
         report(
-            part="throughput", case=case, output_tokens_per_s=round(statistics.median(values), 1),
+            part="throughput", case=sizes, sampling=kind or "greedy",
+            of_greedy=round(share, 3), output_tokens_per_s=round(statistics.median(values), 1),
             lowest=round(min(values), 1), highest=round(max(values), 1), rates=[round(v, 1) for v in values],
             seconds=round(statistics.median(seconds[case]), 4),
             host_waits=round(statistics.median(waits[case]), 2), gpu=watched[case],
@@ -351,7 +366,9 @@ def check(name: str, ok: bool, detail: str = "") -> None:
 def kernels(options: argparse.Namespace) -> None:
     """The kernels' own tests, on this device."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    command.append(str(ROOT / "tests/torch_engine/test_triton_ops.py"))
+    command += [
+        str(ROOT / f"tests/torch_engine/{name}.py") for name in ("test_triton_ops", "test_sampling_ops")
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     tail = run.stdout.strip().splitlines()[-1:]
     if run.returncode:
@@ -579,6 +596,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--sampling", default="greedy", help=f"kinds, separated by commas: {', '.join(ALL)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="repeat the longest cases too")
     parser.add_argument("--precision", choices=["fp8", "bf16", "int8"], default="fp8")
@@ -637,9 +655,9 @@ def table() -> int:
     for result in results:
         if result["part"] == "throughput":
             print(
-                f"{result['case']:>14} {result['output_tokens_per_s']:>10} tok/s "
-                f"({result['lowest']} .. {result['highest']}), {result['seconds']:.3f} s, "
-                f"host waits {result['host_waits']:.0%}"
+                f"{result['case']:>14} {result['sampling']:>10} {result['output_tokens_per_s']:>10} tok/s "
+                f"({result['lowest']} .. {result['highest']}), {result['of_greedy']:.3f} of greedy, "
+                f"{result['seconds']:.3f} s, host waits {result['host_waits']:.0%}"
             )
         elif result["part"] == "gaps":
             print(

@@ -16,18 +16,19 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from torch_engine.config import EngineConfig
-from torch_engine.kernels import triton_ops
+from torch_engine.device_sampling import DeviceSampling
+from torch_engine.kernels import sampling_ops, triton_ops
 from torch_engine.kernels.cuda import CudaKernels, CudaLinear
 from torch_engine.kernels.triton_ops import AttentionInput
 from torch_engine.model import Model
 from torch_engine.runner import Runner, Ticket
-from torch_engine.sampling import Sampled, rows_of, sample
+from torch_engine.sampling import Sampled
 from torch_engine.scheduler import Chunk
 from torch_engine.sequence import Sequence
 
@@ -81,26 +82,49 @@ class MixedShape:
         return rows <= self.rows and tiles <= self.tiles and samples <= self.samples
 
 
+class Computed(NamedTuple):
+    """A forward pass that is queued: what went in, and its logits, valid until the next one."""
+
+    step: CudaStep
+    logits: torch.Tensor
+
+
 class Captured:
-    """A forward pass on static inputs: a CUDA graph, or the pass itself where there are none (in tests)."""
+    """A forward pass on static inputs and the choice of its tokens: a CUDA graph each, or themselves (in tests).
 
-    def __init__(self, forward: Callable[[], torch.Tensor], pool: Any) -> None:
+    They are two so that something which depends on the last token may come between them.
+    """
+
+    def __init__(
+        self, forward: Callable[[], Computed], choose: Callable[[Computed], None], pool: Any
+    ) -> None:
         """``pool`` is the memory that graphs share; None: do not capture."""
-        self._forward = forward
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._forward, self._choose = forward, choose
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         if pool is not None:
-            forward()  # compiles the kernels and warms the libraries up outside of the capture
+            choose(forward())  # compiles the kernels and warms the libraries up outside of the capture
             torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
-                self._logits = forward()
+            graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[0], pool=pool):
+                self._computed = forward()
+            with torch.cuda.graph(graphs[1], pool=pool):
+                choose(self._computed)
+            self._graphs = graphs
 
-    def replay(self) -> torch.Tensor:
-        """Queues the pass on the current inputs; returns its logits, valid until the next replay."""
-        if self._graph is None:
-            return self._forward()
-        self._graph.replay()
-        return self._logits
+    def replay(self) -> Computed:
+        """Queues the pass on the current inputs."""
+        if self._graphs is None:
+            self._computed = self._forward()
+        else:
+            self._graphs[0].replay()
+        return self._computed
+
+    def choose(self) -> None:
+        """Queues the choice of tokens for requests of every kind; greedy ones alone have theirs from the pass."""
+        if self._graphs is None:
+            self._choose(self._computed)
+        else:
+            self._graphs[1].replay()
 
 
 def one_prompt(ids: torch.Tensor, kept: int, table: torch.Tensor, model: Model) -> CudaStep:
@@ -129,6 +153,7 @@ class Staging:
         self.host = torch.empty(capacity, dtype=torch.int32, pin_memory=pinned)
         self.values = self.host.numpy()
         self.tokens = torch.empty(rows, dtype=torch.int32, pin_memory=pinned)
+        self.choice = sampling_ops.Choice.empty(rows, "cpu", pinned)
         self.event = torch.cuda.Event() if pinned else None
 
 
@@ -151,6 +176,9 @@ class CudaRunner(Runner):
         samples = max(slots * (1 + config.speculation_tokens), MIXED_SAMPLES)
         self.tokens = torch.zeros(max(samples, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
         spec = model.spec
+        self.choice = sampling_ops.Choice.empty(len(self.tokens), device)
+        self.choice.tokens = self.tokens
+        self.sampling = DeviceSampling(slots + 1, spec.vocab_size, device)
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
         self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
@@ -204,11 +232,11 @@ class CudaRunner(Runner):
             pool = torch.cuda.graph_pool_handle()
         for shape in sorted(mixed, key=lambda shape: -shape.rows):
             self._upload(self.staging[0], self._padded(shape, np.empty((3, 0)), [], []), [])
-            self.mixed[shape] = Captured(functools.partial(self._mixed_forward, shape), pool)
+            self.mixed[shape] = Captured(functools.partial(self._mixed_forward, shape), self._choose, pool)
         self.mixed = dict(reversed(self.mixed.items()))
         for size in sorted(sizes, reverse=True):
             self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size), [])
-            self.graphs[size] = Captured(functools.partial(self._decode, size), pool)
+            self.graphs[size] = Captured(functools.partial(self._decode, size), self._choose, pool)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
@@ -219,17 +247,17 @@ class CudaRunner(Runner):
             columns = np.zeros((3, count), dtype=np.int32)
             columns[1], columns[2] = self.spare, np.arange(count)
             tiles = self._tiles(0, count, 0, self.spare)
-            self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare, 0)], [], 0)
+            self._choose(self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare, 0)], [], 0))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
 
-    def _decode(self, size: int) -> torch.Tensor:
+    def _decode(self, size: int) -> Computed:
         """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
         ids, slots, positions, holds = self._places([size] * 4)
         where = AttentionInput(slots, positions, self.tables, size, None)
         return self._forward(CudaStep(ids, where, self.last, None, slots, holds))
 
-    def _mixed_forward(self, shape: MixedShape) -> torch.Tensor:
+    def _mixed_forward(self, shape: MixedShape) -> Computed:
         """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
         rows, samples = shape.rows, shape.samples
         ids, slots, positions, tiles, *sampled = self._places(
@@ -257,35 +285,49 @@ class CudaRunner(Runner):
         samples[:, : len(sampled)] = np.array(sampled, dtype=np.int32).reshape(-1, 3).T
         return [*rows, table.reshape(-1), *samples]
 
-    def _forward(self, step: CudaStep) -> torch.Tensor:
+    def _forward(self, step: CudaStep) -> Computed:
+        """Queues the pass, and the choice of the tokens of which nothing but the likeliest is asked."""
         logits = self.model.raw_logits(step, self.caches)
         tokens = self.tokens[: logits.shape[0]]
         triton_ops.argmax(
             logits, step.logit_slots, self.last, tokens, self.head.column_scales, step.holds, self.ends
         )
-        return logits
+        return Computed(step, logits)
+
+    def _choose(self, computed: Computed) -> None:
+        """Queues the choice of all rows' tokens, as their slots' requests ask."""
+        step, logits = computed
+        sampling_ops.sample(
+            logits, self.head.column_scales, self.model.spec.logit_softcap, step.logit_rows, step.logit_slots,
+            step.attention.positions, self.sampling.tables, self.last, self.choice,
+        )  # fmt: skip
 
     # Steps -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
-        """Queues the step on the device and returns at once.
-
-        Sequences that do not sample by argmax are sampled here, from the step's logits; that waits for them.
-        """
+        """Queues the step on the device and returns at once."""
         self.staging.reverse()
         staging = self.staging[0]
         rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        plain = all(sequence.samples_on_device for sequence in sampling)
         if all(chunk.num_tokens == 1 for chunk in chunks):
-            logits = self._launch_decodes(chunks, staging)
+            choose = self._launch_decodes(chunks, staging)
         else:
-            logits = self._launch_mixed(chunks, staging)
+            choose = self._launch_mixed(chunks, staging)
             rows = list(range(len(sampling)))  # only the sampled rows have logits
-        if not all(sequence.samples_on_device for sequence in sampling):
-            sampled = self._sample(logits[rows], chunks)
-            return lambda: sampled
+        if not plain:
+            self.sampling.flush()
+            choose()
+        told = [max(sequence.num_told, 0) for sequence in sampling]
+        asks = any(sequence.num_told >= 0 for sequence in sampling)
         count = rows[-1] + 1 if rows else 0
         staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
+        if asks:
+            for name in ("log_probs", "top_ids", "top_log_probs"):
+                getattr(staging.choice, name)[:count].copy_(
+                    getattr(self.choice, name)[:count], non_blocking=True
+                )
         if staging.event is not None:
             staging.event.record()
 
@@ -293,17 +335,14 @@ class CudaRunner(Runner):
             if staging.event is not None:
                 staging.event.synchronize()
             tokens = staging.tokens[:count].tolist()
-            return [Sampled(tokens[row], 0.0) for row in rows]
+            if not asks:
+                return [Sampled(tokens[row]) for row in rows]
+            return _told(staging.choice, tokens, rows, told)
 
         return fetch
 
-    def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[Sampled]:
-        logits = logits.float()
-        if (scales := self.head.column_scales) is not None:
-            logits *= scales
-        return sample(self.model.finished(logits), rows_of(chunks), self.model.kernels)
-
-    def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
+    def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
+        """Returns what queues the choice of the tokens; so does :meth:`_launch_mixed`."""
         count = len(chunks)
         size = count
         if self.graphs:
@@ -313,14 +352,15 @@ class CudaRunner(Runner):
         rows += [(0, self.spare, 0, 0)] * (size - count)
         self._upload(staging, self._columns(rows), updates)
         if not self.graphs:
-            return self._decode(size)
-        return self.graphs[size].replay()
+            return functools.partial(self._choose, self._decode(size))
+        self.graphs[size].replay()
+        return self.graphs[size].choose
 
     @staticmethod
     def _columns(rows: list[tuple[int, int, int, int]]) -> list[np.ndarray]:
         return list(np.array(rows, dtype=np.int32).T)
 
-    def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> torch.Tensor:
+    def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
         singles: list[tuple[int, int, int, int]] = []  # decodes come first
         columns: list[np.ndarray] = []
         tiles: list[tuple[int, int, int, int]] = []
@@ -352,8 +392,10 @@ class CudaRunner(Runner):
         tiles.sort(key=lambda tile: -tile[2])
         if shape is not None:
             self._upload(staging, self._padded(shape, step, tiles, sampled), updates)
-            return self.mixed[shape].replay()
-        return self._mixed(staging, step, tiles, sampled, updates, len(singles))
+            self.mixed[shape].replay()
+            return self.mixed[shape].choose
+        computed = self._mixed(staging, step, tiles, sampled, updates, len(singles))
+        return functools.partial(self._choose, computed)
 
     def _shape(
         self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
@@ -379,7 +421,7 @@ class CudaRunner(Runner):
         sampled: list[tuple[int, int, int]],
         updates: list[tuple[int, int]],
         decodes: int,
-    ) -> torch.Tensor:
+    ) -> Computed:
         """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows, their slots and holds."""
         if not sampled:  # the head wants a row; its token goes where nobody looks
             sampled = [(0, self.spare, 0)]
@@ -398,6 +440,7 @@ class CudaRunner(Runner):
                 for other in [other for other in self._slots if not other.block_table]:
                     self.forget(other)
             slot = self._slots[sequence] = self._free.pop()
+            self.sampling.assign(slot, sequence)
         table = sequence.block_table
         known, count = self._known[slot]
         if known is not table:  # another sequence, or one that lost its blocks: a new list is a new table
@@ -435,9 +478,25 @@ class CudaRunner(Runner):
         starts = itertools.accumulate((_aligned(size) for size in sizes), initial=0)
         return [self.inputs[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
+    def check(self, sequence: Sequence) -> None:
+        """Raises RequestError: INVALID_ARG if the device has no room for all that a request asks of its tokens."""
+        self.sampling.check(sequence)
+
     def forget(self, sequence: Sequence) -> None:
         """Frees the slot. A step in flight may still use it: its successor's first step runs after that one."""
         slot = self._slots.pop(sequence, None)
         if slot is not None:
             self._known[slot] = [], 0
             self._free.append(slot)
+
+
+def _told(
+    choice: sampling_ops.Choice, tokens: list[int], rows: list[int], wanted: list[int]
+) -> list[Sampled]:
+    """Tokens with their log-probabilities and, where ``wanted``, those of the likeliest ones."""
+    log_probs = choice.log_probs[: len(tokens)].tolist()
+    ids, values = choice.top_ids[: len(tokens)].tolist(), choice.top_log_probs[: len(tokens)].tolist()
+    return [
+        Sampled(tokens[row], log_probs[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
+        for row, count in zip(rows, wanted, strict=True)
+    ]

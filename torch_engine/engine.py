@@ -101,8 +101,6 @@ class Engine:
         self._counts: Counter[str] = Counter()
         """Of EngineStats' fields those that steps add to."""
         self._flight: Flight | None = None
-        self._host_sampled: set[object] = set()
-        """Keys of live requests whose next token is not simply the argmax: they are served without lag."""
         self.failed_steps = 0
         """Steps in a row that failed as a whole."""
 
@@ -142,12 +140,10 @@ class Engine:
             )
         arrival = arrival_ns or time.monotonic_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
-        self.scheduler.add(sequence)
-        self.sequences[key] = sequence
-        if not sequence.samples_on_device:
-            self._host_sampled.add(key)
+        self.runner.check(sequence)
         if not self.siblings.hold(sequence):
             self.scheduler.add(sequence)
+        self.sequences[key] = sequence
 
     def _validate(self, request: GenerationRequest) -> None:
         length, limit = len(request.prompt_ids), self.config.max_seq_len
@@ -187,7 +183,7 @@ class Engine:
         What fails for one request ends that one with INTERNAL; a step that fails as a whole, all that took part in it.
         """
         outputs = self._expire()
-        lags = self.runner.lags and not self._host_sampled and not self.config.speculation_tokens
+        lags = self.runner.lags and not self.config.speculation_tokens
         if not lags:
             outputs += self._land()
         self.scheduler.waiting.extendleft(reversed(self.siblings.release()))
@@ -299,7 +295,6 @@ class Engine:
             self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self.sequences[sequence.key]
-        self._host_sampled.discard(sequence.key)
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> Outputs:
         outputs: Outputs = []

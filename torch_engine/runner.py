@@ -46,6 +46,9 @@ class Runner:
             raise SamplingFailed(f"{type(error).__name__}: {error}") from error
         return lambda: sampled
 
+    def check(self, sequence: Sequence) -> None:
+        """Raises RequestError: INVALID_ARG if the device cannot do what a request asks of its tokens. This one can."""
+
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         self.steps.forget(sequence)

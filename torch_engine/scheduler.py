@@ -107,7 +107,7 @@ class Scheduler:
             if (
                 chunk.num_tokens > 1
                 or not chunk.samples
-                or not sequence.samples_on_device
+                or not sequence.can_be_guessed
                 or sequence.must_go_on
                 or sequence.num_pending
             ):

@@ -75,6 +75,12 @@ if hopper:
     plans = ops.skinny_plans(6144, 4096, 132)
     for plan in (plans[0], plans[-1]):
         ops.skinny_linear(codes[:1], codes, one, one, plan)
+from torch_engine.kernels import sampling_ops
+tables = sampling_ops.Tables.empty(4, 128256, torch.device("cpu"))
+choice = sampling_ops.Choice.empty(4, "cpu")
+logits = torch.zeros(4, 128256, dtype=bf16)
+sampling_ops.sample(logits, None, None, None, ints, ints, tables, ints, choice)
+sampling_ops.sample(logits, torch.zeros(128256), 30.0, ints, ints, ints, tables, ints, choice)
 print(json.dumps(found))
 """
 

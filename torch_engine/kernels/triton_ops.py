@@ -848,10 +848,11 @@ def _argmax_merge_kernel(tops, places, slots, last, tokens, PARTS: tl.constexpr)
     part = tl.arange(0, PARTS)
     values = tl.load(tops + row * PARTS + part)
     place = tl.load(places + row * PARTS + part)
-    token = tl.min(tl.where(values == tl.max(values, 0), place, 2147483647), 0)
-    token = tl.where(token == 2147483647, 0, token)  # only NaN
-    tl.store(tokens + row, token)
-    tl.store(last + tl.load(slots + row), token)
+    top = tl.max(values, 0)
+    token = tl.min(tl.where(values == top, place, 2147483647), 0)
+    none = top == float("-inf")  # NaN is never the highest either
+    tl.store(tokens + row, tl.where(none, -1, token))
+    tl.store(last + tl.load(slots + row), tl.where(none, 0, token))
 
 
 def argmax(
@@ -866,7 +867,7 @@ def argmax(
     """Most likely token of each row of ``logits`` [R, N], the first of equals; none of ``ends`` where ``holds`` is set.
 
     ``holds`` is [R] int32, ``ends`` [E] int32; without one of them every token may be chosen. Writes the token to
-    ``tokens`` [R] int32 and to ``last[slots[row]]``, where :func:`embed` finds it.
+    ``tokens`` [R] int32, -1 where no logit is finite, and to ``last[slots[row]]``, where :func:`embed` finds it.
     """
     rows, size = logits.shape
     block = 1024

@@ -1,0 +1,223 @@
+"""The sampling kernels against the oracle: in Triton's interpreter on a CPU, on a GPU with ``-m gpu``."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import tiny_checkpoint
+from tests.torch_engine import sampling_oracle as oracle
+from tests.torch_engine.test_triton_ops import (
+    DEVICE,
+    HAS_TRITON,
+    INTERPRETED,
+    ON_GPU,
+    RUNS,
+    kernel,
+    needs_triton,
+)
+from torch_engine.config import EngineConfig
+from torch_engine.engine import Engine
+from torch_engine.request import GenerationRequest, RequestError, SamplingParams
+from torch_engine.sequence import Sequence
+from torch_engine.text import TokenBytes
+
+if RUNS:
+    from torch_engine.device_sampling import DeviceSampling
+    from torch_engine.kernels import sampling_ops as ops
+
+WORDS = TokenBytes([b"a"])
+KINDS = [
+    SamplingParams(),
+    SamplingParams(top_p=1.0),
+    SamplingParams(temperature=0.8, top_k=50, top_p=0.95),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(min_p=0.05),
+    SamplingParams(top_k=7),
+    SamplingParams(temperature=1.3, top_k=200, top_p=0.5, min_p=0.01),
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.2, top_p=0.8),
+    SamplingParams(logit_bias=((5, 3.0), (250, -math.inf), (299, 2.0), (5, -0.5)), top_p=0.9),
+    SamplingParams(top_k=3, top_p=1e-6),
+    SamplingParams(temperature=1e-4, top_p=1.0),
+]
+SHAPES = {"peaked": 4.0, "flat": 0.8, "tied": 2.0, "equal": 0.0}
+VOCABULARIES = [300, 1024, 50_257, 128_256, 151_936, 256_000] if ON_GPU else [300, 2500]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="this is the interpreter's run")
+def test_sampling_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def sequence(
+    params: SamplingParams, prompt: list[int], output: list[int], seed: int, **asked: object
+) -> Sequence:
+    request = GenerationRequest(prompt, 100, sampling=params, **asked)  # type: ignore[arg-type]
+    made = Sequence.start(0, request, (1,), WORDS, 1)
+    made.tokens += output
+    made.seed = seed
+    return made
+
+
+class Rows:
+    """Sequences in slots of their own, and one row of logits for each."""
+
+    def __init__(self, sequences: list[Sequence], vocab: int) -> None:
+        self.sequences = sequences
+        self.sampling = DeviceSampling(len(sequences) + 1, vocab, DEVICE)
+        for slot, each in enumerate(sequences):
+            self.sampling.assign(slot, each)
+        self.sampling.flush()
+
+    def draw(self, logits: np.ndarray, positions: list[int] | None = None) -> ops.Choice:
+        count = len(self.sequences)
+        choice = ops.Choice.empty(count, DEVICE)
+        places = positions or [len(each.tokens) for each in self.sequences]
+        ops.sample(
+            torch.from_numpy(logits).to(DEVICE), None, None, None,
+            torch.arange(count, dtype=torch.int32, device=DEVICE),
+            torch.tensor(places, dtype=torch.int32, device=DEVICE) - 1,
+            self.sampling.tables, torch.zeros(count + 1, dtype=torch.int32, device=DEVICE), choice,
+        )  # fmt: skip
+        return choice
+
+
+class TestKernels:
+    pytestmark = kernel
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("vocab", VOCABULARIES)
+    def test_every_kind_draws_what_the_oracle_draws(self, vocab: int, shape: str) -> None:
+        chance = np.random.default_rng(vocab)
+        logits = chance.standard_normal((len(KINDS), vocab)).astype(np.float32) * SHAPES[shape]
+        logits = oracle.bfloat16(np.round(logits) if shape == "tied" else logits)
+        seeds = [int(seed) for seed in chance.integers(0, 2**63, len(KINDS))]
+        prompts = [chance.integers(0, vocab, 5).tolist() for _ in KINDS]
+        outputs = [[*chance.integers(0, vocab, 6).tolist(), 3, 3] for _ in KINDS]
+        told = {"return_log_probs": True, "top_log_probs": 3}
+        rows = Rows(
+            [sequence(*each, **told) for each in zip(KINDS, prompts, outputs, seeds, strict=True)], vocab
+        )
+        choice = rows.draw(logits)
+        for row, params in enumerate(KINDS):
+            adjusted = oracle.processed(logits[row], params, prompts[row], outputs[row])
+            expected, margin = oracle.draw_with_margin(adjusted, params, seeds[row], 13)
+            token = int(choice.tokens[row])
+            assert token == expected or margin < 1e-5, (params, margin)
+            log_probs = oracle.log_probs(logits[row])
+            assert float(choice.log_probs[row]) == pytest.approx(log_probs[token], abs=1e-4)
+            likeliest = oracle.top(logits[row], 3)
+            assert choice.top_ids[row, :3].tolist() == likeliest
+            assert choice.top_log_probs[row, :3].tolist() == pytest.approx(log_probs[likeliest], abs=1e-4)
+
+    def test_penalties_know_what_the_steps_before_have_said(self) -> None:
+        """Several steps without a word from the host."""
+        params = SamplingParams(
+            repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.4, top_p=1.0
+        )
+        vocab, said = 1500, [7, 8]
+        rows = Rows([sequence(params, said, [], 5)], vocab)
+        logits = np.random.default_rng(1).standard_normal((1, vocab)).astype(np.float32)
+        logits[0, 1490:] += 60.0
+        output: list[int] = []
+        for _ in range(12):
+            token = int(rows.draw(logits, [2 + len(output)]).tokens[0])
+            row = oracle.processed(logits[0], params, said, output)
+            assert token == oracle.draw(row, params, 5, 2 + len(output))
+            output.append(token)
+        assert len(set(output)) < len(output)
+
+    def test_bad_words_of_several_tokens(self) -> None:
+        """The prompt's tokens count, too; a word is banned as soon as all but its last token were said."""
+        vocab = 1200
+        words = ((4,), (7, 8, 9), (8, 1100), (30, 31, 32))
+        rows = Rows([sequence(SamplingParams(), [6, 7], [], 5, bad_ids=words)], vocab)
+        logits = np.zeros((1, vocab), dtype=np.float32)
+        output: list[int] = []
+        for favourite in (4, 8, 9, 8, 1100, 30, 31, 32):
+            logits[:] = 0
+            logits[0, favourite] = 9.0
+            token = int(rows.draw(logits, [2 + len(output)]).tokens[0])
+            banned = oracle.bad_tokens(list(words), [6, 7, *output])
+            assert token == (0 if favourite in banned else favourite)
+            output.append(token if favourite in banned else favourite)
+
+    def test_an_output_does_not_end_too_early(self) -> None:
+        rows = Rows([sequence(SamplingParams(), [6, 7], [], 5, min_tokens=3, stop_ids=(11,))], 64)
+        logits = np.zeros((1, 64), dtype=np.float32)
+        logits[0, 1], logits[0, 11], logits[0, 20] = 5.0, 4.0, 3.0
+        assert [int(rows.draw(logits, [place]).tokens[0]) for place in (2, 3, 4, 5)] == [20, 20, 20, 1]
+
+    def test_rows_without_a_finite_logit_are_alone(self) -> None:
+        params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=4), SamplingParams()]
+        rows = Rows([sequence(each, [1, 2], [], 3) for each in params], 100)
+        logits = np.random.default_rng(0).standard_normal((4, 100)).astype(np.float32)
+        logits[1], logits[2] = np.nan, -np.inf
+        logits[3, 50], logits[3, 51] = np.nan, np.inf
+        tokens = rows.draw(logits).tokens.tolist()
+        assert tokens[1:] == [-1, -1, 51] and tokens[0] == logits[0].argmax()
+
+    @pytest.mark.parametrize("params", KINDS[1:5])
+    def test_the_distribution_is_the_asked_one(self, params: SamplingParams) -> None:
+        """Chi-square over many positions of one row."""
+        from scipy.stats import chisquare
+
+        vocab, draws = 1400, 20_000 if ON_GPU else 1500
+        logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32) * 3
+        batch = 500
+        rows = Rows([sequence(params, [1], [], seed) for seed in range(batch)], vocab)
+        found = np.zeros(vocab)
+        for place in range(draws // batch):
+            choice = rows.draw(np.tile(logits, (batch, 1)), [1 + place] * batch)
+            found += np.bincount(choice.tokens.cpu().numpy(), minlength=vocab)
+        expected = oracle.probabilities(oracle.clean(logits), params) * draws
+        assert found[expected == 0].sum() == 0
+        often = expected >= 5
+        seen = [*found[often], found[~often].sum()]
+        wanted = [*expected[often], expected[~often].sum()]
+        if wanted[-1] < 1:
+            seen, wanted = seen[:-1], wanted[:-1]
+        assert chisquare(seen, np.array(wanted) * sum(seen) / sum(wanted)).pvalue > 1e-5
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        with pytest.raises(RequestError, match="1025 bad words of several tokens: on a GPU it may have 1024"):
+            DeviceSampling.check(sequence(SamplingParams(), [1], [], 1, bad_ids=((2, 3),) * 1025))
+
+    def test_both_engines_say_the_same(self, tmp_path: Path) -> None:
+        """All kinds in one batch, with lag, chunks, and more requests than slots: the CPU's engine is the witness."""
+        folder = tiny_checkpoint(tmp_path / "tiny")
+        settings = {"num_kv_blocks": 64, "max_seq_len": 256, "max_batch_size": 4, "max_num_tokens": 16}
+
+        def said(**where: object) -> list[tuple]:
+            config = EngineConfig(model_dir=str(folder), compute_dtype="float32", **settings, **where)  # type: ignore[arg-type]
+            engine = Engine(config)
+            requests = [
+                GenerationRequest(
+                    [5 + number, 6, 7, 8], 6, sampling=SamplingParams(**{**vars(params), "seed": number}), end_id=-1,
+                    return_log_probs=number % 2 == 0,
+                )
+                for number, params in enumerate(KINDS)
+            ]  # fmt: skip
+            requests.append(
+                GenerationRequest(list(range(20, 60)), 4, sampling=SamplingParams(top_p=1.0, seed=9))
+            )
+            answers = [(output.token_ids, output.text) for output in engine.generate(requests)]
+            engine.audit()
+            return answers
+
+        assert said(kernels="cuda", device=DEVICE.type) == said(
+            kernels="pytorch", device="cpu", num_threads=1
+        )

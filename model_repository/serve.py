@@ -38,9 +38,9 @@ def ready_message(server: Server) -> str:
         engine = f"{deployment.engines} engines, each {engine}"
     served = {path.name for path in deployment.model_repository.iterdir()}
     if "ensemble" in served:
-        models, door = "text_generation, ensemble, tensorrt_llm_bls", "ensemble"
+        models = "text_generation, ensemble, tensorrt_llm_bls"
     else:
-        models, door = "text_generation, tensorrt_llm", "text_generation"
+        models = "text_generation, tensorrt_llm (llmapi)"
     models += ", hf_baseline" if settings.baseline else ""
     return "\n".join(
         [
@@ -52,7 +52,7 @@ def ready_message(server: Server) -> str:
             f"  metrics  http://{settings.host}:{settings.metrics_port}/metrics",
             f"  logs     {settings.run_dir}",
             "",
-            f"try   curl -d '{curl}' {settings.http_url}/v2/models/{door}/generate",
+            f"try   curl -d '{curl}' {settings.http_url}/v2/models/text_generation/generate",
             "next  make loadtest (web UI), make chat; Ctrl-C stops the server, then make bench compares the endpoints",
             "",
         ]

@@ -46,11 +46,11 @@ def ready_message(server: Server) -> str:
         engine = f"{deployment.engines} engines, each {engine}"
     served = {path.name for path in deployment.model_repository.iterdir()}
     if "ensemble" in served:
-        models, door = "text_generation, ensemble, tensorrt_llm_bls", "ensemble"
+        models = "text_generation, ensemble, tensorrt_llm_bls"
     else:
-        models, door = "text_generation, tensorrt_llm", "text_generation"
+        models = "text_generation, tensorrt_llm (llmapi)"
     question = '{"text_input": "What is ML?", "max_tokens": 20}'
-    curl = f"curl -d '{question}' {settings.http_url}/v2/models/{door}/generate"
+    curl = f"curl -d '{question}' {settings.http_url}/v2/models/text_generation/generate"
     models += ", hf_baseline" if settings.baseline else ""
     return "\n".join(
         [

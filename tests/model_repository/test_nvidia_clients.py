@@ -6,6 +6,7 @@ lane torch, which other tests hold against Transformers.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Deployment:
     server: Server
     decoupled: bool
 
+    accumulates: bool = False
+    """``ACCUMULATE_TOKENS=1``: each text of tensorrt_llm_bls is the whole text so far."""
+
+    def overwrites(self, model: str) -> bool:
+        """Whether a client has to be told ``--overwrite-output-text``."""
+        return self.accumulates and model == "tensorrt_llm_bls"
+
     @property
     def url(self) -> str:
         return self.server.settings.grpc_url
@@ -62,18 +70,17 @@ def deployment(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECOUPLED", str(int(decoupled)))
         patch.setenv("MAX_SEQ_LEN", str(CONTEXT))
+        patch.setenv("ACCUMULATE_TOKENS", str(int(decoupled)))
         if lane == "torch":
             arguments = ["--model", served.engine.info.model_dir, "--engine", "torch", "--precision", "bf16"]
             Build(parse([*arguments, "--build-dir", str(folder)]), say=print).run()
             with Server(settings_for(folder, baseline=False), say=print) as server:
-                for name in ("DECOUPLED", "MAX_SEQ_LEN"):  # they are for this build alone
-                    patch.delenv(name)
-                yield Deployment(server, decoupled)
+                patch.undo()  # it was for this build alone
+                yield Deployment(server, decoupled, accumulates=decoupled)
         else:
             with tensorrt_llm_lane(folder, lane, baseline=False, max_position_embeddings=CONTEXT) as server:
-                for name in ("DECOUPLED", "MAX_SEQ_LEN"):  # they are for this build alone
-                    patch.delenv(name)
-                yield Deployment(server, decoupled)
+                patch.undo()  # it was for this build alone
+                yield Deployment(server, decoupled, accumulates=decoupled)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +211,14 @@ def test_texts(deployment: Deployment, model: str, answer: str, exclude: bool) -
     """The prompt comes back only where it is not excluded and nothing is streamed."""
     for streaming in deployment.ways:
         found = Texts.ask(
-            deployment.url, model, [PROMPT], streaming=streaming, length=LENGTH, exclude=exclude, end_id=-1
+            deployment.url,
+            model,
+            [PROMPT],
+            streaming=streaming,
+            length=LENGTH,
+            exclude=exclude,
+            end_id=-1,
+            overwrite=deployment.overwrites(model),
         )
         assert found.texts == [answer if streaming or exclude else PROMPT + answer]
 
@@ -221,6 +235,7 @@ def test_texts_with_metrics_and_log_probs(deployment: Deployment, model: str) ->
             perf_metrics=True,
             log_probs=True,
             end_id=-1,
+            overwrite=deployment.overwrites(model),
         )
         assert found.perf_metrics["last_token_time_ns"] >= found.perf_metrics["arrival_time_ns"] > 0
         assert found.perf_metrics["total_draft_tokens"] == 0
@@ -243,6 +258,7 @@ def test_words(deployment: Deployment, model: str, answer: str) -> None:
             exclude=True,
             end_id=-1,
             **words,
+            overwrite=deployment.overwrites(model),
         ).texts[0]
 
     stopped = answer[: answer.index(word)]
@@ -258,15 +274,48 @@ def test_a_batch_of_four(deployment: Deployment, model: str, served: Server) -> 
     prompts = [PROMPT, "the dog", "a token is a piece", "x"]
     expected = [ask(served, "text_generation", each, LENGTH, end_id=-1).text for each in prompts]
     inputs = {"length": LENGTH, "exclude": True, "end_id": -1}
-    one_by_one = Texts.ask(deployment.url, model, prompts, streaming=deployment.decoupled, **inputs)
+    one_by_one = Texts.ask(
+        deployment.url,
+        model,
+        prompts,
+        streaming=deployment.decoupled,
+        **inputs,
+        overwrite=deployment.overwrites(model),
+    )
     assert one_by_one.texts == expected
     if not deployment.decoupled:
         with pytest.raises(InferenceServerException, match="a batch of 4 needs a decoupled model"):
-            Texts.ask(deployment.url, model, prompts, streaming=False, batch=True, length=LENGTH)
+            Texts.ask(
+                deployment.url,
+                model,
+                prompts,
+                streaming=False,
+                batch=True,
+                length=LENGTH,
+                overwrite=deployment.overwrites(model),
+            )
         return
     for streaming in deployment.ways:
-        found = Texts.ask(deployment.url, model, prompts, streaming=streaming, batch=True, **inputs)
+        found = Texts.ask(
+            deployment.url,
+            model,
+            prompts,
+            streaming=streaming,
+            batch=True,
+            **inputs,
+            overwrite=deployment.overwrites(model),
+        )
         assert found.texts == expected
+
+
+def test_accumulated_texts(deployment: Deployment, answer: str) -> None:
+    """``accumulate_tokens`` of tensorrt_llm_bls, and what it is without."""
+    texts = ask(
+        deployment.server, "tensorrt_llm_bls", PROMPT, LENGTH, end_id=-1, stream=deployment.decoupled
+    ).texts
+    assert (texts[-1] if deployment.accumulates else "".join(texts)) == answer
+    if deployment.accumulates:
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 # -- what only one kind of deployment does -------------------------------------------------------------
@@ -283,7 +332,7 @@ def test_streams_need_a_decoupled_model(deployment: Deployment) -> None:
         with pytest.raises(
             InferenceServerException, match="streaming is only supported if the model is decoupled"
         ):
-            Texts.ask(deployment.url, model, [PROMPT], streaming=True)
+            Texts.ask(deployment.url, model, [PROMPT], streaming=True, overwrite=deployment.overwrites(model))
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)

@@ -279,5 +279,8 @@ class _Watcher(StoppingCriteria):
             picked = torch.log_softmax(self._raw.logits.float(), dim=-1).gather(1, new[:, None])
             log_probs = picked[:, 0].tolist()
         for job, token, log_prob in zip(self._batch, new.tolist(), log_probs, strict=True):
-            job.take(token, log_prob)
+            try:
+                job.take(token, log_prob)
+            except Exception as error:  # in its text or its words: the other rows have theirs
+                job.fail(RequestError(Code.INTERNAL, f"the token could not be told: {error!r}"))
         return torch.tensor([job.finished for job in self._batch], device=input_ids.device)

@@ -289,5 +289,8 @@ class _Watcher(StoppingCriteria):
                     for row, of, job in zip(ids.tolist(), values.tolist(), self._batch, strict=True)
                 ]
         for job, token, log_prob, top in zip(self._batch, new.tolist(), log_probs, tops, strict=True):
-            job.take(token, log_prob, top)
+            try:
+                job.take(token, log_prob, top)
+            except Exception as error:  # in its text or its words: the other rows have theirs
+                job.fail(RequestError(Code.INTERNAL, f"the token could not be told: {error!r}"))
         return torch.tensor([job.finished for job in self._batch], device=input_ids.device)

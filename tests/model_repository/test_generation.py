@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from model_repository.shared.generation import Progress
-from torch_engine.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
+from torch_engine.request import Code, FinishReason, GenerationRequest, PerfMetrics, RequestOutput
 from torch_engine.sequence import Sequence
 from torch_engine.text import TokenBytes
 
@@ -44,3 +45,19 @@ def test_counts_ids_and_log_probs_agree(ids: list[int], text: str, count: int, s
         assert whole.text == text == TOKENS.decode(whole.token_ids)
         assert whole.num_output_tokens == len(whole.token_ids) == len(whole.log_probs) == count
         assert whole.cum_log_prob == pytest.approx(sum(whole.log_probs))
+
+
+def test_a_row_of_the_baseline_that_fails_leaves_the_others_theirs() -> None:
+    from model_repository.shared.transformers_engine import _Watcher
+
+    outputs: list[RequestOutput] = [RequestOutput(), RequestOutput()]
+    jobs = [
+        Progress(GenerationRequest([1], 2), output.extend, TOKENS, frozenset(), PerfMetrics())
+        for output in outputs
+    ]
+    jobs[0]._stream = None  # type: ignore[assignment]
+    watcher = _Watcher(jobs, None)
+    assert watcher(torch.tensor([[0], [0]]), None).tolist() == [True, False]
+    assert watcher(torch.tensor([[0, 1], [0, 1]]), None).tolist() == [True, True]
+    assert outputs[0].error is not None and outputs[0].error.code is Code.INTERNAL
+    assert outputs[1].text == "ab" and outputs[1].finish_reason is FinishReason.LENGTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,27 @@ def test_a_byte_piece_is_a_byte_only_where_the_decoder_says_so(tmp_path: Path) -
     assert Vocabulary(tmp_path).bytes.decode([0, 1, 2]) == tokenizer.decode([0, 1, 2]) == "A<0xZZ> a"
 
 
-def test_a_long_prompt_lets_others_work_and_gives_its_memory_back(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_threads_work_while_a_prompt_is_tokenised(folder: Path) -> None:
+    """The emitter is one of them. With the interpreter locked, this one would not move at all."""
+    ours, over, steps = Vocabulary(folder), threading.Event(), 0
+
+    def work() -> None:
+        nonlocal steps
+        while not over.wait(0.001):
+            steps += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    text = CORPUS[0] * (2**20 // len(CORPUS[0]))
+    before = steps
+    ours.encode_prompt(text)
+    after = steps
+    over.set()
+    thread.join()
+    assert after - before > 20
+
+
+def test_a_long_prompt_gives_its_memory_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given_back = []
     monkeypatch.setattr(vocabulary_module, "_give_memory_back", lambda: given_back.append(True))
     ours, theirs = Vocabulary(folder), AutoTokenizer.from_pretrained(folder)

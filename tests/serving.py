@@ -16,6 +16,7 @@ from model_repository.serve import Server, ServeSettings
 from model_repository.trtllm import guard
 from model_repository.trtllm.host import Gpu
 from tests.engine_build import trtllm_tools
+from tests.short_gate import short_gate
 from torch_engine.config import EngineConfig
 
 
@@ -54,7 +55,10 @@ def build_tiny(
     arguments = ["--model", str(checkpoint), "--engine", "torch", "--precision", "bf16"]
     arguments += ["--max-seq-len", str(CONTEXT), "--baseline-max-batch-size", str(baseline_max_batch_size)]
     arguments += ["--dp", str(dp)]
-    deployment = Build(parse([*arguments, "--build-dir", str(folder / "build")]), say=lambda line: None).run()
+    with short_gate():
+        deployment = Build(
+            parse([*arguments, "--build-dir", str(folder / "build")]), say=lambda line: None
+        ).run()
     # One thread is plenty for so small a model, and does not wait for a core that other tests use.
     EngineConfig.load(deployment["engine_dir"], num_threads=1).save(deployment["engine_dir"])
     return folder / "build"

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from engine_build import gate
 from engine_build.build import CALIBRATION, Build
 from engine_build.cache import FileHashes
 from engine_build.errors import BuildError
+from tests.short_gate import short_gate
 from tests.tiny import tiny_checkpoint
 from torch_engine.toolchain import compiler
 
@@ -31,6 +32,13 @@ def key(deployment: dict[str, Any]) -> str:
 def model(tiny: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def quick_gate(fp8_build: dict[str, Any]) -> Iterator[None]:
+    """What is measured is no matter here; the shared FP8 build comes first, with the whole gate."""
+    with short_gate():
+        yield
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from engine_build.errors import BuildError
 from engine_build.settings import parse
+from tests.short_gate import short_gate
 from tests.tiny import tiny_checkpoint
 
 Make = Callable[..., dict[str, Any]]
@@ -20,6 +21,12 @@ Make = Callable[..., dict[str, Any]]
 @pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def quick_gate() -> Iterator[None]:
+    with short_gate():
+        yield
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -502,7 +502,7 @@ def verify(**variables: str) -> tuple[int, dict[str, str]]:
 
 def test_nothing_is_confirmed_where_there_is_no_gpu() -> None:
     code, outcomes = verify(HTTP_PORT="1", METRICS_PORT="1")
-    assert code == 1 and set(outcomes.values()) == {"SKIP"} and len(outcomes) == 11
+    assert code == 1 and set(outcomes.values()) == {"SKIP"} and len(outcomes) == 14
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from model_repository.trtllm import host, versions  # noqa: E402
 MODELS = Path("/app/all_models/inflight_batcher_llm")
 QUANTIZE = Path("/app/examples/quantization/quantize.py")
 BACKEND = Path("/opt/tritonserver/backends/tensorrtllm")
+ALWAYS_READ = ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend")
 FAMILIES = ("request", "kv_cache_block", "inflight_batcher", "general")
 
 
@@ -69,6 +71,41 @@ def container_layout() -> str:
         assert path.exists(), f"{path} is missing"
     assert str(BACKEND / "trtllmExecutorWorker") == parameters.WORKER
     return "templates, quantize.py and the executor's worker are where we expect them"
+
+
+def home() -> str:
+    """FlashInfer and Triton's language make their folders there when they are imported."""
+    need(Path("/app").is_dir(), "not inside NVIDIA's container")
+    for name in (".cache", ".triton"):
+        folder = Path.home() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    return f"user {os.getuid()} can write to {Path.home()}"
+
+
+def tritons_client() -> str:
+    """Refuses an old protobuf when it is imported."""
+    need(Path("/app").is_dir(), "not inside NVIDIA's container")
+    import google.protobuf
+    import grpc
+    from tritonclient.grpc import model_config_pb2
+
+    assert model_config_pb2.ModelConfig
+    return f"tritonclient imports with protobuf {google.protobuf.__version__} and grpcio {grpc.__version__}"
+
+
+def parameters_always_read() -> str:
+    """The backend does not load a ``tensorrt_llm`` that leaves one of them out."""
+    config = (
+        Path(os.environ.get("BUILD_DIR") or ROOT / "build") / "model_repository/tensorrt_llm/config.pbtxt"
+    )
+    need(config.is_file(), f"{config} is not here: build first")
+    text = config.read_text(encoding="utf-8")
+    need('backend: "tensorrtllm"' in text, "the model repository is not of ENGINE=trtllm-engine")
+    missing = [name for name in ALWAYS_READ if f'"{name}"' not in text]
+    assert not missing, f"{config} leaves out {', '.join(missing)}"
+    return f"{', '.join(ALWAYS_READ)} are in {config}"
 
 
 def quantize_arguments() -> str:
@@ -129,17 +166,21 @@ def llm_api_surface() -> str:
     from torch_engine.request import GenerationRequest, SamplingParams
     from torch_engine.text import TokenBytes
 
-    arguments = llm_arguments(LlmConfig("m"), tensorrt_llm.__version__, tensorrt_llm.llmapi)
+    version = tensorrt_llm.__version__
+    arguments = llm_arguments(LlmConfig("m"), version, tensorrt_llm.llmapi)
     args_class = tensorrt_llm.llmapi.llm_args.TorchLlmArgs
     missing = sorted(arguments.keys() - set(args_class.model_fields))
     assert not missing, f"LLM() does not take {', '.join(missing)}"
     sampling = SamplingParams(0.7, 40, 0.9, 1.1, 0.1, 0.1, 7)
     request = GenerationRequest([1], 8, sampling, min_tokens=2, bad_ids=((2,), (3, 4)), return_log_probs=True)
     tokens = TokenBytes([b"a", b"b", b"c", b"d", b"e"])
-    tensorrt_llm.SamplingParams(**sampling_arguments(request, (1, 2), tokens))
+    tensorrt_llm.SamplingParams(**sampling_arguments(request, (1, 2), tokens, versions.habits(version)))
     for name in ("generate_async", "get_stats_async", "shutdown"):
         assert hasattr(tensorrt_llm.LLM, name), f"LLM has no {name}"
-    return f"LLM() takes our {len(arguments)} arguments, SamplingParams all of ours"
+    sampler = ", ".join(f"{name}={value!r}" for name, value in versions.habits(version).sampler.items())
+    return (
+        f"LLM() takes our {len(arguments)} arguments (sampler: {sampler or 'its own'}), SamplingParams ours"
+    )
 
 
 def answers(url: str) -> Callable[[], str]:
@@ -220,9 +261,12 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu and driver": gpu_and_driver,
         "release": release,
         "container layout": container_layout,
+        "home folder": home,
+        "tritonclient": tritons_client,
         "quantize.py arguments": quantize_arguments,
         "trtllm-build flags": build_flags,
         "backend parameters": backend_parameters,
+        "parameters always read": parameters_always_read,
         "template tensors": template_tensors,
         "LLM API surface": llm_api_surface,
         "answers": answers(options.server),

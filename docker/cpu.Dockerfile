@@ -4,6 +4,7 @@ FROM python:3.11-slim-bookworm
 ENV PYTHONPATH=/opt/flightline \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    HOME=/cache/home \
     HF_HOME=/cache/huggingface \
     BUILD_DIR=/engines
 
@@ -12,7 +13,7 @@ ENV PYTHONPATH=/opt/flightline \
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ tini \
     && rm -rf /var/lib/apt/lists/* \
-    && mkdir -p /engines /cache/huggingface \
+    && mkdir -p /engines /cache/huggingface /cache/home \
     && chown -R 1000:1000 /engines /cache
 
 # An index with CPU-only wheels of torch. Empty takes pip's default, whose wheel brings gigabytes of CUDA along.

@@ -6,6 +6,13 @@ if [ "${1:-serve}" != serve ]; then
     exec "$@"
 fi
 
+# FlashInfer and Triton's language write there when they are imported; a bind mount or --user may forbid it.
+if ! mkdir -p "${HOME:=/cache/home}/.cache" 2>/dev/null || [ ! -w "${HOME}/.cache" ]; then
+    echo "error: HOME=${HOME} is not writable by user $(id -u): give that user a folder, as compose.yaml does" \
+        "(volume home:/cache/home)" >&2
+    exit 1
+fi
+
 # An empty secret is no token.
 if [ -n "${HF_TOKEN_PATH:-}" ] && [ ! -s "${HF_TOKEN_PATH}" ]; then
     unset HF_TOKEN_PATH

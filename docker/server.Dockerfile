@@ -3,18 +3,25 @@
 ARG IMAGE=nvcr.io/nvidia/tritonserver:26.06-trtllm-python-py3
 FROM ${IMAGE}
 
-# NVIDIA's Python packages live in a virtual environment from 26.05 on; before, the folder does not exist.
+# NVIDIA's Python packages live in a virtual environment from 26.03 on; before, the folder does not exist.
+# HOME: NVIDIA's user triton-server (uid 1000) has none, and FlashInfer (~/.cache) and Triton's language (~/.triton)
+# write there as soon as TensorRT-LLM is imported.
 ENV PATH=/opt/venv-tritonserver/bin:${PATH} \
     PYTHONPATH=/opt/flightline \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    HOME=/cache/home \
     HF_HOME=/cache/huggingface \
     BUILD_DIR=/engines
 
-# Only what NVIDIA's image lacks, and without dependencies: its own torch, numpy and protobuf must stay.
+# Only what NVIDIA's image lacks, and without dependencies: its own torch and numpy must stay. tritonclient refuses a
+# protobuf older than 6.33.5 when it is imported (its wheel asks only for 6.30), and NVIDIA's images pin none. The
+# import is tried here, so that an image in which it fails is not built.
 RUN python3 -m pip install --no-cache-dir --no-deps \
-        tritonclient==2.73.0 python-rapidjson==1.25 grpcio==1.85.1 psutil==7.2.2 gguf==0.19.0 \
-    && mkdir -p /engines /cache/huggingface \
+        tritonclient==2.73.0 protobuf==6.33.6 ml-dtypes==0.5.4 python-rapidjson==1.25 grpcio==1.85.1 \
+        psutil==7.2.2 gguf==0.19.0 \
+    && python3 -c "from tritonclient.grpc import model_config_pb2" \
+    && mkdir -p /engines /cache/huggingface /cache/home \
     && chown -R 1000:1000 /engines /cache
 
 COPY engine_build /opt/flightline/engine_build

@@ -16,6 +16,8 @@ from engine_build.prompts import Sample
 from engine_build.trtllm import commands, engine_folder, log
 
 BUILD_LOG = "build.log"
+DATA_SETS_BY_NAME = ("cnn_dailymail", "scienceqa")
+"""quantize.py takes a folder whose path contains one of these for the public data set of that name."""
 Say = Callable[[str], None]
 
 
@@ -25,6 +27,18 @@ def write_calibration(samples: list[Sample], tokenizer: Any, folder: Path) -> in
     rows = [json.dumps({"text": sample.render(tokenizer)}, ensure_ascii=False) for sample in samples]
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return len(rows)
+
+
+def require_own_calibration(folder: Path) -> None:
+    """Raises:
+    BuildError: quantize.py would not read our prompts from ``folder``.
+    """
+    for name in DATA_SETS_BY_NAME:
+        if name in str(folder):
+            raise BuildError(
+                f"quantize.py takes {folder} for the data set {name}, as the path contains its name: "
+                "set BUILD_DIR to a folder without it"
+            )
 
 
 def disk_bytes(shape: ModelShape, plan: Plan) -> int:
@@ -45,8 +59,9 @@ def require_disk(folder: Path, shape: ModelShape, plan: Plan) -> None:
 
 
 def dry_run(source: Path, samples: int, plan: Plan, work: Path, engine_dir: Path) -> list[str]:
-    """The commands and files of a build, as lines to print."""
+    """The commands and files of a build, as lines to print. Raises BuildError as ``run`` would."""
     calibration, checkpoint = work / "calibration", work / "checkpoint"
+    require_own_calibration(calibration)
     steps = (
         commands.quantize(source, calibration, samples, plan, checkpoint),
         commands.build(checkpoint, plan, engine_dir, work / "model.cache"),
@@ -65,8 +80,9 @@ def run(
     Returns the engine's ``config.json``.
 
     Raises:
-        BuildError: a command failed, or the builder switched off what was asked for.
+        BuildError: a command failed, the builder switched off what was asked for, or BUILD_DIR misleads quantize.py.
     """
+    require_own_calibration(work / "calibration")
     rows = write_calibration(samples, tokenizer, work / "calibration")
     checkpoint, build_log = work / "checkpoint", engine_dir / BUILD_LOG
     quantize = commands.quantize(source, work / "calibration", rows, plan, checkpoint)

@@ -1,4 +1,7 @@
-"""NVIDIA's Triton containers that carry TensorRT-LLM 1.0 to 1.2, newest first, and which one a driver runs.
+"""NVIDIA's Triton containers that we serve from, newest first, and which one a driver runs.
+
+Driver 575 had 25.10 (TensorRT-LLM 1.0.0), which is not among them: tritonclient needs protobuf 6.33.5 of January 2026,
+newer than anything in that image, so its Python packages were never meant for it.
 
 ``python3 -m engine_build.trtllm.containers`` prints the image for this host; it needs nothing but Python.
 """
@@ -30,7 +33,6 @@ class Container:
 CONTAINERS = (
     Container("26.06", "1.2.1", "10.14.1.48", "13.1", (590, 44, 1)),
     Container("26.02", "1.1.0", "10.13.3.9", "13.0", (580, 95, 5)),
-    Container("25.10", "1.0.0", "10.11.0.33", "12.9", (575, 57, 8)),
 )
 PINNED = CONTAINERS[0]
 

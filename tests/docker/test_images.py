@@ -6,6 +6,8 @@ there, a metric that nobody exports) is checked by hand.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -93,6 +95,50 @@ def test_images_run_as_nobody_special_from_a_pinned_base(path: Path) -> None:
     assert ":" in base and not base.endswith(":latest")
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_home_is_a_folder_of_its_user_on_a_named_volume(path: Path) -> None:
+    """NVIDIA's user has no home folder: FlashInfer's import fails there, and Triton's language with it."""
+    text = path.read_text(encoding="utf-8")
+    home = re.search(r"\bHOME=(\S+)", text)
+    assert home, "HOME is not set"
+    assert re.search(rf"mkdir -p [^\n]*{home[1]}\b", text) and "chown -R 1000:1000" in text
+    root = "/" + home[1].split("/")[1]
+    assert re.search(rf"chown -R 1000:1000[^\n]* {root}\b|chown -R 1000:1000 {root}\b", text)
+    assert f'"{root}"' in re.search(r"^VOLUME (.+)$", text, flags=re.M)[1]
+    services = compose(*PROFILES)["services"].values()
+    mine = [each for each in services if each.get("build", {}).get("dockerfile") == f"docker/{path.name}"]
+    assert mine
+    for service in mine:
+        (mount,) = [each for each in service["volumes"] if each["target"] == home[1]]
+        assert mount["type"] == "volume" and mount["source"] and not mount.get("read_only")
+
+
+def test_the_server_image_has_what_tritonclient_imports() -> None:
+    """NVIDIA's image is used without resolving dependencies: each of ours must be named, as new as it is needed."""
+    text = (DOCKER / "server.Dockerfile").read_text(encoding="utf-8")
+    pins = {name.replace("-", "_"): version for name, version in re.findall(r"([\w-]+)==([\w.]+)", text)}
+    package = Path(importlib.util.find_spec("tritonclient").submodule_search_locations[0])
+    generated = (package / "grpc/model_config_pb2.py").read_text(encoding="utf-8")
+    wanted = re.search(r"Protobuf Python Version: ([\d.]+)", generated)[1]
+    assert _numbers(pins["protobuf"]) >= _numbers(wanted), (
+        f"tritonclient refuses a protobuf older than {wanted}"
+    )
+    assert _numbers(pins["protobuf"])[0] == _numbers(wanted)[0]  # its rule for generated code
+    assert pins["tritonclient"] == importlib.metadata.version("tritonclient")
+    script = "import sys, tritonclient.grpc; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(check(sys.executable, "-c", script).split())
+    of_nvidia = {"numpy", "packaging", "typing_extensions"}  # TensorRT-LLM and torch need them
+    renamed = {"google": "protobuf", "grpc": "grpcio", "rapidjson": "python_rapidjson"}
+    installed = importlib.metadata.packages_distributions().keys()
+    others = {name for name in loaded & installed if not name.startswith("_")} - of_nvidia
+    assert not {renamed.get(name, name) for name in others} - pins.keys()
+    assert "import model_config_pb2" in text.split("RUN ")[1], "the build does not try the import"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
 def test_pins_are_the_projects() -> None:
     """The images install what the project pins; the server's image names versions of its own for what NVIDIA lacks."""
     import tomllib
@@ -147,7 +193,11 @@ def test_server(profile: str) -> None:
     }
     assert set(secret.values()) <= {"", "/run/secrets/hf_token"}, "a secret is in the environment"
     assert {each["source"] for each in service["secrets"]} == {"hf_token", "tls_cert", "tls_key"}
-    assert {mount["target"] for mount in service["volumes"]} >= {"/engines", "/cache/huggingface"}
+    assert {mount["target"] for mount in service["volumes"]} >= {
+        "/engines",
+        "/cache/huggingface",
+        "/cache/home",
+    }
 
 
 def test_gpu_server() -> None:
@@ -197,7 +247,7 @@ def run_script(
     name: str, tmp_path: Path, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    environment = {"PATH": path, "BUILD_DIR": str(tmp_path / "engines"), **variables}
+    environment = {"PATH": path, "BUILD_DIR": str(tmp_path / "engines"), "HOME": str(tmp_path), **variables}
     return subprocess.run(
         [str(DOCKER / name), *arguments], capture_output=True, text=True, timeout=120, env=environment
     )
@@ -223,6 +273,17 @@ def test_entrypoint_does_not_serve_what_was_not_built(tmp_path: Path) -> None:
     done = run_script("entrypoint.sh", tmp_path)
     assert (done.returncode, done.stdout) == (1, "engine_build\n")
     assert run_script("entrypoint.sh", tmp_path, "echo", "hello").stdout == "hello\n"
+
+
+def test_entrypoint_says_that_home_is_not_writable(tmp_path: Path) -> None:
+    stand_in(tmp_path / "bin", "python3", 'echo "$2"')
+    (tmp_path / "file").touch()
+    done = run_script("entrypoint.sh", tmp_path, HOME=str(tmp_path / "file"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"error: HOME={tmp_path / 'file'} is not writable by user" in done.stderr
+    assert "volume home:/cache/home" in done.stderr and len(done.stderr.splitlines()) == 1
+    run_script("entrypoint.sh", tmp_path, HOME=str(tmp_path / "new"))
+    assert (tmp_path / "new/.cache").is_dir()
 
 
 def up(
@@ -436,7 +497,7 @@ def verify(**variables: str) -> tuple[int, dict[str, str]]:
 
 def test_nothing_is_confirmed_where_there_is_no_gpu() -> None:
     code, outcomes = verify(HTTP_PORT="1", METRICS_PORT="1")
-    assert code == 1 and set(outcomes.values()) == {"SKIP"} and len(outcomes) == 11
+    assert code == 1 and set(outcomes.values()) == {"SKIP"} and len(outcomes) == 14
 
 
 @pytest.mark.slow

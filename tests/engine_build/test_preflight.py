@@ -121,7 +121,7 @@ def test_driver_older_than_every_container(report: Report) -> None:
     code, output = report(OLD, ENGINE="trtllm-pytorch")
     assert code == 1
     line = row(output, "trtllm-pytorch", "fp8")
-    assert "impossible: driver 550.54.14 is older than 575" in line and "25.10" in line
+    assert "impossible: driver 550.54.14 is older than 580" in line and "26.02" in line
     assert "compatible" in row(output, "torch", "fp8")
 
 

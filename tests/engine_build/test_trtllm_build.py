@@ -200,3 +200,15 @@ def test_fp8_checkpoint_is_laid_out_like_modelopts(tmp_path: Path) -> None:
     assert quantization["quant_algo"] == facts["quant_algo"]
     assert quantization["kv_cache_quant_algo"] == facts["kv_cache_quant_algo"]
     assert set(quantization["exclude_modules"]) >= set(facts["exclude_modules"])
+
+
+@pytest.mark.parametrize("name", ["cnn_dailymail", "scienceqa"])
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_path_that_quantize_takes_for_a_data_set(
+    tools: None, tiny: Path, tmp_path: Path, make_build: Make, name: str, dry: bool
+) -> None:
+    """It would calibrate with that data set, from the network, instead of our prompts."""
+    root = tmp_path / f"my_{name}_engines"
+    with pytest.raises(BuildError, match=f"for the data set {name}.*set BUILD_DIR to a folder without it"):
+        make_build(tiny, root, "--engine", "trtllm-engine", *(["--dry-run"] if dry else []))
+    assert not [path for path in root.rglob("*") if path.suffix == ".engine" or path.name == "config.json"]

@@ -143,12 +143,12 @@ def test_containers_are_those_of_the_table() -> None:
         ("590.44.01", "26.06"),
         ("600.1", "26.06"),
         ("580.65", "26.02"),
-        ("575.57.08", "25.10"),
+        ("575.57.08", None),
         ("550.54", None),
     ],
 )
 def test_container_for_a_driver(driver: str, tag: str | None) -> None:
-    """§1.3, fallbacks."""
+    """§1.3, fallbacks; not 25.10 for driver 575, which cannot have the protobuf that tritonclient needs."""
     found = newest_for(driver_version(driver))
     assert (found.tag if found else None) == tag
 

@@ -22,6 +22,7 @@ from engine_build.package import package, package_llm_api
 from engine_build.plan import AUTO, INTEGERS, Plan, make_plan, other_kv_dtypes, require_tensorrt_llm
 from engine_build.prompts import read_prompts
 from engine_build.settings import Settings
+from engine_build.trtllm.parameters import check
 from engine_build.workspace import locked, new_folder, write_text
 from torch_engine.toolchain import SOURCES
 
@@ -390,6 +391,7 @@ class Build:
             "calibration": self.hashes.of(calibration),
             "hardware": hardware.identity(),
             "plan": dataclasses.asdict(dataclasses.replace(plan, reasons=())),
+            "build": self._engine_flags(),
         }
         key = digest(inputs)
         with self._stage("engine") as note:
@@ -398,12 +400,19 @@ class Build:
                 build.require_disk(self.root, source.shape, plan)
                 tokenizer = self._tokenizer(source.folder)
                 with new_folder(folder) as fresh, new_folder(work) as scratch:
-                    build.run(source.folder, samples, tokenizer, plan, scratch, fresh)
+                    flags = self._engine_flags()
+                    build.run(source.folder, samples, tokenizer, plan, scratch, fresh, **flags)
                     facts = self._facts(source, plan, hardware, inputs)
                     record.close(fresh, key, facts | {"calibration": {"samples": len(samples)}})
                 shutil.rmtree(work, ignore_errors=True)
             note.text = f"{_shown(folder)} (TensorRT-LLM {hardware.tensorrt_llm})"
         return folder, engine_folder.logits_type(engine_folder.require_built(folder, plan))
+
+    def _engine_flags(self) -> dict[str, Any]:
+        """What the user asks of ``trtllm-build``."""
+        width = self.settings.parameters.get("max_beam_width", "1")
+        check("max_beam_width", width)
+        return {"beam_width": int(width), "more": self.settings.build_flags}
 
     @staticmethod
     def _tokenizer(folder: Path) -> Any:
@@ -418,7 +427,8 @@ class Build:
             from engine_build.trtllm import build
 
             samples = len(read_prompts(self.settings.calibration or CALIBRATION))
-            lines = build.dry_run(source.folder, samples, plan, self.root / "work", engine_dir)
+            work, flags = self.root / "work", self._engine_flags()
+            lines = build.dry_run(source.folder, samples, plan, work, engine_dir, **flags)
         else:
             lines = []
             if plan.precision == "fp8" and not source.shape.fp8:

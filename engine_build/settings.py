@@ -38,6 +38,8 @@ class Settings:
     dp: int = 1
     parameters: dict[str, str] = field(default_factory=dict)
     """Of Triton's ``tensorrtllm`` backend, by name."""
+    build_flags: tuple[str, ...] = ()
+    """More flags for ``trtllm-build``."""
     dry_run: bool = False
     decoupled: bool = True
     """Whether NVIDIA's models may answer a request more than once."""
@@ -85,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         "",
         "of Triton's tensorrtllm backend: name=value, with spaces between",
     )
+    option("--build-flags", "TRTLLM_BUILD_FLAGS", "", "more flags for trtllm-build: '--lora_plugin auto'")
     option("--dp", "DP", "1", "whole engines, each on a GPU of its own (ENGINE=torch)")
     option("--model-contract", "MODEL_CONTRACT", INFLIGHT, f"of tensorrt_llm: {', '.join(CONTRACTS)}")
     option(
@@ -112,6 +115,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         pp=_positive("PP", found.pp) or 1,
         dp=_positive("DP", found.dp) or 1,
         parameters=_pairs("TRTLLM_PARAMETERS", found.parameters),
+        build_flags=tuple(shlex.split(found.build_flags)),
         dry_run=found.dry_run,
         contract=_one_of("MODEL_CONTRACT", found.model_contract, CONTRACTS),
         decoupled=_one_of("DECOUPLED", found.decoupled, ("0", "1")) == "1",

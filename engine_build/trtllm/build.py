@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,21 @@ def require_disk(folder: Path, shape: ModelShape, plan: Plan) -> None:
         )
 
 
-def dry_run(source: Path, samples: int, plan: Plan, work: Path, engine_dir: Path) -> list[str]:
+def dry_run(
+    source: Path,
+    samples: int,
+    plan: Plan,
+    work: Path,
+    engine_dir: Path,
+    beam_width: int = 1,
+    more: Sequence[str] = (),
+) -> list[str]:
     """The commands and files of a build, as lines to print. Raises BuildError as ``run`` would."""
     calibration, checkpoint = work / "calibration", work / "checkpoint"
     require_own_calibration(calibration)
     steps = (
         commands.quantize(source, calibration, samples, plan, checkpoint),
-        commands.build(checkpoint, plan, engine_dir, work / "model.cache"),
+        commands.build(checkpoint, plan, engine_dir, work / "model.cache", beam_width, more),
     )
     files = ["config.json", *(f"rank{rank}.engine" for rank in range(plan.world_size)), BUILD_LOG]
     lines = [f"write  {calibration}/train.jsonl ({samples} prompts)"]
@@ -73,7 +81,14 @@ def dry_run(source: Path, samples: int, plan: Plan, work: Path, engine_dir: Path
 
 
 def run(
-    source: Path, samples: list[Sample], tokenizer: Any, plan: Plan, work: Path, engine_dir: Path
+    source: Path,
+    samples: list[Sample],
+    tokenizer: Any,
+    plan: Plan,
+    work: Path,
+    engine_dir: Path,
+    beam_width: int = 1,
+    more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Builds into ``engine_dir`` (empty) with ``work`` for what is needed only meanwhile.
 
@@ -86,7 +101,7 @@ def run(
     rows = write_calibration(samples, tokenizer, work / "calibration")
     checkpoint, build_log = work / "checkpoint", engine_dir / BUILD_LOG
     quantize = commands.quantize(source, work / "calibration", rows, plan, checkpoint)
-    build = commands.build(checkpoint, plan, engine_dir, work / "model.cache")
+    build = commands.build(checkpoint, plan, engine_dir, work / "model.cache", beam_width, more)
     with build_log.open("w", encoding="utf-8") as sink:
         _run(quantize, sink)
         _run(build, sink)

@@ -5,8 +5,10 @@ Each flag that is given differs from TensorRT-LLM's default, or is a default tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from engine_build.errors import BuildError
 from engine_build.plan import Plan
 
 QUANTIZE_SCRIPT = "/app/examples/quantization/quantize.py"
@@ -36,12 +38,26 @@ def quantize(model_dir: Path, calibration_dir: Path, samples: int, plan: Plan, o
     return command
 
 
-def build(checkpoint_dir: Path, plan: Plan, output_dir: Path, timing_cache: Path) -> list[str]:
-    """TensorRT-LLM checkpoint -> engine. Its sizes are the plan's: what is not given here is not small."""
+def build(
+    checkpoint_dir: Path,
+    plan: Plan,
+    output_dir: Path,
+    timing_cache: Path,
+    beam_width: int = 1,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """TensorRT-LLM checkpoint -> engine. Its sizes are the plan's: what is not given here is not small.
+
+    Args:
+        more: flags that the user adds: ``--lora_plugin``, ``--gather_context_logits`` and the like.
+
+    Raises:
+        BuildError: one of them is ours.
+    """
     enable = {True: "enable", False: "disable"}
     command = ["trtllm-build", "--checkpoint_dir", str(checkpoint_dir), "--output_dir", str(output_dir)]
     command += ["--max_batch_size", str(plan.max_batch_size), "--max_seq_len", str(plan.max_seq_len)]
-    command += ["--max_num_tokens", str(plan.max_num_tokens), "--max_beam_width", "1"]
+    command += ["--max_num_tokens", str(plan.max_num_tokens), "--max_beam_width", str(beam_width)]
     command += ["--kv_cache_type", "paged", "--tokens_per_block", str(plan.block_size)]
     command += ["--remove_input_padding", "enable", "--context_fmha", "enable"]
     command += ["--use_paged_context_fmha", "enable", "--use_fp8_context_fmha", enable[plan.fp8_kv]]
@@ -50,7 +66,12 @@ def build(checkpoint_dir: Path, plan: Plan, output_dir: Path, timing_cache: Path
         command += ["--reduce_fusion", "enable"]
     command += ["--logits_dtype", LOGITS_DTYPE, "--workers", str(plan.world_size)]
     command += ["--output_timing_cache", str(timing_cache), "--log_level", "info"]
-    return command
+    if taken := [flag for flag in more if flag.startswith("--") and flag.split("=")[0] in command]:
+        raise BuildError(
+            f"TRTLLM_BUILD_FLAGS has {taken[0]}, which follows from the plan: leave it out (MAX_SEQ_LEN, "
+            "MAX_BATCH_SIZE, PRECISION and TRTLLM_PARAMETERS=max_beam_width=N change it)"
+        )
+    return [*command, *more]
 
 
 def _gemm_plugin(precision: str) -> str:

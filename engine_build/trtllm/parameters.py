@@ -1,6 +1,6 @@
 """The parameters of Triton's ``tensorrtllm`` backend: all that exist, with their types, and those we set.
 
-What nobody sets is left out of the ``config.pbtxt``: the backend then takes its own default.
+What nobody sets is left out of the ``config.pbtxt``, and the backend takes its own default, but for ``READ_ALWAYS``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ CHOICES = {
     "guided_decoding_backend": ("xgrammar",),
     "FORCE_CPU_ONLY_INPUT_TENSORS": ("no", "yes"),
 }
+READ_ALWAYS = ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend")
+"""Empty where nobody sets them: the backend reads these without asking whether they are there, and does not load
+without them (``model_instance_state.cc`` 410-415, ``model_state.cc`` 249-268)."""
 PARAMETERS: dict[str, str] = {
     "max_beam_width": WHOLE,
     "FORCE_CPU_ONLY_INPUT_TENSORS": TEXT,
@@ -102,10 +105,16 @@ def for_engine(plan: Plan, engine_dir: Path, asked: Mapping[str, str]) -> dict[s
         "normalize_log_probs": "false",
         "cancellation_check_period_ms": "100",
         "stats_check_period_ms": "100",
+        **dict.fromkeys(READ_ALWAYS, ""),
     }
     for name, value in asked.items():
         check(name, value)
     chosen = ours | dict(asked)
+    if chosen["guided_decoding_backend"] and not chosen["xgrammar_tokenizer_info_path"]:
+        raise BuildError(
+            "guided_decoding_backend=xgrammar needs xgrammar_tokenizer_info_path: set it to the file that "
+            "/app/examples/generate_xgrammar_tokenizer_info.py makes"
+        )
     if chosen.get("decoding_mode") == "lookahead":
         _require_lookahead(chosen)
     return chosen

@@ -188,6 +188,9 @@ def test_fp8_checkpoint_is_laid_out_like_modelopts(tmp_path: Path) -> None:
     target.mkdir()
     quantize(source, [Sample(text="the quick brown fox " * n) for n in range(1, 9)], target, "cpu", "float32")
     ours = dict(read_tensors(target))
+    # That export is of a model whose KV cache stays as it is; ours has the cache's scales, which others may leave.
+    scales = {name for name in ours if name.endswith((".k_scale", ".v_scale"))}
+    assert len(scales) == 4 and all(ours.pop(name).shape == () for name in scales)
     assert {
         name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in ours.items()
     } == {name: (each["dtype"], each["shape"]) for name, each in listing.items()}

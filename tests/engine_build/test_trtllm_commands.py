@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_build.errors import BuildError
 from engine_build.hardware import Hardware
 from engine_build.plan import Plan, make_plan
 from engine_build.trtllm import commands
@@ -183,3 +184,12 @@ def test_habits_of_later_releases(version: str, sampler: dict[str, str], chosen:
 def test_numpy_of_a_release() -> None:
     assert "needs numpy<2 and 2.1.0 is installed" in versions.numpy_refusal("1.2.1", "2.1.0")
     assert not versions.numpy_refusal("1.2.1", "1.26.4") and not versions.numpy_refusal("1.4.0rc4", "2.1.0")
+
+
+def test_flags_of_the_user() -> None:
+    """Beams, LoRA and context logits are decided when the engine is built."""
+    here, plan = Path("/c"), make_plan(LLAMA_8B, H200, "trtllm-engine", "fp8")
+    command = commands.build(here, plan, here, here, 4, ("--lora_plugin", "auto"))
+    assert command[command.index("--max_beam_width") + 1] == "4" and command[-2:] == ["--lora_plugin", "auto"]
+    with pytest.raises(BuildError, match="TRTLLM_BUILD_FLAGS has --max_seq_len, which follows from the plan"):
+        commands.build(here, plan, here, here, 1, ("--max_seq_len", "5"))

@@ -135,3 +135,14 @@ def test_first_error_of_a_log_wins() -> None:
 def test_silent_overrides_are_found(sign: log.Sign) -> None:
     """§2.1: trtllm-build says so and still ends with status 0."""
     assert log.overrides_in(f"[W] {sign.text}.\nTotal time of building all engines") == [sign]
+
+
+def test_parameters_that_the_backend_reads_in_any_case(tmp_path: Path) -> None:
+    """The sheet's number 1: without them the model does not load; empty is as good as absent."""
+    values = {name: each.string_value for name, each in rendered(tmp_path)["tensorrt_llm"].parameters.items()}
+    for name in ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend"):
+        assert values[name] == ""
+    with pytest.raises(
+        BuildError, match="guided_decoding_backend=xgrammar needs xgrammar_tokenizer_info_path"
+    ):
+        for_engine(PLAN, tmp_path, {"guided_decoding_backend": "xgrammar"})

@@ -71,6 +71,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         values = {name: each["string_value"] for name, each in config["parameters"].items()}
+        for name in ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend"):
+            if name not in values:
+                raise RuntimeError(f"Cannot find parameter with name: {name}")
         if values.get("gpt_model_type") not in ("V1", "inflight_batching", "inflight_fused_batching"):
             raise ValueError("Invalid gpt_model_type. Must be v1/inflight_batching/inflight_fused_batching.")
         if not values.get("gpt_model_path"):

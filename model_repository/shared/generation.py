@@ -46,16 +46,18 @@ class Progress:
     told_metrics: bool = False
     """``metrics`` are the engine's own, of the whole request: tokens no longer set their times."""
     _held_log_probs: list[float] = field(default_factory=list)
+    _held_tops: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._stream = TextStream(self.tokens, self.request.stop)
+        tokens = self.tokens if self.request.skip_special_tokens else self.tokens.with_special
+        self._stream = TextStream(tokens, self.request.stop)
 
     def scheduled(self) -> None:
         """The engine has begun to work on it."""
         self.metrics = replace(self.metrics, first_scheduled_time_ns=time.monotonic_ns())
 
-    def take(self, token: int, log_prob: float = 0.0) -> None:
-        """One new token: emits what is final, finishes if this was the last one."""
+    def take(self, token: int, log_prob: float = 0.0, top: list[tuple[int, float]] | None = None) -> None:
+        """One new token, and the likeliest ones in its place: emits what is final, finishes if this was the last."""
         if self.finished:
             return
         if not self.told_metrics:
@@ -71,12 +73,13 @@ class Progress:
         elif token in self.end_ids:
             self.finish(FinishReason.END_ID)
         else:
-            self._add(token, log_prob)
+            self._add(token, log_prob, top or [])
 
-    def _add(self, token: int, log_prob: float) -> None:
+    def _add(self, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         self.num_tokens += 1
         self.cum_log_prob += log_prob
         self._held_log_probs.append(log_prob)
+        self._held_tops.append(top)
         release = self._stream.push(token)
         if release.stopped:
             self.finish(FinishReason.STOP, release)
@@ -102,16 +105,19 @@ class Progress:
     def _emit(self, release: Release, reason: FinishReason | None = None) -> None:
         count = len(release.token_ids)
         log_probs, self._held_log_probs = self._held_log_probs[:count], self._held_log_probs[count:]
+        tops, self._held_tops = self._held_tops[:count], self._held_tops[count:]
         wanted = self.request.return_log_probs
         self.on_output(
             RequestOutput(
                 token_ids=release.token_ids,
                 text=release.text,
                 log_probs=log_probs if wanted else [],
+                top_log_probs=tops if self.request.top_log_probs else [],
                 cum_log_prob=self.cum_log_prob if wanted else 0.0,
                 num_input_tokens=len(self.request.prompt_ids),
                 num_output_tokens=self.num_tokens,
                 finish_reason=reason,
                 metrics=None if reason is None else self.metrics,
+                sequence_index=self.request.sequence_index,
             )
         )

@@ -196,7 +196,8 @@ class TransformersEngine:
             mask[row, longest - len(ids) :] = 1
             job.scheduled()
         torch.manual_seed(request.sampling.seed) if request.sampling.seed is not None else torch.seed()
-        raw = _RawLogits() if any(job.request.return_log_probs for job in batch) else None
+        told = any(job.request.return_log_probs or job.request.top_log_probs for job in batch)
+        raw = _RawLogits() if told else None
         processors = [*([raw] if raw else []), *_penalties(request.sampling, longest)]
         self._model.generate(
             prompt.to(self._device),
@@ -209,7 +210,7 @@ class TransformersEngine:
 
 def _may_share(first: GenerationRequest, other: GenerationRequest) -> bool:
     """``generate`` has one set of settings for all rows of a batch."""
-    settings = ("sampling", "end_id", "bad_ids", "min_tokens")
+    settings = ("sampling", "end_id", "stop_ids", "bad_ids", "min_tokens")
     return all(getattr(first, name) == getattr(other, name) for name in settings)
 
 
@@ -223,6 +224,7 @@ def _generation_config(batch: list[Progress], pad: int) -> GenerationConfig:
         "pad_token_id": pad,
         "repetition_penalty": sampling.repetition_penalty,
         "bad_words_ids": [list(ids) for ids in request.bad_ids] or None,
+        "sequence_bias": [[[token], float(bias)] for token, bias in sampling.logit_bias] or None,
         "do_sample": not sampling.greedy,
     }
     if not sampling.greedy:
@@ -230,6 +232,7 @@ def _generation_config(batch: list[Progress], pad: int) -> GenerationConfig:
             "temperature": sampling.temperature,
             "top_k": sampling.top_k or 0,
             "top_p": sampling.top_p or 1.0,
+            "min_p": sampling.min_p or None,
         }
     return GenerationConfig(**values)
 
@@ -275,9 +278,16 @@ class _Watcher(StoppingCriteria):
         """ids [rows, length] -> bool [rows]."""
         new = input_ids[:, -1]
         log_probs = [0.0] * len(self._batch)
+        tops: list[list[tuple[int, float]]] = [[] for _ in self._batch]
         if self._raw is not None:
-            picked = torch.log_softmax(self._raw.logits.float(), dim=-1).gather(1, new[:, None])
-            log_probs = picked[:, 0].tolist()
-        for job, token, log_prob in zip(self._batch, new.tolist(), log_probs, strict=True):
-            job.take(token, log_prob)
+            everywhere = torch.log_softmax(self._raw.logits.float(), dim=-1)
+            log_probs = everywhere.gather(1, new[:, None])[:, 0].tolist()
+            if most := max(job.request.top_log_probs for job in self._batch):
+                values, ids = everywhere.topk(most)
+                tops = [
+                    list(zip(row, of, strict=True))[: job.request.top_log_probs]
+                    for row, of, job in zip(ids.tolist(), values.tolist(), self._batch, strict=True)
+                ]
+        for job, token, log_prob, top in zip(self._batch, new.tolist(), log_probs, tops, strict=True):
+            job.take(token, log_prob, top)
         return torch.tensor([job.finished for job in self._batch], device=input_ids.device)

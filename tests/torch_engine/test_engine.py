@@ -6,12 +6,8 @@ import dataclasses
 import itertools
 import math
 import random
-from collections import Counter
-from functools import partial
 
-import numpy as np
 import pytest
-import torch
 
 from tests.tiny import tiny_checkpoint
 from torch_engine.config import ConfigError, EngineConfig
@@ -25,7 +21,6 @@ from torch_engine.request import (
     SamplingParams,
 )
 
-ARGMAX = partial(torch.argmax, dim=-1)
 PROMPT = [10, 20, 30, 40, 50]
 
 
@@ -263,75 +258,6 @@ def test_seeds_decide_and_neighbours_do_not(make_engine) -> None:
 )  # fmt: skip
 def test_greedy_unless_top_k_or_top_p_ask(params: dict, greedy: bool) -> None:
     assert SamplingParams(**params).greedy is greedy
-
-
-class FakeSequence:
-    """Just enough of a sequence to sample from given logits."""
-
-    samples_on_device = False
-
-    def __init__(
-        self, seed: int = 0, tokens: tuple[int, ...] = (), generated: int = 0, **params: object
-    ) -> None:
-        self.request = GenerationRequest(list(tokens), 99, SamplingParams(**params))
-        self.tokens = list(tokens)
-        self.counts = Counter(self.tokens[len(self.tokens) - generated :])
-        self.num_generated = generated
-        self.end_ids: frozenset[int] = frozenset()
-        self.rng = np.random.default_rng(seed)
-
-
-def frequencies(logits: torch.Tensor, draws: int = 4000, **params: object) -> np.ndarray:
-    from torch_engine.sampling import sample
-
-    sequence = FakeSequence(**params)
-    rows = [sample(logits[None].clone(), [sequence], ARGMAX)[0].token_id for _ in range(draws)]
-    return np.bincount(rows, minlength=len(logits)) / draws
-
-
-def expected(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The definition, slowly: sort, cut, renormalise."""
-    probabilities = (logits.double() / temperature).softmax(-1).numpy()
-    order = np.argsort(-probabilities)
-    kept = order[: top_k or len(order)]
-    mass = probabilities[kept] / probabilities[kept].sum()
-    kept = kept[: int(np.searchsorted(np.cumsum(mass), top_p)) + 1]
-    result = np.zeros_like(probabilities)
-    result[kept] = probabilities[kept] / probabilities[kept].sum()
-    return result
-
-
-@pytest.mark.parametrize(
-    ("size", "temperature", "top_k", "top_p"),
-    [
-        (12, 1.0, 0, 1.0),
-        (12, 0.7, 5, 1.0),
-        (12, 1.3, 0, 0.8),
-        (12, 1.0, 6, 0.5),
-        (600, 1.0, 0, 0.999),
-        (600, 1.0, 400, 0.9),
-    ],
-)
-def test_samples_follow_the_distribution(size: int, temperature: float, top_k: int, top_p: float) -> None:
-    logits = torch.randn(size, generator=torch.Generator().manual_seed(4)) * 1.5
-    seen = frequencies(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    wanted = expected(logits, temperature, top_k, top_p)
-    assert not seen[wanted == 0].any(), "nothing outside top-k and top-p"
-    assert np.abs(seen - wanted).max() < 0.035
-
-
-def test_penalties() -> None:
-    from torch_engine.sampling import sample
-
-    def greedy(logits: list[float], **params: object) -> int:
-        return sample(torch.tensor([logits]), [FakeSequence(**params)], ARGMAX)[0].token_id
-
-    assert greedy([1.0, 0.9, 0.0], tokens=(0,), repetition_penalty=1.2) == 1
-    assert greedy([-1.0, -1.1, -9.0], tokens=(0,), repetition_penalty=1.2) == 1
-    assert greedy([1.0, 0.9, 0.0], tokens=(0,), presence_penalty=0.5) == 0, "a prompt token is not generated"
-    assert greedy([1.0, 0.9, 0.0], tokens=(0,), generated=1, presence_penalty=0.5) == 1
-    assert greedy([1.0, 0.5, 0.0], tokens=(0, 0, 0), generated=3, frequency_penalty=0.2) == 1
-    assert greedy([1.0, 0.5, 0.0], tokens=(0, 0), generated=2, frequency_penalty=0.2) == 0
 
 
 def test_config_errors_name_field_value_and_remedy(tmp_path) -> None:

@@ -13,6 +13,10 @@ machine that others use.
 A peer is a command that prints one line of JSON for each concurrency:
 {"engine": ..., "concurrency": 8, "output_tokens_per_s": 123.4}; other lines are ignored.
 
+``--sampling all`` compares the kinds of sampling instead, each in turns with greedy, in the engine alone:
+
+    python3 benchmarks/cpu.py --sampling all
+
 Of the engine's steps the table also gives the host's time: a step's without that in the compiled kernels. The side
 ``prefill`` compares the rate of long prompts with large products of our kernels and of PyTorch's on as many threads.
 """
@@ -92,7 +96,7 @@ class HostTime:
         """Seconds."""
         self._compiled = 0.0
         library, step = engine.kernels.library, engine.step
-        for name in ("fl_decode", "fl_argmax"):
+        for name in ("fl_decode", "fl_argmax", "fl_sample"):
             setattr(library, name, self._timed(getattr(library, name)))
 
         def timed_step() -> Outputs:
@@ -154,6 +158,62 @@ def run_engine(options: argparse.Namespace, reuse: bool) -> None:
         return {} if host is None else {"host_ms": round(1000 * statistics.median(host.steps), 3)}
 
     answer({"engine-reuse" if reuse else "engine": generate}, options)
+
+
+def compare_kinds(options: argparse.Namespace) -> None:
+    """Output tokens/s of each kind of sampling against greedy, which is measured right before or after it."""
+    from tokenizers import Tokenizer
+
+    from benchmarks.kinds import ALL, request_fields
+    from torch_engine.request import GenerationRequest
+
+    kinds = [
+        kind
+        for kind in (ALL if options.sampling == "all" else options.sampling.split(","))
+        if kind != "greedy"
+    ]
+    if unknown := sorted(set(kinds) - set(ALL)):
+        raise SystemExit(
+            f"cpu.py: error: --sampling={unknown[0]} is unknown: use all or some of {', '.join(ALL)}"
+        )
+    engine = load_engine(options, enable_kv_cache_reuse=False)
+    tokenizer = Tokenizer.from_file(str(Path(engine.config.model_dir) / "tokenizer.json"))
+
+    def rate(kind: str, in_flight: int) -> float:
+        ids = [row.ids for row in tokenizer.encode_batch(texts(in_flight))]
+        requests = [
+            GenerationRequest(row, options.tokens, end_id=-1, stream=False, **request_fields(kind, number))
+            for number, row in enumerate(ids)
+        ]
+        start = time.perf_counter()
+        outputs = engine.generate(requests)
+        seconds = time.perf_counter() - start
+        require_lengths([len(output.token_ids) for output in outputs], options.tokens)
+        return len(requests) * options.tokens / seconds
+
+    lines = [
+        f"| {'kind':10} | in flight | greedy tok/s | tok/s | against greedy: median (spread) |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    results = []
+    for in_flight in options.concurrency:
+        for kind in ("greedy", *kinds):
+            rate(kind, in_flight)
+        for kind in kinds:
+            pairs = []
+            for number in range(options.rounds):
+                order = ("greedy", kind) if number % 2 else (kind, "greedy")
+                rates = {each: rate(each, in_flight) for each in order}
+                pairs.append((rates["greedy"], rates[kind]))
+            ratios = sorted(own / greedy for greedy, own in pairs)
+            greedy, own = (statistics.median(column) for column in zip(*pairs, strict=True))
+            spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})"
+            lines.append(f"| {kind:10} | {in_flight} | {greedy:.1f} | {own:.1f} | {spread} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+            results.append({"kind": kind, "concurrency": in_flight, "rates": pairs})
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
 
 
 def run_served(options: argparse.Namespace, models: list[str]) -> None:
@@ -445,19 +505,27 @@ def main() -> None:
     )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument(
-        "--concurrency", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32]
+        "--concurrency",
+        type=lambda text: [int(part) for part in text.split(",")],
+        help="requests in flight: 1,8,32 or, with --sampling, 1,16",
     )
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of each request")
     parser.add_argument("--waves", type=int, default=1, help="requests for each one in flight")
     parser.add_argument("--chat", action="store_true", help="put the chat template around the prompts")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--sampling", metavar="KINDS", help="kinds of sampling against greedy: all, or some of kinds.py"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="all rounds as JSON")
     parser.add_argument(
         "--only", metavar="SIDES", help="run these in this process: what each process is started with"
     )
     options = parser.parse_args()
     options.build_dir = options.build_dir.absolute()
-    if options.only:
+    options.concurrency = options.concurrency or ([1, 16] if options.sampling else [1, 8, 32])
+    if options.sampling:
+        compare_kinds(options)
+    elif options.only:
         run_sides(options.only.split(","), options)
     else:
         compare(options)

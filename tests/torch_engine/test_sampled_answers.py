@@ -55,7 +55,9 @@ def test_a_seeded_answer_is_what_it_is(make_engine: Make, library: str, compiled
     assert answers(engine, [*requests(), *requests()][::-1])[::-1] == alone + alone, (
         "from the prefix cache, too"
     )
-    assert answers(make_engine(max_num_tokens=7, **kernels), requests()) == alone, "in chunks"
+    assert answers(make_engine(max_num_tokens=7, max_batch_size=5, **kernels), requests()) == alone, (
+        "in chunks"
+    )
     tight = make_engine(
         max_num_tokens=64, num_kv_blocks=32, batch_scheduler_policy="max_utilization", **kernels
     )
@@ -188,7 +190,12 @@ def test_a_step_looks_at_the_new_token_only() -> None:
 def test_siblings_compute_their_prompt_once(make_engine: Make, reuse: bool, policy: str) -> None:
     """18 tokens in blocks of 4: four blocks are shared, and two tokens are computed by each."""
     prompt = list(range(20, 38))
-    settings = {"enable_kv_cache_reuse": reuse, "batch_scheduler_policy": policy, "max_num_tokens": 8}
+    settings = {
+        "enable_kv_cache_reuse": reuse,
+        "batch_scheduler_policy": policy,
+        "max_num_tokens": 8,
+        "max_batch_size": 8,
+    }
     asked = GenerationRequest(prompt, 10, WARM, end_id=-1)
     expected = [
         answers(
@@ -214,7 +221,7 @@ def test_siblings_compute_their_prompt_once(make_engine: Make, reuse: bool, poli
 
 def test_siblings_outlive_each_other(make_engine: Make) -> None:
     """The first is cancelled before its prompt is computed, another while it waits; neighbours need not wait."""
-    engine = make_engine(max_num_tokens=8, enable_kv_cache_reuse=False)
+    engine = make_engine(max_num_tokens=8, max_batch_size=8, enable_kv_cache_reuse=False)
     asked = GenerationRequest(list(range(20, 60)), 5, end_id=-1)
     for number, request in enumerate(asked.siblings(4)):
         engine.add(number, request)

@@ -40,7 +40,7 @@ class SamplingState:
         )
         """Min-p: how far below the highest a logit may be."""
         self.repetition = params.repetition_penalty
-        self.num_top = max(request.top_log_probs, 0 if request.return_log_probs else -1)
+        self.num_top = request.top_log_probs or (0 if request.return_log_probs else -1)
         """Most likely tokens to be told with the chosen one; -1: no log-probability at all."""
         bias = [(token, value) for token, value in params.logit_bias if token < vocab]
         self.bias_ids = np.array([token for token, _ in bias], dtype=np.int32)

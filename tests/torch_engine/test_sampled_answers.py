@@ -85,7 +85,7 @@ def test_guesses_do_not_change_what_is_drawn(make_engine: Make, parrot, kind: Sa
 
 
 def test_top_log_probs_are_told_with_their_tokens(make_engine: Make) -> None:
-    engine = make_engine()
+    engine = make_engine(enable_kv_cache_reuse=False)
     asked = GenerationRequest(PROMPT, 12, WARM, end_id=-1, return_log_probs=True, top_log_probs=4)
     (streamed,) = engine.generate([asked])
     (whole,) = engine.generate([dataclasses.replace(asked, stream=False)])
@@ -116,7 +116,7 @@ def test_stop_ids_end_the_output_beside_the_end_id(make_engine: Make) -> None:
 def test_a_row_without_logits_ends_that_request_alone(
     make_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(max_num_tokens=128)
+    engine = make_engine(max_num_tokens=128, num_kv_blocks=128)
     good = requests()
     expected = answers(engine, good)
     forward = engine.model.forward

@@ -92,7 +92,7 @@ def _told(
         for at, count in enumerate(counts):
             ids = kept[at].nonzero()[:count, 0] if count else kept.new_empty(0, dtype=torch.int64)
             log_probs = (values[at, ids] - normalisers[at]).float()
-            order = log_probs.sort(descending=True, stable=True).indices
+            order = values[at, ids].sort(descending=True, stable=True).indices
             tops[at] = tuple(zip(ids[order].tolist(), log_probs[order].tolist(), strict=True))
     return {row: (log_prob, top) for row, log_prob, top in zip(rows, chosen, tops, strict=True)}
 

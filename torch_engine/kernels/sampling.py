@@ -88,7 +88,7 @@ def _told(
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
     if any(counts):
         limits = torch.tensor(counts, device=raw.device)
-        kept = _first(values, limits.clamp(min=1))
+        kept = _first(values, limits.clamp(min=1)) & (values > -torch.inf)
         for at, count in enumerate(counts):
             ids = kept[at].nonzero()[:count, 0] if count else kept.new_empty(0, dtype=torch.int64)
             log_probs = (values[at, ids] - normalisers[at]).float()

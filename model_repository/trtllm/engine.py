@@ -164,6 +164,7 @@ class LlmEngine:
             await self._read(progress, result)
         except Exception as error:
             progress.fail(RequestError(Code.INTERNAL, f"TensorRT-LLM failed: {error}"))
+            _abort_quietly(result)  # nobody reads on: it must not generate to the end
         finally:
             self._results.pop(key, None)
 

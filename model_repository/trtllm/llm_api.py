@@ -173,11 +173,20 @@ def _text(request: GenerationRequest, name: str) -> str:
 
 
 def embedding_bias(request: GenerationRequest, vocab_size: int) -> list[float] | None:
-    """The logit bias as one number for each token of the vocabulary; None where there is none."""
+    """The logit bias as one number for each token of the vocabulary; None where there is none.
+
+    Raises:
+        RequestError: it names a token that the model does not have.
+    """
     if not request.sampling.logit_bias:
         return None
     bias = [0.0] * vocab_size
     for token, value in request.sampling.logit_bias:
+        if token >= vocab_size:
+            raise RequestError(
+                Code.INVALID_ARG,
+                f"logit_bias names token {token}: this model has {vocab_size} tokens, 0 to {vocab_size - 1}",
+            )
         bias[token] += value
     return bias
 

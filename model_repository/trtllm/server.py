@@ -29,21 +29,24 @@ def load(engine_dir: str) -> LlmEngine:
 
 
 def _tensorrt_llm() -> Any:
+    if version := versions.installed():  # before the import: a NumPy that is too new makes it fail
+        _require_usable(version)
     try:
         import tensorrt_llm
         import tensorrt_llm.llmapi
-    except ImportError as error:
-        why = f" ({error})" if versions.installed() else ""
-        raise LlmConfigError(versions.refusal(versions.PYTORCH_LANE, None) + why) from None
-    version = tensorrt_llm.__version__
-    refusal = versions.refusal(versions.PYTORCH_LANE, version) or versions.numpy_refusal(
-        version, np.__version__
-    )
-    if refusal:
-        raise LlmConfigError(refusal)
-    if remark := versions.remark(version):
+    except Exception as error:  # what it imports fails in ways of its own, FlashInfer with PermissionError
+        raise LlmConfigError(versions.import_failure(version, error)) from error
+    if tensorrt_llm.__version__ != version:
+        _require_usable(tensorrt_llm.__version__)
+    if remark := versions.remark(tensorrt_llm.__version__):
         print(f"engine: {remark}", file=sys.stderr, flush=True)
     return tensorrt_llm
+
+
+def _require_usable(version: str) -> None:
+    refusal = versions.refusal(versions.PYTORCH_LANE, version)
+    if refusal := refusal or versions.numpy_refusal(version, np.__version__):
+        raise LlmConfigError(refusal)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -96,6 +96,19 @@ def refusal(lane: str, version: str | None) -> str:
     return ""
 
 
+def import_failure(version: str | None, error: Exception) -> str:
+    """Why ``import tensorrt_llm`` failed, with the remedy; ``version`` as of :func:`installed`."""
+    if version is None and isinstance(error, ImportError):
+        return refusal(PYTORCH_LANE, None)
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+    remedy = (
+        "set HOME to a folder that this user may write, where FlashInfer and Triton's language keep what they compile"
+        if isinstance(error, OSError)
+        else f"use {PINNED_IMAGE} as NVIDIA ships it"
+    )
+    return f"TensorRT-LLM {version or 'of unknown version'} is installed and cannot be imported ({why}): {remedy}"
+
+
 def remark(version: str) -> str:
     """What should be known of a release that can run; empty if nothing."""
     if release(version) > NEWEST_KNOWN:

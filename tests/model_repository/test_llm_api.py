@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
 import sys
 import threading
@@ -226,6 +227,36 @@ def test_an_abort_that_fails_ends_the_request_all_the_same(
     engine.close()
 
 
+def test_a_read_that_fails_here_stops_the_generation_there(
+    api: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs without the token that was chosen, say: nobody reads on, so TensorRT-LLM must not generate on."""
+    aborted: list[Any] = []
+    monkeypatch.setattr(
+        api.llm.Result,
+        "abort",
+        lambda result: (aborted.append(result), result._llm._command("cancel", result)),
+    )
+    monkeypatch.setattr(
+        llm_api, "log_prob", lambda entry, token: (_ for _ in ()).throw(LookupError("not there"))
+    )
+    engine = LlmEngine(config(tiny), api)
+    engine.add("one", GenerationRequest([5, 6], 400, end_id=-1, return_log_probs=True), 1)
+    last = run_to_the_end(engine)["one"]
+    assert last.error.code is Code.INTERNAL and "not there" in last.error.message
+    engine.close()
+    assert len(aborted) == 1
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
+    request = GenerationRequest([5], 2, SamplingParams(logit_bias=((5, 1.0),)))
+    with pytest.raises(
+        RequestError, match="logit_bias names token 5: this model has 5 tokens, 0 to 4"
+    ) as error:
+        llm_api.embedding_bias(request, 5)
+    assert error.value.code is Code.INVALID_ARG
+
+
 def guided(kind: bytes, guide: bytes) -> GenerationRequest:
     inputs = {"guided_decoding_guide_type": kind, "guided_decoding_guide": guide}
     return GenerationRequest(
@@ -311,3 +342,48 @@ def test_process_without_a_usable_release(
     assert server.main(["--engine-dir", str(tmp_path), "--socket", str(tmp_path / "s")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert ("older than 1.0" if version else "not installed here: run inside nvcr.io") in line
+
+
+@pytest.mark.parametrize(
+    ("raised", "numpy", "says"),
+    [
+        # FlashInfer makes ~/.cache/flashinfer when it is imported; NVIDIA's user has no home.
+        (
+            PermissionError(13, "Permission denied", "/home/triton-server"),
+            "1.26.4",
+            "cannot be imported (PermissionError: [Errno 13] Permission denied: '/home/triton-server'): set HOME to",
+        ),
+        (
+            ImportError("libnvinfer.so.10"),
+            "1.26.4",
+            "cannot be imported (ImportError: libnvinfer.so.10): use nvcr",
+        ),
+        # The import itself fails with a NumPy that is too new: that is the cause to name.
+        (
+            ImportError("numpy.core.multiarray failed to import"),
+            "2.1.0",
+            "needs numpy<2 and 2.1.0 is installed",
+        ),
+    ],
+)
+def test_an_installed_release_that_cannot_be_imported(
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    numpy: str,
+    says: str,
+) -> None:
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name.partition(".")[0] == "tensorrt_llm":
+                raise raised
+
+    (tmp_path / "llm_api.json").write_text(json.dumps({"model_dir": str(tiny)}))
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(versions, "installed", lambda: "1.2.1")
+    monkeypatch.setattr(server.np, "__version__", numpy)
+    assert server.main(["--engine-dir", str(tmp_path), "--socket", str(tmp_path / "s")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("engine: TensorRT-LLM 1.2.1 ") and says in line

@@ -30,11 +30,12 @@ class Broken(Exception):
 def break_sample(patch: pytest.MonkeyPatch) -> None:
     real = runner.sample
 
-    def sample(logits, sequences, *rest):
+    def sample(logits, rows, *rest):
+        sequences = [row.sequence for row in rows]
         if any(sequence.key == UNLUCKY and sequence.num_generated >= AFTER for sequence in sequences):
             logits[:] = 0.0  # it fails with the work half done
             raise Broken("sample")
-        return real(logits, sequences, *rest)
+        return real(logits, rows, *rest)
 
     patch.setattr(runner, "sample", sample)
 

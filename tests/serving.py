@@ -105,12 +105,12 @@ def tensorrt_llm_lane(
         patch.setenv("FLIGHTLINE_BASELINE_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(DOUBLE), root]))
         patch.setenv("TRTLLM_DOUBLE_VERSION", version)
-        patch.setattr(build, "detect", lambda: hardware)
         patch.setattr(guard, "observe", lambda: guard.Facts(version, (GPU,)))
         checkpoint = tiny_checkpoint(folder / "tiny", **checkpoint_fields)
         arguments = ["--model", str(checkpoint), "--engine", lane, "--precision", "bf16"]
         settings = parse([*arguments, "--build-dir", str(folder / "build")])
         with pytest.MonkeyPatch.context() as tools:
+            tools.setattr(build, "detect", lambda: hardware)
             tools.setenv("PATH", str(trtllm_tools.install(folder / "bin")), prepend=os.pathsep)
             build.Build(settings, say=lambda line: None).run()
         prepare(folder / "build")

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from model_repository.shared.contract import OURS
 from model_repository.shared.emitter import Emitter
 from model_repository.shared.front import LONG_PROMPT, Front
+from model_repository.shared.tensors import Inputs
 from tests.model_repository.test_emitter import Answering, Sender, triton
 from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
 
@@ -49,6 +51,11 @@ class Request:
 class Door:
     """Tokenises as long as it is told to, and counts what it has read."""
 
+    contract = OURS
+
+    def inputs(self, request, lane) -> Inputs:
+        return Inputs.of(request, lane, self.contract)
+
     def __init__(self) -> None:
         self.go_on = threading.Event()
 
@@ -59,7 +66,7 @@ class Door:
             raise ZeroDivisionError("a fault of ours")
         return GenerationRequest([1], inputs.max_tokens(row))
 
-    def show(self, prompt_ids, output) -> dict:
+    def show(self, prompt_ids, output, options, row) -> dict:
         return {}
 
 
@@ -68,7 +75,7 @@ def front():
     pb_utils = triton()
     pb_utils.InferenceResponse = lambda tensors=None, error=None: error or "text"
     emitter = Emitter(pb_utils, Answering())
-    made = Front(pb_utils, Door(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG)
+    made = Front(pb_utils, Door(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG, lane="torch")
     yield made
     made.close()
     emitter.close()

@@ -16,7 +16,7 @@ from model_repository.shared.tensors import Inputs
 from tests.model_repository.test_emitter import Answering, Sender, triton
 from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
 
-CONFIG = json.dumps({"name": "text_generation", "output": []})
+CONFIG = json.dumps({"name": "text_generation", "max_batch_size": 1, "output": []})
 
 
 class Request:

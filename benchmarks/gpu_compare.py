@@ -1,9 +1,9 @@
 """Ours and a peer on one GPU, in turns: ``python3 benchmarks/gpu_compare.py --peer 'python3 vllm_bench.py fp8'``.
 
 The peer is any command that takes ``--cases C:I:O,...`` and prints a line of JSON a case with ``concurrency``,
-``isl``, ``osl`` and ``output_tokens_per_s``. Each side runs in processes of its own, ours first, ``--rounds`` times;
-what follows ``--`` goes to ``benchmarks/gpu.py``. Prints medians, spreads and ratios; all rates are also in
-$OUT/compare.json.
+``isl``, ``osl`` and ``output_tokens_per_s``, and ``sampling`` if it takes ``--sampling`` (``peer_vllm.py`` does). Each
+side runs in processes of its own, ours first, ``--rounds`` times; what follows ``--`` goes to ``benchmarks/gpu.py``.
+Prints medians, spreads and ratios; all rates are also in $OUT/compare.json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kinds import ALL
+
 GPU = Path(__file__).with_name("gpu.py")
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,1:1000:1,512:1000:500"
 REPEATED_UP_TO = 50_000
@@ -31,23 +35,27 @@ def main() -> int:
     parser.add_argument("--peer", required=True, help="command of the peer")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--sampling", default="greedy", help=f"kinds, of {', '.join(ALL)}")
     options, ours = parser.parse_known_args()
     ours = [argument for argument in ours if argument != "--"]
+    asked = [] if options.sampling == "greedy" else ["--sampling", options.sampling]
     cases = options.cases.split(",")
+    named = [f"{case} {kind}" for case in cases for kind in options.sampling.split(",")]
     rates: dict[str, dict[str, list[float]]] = {"ours": defaultdict(list), "peer": defaultdict(list)}
     gpu: dict[str, Any] = {}
     for _ in range(options.rounds):
-        command = [sys.executable, str(GPU), "--parts", "throughput", "--cases", options.cases, *ours]
+        command = [sys.executable, str(GPU), "--parts", "throughput", "--cases", options.cases, *asked, *ours]
         for line in lines_of(command):
             if line.get("part") == "throughput":
-                rates["ours"][line["case"]] += line["rates"]
-                gpu[line["case"]] = line["gpu"]
-        for line in lines_of([*shlex.split(options.peer), "--cases", ",".join(repeated(cases))]):
-            case = f"{line['concurrency']}:{line['isl']}:{line['osl']}"
+                case = f"{line['case']} {line['sampling']}"
+                rates["ours"][case] += line["rates"]
+                gpu[case] = line["gpu"]
+        for line in lines_of([*shlex.split(options.peer), "--cases", ",".join(repeated(cases)), *asked]):
+            case = f"{line['concurrency']}:{line['isl']}:{line['osl']} {line.get('sampling', 'greedy')}"
             rates["peer"][case].append(line["output_tokens_per_s"])
     if out := os.environ.get("OUT"):
         (Path(out) / "compare.json").write_text(json.dumps({"rates": rates, "gpu": gpu}, indent=1))
-    return table(cases, rates, gpu)
+    return table(named, rates, gpu)
 
 
 def repeated(cases: list[str]) -> Iterator[str]:
@@ -69,14 +77,16 @@ def lines_of(command: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def table(cases: list[str], rates: dict[str, dict[str, list[float]]], gpu: dict[str, Any]) -> int:
-    print(f"\n{'case':>14} {'ours tok/s':>24} {'peer tok/s':>24} {'ratio':>6}   GPU busy, power")
+    print(f"\n{'case':>24} {'ours tok/s':>24} {'of greedy':>9} {'peer tok/s':>24} {'ratio':>6}   GPU")
     for case in cases:
         ours, peer = rates["ours"][case], rates["peer"][case]
         if not ours or not peer:
-            print(f"{case:>14} not measured on both sides")
+            print(f"{case:>24} not measured on both sides")
             continue
         ratio = statistics.median(ours) / statistics.median(peer)
-        print(f"{case:>14} {spread(ours):>24} {spread(peer):>24} {ratio:>6.2f}   {gpu[case]}")
+        greedy = rates["ours"].get(f"{case.split()[0]} greedy") or ours
+        share = statistics.median(ours) / statistics.median(greedy)
+        print(f"{case:>24} {spread(ours):>24} {share:>9.3f} {spread(peer):>24} {ratio:>6.2f}   {gpu[case]}")
     return 0
 
 

@@ -70,7 +70,8 @@ def main() -> None:
     run("greedy", 4, 128, 16)
     cases = [tuple(map(int, case.split(":"))) for case in options.cases.split(",")]
     for kind in options.sampling.split(","):
-        run(kind, 16, 128, 16)  # the first of a kind compiles
+        for count in sorted({16, *(case[0] for case in cases)}):
+            run(kind, count, 128, 16)  # the first of a kind and size compiles
         for count, inputs, outputs in cases:
             for _ in range(options.repeats):
                 rate = run(kind, count, inputs, outputs)

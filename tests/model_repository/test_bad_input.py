@@ -110,6 +110,7 @@ def test_good_requests_beside_bad_ones(served: Server, door: str) -> None:
     """Bad ones without a pause through both ports; not one good answer is lost or changed."""
     words = {"stop_words": "[" * 1000, "bad_words": "[" * 1000}
     bad = [{**GOOD, **words}, *({**GOOD, **case.values[0]} for case in BAD if case.id in NASTY)]
+    good = {"text_input": "the fox", "max_tokens": 24, "end_id": -1, "exclude_input_in_output": True}
     expected = ask(served, door, "the fox", 24, end_id=-1).text
     over, sent = threading.Event(), []
 
@@ -127,12 +128,9 @@ def test_good_requests_beside_bad_ones(served: Server, door: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         pests = [pool.submit(pester, inputs) for inputs in bad] + [pool.submit(pester_over_http)]
         try:
-            answers = [
-                Call(served, door, {"text_input": "the fox", "max_tokens": 24, "end_id": -1})
-                for _ in range(4)
-            ]
+            answers = [Call(served, door, good) for _ in range(4)]
             for _ in range(24):
-                answers.append(Call(served, door, {"text_input": "the fox", "max_tokens": 24, "end_id": -1}))
+                answers.append(Call(served, door, good))
                 assert answers.pop(0).read().text == expected
             for answer in answers:
                 assert answer.read().text == expected

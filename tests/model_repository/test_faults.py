@@ -310,6 +310,6 @@ def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
             second.send_signal(signal.SIGINT)
     assert second.wait() == 0
     assert "left by a server that was killed" in output
-    assert "/v2/models/ensemble/generate" in output
+    assert "/v2/models/text_generation/generate" in output
     assert output.endswith("serve: stopped\n")
     wait_until(lambda: not any(orphan.is_running() for orphan in orphans))

@@ -309,19 +309,18 @@ class CudaRunner(Runner):
         """Queues the step on the device and returns at once."""
         self.staging.reverse()
         staging = self.staging[0]
-        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
         plain = all(sequence.samples_on_device for sequence in sampling)
-        if all(chunk.num_tokens == 1 for chunk in chunks):
+        # A prompt's token that chooses nothing is no decode: what its row drew would count as said.
+        if all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks):
             choose = self._launch_decodes(chunks, staging)
         else:
             choose = self._launch_mixed(chunks, staging)
-            rows = list(range(len(sampling)))  # only the sampled rows have logits
         if not plain:
             self.sampling.flush()
             choose()
-        told = [max(sequence.num_told, 0) for sequence in sampling]
-        asks = any(sequence.num_told >= 0 for sequence in sampling)
-        count = rows[-1] + 1 if rows else 0
+        told = [sequence.num_told for sequence in sampling]
+        asks = max(told, default=-1) >= 0
+        count = len(sampling)
         staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
         if asks:
             for name in ("log_probs", "top_ids", "top_log_probs"):
@@ -336,8 +335,8 @@ class CudaRunner(Runner):
                 staging.event.synchronize()
             tokens = staging.tokens[:count].tolist()
             if not asks:
-                return [Sampled(tokens[row]) for row in rows]
-            return _told(staging.choice, tokens, rows, told)
+                return [Sampled(token) for token in tokens]
+            return _told(staging.choice, tokens, told)
 
         return fetch
 
@@ -490,13 +489,14 @@ class CudaRunner(Runner):
             self._free.append(slot)
 
 
-def _told(
-    choice: sampling_ops.Choice, tokens: list[int], rows: list[int], wanted: list[int]
-) -> list[Sampled]:
-    """Tokens with their log-probabilities and, where ``wanted``, those of the likeliest ones."""
-    log_probs = choice.log_probs[: len(tokens)].tolist()
-    ids, values = choice.top_ids[: len(tokens)].tolist(), choice.top_log_probs[: len(tokens)].tolist()
+def _told(choice: sampling_ops.Choice, tokens: list[int], wanted: list[int]) -> list[Sampled]:
+    """Tokens with what is told about each: as many of the likeliest as are ``wanted``; -1: nothing at all."""
+    count, most = len(tokens), max(wanted)
+    log_probs = choice.log_probs[:count].tolist()
+    ids, values = choice.top_ids[:count, :most].tolist(), choice.top_log_probs[:count, :most].tolist()
     return [
-        Sampled(tokens[row], log_probs[row], tuple(zip(ids[row][:count], values[row][:count], strict=True)))
-        for row, count in zip(rows, wanted, strict=True)
+        Sampled(token)
+        if told < 0
+        else Sampled(token, log_prob, tuple(zip(top[:told], near[:told], strict=True)))
+        for token, log_prob, top, near, told in zip(tokens, log_probs, ids, values, wanted, strict=True)
     ]

@@ -64,14 +64,14 @@ class DeviceSampling:
         integers[[ops.FLAGS, ops.TOP_K, ops.ENDS_FROM, ops.NUM_TOP]] = (
             flags, state.top_k, state.ends_from, state.num_top
         )  # fmt: skip
-        halves = np.array([state.seed & 0xFFFFFFFF, state.seed >> 32], dtype=np.uint32)
-        integers[[ops.SEED_LOW, ops.SEED_HIGH]] = halves.view(np.int32)
+        integers[[ops.SEED_LOW, ops.SEED_HIGH]] = np.array([state.seed], dtype="<u8").view(np.int32)
+        integers[[ops.TOP_P_LOW, ops.TOP_P_HIGH]] = np.array([state.top_p], dtype="<f8").view(np.int32)
         if flags & ops.WORDED:
             integers[ops.NUM_WORDS] = sum(len(word) > 1 for word in self._words(sequence))
         params = sequence.request.sampling
         floats[:] = (
-            state.temperature or 1.0, state.top_p, state.least, state.repetition, params.presence_penalty,
-            params.frequency_penalty, state.top_p - float(np.float32(state.top_p)),
+            state.temperature or 1.0, state.least, state.repetition, params.presence_penalty,
+            params.frequency_penalty,
         )  # fmt: skip
         self._new[slot] = integers, floats
         self._asks[slot] = True

@@ -79,7 +79,7 @@ class Sequence:
         self.seed = secrets.randbits(64) if seed is None else seed
         """Of this sequence's random numbers (:mod:`torch_engine.sampling`): of the request, or drawn here once."""
         self._sampling_state: SamplingState | None = None
-        self.num_told = max(request.top_log_probs, 0 if request.return_log_probs else -1)
+        self.num_told = request.top_log_probs or (0 if request.return_log_probs else -1)
         """Likeliest tokens that are told with each one; -1: not even its own log-probability."""
         params = request.sampling
         self.can_be_guessed = not request.bad_ids and all(

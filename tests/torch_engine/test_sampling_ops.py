@@ -223,3 +223,39 @@ class TestKernels:
         assert said(kernels="cuda", device=DEVICE.type) == said(
             kernels="pytorch", device="cpu", num_threads=1
         )
+
+    def test_a_prompts_token_that_chooses_nothing_says_nothing(self, tmp_path: Path) -> None:
+        """Beside three decodes the budget leaves a prompt one token a step: nothing must be drawn from these."""
+        folder = tiny_checkpoint(tmp_path / "tiny")
+        heavy = SamplingParams(repetition_penalty=3.0, frequency_penalty=9.0)
+        requests = [GenerationRequest([5 + number], 12, end_id=-1) for number in range(3)]
+        requests.append(
+            GenerationRequest([30, 31, 32, 33, 34, 35], 8, heavy, bad_ids=((40, 41, 42),), end_id=-1)
+        )
+
+        def said(**where: object) -> list[list[int]]:
+            engine = Engine(
+                EngineConfig(
+                    model_dir=str(folder), compute_dtype="float32", num_kv_blocks=32, max_seq_len=64,
+                    max_batch_size=4, max_num_tokens=4, **where,  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
+            return [output.token_ids for output in engine.generate(requests)]
+
+        assert said(kernels="cuda", device=DEVICE.type) == said(
+            kernels="pytorch", device="cpu", num_threads=1
+        )
+
+    def test_only_who_asks_is_told_log_probabilities(self, tmp_path: Path) -> None:
+        engine = Engine(
+            EngineConfig(
+                model_dir=str(tiny_checkpoint(tmp_path / "tiny")), compute_dtype="float32", num_kv_blocks=32,
+                max_seq_len=64, max_batch_size=4, kernels="cuda", device=DEVICE.type,
+            )
+        )  # fmt: skip
+        tell = {"return_log_probs": True, "top_log_probs": 2}
+        first, second = [GenerationRequest([5, number], 4, end_id=-1, **tell) for number in (6, 7)]  # type: ignore[arg-type]
+        assert all(output.cum_log_prob < 0 for output in engine.generate([first, second]))
+        silent, told = engine.generate([GenerationRequest([5, 8], 4, end_id=-1), first])
+        assert silent.cum_log_prob == 0.0 and not silent.log_probs and not silent.top_log_probs
+        assert told.cum_log_prob < 0 and [len(top) for top in told.top_log_probs] == [2] * 4

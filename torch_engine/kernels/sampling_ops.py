@@ -6,7 +6,7 @@ slot, and so does what was said (``Tables``): the kernels keep the latter up the
 sampling knows this step's token before the host does.
 
 The row is read in parts of ``PART`` columns, whatever the batch. Nothing is sorted: where top-k or top-p leave tokens
-out, the last value that stays is found by narrowing the interval it lies in (``_select_kernel``), exactly, ties by id.
+out, the last value that stays is found by narrowing the interval it lies in (``_round_kernel``), exactly, ties by id.
 
 Shapes: R rows of logits, N columns (the vocabulary), P parts, S slots.
 """
@@ -31,14 +31,19 @@ MOST_WORD_TOKENS = 4096
 RING = 64
 """Last tokens of each slot: what a bad word can look back at."""
 CANDIDATES = 4096
+"""Tokens of a row among which the last one that stays is looked for at once."""
+ROUNDS = 3
+"""Readings of a row before that: each leaves a ninth of the interval."""
+SPLIT = 4
+"""Parts that one program of a round reads."""
 
 # Flags of a slot: what its request asks for.
 DRAWN, SEEN, COUNTED, EDITED, WORDED, TRUNCATED = (1 << bit for bit in range(6))
 # When an edit holds: always, while the output is too short to end, or (>= 0) when that bad word is all but said.
 ALWAYS, TOO_SHORT = -1, -2
 # Columns of the tables of numbers.
-FLAGS, TOP_K, SEED_LOW, SEED_HIGH, ENDS_FROM, NUM_TOP, NUM_WORDS, INTEGERS = range(8)
-TEMPERATURE, TOP_P, LEAST, REPETITION, PRESENCE, FREQUENCY, TOP_P_REST, FLOATS = range(8)
+FLAGS, TOP_K, SEED_LOW, SEED_HIGH, ENDS_FROM, NUM_TOP, NUM_WORDS, TOP_P_LOW, TOP_P_HIGH, INTEGERS = range(10)
+TEMPERATURE, LEAST, REPETITION, PRESENCE, FREQUENCY, FLOATS = range(6)
 
 _PART = tl.constexpr(PART)
 _RING = tl.constexpr(RING)
@@ -192,13 +197,13 @@ def _adjusted(
                 here = (columns == tl.load(edit_ids + slot * _EDITS + number)) & holds
                 values = tl.where(here, values + amount, values)
         if flags & _SEEN:
-            penalty = tl.load(floats + slot * _FLOATS + 3)
+            penalty = tl.load(floats + slot * _FLOATS + 2)
             words = tl.load(seen + slot * ((N + 31) // 32) + columns // 32, mask=mask, other=0)
             said = ((words >> (columns % 32)) & 1) != 0
             values = tl.where(said, tl.where(values > 0, values / penalty, values * penalty), values)
         if flags & _COUNTED:
-            presence = tl.load(floats + slot * _FLOATS + 4).to(tl.float64)
-            frequency = tl.load(floats + slot * _FLOATS + 5).to(tl.float64)
+            presence = tl.load(floats + slot * _FLOATS + 3).to(tl.float64)
+            frequency = tl.load(floats + slot * _FLOATS + 4).to(tl.float64)
             count = tl.load(counts + slot * N + columns, mask=mask, other=0)
             amount = (presence + frequency * count.to(tl.float64)).to(tl.float32)
             values = tl.where(count > 0, values - amount, values)
@@ -258,7 +263,7 @@ def _words_kernel(
 def _scan_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
-    tops, lows, places, sums, raw_tops, raw_sums,
+    tops, lows, places, sums, raw_tops, raw_sums, kept,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """Of each part: highest and lowest logit, where the highest is, and log-sum-exps of what will be drawn from."""
@@ -270,6 +275,8 @@ def _scan_kernel(
     mask = columns < N
     values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
     at = row * P + part
+    if part == 0:
+        tl.store(kept + row, 0)
     if tl.load(integers + slot * _INTEGERS + 5) >= 0:
         tl.store(raw_tops + at, tl.max(values, 0))
         tl.store(raw_sums + at, _log_sum(values))
@@ -299,18 +306,52 @@ def _unkey(key):
 
 
 @triton.jit
-def _weights(values, top, temperature, MASS: tl.constexpr):
-    """What each token counts for: its mass relative to the likeliest, or 1."""
+def _weights(values, top, inverse, MASS: tl.constexpr):
+    """What each token counts for: its mass relative to the likeliest, or 1; ``inverse`` of the temperature."""
     if MASS:
-        result = tl.exp((values - top) / temperature)
+        result = tl.exp((values - top) * inverse)
     else:
         result = tl.where(values == float("-inf"), 0.0, 1.0)
     return result
 
 
 @triton.jit
+def _bisected(values, weights, low, high, above, target):
+    """The highest value v at which those of at least v reach ``target``, and what those above v reach.
+
+    ``above`` is part of both.
+
+    ``weights`` are float64. Known: those of at least ``low`` reach it, and none is of at least ``high``.
+    """
+    keys = _key(values)
+    least, most = _key(low), _key(high)  # reaches it, does not
+    while most - 1 > least:
+        middle = (least >> 1) + (most >> 1) + (least & most & 1)
+        if above + tl.sum(tl.where(keys >= middle, weights, 0.0), 0) >= target:
+            least = middle
+        else:
+            most = middle
+    return _unkey(least), above + tl.sum(tl.where(keys > least, weights, 0.0), 0)
+
+
+@triton.jit
+def _fitting(target, before, each):
+    """How many equal tokens of mass ``each`` top-p keeps after those that reach ``before``: at least one."""
+    wanted = (target - before) / each
+    count = wanted.to(tl.int64)
+    return tl.maximum(count + (count.to(tl.float64) < wanted).to(tl.int64), 1)
+
+
+@triton.jit
+def _nucleus_floor(lowest, top, temperature, top_p, N: tl.constexpr):
+    """A value below which there is less mass than top-p leaves out."""
+    depth = tl.log(N * 1.0) - tl.log(tl.maximum(1.0 - top_p, 1e-9)) + 1.0
+    return tl.maximum(lowest, top - temperature * depth.to(tl.float32))
+
+
+@triton.jit
 def _narrow(
-    low, high, target, top, temperature, buffer,
+    low, high, target, top, inverse, buffer,
     logits, scales, row, slot, flags, position, ends_from,
     floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr,
@@ -341,7 +382,7 @@ def _narrow(
                     values, slot, flags, position, first, columns, mask, ends_from,
                     floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
                 )  # fmt: skip
-                weights = tl.where(values < high, _weights(values, top, temperature, MASS), 0.0)
+                weights = tl.where(values < high, _weights(values, top, inverse, MASS), 0.0)
                 sum_a += tl.where(values >= a, weights, 0.0)
                 sum_b += tl.where(values >= b, weights, 0.0)
                 sum_c += tl.where(values >= c, weights, 0.0)
@@ -383,42 +424,275 @@ def _narrow(
         tl.debug_barrier()
         number = tl.arange(0, CANDIDATES)
         few = tl.load(buffer + number, mask=number < kept, other=float("-inf"))
-        weights = tl.where(number < kept, _weights(few, top, temperature, MASS), 0.0).to(tl.float64)
-        keys = _key(few)
-        least, most = _key(low), _key(high)  # reaches it, does not
-        while most - 1 > least:
-            middle = (least >> 1) + (most >> 1) + (least & most & 1)
-            if above + tl.sum(tl.where(keys >= middle, weights, 0.0), 0) >= target:
-                least = middle
-            else:
-                most = middle
-        value = _unkey(least)
-        reached = above + tl.sum(tl.where(keys > least, weights, 0.0), 0)
+        weights = tl.where(number < kept, _weights(few, top, inverse, MASS), 0.0).to(tl.float64)
+        value, reached = _bisected(few, weights, low, high, above, target)
     return value, reached
 
 
 @triton.jit
-def _select_kernel(
+def _limits(integers, slot):
+    """Top-k (0: none) and top-p (1: none) of a slot; the latter is a float64 in two integers."""
+    low = tl.load(integers + slot * _INTEGERS + 7).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(integers + slot * _INTEGERS + 8).to(tl.uint32, bitcast=True).to(tl.uint64)
+    return tl.load(integers + slot * _INTEGERS + 1), (low | (high << 32)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _kth(tops, row, mine, number, count, P: tl.constexpr, PARTS: tl.constexpr):
+    """The ``count``-th highest of the parts' highest logits ``mine``; so many tokens are of at least as much."""
+    rank = tl.zeros([PARTS], tl.int32)
+    for first in range(0, P, 32):
+        other = first + tl.arange(0, 32)
+        theirs = tl.load(tops + row * P + other, mask=other < P, other=float("-inf"))[None, :]
+        ahead = (theirs > mine[:, None]) | ((theirs == mine[:, None]) & (other[None, :] < number[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    return tl.max(tl.where((rank == count - 1) & (number < P), mine, float("-inf")), 0)
+
+
+@triton.jit
+def _narrowed(
+    edges, aboves, partials, row, top_k, top_p,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, ROUNDS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """The interval after a round: its ends, what lies above it, the target, and (of a top-k) what ``low`` reaches."""
+    number, split = tl.arange(0, 16), tl.arange(0, PADDED)
+    first = row * ROUNDS
+    inside = split < SPLITS
+    target = top_k.to(tl.float64)
+    if top_k == 0:
+        masses = tl.load(partials + (first * SPLITS + split) * 16, mask=inside, other=0.0)
+        target = top_p * tl.sum(masses, 0)
+    place = ((first + ROUND) * SPLITS + split[:, None]) * 16 + number[None, :]
+    sums = tl.sum(tl.load(partials + place, mask=inside[:, None], other=0.0), 0)
+    above = tl.load(aboves + first + ROUND)
+    reaching = (number >= 1) & (number <= 8) & (above + sums >= target)
+    at = tl.sum(reaching.to(tl.int32), 0)  # of the eight values the last that reaches it; 0: none
+    edge = tl.load(edges + (first + ROUND) * 16 + number)
+    low = tl.sum(tl.where(number == at, edge, 0.0), 0)
+    high = tl.sum(tl.where(number == at + 1, edge, 0.0), 0)
+    reached = above + tl.sum(tl.where(number == at, sums, 0.0), 0)
+    above += tl.sum(tl.where(number == at + 1, sums, 0.0), 0)
+    return low, high, above, target, reached
+
+
+@triton.jit
+def _lanes(weights):
+    """Sum of a block in float64, of neighbours in float32 first: conversions are slow."""
+    return tl.sum(tl.sum(tl.reshape(weights, [weights.shape[0] // 8, 8]), 1).to(tl.float64), 0)
+
+
+@triton.jit
+def _round_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
-    tops, lows, buffers, bounds, cuts,
+    tops, lows, edges, aboves, partials,
+    N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
+    WIDTH: tl.constexpr, CANDIDATES: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    PADDED: tl.constexpr, ROUNDS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Narrows the interval in which the last value lies that stays: what reaches each of eight values in it, by splits.
+
+    Top-k counts tokens; once few enough are of at least ``low`` it has them all. Top-p alone adds masses up.
+    """
+    _begin()
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot, position = _where(row, logit_rows, slots, positions, PICKED)
+    flags = tl.load(integers + slot * _INTEGERS)
+    top_k, top_p = _limits(integers, slot)
+    if ((flags & _TRUNCATED) != 0) & ((top_k > 0) | (top_p < 1)):
+        part, number = tl.arange(0, PARTS), tl.arange(0, 16)
+        highest = tl.load(tops + row * P + part, mask=part < P, other=float("-inf"))
+        top = tl.max(highest, 0)
+        temperature = tl.load(floats + slot * _FLOATS)
+        settled = (top == float("-inf")).to(tl.int32)
+        if ROUND == 0:
+            low = tl.min(tl.load(lows + row * P + part, mask=part < P, other=_MOST), 0)
+            if top_k == 0:
+                low = _nucleus_floor(low, top, temperature, top_p, N)
+            elif top_k <= P:
+                low = tl.maximum(low, _kth(tops, row, highest, part, top_k, P, PARTS))
+            high = _unkey(_key(top) + 1)  # the next number: no token is of at least so much
+            above = tl.full([], 0.0, tl.float64)
+        else:
+            low, high, above, _, reached = _narrowed(
+                edges, aboves, partials, row, top_k, top_p, SPLITS, PADDED, ROUNDS, ROUND - 1
+            )
+            settled |= ((top_k > 0) & (reached <= CANDIDATES)).to(tl.int32)
+        step = tl.minimum(high, _MOST) * 0.1111111 - low * 0.1111111
+        edge = tl.minimum(tl.maximum(low + number.to(tl.float32) * step, low), high)
+        edge = tl.where(number == 0, low, tl.where(number + 16 * settled > 8, high, edge))
+        if split == 0:
+            tl.store(edges + (row * ROUNDS + ROUND) * 16 + number, edge)
+            tl.store(aboves + row * ROUNDS + ROUND, above)
+        sums = tl.zeros([16], tl.float64)
+        own = split * WIDTH + tl.arange(0, WIDTH)
+        reach = tl.max(tl.load(tops + row * P + own, mask=own < P, other=float("-inf")), 0)
+        floor = low
+        if ROUND == 0:
+            floor = tl.where(top_k == 0, float("-inf"), low)  # all the mass of which top-p is a share
+        if (settled == 0) & (reach >= floor):
+            first = split * WIDTH * _PART
+            columns = first + tl.arange(0, WIDTH * _PART)
+            mask = columns < N
+            values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
+            values = _adjusted(
+                values, slot, flags, position, first, columns, mask, tl.load(integers + slot * _INTEGERS + 4),
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+            )  # fmt: skip
+            weights = tl.where(values == float("-inf"), 0.0, 1.0)
+            if top_k == 0:
+                weights = _weights(values, top, 1.0 / temperature, True)
+            weights = tl.where((values < high) & (values >= floor), weights, 0.0)
+            sums = tl.where(number == 0, _lanes(weights), 0.0)
+            for place in tl.static_range(1, 9):
+                value = tl.sum(tl.where(number == place, edge, 0.0), 0)
+                sums = tl.where(number == place, _lanes(tl.where(values >= value, weights, 0.0)), sums)
+        tl.store(partials + ((row * ROUNDS + ROUND) * SPLITS + split) * 16 + number, sums)
+
+
+@triton.jit
+def _gather_kernel(
+    logits, scales, logit_rows, slots, positions,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    tops, edges, aboves, partials, buffers, buffer_ids, kept,
+    N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
+    WIDTH: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+    PADDED: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Collects the tokens in what the rounds have left of the interval, in any order."""
+    _begin()
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot, position = _where(row, logit_rows, slots, positions, PICKED)
+    flags = tl.load(integers + slot * _INTEGERS)
+    top_k, top_p = _limits(integers, slot)
+    if ((flags & _TRUNCATED) != 0) & ((top_k > 0) | (top_p < 1)):
+        low, high, _, _, reached = _narrowed(
+            edges, aboves, partials, row, top_k, top_p, SPLITS, PADDED, ROUNDS, ROUNDS - 1
+        )
+        if (top_k > 0) & (reached <= CANDIDATES):  # all of at least ``low``
+            high = tl.full([], float("inf"), tl.float32)
+        own = split * WIDTH + tl.arange(0, WIDTH)
+        reach = tl.max(tl.load(tops + row * P + own, mask=own < P, other=float("-inf")), 0)
+        if (reach >= low) & (reach > float("-inf")):
+            first = split * WIDTH * _PART
+            columns = first + tl.arange(0, WIDTH * _PART)
+            mask = columns < N
+            values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
+            values = _adjusted(
+                values, slot, flags, position, first, columns, mask, tl.load(integers + slot * _INTEGERS + 4),
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+            )  # fmt: skip
+            taken = (values >= low) & (values < high)
+            inside = taken.to(tl.int32)
+            found = tl.sum(inside, 0)
+            if found > 0:
+                place = tl.atomic_add(kept + row, found) + tl.cumsum(inside, 0) - 1
+                fits = taken & (place < CANDIDATES)
+                tl.store(buffers + row * CANDIDATES + place, values, mask=fits)
+                tl.store(buffer_ids + row * CANDIDATES + place, columns, mask=fits)
+
+
+@triton.jit
+def _settle_kernel(
+    logit_rows, slots, positions, integers, floats, tops, edges, aboves, partials, buffers, buffer_ids, kept,
+    bounds, cuts, unsettled,
+    N: tl.constexpr, P: tl.constexpr, PICKED: tl.constexpr, CANDIDATES: tl.constexpr, PARTS: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """What top-k, top-p and min-p leave: values above ``bounds[row]``, and equal ones up to the id ``cuts[row]``.
+
+    Found among the tokens that were collected. Where these do not suffice (a large top-k with a top-p, or thousands of
+    equal values), ``unsettled`` says so.
+    """
+    _begin()
+    row = tl.program_id(0).to(tl.int64)
+    slot, _ = _where(row, logit_rows, slots, positions, PICKED)
+    flags = tl.load(integers + slot * _INTEGERS)
+    part = tl.arange(0, PARTS)
+    top = tl.max(tl.load(tops + row * P + part, mask=part < P, other=float("-inf")), 0)
+    open_ = tl.full([], 0, tl.int32)
+    if ((flags & _TRUNCATED) != 0) & (top > float("-inf")):
+        top_k, top_p = _limits(integers, slot)
+        bound = tl.full([], float("-inf"), tl.float32)
+        ties = tl.full([], N, tl.int64)
+        number = tl.arange(0, CANDIDATES)
+        values = tl.full([CANDIDATES], float("-inf"), tl.float32)
+        ids = tl.full([CANDIDATES], N, tl.int32)
+        if (top_k > 0) | (top_p < 1):
+            low, high, above, target, reached = _narrowed(
+                edges, aboves, partials, row, top_k, top_p, SPLITS, PADDED, ROUNDS, ROUNDS - 1
+            )
+            count = tl.load(kept + row)
+            whole = (top_k > 0) & (reached <= CANDIDATES)
+            if (count > CANDIDATES) | ((top_k > 0) & (top_p < 1) & (whole == 0)):
+                open_ = tl.full([], 1, tl.int32)
+            else:
+                known = number < count
+                values = tl.load(buffers + row * CANDIDATES + number, mask=known, other=float("-inf"))
+                ids = tl.load(buffer_ids + row * CANDIDATES + number, mask=known, other=N)
+                inverse = 1.0 / tl.load(floats + slot * _FLOATS)
+                if whole:
+                    high = _unkey(_key(top) + 1)
+                    above = above * 0
+                if top_k > 0:
+                    ones = tl.where(known, 1.0, 0.0).to(tl.float64)
+                    bound, above = _bisected(values, ones, low, high, above, target)
+                    ties = top_k.to(tl.int64) - above.to(tl.int64)
+                    low = bound
+                if top_p < 1:
+                    masses = tl.where(known, _weights(values, top, inverse, True), 0.0).to(tl.float64)
+                    if top_k > 0:
+                        each = tl.exp((bound - top) * inverse).to(tl.float64)
+                        over = tl.sum(tl.where(values > bound, masses, 0.0), 0)
+                        target = top_p * (over + ties.to(tl.float64) * each)
+                        above = above * 0
+                    value, before = _bisected(values, masses, low, high, above, target)
+                    each = tl.exp((value - top) * inverse).to(tl.float64)
+                    allowed = _fitting(target, before, each)
+                    if (top_k > 0) & (value == bound):
+                        allowed = tl.minimum(ties, allowed)
+                    ties = allowed
+                    bound = value
+        least = top + tl.load(floats + slot * _FLOATS + 1)
+        if least > bound:
+            bound = least
+            ties = tl.full([], N, tl.int64)
+        # The id of the last tie that stays
+        equal = values == bound
+        cut, before_it = tl.full([], N, tl.int32), tl.full([], -1, tl.int32)
+        if tl.sum(equal.to(tl.int64), 0) > ties:
+            while cut - 1 > before_it:
+                middle = (cut + before_it) // 2
+                if tl.sum((equal & (ids <= middle)).to(tl.int64), 0) >= ties:
+                    cut = middle
+                else:
+                    before_it = middle
+        tl.store(bounds + row, bound)
+        tl.store(cuts + row, cut)
+    tl.store(unsettled + row, open_)
+
+
+@triton.jit
+def _search_kernel(
+    logits, scales, logit_rows, slots, positions,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    tops, lows, buffers, bounds, cuts, unsettled,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
     WIDTH: tl.constexpr, CANDIDATES: tl.constexpr, PARTS: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """What top-k, top-p and min-p leave: values above ``bounds[row]``, and equal ones up to the id ``cuts[row]``."""
+    """What is kept of rows that :func:`_settle_kernel` left over: one program reads the row as often as it must."""
     _begin()
     row = tl.program_id(0).to(tl.int64)
     slot, position = _where(row, logit_rows, slots, positions, PICKED)
-    flags = tl.load(integers + slot * _INTEGERS)
-    number = tl.arange(0, PARTS)
-    top = tl.max(tl.load(tops + row * P + number, mask=number < P, other=float("-inf")), 0)
-    if ((flags & _TRUNCATED) != 0) & (top > float("-inf")):
+    if tl.load(unsettled + row) != 0:
+        flags = tl.load(integers + slot * _INTEGERS)
+        number = tl.arange(0, PARTS)
+        top = tl.max(tl.load(tops + row * P + number, mask=number < P, other=float("-inf")), 0)
         BLOCK: tl.constexpr = WIDTH * _PART
         ends_from = tl.load(integers + slot * _INTEGERS + 4)
         temperature = tl.load(floats + slot * _FLOATS)
-        top_k = tl.load(integers + slot * _INTEGERS + 1)
-        top_p = tl.load(floats + slot * _FLOATS + 1).to(tl.float64)  # and what float32 leaves of it
-        top_p += tl.load(floats + slot * _FLOATS + 6).to(tl.float64)
+        inverse = 1.0 / temperature
+        top_k, top_p = _limits(integers, slot)
         buffer = buffers + row * CANDIDATES
         lowest = tl.min(tl.load(lows + row * P + number, mask=number < P, other=_MOST), 0)
         end = _unkey(_key(top) + 1)  # the next number: no token is of at least so much
@@ -430,7 +704,7 @@ def _select_kernel(
                 begin = tl.min(tl.load(tops + row * P + number, mask=number < P, other=_MOST), 0)
                 begin = tl.maximum(begin, lowest)
             bound, above = _narrow(
-                begin, end, top_k.to(tl.float64), top, temperature, buffer,
+                begin, end, top_k.to(tl.float64), top, inverse, buffer,
                 logits, scales, row, slot, flags, position, ends_from,
                 floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
                 N, P, SCALED, CAP, WIDTH, CANDIDATES, PASSES, False,
@@ -450,33 +724,27 @@ def _select_kernel(
                 counted = values > bound
                 if top_k == 0:
                     counted = values >= bound
-                total += tl.where(counted, _weights(values, top, temperature, True), 0.0)
+                total += tl.where(counted, _weights(values, top, inverse, True), 0.0)
             mass = tl.sum(total.to(tl.float64), 0)
-            each = tl.exp((bound - top) / temperature).to(tl.float64)
+            each = tl.exp((bound - top) * inverse).to(tl.float64)
             if top_k > 0:
                 mass += ties.to(tl.float64) * each
             target = mass * top_p
-            # What lies further below has less than 1 - top_p together
-            depth = temperature * (tl.log(N * 1.0) - tl.log(tl.maximum(1.0 - top_p, 1e-9)) + 1.0).to(
-                tl.float32
-            )
-            begin = tl.maximum(bound, top - depth)
+            begin = _nucleus_floor(bound, top, temperature, top_p, N)
             value, before = _narrow(
-                begin, end, target, top, temperature, buffer,
+                begin, end, target, top, inverse, buffer,
                 logits, scales, row, slot, flags, position, ends_from,
                 floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
                 N, P, SCALED, CAP, WIDTH, CANDIDATES, PASSES, True,
             )  # fmt: skip
-            each = tl.exp((value - top) / temperature).to(tl.float64)
-            fitting = (target - before) / each
-            allowed = fitting.to(tl.int64)
-            allowed = tl.maximum(allowed + (allowed.to(tl.float64) < fitting).to(tl.int64), 1)
+            each = tl.exp((value - top) * inverse).to(tl.float64)
+            allowed = _fitting(target, before, each)
             if value > bound:
                 ties = allowed
             else:
                 ties = tl.minimum(ties, allowed)
             bound = value
-        least = top + tl.load(floats + slot * _FLOATS + 2)
+        least = top + tl.load(floats + slot * _FLOATS + 1)
         if least > bound:
             bound = least
             ties = tl.full([], N, tl.int64)
@@ -645,20 +913,28 @@ class Scratch:
     sums: torch.Tensor
     raw_tops: torch.Tensor
     raw_sums: torch.Tensor
+    edges: torch.Tensor
+    aboves: torch.Tensor
+    partials: torch.Tensor
     buffers: torch.Tensor
+    buffer_ids: torch.Tensor
+    kept: torch.Tensor
     bounds: torch.Tensor
     cuts: torch.Tensor
+    unsettled: torch.Tensor
 
     @classmethod
-    def empty(cls, rows: int, parts: int, device: torch.device) -> Scratch:
+    def empty(cls, rows: int, parts: int, splits: int, device: torch.device) -> Scratch:
         def made(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        float32, int32 = torch.float32, torch.int32
+        float32, float64, int32 = torch.float32, torch.float64, torch.int32
         return cls(
             made(float32, rows, parts), made(float32, rows, parts), made(int32, rows, parts),
             made(float32, rows, parts), made(float32, rows, parts), made(float32, rows, parts),
-            made(float32, rows, CANDIDATES), made(float32, rows), made(int32, rows),
+            made(float32, rows, ROUNDS, 16), made(float64, rows, ROUNDS), made(float64, rows, ROUNDS, splits, 16),
+            made(float32, rows, CANDIDATES), made(int32, rows, CANDIDATES), made(int32, rows),
+            made(float32, rows), made(int32, rows), made(int32, rows),
         )  # fmt: skip
 
 
@@ -685,8 +961,9 @@ def sample(
     """
     rows, size = logits.shape
     parts = triton.cdiv(size, PART)
-    width = min(8, triton.next_power_of_2(parts))
-    made = Scratch.empty(rows, parts, logits.device)
+    span = min(SPLIT, triton.next_power_of_2(parts))
+    splits = triton.cdiv(parts, span)
+    made = Scratch.empty(rows, parts, splits, logits.device)
     scales = made.tops if column_scales is None else column_scales
     where = (slots if logit_rows is None else logit_rows, slots, positions)
     shape = (size, parts, column_scales is not None, softcap or 0.0, logit_rows is not None)
@@ -702,10 +979,26 @@ def sample(
     )  # fmt: skip
     _scan_kernel[grid](
         logits, scales, *where, *said, made.tops, made.lows, made.places, made.sums, made.raw_tops, made.raw_sums,
-        *shape, **LAUNCH,
+        made.kept, *shape, **LAUNCH,
     )  # fmt: skip
-    _select_kernel[(rows,)](
-        logits, scales, *where, *said, made.tops, made.lows, made.buffers, made.bounds, made.cuts,
+    padding = max(triton.next_power_of_2(splits), 2)
+    for number in range(ROUNDS):
+        _round_kernel[(rows, splits)](
+            logits, scales, *where, *said, made.tops, made.lows, made.edges, made.aboves, made.partials,
+            *shape, span, CANDIDATES, padded, splits, padding, ROUNDS, number, **LAUNCH,
+        )  # fmt: skip
+    _gather_kernel[(rows, splits)](
+        logits, scales, *where, *said, made.tops, made.edges, made.aboves, made.partials, made.buffers,
+        made.buffer_ids, made.kept, *shape, span, CANDIDATES, splits, padding, ROUNDS, **LAUNCH,
+    )  # fmt: skip
+    _settle_kernel[(rows,)](
+        *where, tables.integers, tables.floats, made.tops, made.edges, made.aboves, made.partials, made.buffers,
+        made.buffer_ids, made.kept, made.bounds, made.cuts, made.unsettled, size, parts,
+        logit_rows is not None, CANDIDATES, padded, splits, padding, ROUNDS, num_warps=8, **LAUNCH,
+    )  # fmt: skip
+    width = min(8, triton.next_power_of_2(parts))
+    _search_kernel[(rows,)](
+        logits, scales, *where, *said, made.tops, made.lows, made.buffers, made.bounds, made.cuts, made.unsettled,
         *shape, width, CANDIDATES, padded, 4, num_warps=16 if width == 8 else 4, **LAUNCH,
     )  # fmt: skip
     _sum_kernel[grid](

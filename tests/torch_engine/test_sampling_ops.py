@@ -228,10 +228,9 @@ class TestKernels:
         """Beside three decodes the budget leaves a prompt one token a step: nothing must be drawn from these."""
         folder = tiny_checkpoint(tmp_path / "tiny")
         heavy = SamplingParams(repetition_penalty=3.0, frequency_penalty=9.0)
-        requests = [GenerationRequest([5 + number], 12, end_id=-1) for number in range(3)]
-        requests.append(
-            GenerationRequest([30, 31, 32, 33, 34, 35], 8, heavy, bad_ids=((40, 41, 42),), end_id=-1)
-        )
+        drawn = [SamplingParams(top_p=1.0, seed=number) for number in range(3)]
+        requests = [GenerationRequest([5], 12, params, end_id=-1) for params in drawn]
+        requests.append(GenerationRequest([30] * 6, 8, heavy, bad_ids=((40, 41, 42),), end_id=-1))
 
         def said(**where: object) -> list[list[int]]:
             engine = Engine(

@@ -168,7 +168,8 @@ class Front:
                 self._emitter.start(generation)
 
     def close(self) -> None:
-        self._long.shutdown(wait=False, cancel_futures=True)
+        """Starts the long prompts that still wait, so that closing the emitter answers them: to be closed first."""
+        self._long.shutdown()
 
     def _name(self, request: Any) -> str:
         """The request's id, as the engine shall know it: both doors have the same engine and may see the same id."""

@@ -116,3 +116,14 @@ def test_whatever_fails_is_that_requests_answer(front: Front, text: bytes) -> No
     front.execute([late])
     assert answer.ended.wait(30)
     assert answer.sent[0][0].code == Code.UNAVAILABLE.value
+
+
+def test_long_prompts_that_wait_at_the_end_are_answered(front: Front) -> None:
+    """More than are tokenised at once, so that some have not begun when the model is closed."""
+    requests, answers = zip(*(request(b"x" * (LONG_PROMPT + 1)) for _ in range(5)), strict=True)
+    front.execute(list(requests))
+    threading.Timer(0.1, front._door.go_on.set).start()
+    front.close()
+    front._emitter.close()
+    assert all(answer.ended.wait(5) for answer in answers)
+    assert {answer.sent[-1][0].code for answer in answers} == {Code.UNAVAILABLE.value}

@@ -35,4 +35,4 @@ class TritonPythonModel:
         self._front.execute(requests)
 
     def finalize(self) -> None:
-        stub.close(self._emitter, self._engine)
+        stub.close(self._front, self._emitter, self._engine)

@@ -38,7 +38,7 @@ SPLIT = 4
 """Parts that one program of a round reads."""
 
 # Flags of a slot: what its request asks for.
-DRAWN, SEEN, COUNTED, EDITED, WORDED, TRUNCATED = (1 << bit for bit in range(6))
+DRAWN, SEEN, COUNTED, EDITED, WORDED, TRUNCATED, MASKED = (1 << bit for bit in range(7))
 # When an edit holds: always, while the output is too short to end, or (>= 0) when that bad word is all but said.
 ALWAYS, TOO_SHORT = -1, -2
 # Columns of the tables of numbers.
@@ -55,6 +55,7 @@ _INTEGERS = tl.constexpr(INTEGERS)
 _FLOATS = tl.constexpr(FLOATS)
 _DRAWN, _SEEN, _COUNTED = tl.constexpr(DRAWN), tl.constexpr(SEEN), tl.constexpr(COUNTED)
 _EDITED, _WORDED, _TRUNCATED = tl.constexpr(EDITED), tl.constexpr(WORDED), tl.constexpr(TRUNCATED)
+_MASKED = tl.constexpr(MASKED)
 _MOST = tl.constexpr(3.4028234663852886e38)
 _NONE = tl.constexpr(2147483647)
 
@@ -87,6 +88,12 @@ class Tables:
     """[S, RING] int32: the token at position p is in column p % RING, kept where ``WORDED``."""
     matched: torch.Tensor
     """[S, MOST_WORDS] int32: whether a word is all but said; of this step."""
+    allowed: torch.Tensor
+    """[S, ceil(N / 32)] int32: a bit for each token that may come next, obeyed where ``MASKED``.
+
+    For a grammar: its row is to be copied after the forward pass is queued and before the choice is, which are
+    separate launches, so that it may depend on the last token.
+    """
 
     @classmethod
     def empty(cls, slots: int, vocab: int, device: torch.device) -> Tables:
@@ -98,7 +105,7 @@ class Tables:
             counts=table(vocab, torch.int16), edit_ids=table(MOST_EDITS),
             edit_values=table(MOST_EDITS, torch.float32), edit_when=table(MOST_EDITS),
             edit_starts=table(-(-vocab // PART) + 1), word_tokens=table(MOST_WORD_TOKENS),
-            word_ends=table(MOST_WORDS), ring=table(RING), matched=table(MOST_WORDS),
+            word_ends=table(MOST_WORDS), ring=table(RING), matched=table(MOST_WORDS), allowed=table(-(-vocab // 32)),
         )  # fmt: skip
 
     @property
@@ -177,11 +184,11 @@ def _raw(logits, scales, row, columns, mask, N: tl.constexpr, SCALED: tl.constex
 @triton.jit
 def _adjusted(
     values, slot, flags, position, first, columns, mask, ends_from,
-    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     N: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Bias and bans, then penalties, of columns ``first`` and following, ``WIDTH`` parts of them."""
-    if flags & (_EDITED | _SEEN | _COUNTED):
+    """Bias and bans, then penalties, then the mask, of columns ``first`` and following, ``WIDTH`` parts of them."""
+    if flags & (_EDITED | _SEEN | _COUNTED | _MASKED):
         if flags & _EDITED:
             part = first // _PART
             begin = tl.load(edit_starts + slot * (P + 1) + part)
@@ -207,6 +214,9 @@ def _adjusted(
             count = tl.load(counts + slot * N + columns, mask=mask, other=0)
             amount = (presence + frequency * count.to(tl.float64)).to(tl.float32)
             values = tl.where(count > 0, values - amount, values)
+        if flags & _MASKED:
+            words = tl.load(allowed + slot * ((N + 31) // 32) + columns // 32, mask=mask, other=0)
+            values = tl.where(((words >> (columns % 32)) & 1) != 0, values, float("-inf"))
         values = tl.where(mask, _clean(values), float("-inf"))
     return values
 
@@ -240,15 +250,15 @@ def _words_kernel(
     _begin()
     slot, position = _where(tl.program_id(0).to(tl.int64), logit_rows, slots, positions, PICKED)
     count = tl.load(integers + slot * _INTEGERS + 6)
-    if tl.program_id(1) * BLOCK < count:
-        word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    back = tl.arange(0, _RING)
+    place = position - 1 - back
+    said = tl.load(ring + slot * _RING + (place + _RING) % _RING)
+    said = tl.where(place >= 0, said, -1)
+    for first in range(0, count, BLOCK):
+        word = first + tl.arange(0, BLOCK)
         known = word < count
         end = tl.load(word_ends + slot * _WORDS + word, mask=known, other=0)
         begin = tl.load(word_ends + slot * _WORDS + word - 1, mask=known & (word > 0), other=0)
-        back = tl.arange(0, _RING)
-        place = position - 1 - back
-        said = tl.load(ring + slot * _RING + (place + _RING) % _RING)
-        said = tl.where(place >= 0, said, -1)
         asked = back[None, :] < (end - begin)[:, None]
         token = tl.load(
             word_tokens + slot * _WORD_TOKENS + end[:, None] - 1 - back[None, :],
@@ -262,7 +272,7 @@ def _words_kernel(
 @triton.jit
 def _scan_kernel(
     logits, scales, logit_rows, slots, positions,
-    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     tops, lows, places, sums, raw_tops, raw_sums, kept,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
@@ -282,7 +292,7 @@ def _scan_kernel(
         tl.store(raw_sums + at, _log_sum(values))
     values = _adjusted(
         values, slot, flags, position, part * _PART, columns, mask, tl.load(integers + slot * _INTEGERS + 4),
-        floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, 1,
+        floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, 1,
     )  # fmt: skip
     top = tl.max(values, 0)
     tl.store(tops + at, top)
@@ -319,9 +329,8 @@ def _weights(values, top, inverse, MASS: tl.constexpr):
 def _bisected(values, weights, low, high, above, target):
     """The highest value v at which those of at least v reach ``target``, and what those above v reach.
 
-    ``above`` is part of both.
-
-    ``weights`` are float64. Known: those of at least ``low`` reach it, and none is of at least ``high``.
+    ``above`` is part of both; ``weights`` are float64. Known: those of at least ``low`` reach it, and none is of at
+    least ``high``.
     """
     keys = _key(values)
     least, most = _key(low), _key(high)  # reaches it, does not
@@ -353,7 +362,7 @@ def _nucleus_floor(lowest, top, temperature, top_p, N: tl.constexpr):
 def _narrow(
     low, high, target, top, inverse, buffer,
     logits, scales, row, slot, flags, position, ends_from,
-    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr,
     CANDIDATES: tl.constexpr, PASSES: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
@@ -380,7 +389,7 @@ def _narrow(
                 values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
                 values = _adjusted(
                     values, slot, flags, position, first, columns, mask, ends_from,
-                    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+                    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, WIDTH,
                 )  # fmt: skip
                 weights = tl.where(values < high, _weights(values, top, inverse, MASS), 0.0)
                 sum_a += tl.where(values >= a, weights, 0.0)
@@ -409,7 +418,7 @@ def _narrow(
             values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
             values = _adjusted(
                 values, slot, flags, position, first, columns, mask, ends_from,
-                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, WIDTH,
             )  # fmt: skip
             inside = ((values >= low) & (values < high)).to(tl.int32)
             found = tl.sum(inside, 0)
@@ -484,7 +493,7 @@ def _lanes(weights):
 @triton.jit
 def _round_kernel(
     logits, scales, logit_rows, slots, positions,
-    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     tops, lows, edges, aboves, partials,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
     WIDTH: tl.constexpr, CANDIDATES: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
@@ -537,7 +546,7 @@ def _round_kernel(
             values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
             values = _adjusted(
                 values, slot, flags, position, first, columns, mask, tl.load(integers + slot * _INTEGERS + 4),
-                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, WIDTH,
             )  # fmt: skip
             weights = tl.where(values == float("-inf"), 0.0, 1.0)
             if top_k == 0:
@@ -553,15 +562,14 @@ def _round_kernel(
 @triton.jit
 def _gather_kernel(
     logits, scales, logit_rows, slots, positions,
-    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     tops, edges, aboves, partials, buffers, buffer_ids, kept,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
-    WIDTH: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, ROUNDS: tl.constexpr,
+    CANDIDATES: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Collects the tokens in what the rounds have left of the interval, in any order."""
     _begin()
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, position = _where(row, logit_rows, slots, positions, PICKED)
     flags = tl.load(integers + slot * _INTEGERS)
     top_k, top_p = _limits(integers, slot)
@@ -571,16 +579,15 @@ def _gather_kernel(
         )
         if (top_k > 0) & (reached <= CANDIDATES):  # all of at least ``low``
             high = tl.full([], float("inf"), tl.float32)
-        own = split * WIDTH + tl.arange(0, WIDTH)
-        reach = tl.max(tl.load(tops + row * P + own, mask=own < P, other=float("-inf")), 0)
+        reach = tl.load(tops + row * P + part)
         if (reach >= low) & (reach > float("-inf")):
-            first = split * WIDTH * _PART
-            columns = first + tl.arange(0, WIDTH * _PART)
+            first = part * _PART
+            columns = first + tl.arange(0, _PART)
             mask = columns < N
             values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
             values = _adjusted(
                 values, slot, flags, position, first, columns, mask, tl.load(integers + slot * _INTEGERS + 4),
-                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, 1,
             )  # fmt: skip
             taken = (values >= low) & (values < high)
             inside = taken.to(tl.int32)
@@ -648,10 +655,10 @@ def _settle_kernel(
                         above = above * 0
                     value, before = _bisected(values, masses, low, high, above, target)
                     each = tl.exp((value - top) * inverse).to(tl.float64)
-                    allowed = _fitting(target, before, each)
+                    fitting = _fitting(target, before, each)
                     if (top_k > 0) & (value == bound):
-                        allowed = tl.minimum(ties, allowed)
-                    ties = allowed
+                        fitting = tl.minimum(ties, fitting)
+                    ties = fitting
                     bound = value
         least = top + tl.load(floats + slot * _FLOATS + 1)
         if least > bound:
@@ -675,7 +682,7 @@ def _settle_kernel(
 @triton.jit
 def _search_kernel(
     logits, scales, logit_rows, slots, positions,
-    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     tops, lows, buffers, bounds, cuts, unsettled,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
     WIDTH: tl.constexpr, CANDIDATES: tl.constexpr, PARTS: tl.constexpr, PASSES: tl.constexpr,
@@ -706,7 +713,7 @@ def _search_kernel(
             bound, above = _narrow(
                 begin, end, top_k.to(tl.float64), top, inverse, buffer,
                 logits, scales, row, slot, flags, position, ends_from,
-                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
                 N, P, SCALED, CAP, WIDTH, CANDIDATES, PASSES, False,
             )  # fmt: skip
             ties = top_k.to(tl.int64) - above.to(tl.int64)
@@ -719,7 +726,7 @@ def _search_kernel(
                 values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
                 values = _adjusted(
                     values, slot, flags, position, first, columns, mask, ends_from,
-                    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+                    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, WIDTH,
                 )  # fmt: skip
                 counted = values > bound
                 if top_k == 0:
@@ -734,15 +741,15 @@ def _search_kernel(
             value, before = _narrow(
                 begin, end, target, top, inverse, buffer,
                 logits, scales, row, slot, flags, position, ends_from,
-                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
                 N, P, SCALED, CAP, WIDTH, CANDIDATES, PASSES, True,
             )  # fmt: skip
             each = tl.exp((value - top) * inverse).to(tl.float64)
-            allowed = _fitting(target, before, each)
+            fitting = _fitting(target, before, each)
             if value > bound:
-                ties = allowed
+                ties = fitting
             else:
-                ties = tl.minimum(ties, allowed)
+                ties = tl.minimum(ties, fitting)
             bound = value
         least = top + tl.load(floats + slot * _FLOATS + 1)
         if least > bound:
@@ -759,7 +766,7 @@ def _search_kernel(
                 values = _raw(logits, scales, row, columns, mask, N, SCALED, CAP)
                 values = _adjusted(
                     values, slot, flags, position, first, columns, mask, ends_from,
-                    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, WIDTH,
+                    floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, WIDTH,
                 )  # fmt: skip
                 equal = (mask & (values == bound)).to(tl.int32)
                 found = tl.sum(equal, 0)
@@ -780,7 +787,7 @@ def _stays(values, columns, bound, cut):
 @triton.jit
 def _sum_kernel(
     logits, scales, logit_rows, slots, positions,
-    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
     tops, bounds, cuts, sums,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
@@ -801,7 +808,7 @@ def _sum_kernel(
             values = _adjusted(
                 values, slot, flags, position, part * _PART, columns, mask,
                 tl.load(integers + slot * _INTEGERS + 4),
-                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, 1,
+                floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, 1,
             )  # fmt: skip
             values = tl.where(_stays(values, columns, bound, cut), values, float("-inf"))
             tl.store(sums + at, _log_sum(values / tl.load(floats + slot * _FLOATS)))
@@ -810,7 +817,7 @@ def _sum_kernel(
 @triton.jit
 def _draw_kernel(
     logits, scales, logit_rows, slots, positions,
-    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, ring,
+    integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, ring,
     tops, places, sums, raw_sums, bounds, cuts, last, tokens, log_probs,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
     PARTS: tl.constexpr,
@@ -839,7 +846,7 @@ def _draw_kernel(
         values = _adjusted(
             values, slot, flags, position, part * _PART, columns, mask,
             tl.load(integers + slot * _INTEGERS + 4),
-            floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, N, P, 1,
+            floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, N, P, 1,
         )  # fmt: skip
         if flags & _TRUNCATED:
             stays = _stays(values, columns, tl.load(bounds + row), tl.load(cuts + row))
@@ -969,11 +976,11 @@ def sample(
     shape = (size, parts, column_scales is not None, softcap or 0.0, logit_rows is not None)
     said = (
         tables.integers, tables.floats, tables.seen, tables.counts, tables.edit_ids, tables.edit_values,
-        tables.edit_when, tables.edit_starts, tables.matched,
+        tables.edit_when, tables.edit_starts, tables.matched, tables.allowed,
     )  # fmt: skip
     grid = (rows, parts)
     padded = max(triton.next_power_of_2(parts), 2)
-    _words_kernel[(rows, triton.cdiv(MOST_WORDS, 64))](
+    _words_kernel[(rows,)](
         *where, tables.integers, tables.word_tokens, tables.word_ends, tables.ring, tables.matched,
         logit_rows is not None, 64, **LAUNCH,
     )  # fmt: skip
@@ -985,11 +992,11 @@ def sample(
     for number in range(ROUNDS):
         _round_kernel[(rows, splits)](
             logits, scales, *where, *said, made.tops, made.lows, made.edges, made.aboves, made.partials,
-            *shape, span, CANDIDATES, padded, splits, padding, ROUNDS, number, **LAUNCH,
+            *shape, span, CANDIDATES, padded, splits, padding, ROUNDS, number, num_warps=2 * span, **LAUNCH,
         )  # fmt: skip
-    _gather_kernel[(rows, splits)](
+    _gather_kernel[grid](
         logits, scales, *where, *said, made.tops, made.edges, made.aboves, made.partials, made.buffers,
-        made.buffer_ids, made.kept, *shape, span, CANDIDATES, splits, padding, ROUNDS, **LAUNCH,
+        made.buffer_ids, made.kept, *shape, CANDIDATES, splits, padding, ROUNDS, **LAUNCH,
     )  # fmt: skip
     _settle_kernel[(rows,)](
         *where, tables.integers, tables.floats, made.tops, made.edges, made.aboves, made.partials, made.buffers,

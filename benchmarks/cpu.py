@@ -17,6 +17,10 @@ A peer is a command that prints one line of JSON for each concurrency:
 
     python3 benchmarks/cpu.py --sampling all
 
+``--guesses`` compares the engine with prompt lookup and without, on text that repeats itself and on text that does not:
+
+    python3 benchmarks/cpu.py --guesses --tokens 128
+
 Of the engine's steps the table also gives the host's time: a step's without that in the compiled kernels. The side
 ``prefill`` compares the rate of long prompts with large products of our kernels and of PyTorch's on as many threads.
 """
@@ -44,7 +48,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
-    from torch_engine.engine import Engine, Outputs
+    from flightline.torch_engine.engine import Engine, Outputs
 
 TOPICS = (
     *("France", "rivers", "music", "bridges", "whales", "bread", "trains", "glass"),
@@ -83,7 +87,7 @@ def answer(sides: dict[str, Generate], options: argparse.Namespace) -> None:
 def rendered(prompts: list[str], model_dir: str, chat: bool) -> list[str]:
     if not chat:
         return prompts
-    from client.chat_template import ChatTemplate
+    from flightline.client.chat_template import ChatTemplate
 
     template = ChatTemplate.from_dir(model_dir)
     return [template.render([{"role": "user", "content": prompt}]) for prompt in prompts]
@@ -118,11 +122,11 @@ class HostTime:
 
 
 def load_engine(options: argparse.Namespace, **settings: object) -> Engine:
-    from torch_engine.config import EngineConfig
-    from torch_engine.engine import Engine, spare_the_collector
+    from flightline.torch_engine.core.config import EngineConfig
+    from flightline.torch_engine.engine import Engine, freeze_garbage_collector
 
     engine = Engine(EngineConfig.load(deployment(options.build_dir)["engine_dir"], **settings))
-    spare_the_collector()
+    freeze_garbage_collector()
     print(engine.info.description, file=sys.stderr)
     return engine
 
@@ -131,7 +135,7 @@ def run_engine(options: argparse.Namespace, reuse: bool) -> None:
     """The engine in this process. Without ``reuse`` it computes every prompt."""
     from tokenizers import Tokenizer
 
-    from torch_engine.request import GenerationRequest
+    from flightline.torch_engine.core.request import GenerationRequest
 
     engine = load_engine(options, enable_kv_cache_reuse=reuse)
     host = HostTime(engine) if engine.kernels.name == "native" else None
@@ -166,7 +170,7 @@ def compare_kinds(options: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
     from benchmarks.kinds import ALL, request_fields
-    from torch_engine.request import GenerationRequest
+    from flightline.torch_engine.core.request import GenerationRequest
 
     kinds = [
         kind
@@ -217,10 +221,65 @@ def compare_kinds(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+CODE = """def read_{name}(path):
+    with open(path) as file:
+        lines = file.readlines()
+    {name} = []
+    for line in lines:
+        key, value = line.strip().split(",")
+        {name}.append((key, int(value)))
+    return {name}
+"""
+
+
+def guess(options: argparse.Namespace) -> None:
+    """Prompt lookup in the engine of this process: code edited and text copied, and answers told and drawn."""
+    from tokenizers import Tokenizer
+
+    from benchmarks.guesses import GUESSES, HEAD, take_turns
+    from benchmarks.kinds import request_fields
+    from flightline.torch_engine.core.request import GenerationRequest
+
+    engine = load_engine(options, enable_kv_cache_reuse=False, speculation_tokens=GUESSES)
+    model_dir = engine.config.model_dir
+    tokenizer = Tokenizer.from_file(str(Path(model_dir) / "tokenizer.json"))
+    topics = [f"{topic} {part}" for part in range(16) for topic in TOPICS]
+    edits = [
+        f"Rename the variable lines to rows:\n\n{CODE.format(name=each.replace(' ', '_'))}" for each in topics
+    ]
+    copies = [
+        f"Repeat word by word: In the year 19{n:02} {each} cost 3 pounds, 4 shillings and 5 pence a piece, "
+        f"and who had none of {each} went to the market of York on foot."
+        for n, each in enumerate(topics)
+    ]
+    asked = {
+        "code edit": (edits, "greedy"), "copy": (copies, "greedy"),
+        "answer": (texts(len(topics)), "greedy"), "answer, temperature 1": (texts(len(topics)), "seeded"),
+        "answer, penalty": (texts(len(topics)), "penalty"),
+    }  # fmt: skip
+
+    def requests(prompts: list[str], kind: str, in_flight: int, number: int) -> list[GenerationRequest]:
+        places = range(number * in_flight, (number + 1) * in_flight)
+        chosen = [prompts[place % len(prompts)] for place in places]
+        rows = tokenizer.encode_batch(rendered(chosen, model_dir, chat=True))
+        return [
+            GenerationRequest(row.ids, options.tokens, end_id=-1, stream=False, **request_fields(kind, place))
+            for row, place in zip(rows, places, strict=True)
+        ]
+
+    print(HEAD, flush=True)
+    for in_flight in options.concurrency:
+        for text, (prompts, kind) in asked.items():
+            turns = take_turns(
+                engine, text, in_flight, partial(requests, prompts, kind, in_flight), options.rounds
+            )
+            print(turns.row(), flush=True)
+
+
 def run_served(options: argparse.Namespace, models: list[str]) -> None:
     """Through Triton, without streaming, from this process."""
-    from client.aio import AsyncClient
-    from model_repository.serve import Server, ServeSettings
+    from flightline.client.aio import AsyncClient
+    from flightline.supervisor.serve import Server, ServeSettings
 
     settings = ServeSettings.from_environment()
     settings = dataclasses.replace(settings, build_dir=options.build_dir, baseline=False)
@@ -274,8 +333,8 @@ def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256
     """Multiply-adds/s of the layers' linears while prompts are computed, beside those of one large product."""
     import torch
 
-    from torch_engine.kernels import default_threads
-    from torch_engine.request import GenerationRequest
+    from flightline.torch_engine.core.request import GenerationRequest
+    from flightline.torch_engine.kernels.choice import default_threads
 
     engine = load_engine(options, enable_kv_cache_reuse=False)
     chance = random.Random(1)
@@ -515,14 +574,20 @@ def main() -> None:
     parser.add_argument(
         "--sampling", metavar="KINDS", help="kinds of sampling against greedy: all, or some of kinds.py"
     )
+    parser.add_argument(
+        "--guesses", action="store_true", help="prompt lookup against none, in the engine alone"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="all rounds as JSON")
     parser.add_argument(
         "--only", metavar="SIDES", help="run these in this process: what each process is started with"
     )
     options = parser.parse_args()
     options.build_dir = options.build_dir.absolute()
-    options.concurrency = options.concurrency or ([1, 16] if options.sampling else [1, 8, 32])
-    if options.sampling:
+    alone = options.sampling or options.guesses
+    options.concurrency = options.concurrency or ([1, 16] if alone else [1, 8, 32])
+    if options.guesses:
+        guess(options)
+    elif options.sampling:
         compare_kinds(options)
     elif options.only:
         run_sides(options.only.split(","), options)

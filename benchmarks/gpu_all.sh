@@ -5,8 +5,8 @@
 #
 #   sh benchmarks/gpu_all.sh FOLDER
 #
-# PEER is a peer's command as for gpu_compare.py, PEER_SERVED one that measures it served (its output is kept); both may
-# be missing. PYTHON=echo prints the commands. Data and logs go to FOLDER, a folder a step.
+# PEER is a peer's command as for gpu_compare.py, PEER_SERVED one that measures it served (its output is kept,
+# and what it writes to $OUT); both may be missing. PYTHON=echo prints the commands. Data and logs go to FOLDER, a folder a step.
 set -u
 PYTHON=${PYTHON:-.venv/bin/python}
 FOLDER=$(mkdir -p "${1:?give a folder for data and reports}" && cd "$1" && pwd)
@@ -18,7 +18,7 @@ step() { # NAME COMMAND...
     shift
     mkdir -p "$FOLDER/$name"
     echo "== $name"
-    { OUT=$FOLDER/$name "$@" 2>&1 || echo "$?" >"$FOLDER/$name/failed"; } | tee "$FOLDER/$name/log"
+    { "$@" 2>&1 || echo "$?" >"$FOLDER/$name/failed"; } | tee "$FOLDER/$name/log"
     if [ -e "$FOLDER/$name/failed" ]; then
         status=1
         echo "== $name failed: see $FOLDER/$name/log" >&2
@@ -26,17 +26,18 @@ step() { # NAME COMMAND...
 }
 
 rm -f "$FOLDER"/*/failed
-step correctness "$PYTHON" benchmarks/gpu.py --parts kernels,families,stress
+step correctness "$PYTHON" -m pytest -q -m gpu tests/torch_engine
 [ $status -eq 0 ] || exit 1
 if [ -n "${PEER:-}" ]; then
-    step compare "$PYTHON" benchmarks/gpu_compare.py --rounds 2 --peer "$PEER" -- --kv fp8 --repeats 3
+    step compare "$PYTHON" benchmarks/gpu_compare.py --out "$FOLDER/compare/compare.json" --rounds 2 --peer "$PEER" -- --kv fp8 --repeats 3
 else
-    step throughput "$PYTHON" benchmarks/gpu.py --parts throughput --repeats 3
+    step throughput "$PYTHON" benchmarks/gpu.py --parts throughput --repeats 3 --out "$FOLDER/throughput/gpu.json"
 fi
-step gaps "$PYTHON" benchmarks/gpu.py --parts gaps,profile
-step checkpoint "$PYTHON" benchmarks/gpu_checkpoint.py --folder "$made"
-step served "$PYTHON" benchmarks/gpu_served.py --from "$made" --folder "$FOLDER/build-served" --repeats 2
-[ -z "${PEER_SERVED:-}" ] || step peer-served sh -c "$PEER_SERVED"
+step gaps "$PYTHON" benchmarks/gpu.py --parts gaps,profile --out "$FOLDER/gaps/gpu.json"
+step checkpoint "$PYTHON" benchmarks/gpu_checkpoint.py --folder "$made" --out "$FOLDER/checkpoint/checkpoint.json"
+step served "$PYTHON" benchmarks/gpu_served.py --from "$made" --folder "$FOLDER/build-served" --repeats 2 \
+    --out "$FOLDER/served/served.json"
+[ -z "${PEER_SERVED:-}" ] || step peer-served env OUT="$FOLDER/peer-served" sh -c "$PEER_SERVED"
 export BASELINE_MAX_BATCH_SIZE=64 BUILD_DIR="$FOLDER/build-headline/build" PYTHON
 step build "$PYTHON" benchmarks/gpu_served.py --from "$made" --folder "$FOLDER/build-headline" --build-only
 step loadtest sh benchmarks/loadtest_gpu.sh "$FOLDER/reports"

@@ -4,7 +4,7 @@
     python3 benchmarks/gpu_checkpoint.py --shape tiny  # the same on a CPU, in seconds
 
 Needs torch, transformers, safetensors and nvidia-modelopt, and nothing else of this project's environment. Prints
-one line of JSON a stage; exit code 1 if a prediction did not hold. With OUT set, results go to $OUT/checkpoint.json.
+one line of JSON a stage; exit code 1 if a prediction did not hold.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -28,14 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.words import write_tokenizer  # noqa: E402
-from engine_build import gate  # noqa: E402
-from engine_build.build import CALIBRATION, GATE_PROMPTS, GATE_TEXT  # noqa: E402
-from engine_build.hf_format import read_tensors, write_json  # noqa: E402
-from engine_build.memory import fp8_build_cost  # noqa: E402
-from engine_build.prompts import read_prompts  # noqa: E402
-from engine_build.quantize import quantize  # noqa: E402
-from engine_build.shape import of_spec  # noqa: E402
-from torch_engine.families import load_spec  # noqa: E402
+from flightline.engine_build import gate  # noqa: E402
+from flightline.engine_build.build import CALIBRATION, GATE_PROMPTS, GATE_TEXT  # noqa: E402
+from flightline.engine_build.hf_format import read_tensors, write_json  # noqa: E402
+from flightline.engine_build.memory import fp8_build_cost  # noqa: E402
+from flightline.engine_build.prompts import read_prompts  # noqa: E402
+from flightline.engine_build.quantize import quantize  # noqa: E402
+from flightline.engine_build.shape import of_spec  # noqa: E402
+from flightline.torch_engine.model.families import load_spec  # noqa: E402
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -63,12 +62,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--folder", type=Path, help="keep the checkpoints there, in source/ and fp8/")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         results = measure(SHAPES[options.shape], options.folder or Path(scratch), device)
-    if out := os.environ.get("OUT"):
-        write_json(Path(out) / "checkpoint.json", results)
+    if options.out:
+        write_json(options.out, results)
     held = [result["held"] for result in results if "held" in result]
     return 0 if held and all(held) else 1
 

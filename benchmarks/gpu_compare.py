@@ -1,22 +1,21 @@
 """Ours and a peer on one GPU, in turns: ``python3 benchmarks/gpu_compare.py --peer 'python3 vllm_bench.py fp8'``.
 
 The peer is any command that takes ``--cases C:I:O,...`` and prints a line of JSON a case with ``concurrency``,
-``isl``, ``osl`` and ``output_tokens_per_s``, and ``sampling`` if it takes ``--sampling`` (``peer_vllm.py`` does). Each
-side runs in processes of its own, ours first, ``--rounds`` times; what follows ``--`` goes to ``benchmarks/gpu.py``.
-Prints medians, spreads and ratios; all rates are also in $OUT/compare.json.
+``isl``, ``osl`` and ``output_tokens_per_s``, and ``sampling`` if it takes ``--sampling`` and ``--greedy-cases``
+(``peer_vllm.py`` does). Each side runs in processes of its own, ours first, ``--rounds`` times; what follows ``--``
+goes to ``benchmarks/gpu.py``. Prints medians, spreads and ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +35,36 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--sampling", default="greedy", help=f"kinds, of {', '.join(ALL)}")
+    parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options, ours = parser.parse_known_args()
     ours = [argument for argument in ours if argument != "--"]
     asked = [] if options.sampling == "greedy" else ["--sampling", options.sampling]
+    greedy = [*filter(None, options.greedy_cases.split(","))]
     cases = options.cases.split(",")
     named = [f"{case} {kind}" for case in cases for kind in options.sampling.split(",")]
+    named += [f"{case} greedy" for case in greedy]
     rates: dict[str, dict[str, list[float]]] = {"ours": defaultdict(list), "peer": defaultdict(list)}
     gpu: dict[str, Any] = {}
     for _ in range(options.rounds):
-        command = [sys.executable, str(GPU), "--parts", "throughput", "--cases", options.cases, *asked, *ours]
-        for line in lines_of(command):
+        command = [sys.executable, str(GPU), "--parts", "throughput", "--cases", options.cases, *asked]
+        for line in lines_of([*command, *more(greedy), *ours]):
             if line.get("part") == "throughput":
                 case = f"{line['case']} {line['sampling']}"
                 rates["ours"][case] += line["rates"]
                 gpu[case] = line["gpu"]
-        for line in lines_of([*shlex.split(options.peer), "--cases", ",".join(repeated(cases)), *asked]):
+        command = [*shlex.split(options.peer), "--cases", ",".join(repeated(cases)), *asked]
+        for line in lines_of([*command, *more(repeated(greedy))]):
             case = f"{line['concurrency']}:{line['isl']}:{line['osl']} {line.get('sampling', 'greedy')}"
             rates["peer"][case].append(line["output_tokens_per_s"])
-    if out := os.environ.get("OUT"):
-        (Path(out) / "compare.json").write_text(json.dumps({"rates": rates, "gpu": gpu}, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps({"rates": rates, "gpu": gpu}, indent=1))
     return table(named, rates, gpu)
+
+
+def more(greedy: Iterable[str]) -> list[str]:
+    cases = ",".join(greedy)
+    return ["--greedy-cases", cases] if cases else []
 
 
 def repeated(cases: list[str]) -> Iterator[str]:

@@ -4,7 +4,8 @@ Writes a random FP8 checkpoint of the shape of Llama-3.1-8B (in NVIDIA's unified
 are single tokens), or takes the one that gpu_checkpoint.py has made; builds an engine from it; puts the load on the
 engine itself, in a process of its own; then starts the server as ``make serve`` does and puts the same load on it over
 gRPC: a closed loop of users, each of whom sends the next of the same prompts as soon as the last is answered. Prompts
-have 128 tokens, answers 128; end of sequence ignored. One line of JSON a case, a table last; also in $OUT/served.json.
+have 128 tokens, answers 128; end of sequence ignored; greedy, or another ``--sampling``, engine and server alike.
+One line of JSON a case, a table last.
 ``--tiny`` is for trying the script where there is no GPU.
 """
 
@@ -36,17 +37,18 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import LLAMA_8B, RandomCheckpoint  # noqa: E402
+from benchmarks.kinds import KINDS, ours, request_fields  # noqa: E402
+from benchmarks.random_checkpoint import LLAMA_8B, RandomCheckpoint  # noqa: E402
 from benchmarks.words import FIRST, word, write_tokenizer  # noqa: E402
-from client.aio import AsyncClient  # noqa: E402
-from engine_build.build import Build  # noqa: E402
-from engine_build.settings import parse  # noqa: E402
-from model_repository.settings import Deployment  # noqa: E402
-from model_repository.shared.vocabulary import Vocabulary  # noqa: E402
-from torch_engine.config import EngineConfig  # noqa: E402
-from torch_engine.engine import Engine, spare_the_collector  # noqa: E402
-from torch_engine.families import ModelSpec  # noqa: E402
-from torch_engine.request import GenerationRequest  # noqa: E402
+from flightline.client.aio import AsyncClient  # noqa: E402
+from flightline.deployment import Deployment  # noqa: E402
+from flightline.engine_build.build import Build  # noqa: E402
+from flightline.engine_build.settings import parse  # noqa: E402
+from flightline.model_repository.shared.vocabulary import Vocabulary  # noqa: E402
+from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
+from flightline.torch_engine.core.request import GenerationRequest  # noqa: E402
+from flightline.torch_engine.engine import Engine, freeze_garbage_collector  # noqa: E402
+from flightline.torch_engine.model.families import ModelSpec  # noqa: E402
 
 LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -120,6 +122,9 @@ class RandomBuild(Build):
     def _engine_checkpoint(self, source: Any, plan: Any) -> tuple[Path, Path, dict[str, Any]]:
         return self.baseline or source.folder, source.folder, {"key": None}
 
+    def _engine_gate(self, source: Path, plan: Any, engine_dir: Path) -> dict[str, Any]:
+        return {}
+
 
 # The load ----------------------------------------------------------------------------------------------
 
@@ -137,9 +142,12 @@ class Answer:
     """By the clock that all processes share."""
 
 
-async def ask(client: AsyncClient, prompt: str, stream: bool) -> Answer:
+SERVED_KINDS = [kind for kind in KINDS if ours(kind, 0)[1] is None]
+
+
+async def ask(client: AsyncClient, prompt: str, stream: bool, kind: str = "greedy") -> Answer:
     started = time.perf_counter()
-    options: dict[str, Any] = {"max_tokens": LENGTH, "end_id": -1}
+    options: dict[str, Any] = {"max_tokens": LENGTH, "end_id": -1} | ours(kind, 0)[0]
     if not stream:
         whole = await client.generate(prompt, **options)
         took = time.perf_counter() - started
@@ -163,16 +171,18 @@ class Clients:
         all_there = spawn.Barrier(most + 1)
         self._pool = ProcessPoolExecutor(most, spawn, all_there.wait)
         for _ in range(most):
-            self._pool.submit(spare_the_collector)  # an executor starts a process for each
+            self._pool.submit(freeze_garbage_collector)  # an executor starts a process for each
         all_there.wait(timeout=120)
 
-    def load(self, model: str, prompts: list[str], users: int, stream: bool) -> dict[str, Any]:
+    def load(
+        self, model: str, prompts: list[str], users: int, stream: bool, kind: str = "greedy"
+    ) -> dict[str, Any]:
         """Closed loop: ``users`` share the prompts, in equal parts for each process."""
         count = min(self._most, max(1, users // USERS_OF_A_CLIENT))
         start = time.time() + 1.0
         parts = [
             self._pool.submit(
-                put, self._url, model, prompts[i::count], len(range(i, users, count)), stream, start
+                put, self._url, model, prompts[i::count], len(range(i, users, count)), stream, kind, start
             )
             for i in range(count)
         ]
@@ -180,13 +190,15 @@ class Clients:
         return figures(answers, max(answer.ended for answer in answers) - start, len(prompts), stream)
 
 
-def put(url: str, model: str, prompts: list[str], users: int, stream: bool, start: float) -> list[Answer]:
+def put(
+    url: str, model: str, prompts: list[str], users: int, stream: bool, kind: str, start: float
+) -> list[Answer]:
     """One process's part, from the time ``start`` on."""
-    return asyncio.run(_put(url, model, prompts, users, stream, start))
+    return asyncio.run(_put(url, model, prompts, users, stream, kind, start))
 
 
 async def _put(
-    url: str, model: str, prompts: list[str], users: int, stream: bool, start: float
+    url: str, model: str, prompts: list[str], users: int, stream: bool, kind: str, start: float
 ) -> list[Answer]:
     queue = iter(prompts)
     answers: list[Answer] = []
@@ -194,7 +206,7 @@ async def _put(
 
         async def user() -> None:
             for prompt in queue:
-                answers.append(await ask(client, prompt, stream))
+                answers.append(await ask(client, prompt, stream, kind))
 
         late = time.time() - start
         if late > 0:
@@ -276,7 +288,7 @@ def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict
     for repeat, users, count in cases(options):
         for model in options.models.split(","):
             for stream in (False, True):
-                found = clients.load(model, prompts(count), users, stream)
+                found = clients.load(model, prompts(count), users, stream, options.sampling)
                 case = {"part": "served", "users": users, "model": model, "stream": stream, "repeat": repeat}
                 results.append(say(case | found))
     return results
@@ -286,19 +298,24 @@ def measure_engine(engine_dir: Path, spec: ModelSpec, options: argparse.Namespac
     """The same closed loop without a server: prints a line of JSON a case."""
     prompts = Prompts(spec)
     engine = Engine(EngineConfig.load(engine_dir))
-    spare_the_collector()
+    freeze_garbage_collector()
     vocabulary = Vocabulary(engine.config.model_dir)
     for count in WARM_UP:
         closed_loop(engine, vocabulary, prompts(count), count)
     for repeat, users, count in cases(options):
-        rate = closed_loop(engine, vocabulary, prompts(count), users)
+        rate = closed_loop(engine, vocabulary, prompts(count), users, options.sampling)
         say({"part": "engine", "users": users, "repeat": repeat, "tok_s": rate})
 
 
-def closed_loop(engine: Engine, vocabulary: Vocabulary, texts: list[str], users: int) -> float:
+def closed_loop(
+    engine: Engine, vocabulary: Vocabulary, texts: list[str], users: int, kind: str = "greedy"
+) -> float:
     """Output tokens/s."""
+    asked = request_fields(kind, 0)
     waiting = iter(
-        enumerate(GenerationRequest(vocabulary.encode_prompt(text), LENGTH, end_id=-1) for text in texts)
+        enumerate(
+            GenerationRequest(vocabulary.encode_prompt(text), LENGTH, end_id=-1, **asked) for text in texts
+        )
     )
     started, made = time.perf_counter(), 0
     for number, request in itertools.islice(waiting, users):
@@ -345,6 +362,7 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,8,32,64,256")
     parser.add_argument("--models", default="ensemble,text_generation")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--sampling", default="greedy", choices=SERVED_KINDS, help="kind, of kinds.py")
     parser.add_argument("--texts", type=int, default=16, help="prompts whose texts are compared")
     parser.add_argument("--clients", type=int, default=4, help="most client processes")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
@@ -361,6 +379,7 @@ def main() -> int:
     )
     parser.add_argument("--no-engine", action="store_true", help="leave the engine alone out")
     parser.add_argument("--text-only", action="store_true", help="only compare the answers of both models")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     spec = TINY if options.tiny else LLAMA_8B
@@ -369,8 +388,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         results = run(options.folder or Path(scratch), spec, options)
-    if out := os.environ.get("OUT"):
-        (Path(out) / "served.json").write_text(json.dumps(results, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
     if results and not options.text_only:
         table(results)
     different = [r for r in results if r["part"] == "text" and r["same_from_all_doors"] < r["prompts"]]
@@ -399,7 +418,7 @@ def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict
     for count in filter(None, options.instances.split(",")):
         with_instances(folder / "build" / "model_repository", count)
     results = [] if options.text_only or options.no_engine else engine_alone(folder / "build")
-    serve = [sys.executable, "-m", "model_repository.serve", "--build-dir", str(folder / "build")]
+    serve = [sys.executable, "-m", "flightline.supervisor.serve", "--build-dir", str(folder / "build")]
     with subprocess.Popen(
         [*serve, "--no-baseline"], cwd=ROOT, env=os.environ | {"PROBE_PERIOD_S": "3600"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -37,14 +37,20 @@ def parameters(kind: str, number: int) -> dict[str, Any]:
     return wanted
 
 
-def request_fields(kind: str, number: int) -> dict[str, Any]:
-    """The same as fields of ``GenerationRequest``: temperature 1 without limits is ``top_p`` 1 there."""
-    from torch_engine.request import SamplingParams
-
+def ours(kind: str, number: int) -> tuple[dict[str, Any], int | None]:
+    """The same in our own words, and how many log-probs: temperature 1 without limits is ``top_p`` 1 there."""
     wanted = parameters(kind, number)
     told = wanted.pop("logprobs", None)
     if wanted["temperature"] and not {"top_k", "top_p", "min_p"} & set(wanted):
         wanted["top_p"] = 1.0
+    return wanted, told
+
+
+def request_fields(kind: str, number: int) -> dict[str, Any]:
+    """As fields of ``GenerationRequest``."""
+    from flightline.torch_engine.core.request import SamplingParams
+
+    wanted, told = ours(kind, number)
     return {
         "sampling": SamplingParams(**wanted),
         "return_log_probs": told is not None,

@@ -81,7 +81,7 @@ def null_server() -> Iterator[str]:
     """Its address; a process of its own."""
     times = {"ttft": SERVER_TTFT_S, "tpot": TPOT_S, "outside": OUTSIDE_S, "pause": PAUSE_S}
     options = [f"--{name}-ms={1e3 * seconds:g}" for name, seconds in times.items()]
-    command = [sys.executable, "-m", "loadtest.null_server", "--port=0", *options]
+    command = [sys.executable, "-m", "flightline.loadtest.null_server", "--port=0", *options]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -94,7 +94,7 @@ def null_server() -> Iterator[str]:
 def run(url: str, folder: Path, *load: str) -> tuple[int, dict]:
     """The command as a user types it: its exit status and its report."""
     options = ["--url", url, "--reports", str(folder), "--output-tokens", str(TOKENS), "--calibrate-s", "0"]
-    command = [sys.executable, "-m", "loadtest", "run", *options, *load]
+    command = [sys.executable, "-m", "flightline.loadtest", "run", *options, *load]
     status = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     return status, json.loads((folder / "latest" / "report.json").read_text())
 
@@ -172,7 +172,7 @@ def slow_client(url: str, folder: Path) -> tuple[int, str]:
 
 def is_load_generator(process: psutil.Process) -> bool:
     try:
-        return "loadtest.locust_main" in process.cmdline()
+        return "flightline.loadtest.locust_main" in process.cmdline()
     except psutil.Error:
         return False
 

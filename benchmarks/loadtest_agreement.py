@@ -2,7 +2,7 @@
 
 ``python3 benchmarks/loadtest_agreement.py [--url HOST:PORT] [--out FILE.md]``
 
-``python -m loadtest run`` and ``tests/loadtest/independent.py``, which uses tritonclient and nothing of ours, send
+``flightline loadtest run`` and ``tests/loadtest/independent.py``, which uses tritonclient and nothing of ours, send
 prompts of the same kind in turns, A B, B A, A B, ... The median of the rounds' ratios must be within 5 % of 1.
 Without ``--url`` the built server is started. Takes about eight minutes. Exit status: 0 they agree, 1 they do not.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from loadtest.prompts import Prompts  # noqa: E402
-from loadtest.target import TargetError, target  # noqa: E402
+from flightline.loadtest.prompts import Prompts  # noqa: E402
+from flightline.loadtest.target import TargetError, target  # noqa: E402
 
 ENDPOINT, CONCURRENCY, TOKENS = "text_generation", 4, 32
 LIMIT = 0.05
@@ -43,7 +43,7 @@ def ours(url: str, seconds: int, seed: int, folder: Path) -> list[float]:
         "0",
     ]
     status = subprocess.run(
-        [sys.executable, "-m", "loadtest", "run", *options], cwd=ROOT, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "flightline.loadtest", "run", *options], cwd=ROOT, stdout=subprocess.DEVNULL
     ).returncode
     report = json.loads((folder / "latest" / "report.json").read_text())
     if status:
@@ -65,7 +65,7 @@ def theirs(url: str, seconds: int, seed: int, folder: Path) -> list[float]:
 
 def table(rounds: list[tuple[list[float], list[float]]]) -> tuple[str, bool]:
     """Medians over the rounds, and whether all ratios are near enough to 1."""
-    lines = ["| | python -m loadtest run | tritonclient | ratio, median | of each round | |"]
+    lines = ["| | python -m flightline.loadtest run | tritonclient | ratio, median | of each round | |"]
     lines += ["| --- | --: | --: | --: | --: | --- |"]
     agree = True
     for index, (name, scale) in enumerate(FIGURES):

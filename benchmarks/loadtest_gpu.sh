@@ -21,7 +21,7 @@ export OUTPUT_TOKENS=${OUTPUT_TOKENS:-128} INPUT_TOKENS=${INPUT_TOKENS:-128} PRI
 status=0
 
 sweep() { # FOLDER, PROCESSES, LEVELS
-    "$PYTHON" -m loadtest sweep --processes "$2" --levels "$3" --seconds "${SECONDS_EACH:-25}" \
+    "$PYTHON" -m flightline.loadtest sweep --processes "$2" --levels "$3" --seconds "${SECONDS_EACH:-25}" \
         --slo mlperf-server --reports "$REPORTS/$1" || status=$?
 }
 
@@ -29,10 +29,10 @@ for part in ${@:-headline ceiling sweep one-worker}; do
     echo "== $part"
     case $part in
     headline)
-        "$PYTHON" -m loadtest compare --levels 1,64 --rounds "${ROUNDS:-5}" --processes "${PROCESSES:-4}" \
+        "$PYTHON" -m flightline.loadtest compare --levels 1,64 --rounds "${ROUNDS:-5}" --processes "${PROCESSES:-4}" \
             --budget-s "${BUDGET_S:-520}" --reports "$REPORTS/headline" || status=$?
         ;;
-    ceiling) "$PYTHON" -m loadtest calibrate --seconds 10 || status=$? ;;
+    ceiling) "$PYTHON" -m flightline.loadtest calibrate --seconds 10 || status=$? ;;
     sweep) sweep sweep "${PROCESSES:-4}" "$LEVELS" ;;
     one-worker) sweep one-worker 1 "$ONE_WORKER_LEVELS" ;; # INVALID where one worker is not enough
     *)

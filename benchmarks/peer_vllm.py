@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kinds import ALL, parameters
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+REPEATED_UP_TO = 50_000
+"""Output tokens of a case that is run ``--repeats`` times; larger ones once, they take seconds by themselves."""
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "vocab_size": 128256, "hidden_size": 4096,
@@ -35,6 +37,7 @@ def main() -> None:
         "--cases", default="1:128:128,64:128:128,256:128:128", help="CONCURRENCY:INPUT:OUTPUT,..."
     )
     parser.add_argument("--sampling", default="greedy", help=f"comma-separated: {', '.join(ALL)}")
+    parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
         "--flashinfer", action="store_true", help="vLLM's FlashInfer sampler (compiles at first use)"
@@ -68,16 +71,21 @@ def main() -> None:
         return sum(len(output.outputs[0].token_ids) for output in whole) / (time.perf_counter() - started)
 
     run("greedy", 4, 128, 16)
-    cases = [tuple(map(int, case.split(":"))) for case in options.cases.split(",")]
+    cases = sizes_of(options.cases)
     for kind in options.sampling.split(","):
-        for count in sorted({16, *(case[0] for case in cases)}):
+        wanted = cases + (sizes_of(options.greedy_cases) if kind == "greedy" else [])
+        for count in sorted({16, *(case[0] for case in wanted)}):
             run(kind, count, 128, 16)  # the first of a kind and size compiles
-        for count, inputs, outputs in cases:
-            for _ in range(options.repeats):
+        for count, inputs, outputs in wanted:
+            for _ in range(options.repeats if count * outputs <= REPEATED_UP_TO else 1):
                 rate = run(kind, count, inputs, outputs)
                 line = {"version": vllm.__version__, "sampling": kind, "concurrency": count, "isl": inputs}
                 line |= {"osl": outputs, "output_tokens_per_s": round(rate, 1)}
                 print(json.dumps(line), flush=True)
+
+
+def sizes_of(cases: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, case.split(":"))) for case in filter(None, cases.split(","))]
 
 
 if __name__ == "__main__":

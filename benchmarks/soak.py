@@ -3,11 +3,10 @@
 ``python3 benchmarks/soak.py [--minutes 20] [--streams 32] [--build-dir DIR] [--out FILE.md]``
 
 First the good streams alone (a tenth of the time), then with every bad request in a loop, through both doors, over gRPC
-and HTTP. Says how many good requests were lost, changed or refused, the worst gap between two messages of a good stream
-against the quiet one, the memory of every process over time, and the KV blocks still in use when all is over. Exits
-with status 1 if a good request got anything but its answer, the worst gap is above 3 times the quiet one, memory grew
-by more than a tenth after the first quarter, or blocks are missing. Bodies that end Triton 2.51 itself (``--deadly``)
-are left out: nothing behind its HTTP port can help (docs/SECURITY.md).
+and HTTP. Ends with a line for each criterion, ``PASS`` or ``FAIL``, and with status 1 if one fails: no good request
+lost, changed or refused; the worst gap between two messages of a good stream at most 3 times the quiet one; the memory
+of every process flat after the first quarter (5 of 20 minutes); all KV blocks back; nothing restarted. Bodies that end
+Triton 2.51 itself (``--deadly``) are left out: nothing behind its HTTP port can help (SECURITY.md).
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gzip
+import itertools
 import json
+import signal
+import statistics
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -35,7 +38,13 @@ from under_test import DOORS, PROMPTS, StartFailed, UnderTest, ask, known_answer
 TOKENS = 64
 SAMPLE_S = 5.0
 GAP_RATIO, GROWTH = 3.0, 1.1
+LITTLE_MIB = 16.0
+"""Growth that is none: of an allocator, in a small process."""
 BAD_TIMEOUT_S = 120.0
+MOST_BODY = 8 << 20
+"""Of HTTP: Triton keeps a JSON body on a stack, about twice."""
+BACK_S = 10.0
+"""So long after the last request KV blocks must be back."""
 
 
 class Good:
@@ -44,7 +53,8 @@ class Good:
     def __init__(self, url: str, known: dict[str, str], streams: int) -> None:
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.worst_gap_s = 0.0
+        self.worst = (0.0, 0.0)
+        """The longest gap's begin and end."""
         self._url, self._known = url, known
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -63,9 +73,15 @@ class Good:
                 outcome = "right" if stream.text == self._known[stream.prompt] else "changed"
             with self._lock:
                 self.counts[outcome] += 1
-                self.worst_gap_s = max([self.worst_gap_s, *stream.gaps])
+                self.worst = max(
+                    [self.worst, *itertools.pairwise(stream.times)], key=lambda gap: gap[1] - gap[0]
+                )
                 if outcome != "right":
                     self.errors.append(f"{stream.door}: {outcome}: {stream.error or stream.text!r}"[:200])
+
+    @property
+    def worst_gap_s(self) -> float:
+        return self.worst[1] - self.worst[0]
 
     def stop(self) -> None:
         self._stopped.set()
@@ -151,7 +167,7 @@ def bad_requests(server: UnderTest, deadly: bool) -> Iterator[tuple[str, Callabl
                 for key, value in {"text_input": ["The dog"], "max_tokens": [8], **changes}.items()
             }
             body = json.dumps(values).encode()
-            if len(body) < 8 << 20 or deadly:
+            if len(body) < MOST_BODY or deadly:
                 yield f"HTTP {name}", lambda door=door, body=body: over_http(http, door, body, {})
         for name, (body, headers) in bad_bodies(deadly).items():
             yield (
@@ -164,10 +180,11 @@ def bad_requests(server: UnderTest, deadly: bool) -> Iterator[tuple[str, Callabl
 def bad_bodies(deadly: bool) -> dict[str, tuple[bytes, dict[str, str]]]:
     """Name -> what only HTTP can say, and its headers."""
     bodies = {"max_tokens that wraps": (b'{"text_input": "The dog", "max_tokens": 4294967298}', {})}
+    bodies["50,000 nested ["] = b'{"max_tokens": 1, "text_input": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", {}
     if deadly:
-        nested = b'{"max_tokens": 1, "text_input": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+        nested = b'{"max_tokens": 1, "text_input": ' + b"[" * 2_000_000 + b"]" * 2_000_000 + b"}"
         bomb = gzip.compress(b'{"text_input": "' + b"a" * (800 << 20) + b'", "max_tokens": 1}')
-        bodies["50,000 nested ["] = nested, {}
+        bodies["2,000,000 nested ["] = nested, {}
         bodies["gzip body of 800 MB"] = bomb, {"Content-Encoding": "gzip"}
     return bodies
 
@@ -192,22 +209,62 @@ class Memory:
         self._thread.join()
 
     def table(self) -> tuple[list[str], list[str]]:
-        """Rows of first, after a quarter, and last; and the names of those that grew on."""
+        """Rows with medians of the second and the last quarter; and what grew from the one to the other."""
         samples = self.samples or [{}]
-        first, settled, last = samples[0], samples[len(samples) // 4], samples[-1]
-        rows, grown = ["| process | first MiB | after a quarter | last | most |", "|---|---|---|---|---|"], []
-        for name in sorted(last):
-            most = max(sample.get(name, 0.0) for sample in samples)
-            rows.append(
-                f"| {name} | {first.get(name, 0):.0f} | {settled.get(name, 0):.0f} | {last[name]:.0f} | {most:.0f} |"
+        quarter = max(1, len(samples) // 4)
+        rows, grown = (
+            ["| process | first MiB | second quarter | last quarter | most |", "|---|---|---|---|---|"],
+            [],
+        )
+        for name in sorted(set().union(*samples)):
+            first, settled, last = (
+                statistics.median([sample[name] for sample in part if name in sample] or [0.0])
+                for part in (samples[:1], samples[quarter : 2 * quarter] or samples, samples[-quarter:])
             )
-            if last[name] > GROWTH * settled.get(name, 0):
-                grown.append(name)
+            most = max(sample.get(name, 0.0) for sample in samples)
+            rows.append(f"| {name} | {first:.0f} | {settled:.0f} | {last:.0f} | {most:.0f} |")
+            if last > max(GROWTH * settled, settled + LITTLE_MIB):
+                grown.append(f"{name} from {settled:.0f} to {last:.0f} MiB")
         return rows, grown
 
 
-def soak(server: UnderTest, options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """(report, faults)."""
+@dataclass(frozen=True)
+class Verdict:
+    """One criterion."""
+
+    holds: bool
+    what: str
+
+    def __str__(self) -> str:
+        return f"{'PASS' if self.holds else 'FAIL'}  {self.what}"
+
+
+def verdicts(
+    good: Counter[str], ratio: float, grown: list[str], blocks: int | None, restarts: list[str]
+) -> list[Verdict]:
+    """
+    Args:
+        good: how many good requests ended how.
+        ratio: worst gap against the quiet one.
+        grown: what of whose memory grew.
+        blocks: KV blocks in use; None = not told.
+        restarts: what the supervisor said of them.
+    """
+    ends = ", ".join(f"{good[end]} {end}" for end in ("right", "lost", "changed", "refused"))
+    return [
+        Verdict(good.total() == good["right"] > 0, f"good requests: {ends}"),
+        Verdict(
+            ratio <= GAP_RATIO,
+            f"worst gap of a good stream: {ratio:.1f} times the quiet one (at most {GAP_RATIO:g})",
+        ),
+        Verdict(not grown, f"memory: {'; '.join(grown) or 'flat'} (second quarter to the last)"),
+        Verdict(blocks == 0, f"KV blocks in use at the end: {'not told' if blocks is None else blocks}"),
+        Verdict(not restarts, f"restarts: {'; '.join(restarts) or 'none'}"),
+    ]
+
+
+def soak(server: UnderTest, options: argparse.Namespace) -> tuple[list[str], list[Verdict]]:
+    """The report, and what it comes to."""
     known = known_answers(server.url, TOKENS)
     seconds = options.minutes * 60
     quiet = Good(server.url, known, options.streams)
@@ -215,33 +272,31 @@ def soak(server: UnderTest, options: argparse.Namespace) -> tuple[list[str], lis
     quiet.stop()
     memory, good = Memory(server), Good(server.url, known, options.streams)
     answers: Counter[tuple[str, str]] = Counter()
+    sent: list[tuple[float, float, str]] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for name, send in bad_requests(server, options.deadly):
+            begun = time.monotonic()
             answers[name, send()] += 1
+            sent.append((begun, time.monotonic(), name))
             if time.monotonic() >= end:
                 break
     good.stop()
     memory.stop()
-    time.sleep(2.0)
-    blocks = server.kv_blocks_used()
+    deadline = time.monotonic() + BACK_S
+    while (blocks := server.kv_blocks_used()) != 0 and time.monotonic() < deadline:
+        time.sleep(0.5)
     ratio = good.worst_gap_s / max(quiet.worst_gap_s, 1e-9)
     rows, grown = memory.table()
-    wrong = sum(count for outcome, count in good.counts.items() if outcome != "right")
+    beside = [name for begin, stop, name in sent if begin < good.worst[1] and good.worst[0] < stop]
     restarts = [line for line in server.lines if "restarting it" in line]
-    faults = [f"{wrong} good requests were not answered rightly"] if wrong else []
-    faults += [f"the worst gap is {ratio:.1f} times the quiet one"] if ratio > GAP_RATIO else []
-    faults += [f"memory of {name} grew on" for name in grown]
-    faults += [f"{blocks} KV blocks are still in use"] if blocks != 0 else []
-    faults += restarts
+    found = verdicts(good.counts, ratio, grown, blocks, restarts)
     report = [
         f"{options.streams} good streams of {TOKENS} tokens for {options.minutes:g} minutes, "
         f"{sum(answers.values())} bad requests beside",
         "",
-        f"good requests: {dict(good.counts)}; quiet before: {dict(quiet.counts)}",
-        f"worst gap of a good stream: {good.worst_gap_s * 1e3:.0f} ms, {ratio:.1f} times the quiet one "
-        f"({quiet.worst_gap_s * 1e3:.0f} ms)",
-        f"KV blocks in use at the end: {blocks}",
+        f"worst gap of a good stream: {good.worst_gap_s * 1e3:.0f} ms, beside {', '.join(beside) or 'nothing'}",
+        f"quiet before, with {quiet.counts['right']} right of {quiet.counts.total()}: {quiet.worst_gap_s * 1e3:.0f} ms",
         "",
         *rows,
         "",
@@ -251,7 +306,7 @@ def soak(server: UnderTest, options: argparse.Namespace) -> tuple[list[str], lis
         "",
         *good.errors[:20],
     ]
-    return report, faults
+    return report, found
 
 
 def main() -> int:
@@ -264,22 +319,22 @@ def main() -> int:
     parser.add_argument("--deadly", action="store_true", help="also what ends Triton's HTTP port")
     parser.add_argument("--out", type=Path, help="write the report there, too")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server too
     server = UnderTest(options.build_dir)
     try:
         server.start()
-        report, faults = soak(server, options)
+        report, found = soak(server, options)
         server.stop()
     except StartFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        if server.process.poll() is None:
-            server.stop()
-    report += ["", *(f"FAULT: {fault}" for fault in faults or []), "" if faults else "no fault"]
+        server.end()
+    report += ["", *map(str, found)]
     print("\n".join(report))
     if options.out:
         options.out.write_text("\n".join(report) + "\n", encoding="utf-8")
-    return 1 if faults else 0
+    return 0 if all(verdict.holds for verdict in found) else 1
 
 
 if __name__ == "__main__":

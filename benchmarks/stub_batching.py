@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as grpcclient
 
-from model_repository.serve import Server, ServeSettings
+from flightline.supervisor.serve import Server, ServeSettings
 
 MODELS = ("preprocessing", "text_generation")
 DOORS = ("ensemble", "text_generation")

@@ -1,7 +1,7 @@
 """A server to be ill-treated, and streams of known answers beside: what the drills and the soak share.
 
-The server is ``python -m model_repository.serve`` in a process of its own, on free ports, so that its supervisor can
-be killed, too. Its processes are found by the random name of its private folder.
+The server is ``flightline.supervisor.serve`` in a process of its own, on free ports, so that its supervisor can be
+killed, too. Its processes are found by the random name of its private folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from client import Client, ClientError  # noqa: E402
+from flightline.client import Client, ClientError  # noqa: E402
 
 DOORS = ("ensemble", "text_generation")
 _NAMES = re.compile(r"flightline[0-9a-f]{8}_|flightline-\w+")
@@ -71,7 +71,7 @@ class UnderTest:
         self._ready = threading.Event()
         ports = {"HTTP_PORT": self.http, "GRPC_PORT": self.grpc, "METRICS_PORT": self.metrics}
         env = dict(os.environ) | {name: str(port) for name, port in ports.items()} | self._variables
-        command = [*self._run_in, sys.executable, "-m", "model_repository.serve"]
+        command = [*self._run_in, sys.executable, "-m", "flightline.supervisor.serve"]
         self.process = subprocess.Popen(
             [*command, "--build-dir", str(self.build_dir), "--no-baseline"],
             cwd=ROOT,
@@ -104,13 +104,18 @@ class UnderTest:
         self.process.wait()
         return time.monotonic() - begun
 
+    def end(self) -> None:
+        """Stops it if it runs."""
+        if self.process.poll() is None:
+            self.stop()
+
     @property
     def url(self) -> str:
         return f"127.0.0.1:{self.grpc}"
 
     def processes(self) -> dict[str, psutil.Process]:
-        """supervisor, engine, triton, and the stubs by their model."""
-        found = {}
+        """supervisor, engine, triton, the stubs by their model, and ``gateway 0``, ``gateway 1``, ..."""
+        found: dict[str, psutil.Process] = {}
         supervisor = psutil.Process(self.process.pid)
         for process in [supervisor, *supervisor.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
@@ -120,9 +125,11 @@ class UnderTest:
                     found[stub[1]] = process
                 elif "bin/tritonserver" in words:
                     found["triton"] = process
-                elif "torch_engine.server" in words:
+                elif "flightline.torch_engine.process.server" in words:
                     found["engine"] = process
-                elif "model_repository.serve" in words:
+                elif "-m flightline.gateway" in words:
+                    found[f"gateway {sum(name.startswith('gateway') for name in found)}"] = process
+                elif "flightline.supervisor.serve" in words:
                     found["supervisor"] = process
         return found
 
@@ -170,8 +177,8 @@ class Stream:
     text: str = ""
     error: str = ""
     hung: bool = False
-    gaps: list[float] = field(default_factory=list)
-    """Seconds between its messages."""
+    times: list[float] = field(default_factory=list)
+    """When its messages came, on the monotonic clock."""
 
 
 def ask(url: str, door: str, prompt: str, tokens: int, timeout_s: float = 60.0) -> Stream:
@@ -184,12 +191,8 @@ def ask(url: str, door: str, prompt: str, tokens: int, timeout_s: float = 60.0) 
 def _read(url: str, stream: Stream, tokens: int, timeout_s: float, begun: threading.Event) -> None:
     try:
         with Client(url, stream.door, timeout_s=timeout_s) as client:
-            last = 0.0
             for chunk in client.generate_stream(stream.prompt, max_tokens=tokens, end_id=-1):
-                now = time.monotonic()
-                if last:
-                    stream.gaps.append(now - last)
-                last = now
+                stream.times.append(time.monotonic())
                 stream.text += chunk.text
                 begun.set()
     except ClientError as error:

@@ -11,8 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from loadtest.prompts import NAMES  # noqa: E402
-from loadtest.workload import WORDS  # noqa: E402
+from flightline.loadtest.prompts import NAMES  # noqa: E402
+from flightline.loadtest.workload import WORDS  # noqa: E402
 
 COMMON = sorted({word for phrase in (*NAMES, *WORDS) for word in phrase.split()})
 """What the load test writes its prompts with."""

@@ -1,8 +1,8 @@
-"""Typed client for the text-generation endpoints: ``Client``, ``AsyncClient`` and ``python -m client``."""
+"""Typed client for the text-generation endpoints: ``Client``, ``AsyncClient`` and ``python -m flightline.client``."""
 
-from client.aio import AsyncClient
-from client.chat_template import ChatTemplate, ChatTemplateError
-from client.errors import (
+from flightline.client.aio import AsyncClient
+from flightline.client.chat_template import ChatTemplate, ChatTemplateError
+from flightline.client.errors import (
     ClientError,
     DeadlineExceeded,
     GenerationError,
@@ -10,9 +10,9 @@ from client.errors import (
     RequestCancelled,
     ServerUnavailable,
 )
-from client.params import GenerateParams
-from client.results import Chunk, Generation, PerfMetrics
-from client.sync import Client
+from flightline.client.params import GenerateParams
+from flightline.client.results import Chunk, Generation, PerfMetrics
+from flightline.client.sync import Client
 
 __all__ = [
     "AsyncClient",

@@ -10,17 +10,17 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client import wire
-from client.base import BaseClient
-from client.chat_template import Message
-from client.errors import RequestCancelled, ServerUnavailable, from_rpc_error
-from client.leaving import leave_async
-from client.params import GenerateParams
-from client.results import Chunk, Generation
+from flightline.client import wire
+from flightline.client.base import BaseClient
+from flightline.client.chat_template import Message
+from flightline.client.errors import RequestCancelled, ServerUnavailable, from_rpc_error
+from flightline.client.leaving import leave_async
+from flightline.client.params import GenerateParams
+from flightline.client.results import Chunk, Generation
 
 
 class AsyncClient(BaseClient):
-    """:class:`client.Client` for asyncio; create and use it inside one running event loop.
+    """:class:`Client` for asyncio; create and use it inside one running event loop.
 
     >>> async with AsyncClient() as llm:
     ...     async for chunk in llm.generate_stream("The capital of France is", max_tokens=32):
@@ -55,7 +55,7 @@ class AsyncClient(BaseClient):
         await self._channel.close()
 
     async def check_ready(self, timeout_s: float = 5.0) -> None:
-        """Returns if the server is up and has the model loaded; see :meth:`client.Client.check_ready`."""
+        """Returns if the server is up and has the model loaded; see :meth:`Client.check_ready`."""
         try:
             request = service_pb2.ModelReadyRequest(name=self.model)
             ready = (await self._service.ModelReady(request, timeout=timeout_s)).ready
@@ -73,9 +73,23 @@ class AsyncClient(BaseClient):
         **options: Any,
     ) -> Generation:
         """The complete answer; ``options`` are fields of :class:`GenerateParams`."""
-        request, params = self._request(prompt, params, options, stream=False)
-        chunks = [chunk async for chunk in self._chunks(request, params, self._deadline(timeout_s))]
-        return Generation.from_chunks(chunks, params.max_tokens)
+        request, reader = self._request(prompt, params, options, stream=False)
+        self._require_one(reader.params)
+        chunks = [chunk async for chunk in self._chunks(request, reader, self._deadline(timeout_s))]
+        return Generation.from_chunks(chunks, reader.params.max_tokens)
+
+    async def generate_all(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """As many complete answers as ``num_return_sequences`` asks for; one that has failed has an ``error``."""
+        request, reader = self._request(prompt, params, options, stream=False)
+        chunks = [chunk async for chunk in self._chunks(request, reader, self._deadline(timeout_s))]
+        return Generation.all_from_chunks(chunks, reader.params)
 
     def generate_stream(
         self,
@@ -90,8 +104,8 @@ class AsyncClient(BaseClient):
         Cancelling the task or closing the iterator (``contextlib.aclosing`` does it at once on ``break``)
         cancels the request on the server.
         """
-        request, params = self._request(prompt, params, options, stream=True)
-        return self._chunks(request, params, self._deadline(timeout_s))
+        request, reader = self._request(prompt, params, options, stream=True)
+        return self._chunks(request, reader, self._deadline(timeout_s))
 
     async def chat(
         self,
@@ -116,10 +130,10 @@ class AsyncClient(BaseClient):
         return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
 
     async def _chunks(
-        self, request: service_pb2.ModelInferRequest, params: GenerateParams, timeout_s: float | None
+        self, request: service_pb2.ModelInferRequest, reader: wire.Reader, timeout_s: float | None
     ) -> AsyncGenerator[Chunk, None]:
         call = self._call(request, timeout=timeout_s)
-        messages: asyncio.Queue = asyncio.Queue()
+        messages: asyncio.Queue[Any] = asyncio.Queue()
 
         async def read() -> None:
             try:
@@ -131,7 +145,7 @@ class AsyncClient(BaseClient):
         reading = asyncio.create_task(read())
         try:
             while (message := await messages.get()) is not None:
-                chunk = wire.parse_response(message, params)
+                chunk = reader.chunk(message)
                 if chunk is not None:
                     yield chunk
             await reading

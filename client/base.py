@@ -10,9 +10,10 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from client import wire
-from client.chat_template import ChatTemplate, Message, deployed_model_dir
-from client.params import GenerateParams
+from flightline.client import wire
+from flightline.client.chat_template import ChatTemplate, Message, deployed_model_dir
+from flightline.client.errors import InvalidRequest
+from flightline.client.params import GenerateParams
 
 
 class BaseClient:
@@ -28,7 +29,7 @@ class BaseClient:
     ) -> None:
         """
         Args:
-            url: ``host:port`` of the server's gRPC port; None = ``GRPC_PORT`` of this machine, or 8001.
+            url: ``host:port`` of the server's gRPC port; None = this machine, port ``FLIGHTLINE_GRPC_PORT`` or 8001.
             model: Endpoint: ``text_generation``, ``ensemble`` or ``hf_baseline``.
             timeout_s: Deadline of every call, unless the call gives its own; None = no limit.
             model_dir: Checkpoint folder whose chat template ``chat`` applies; None = the deployed one's.
@@ -51,10 +52,19 @@ class BaseClient:
 
     def _request(
         self, prompt: str, params: GenerateParams | None, options: dict[str, Any], *, stream: bool
-    ) -> tuple[service_pb2.ModelInferRequest, GenerateParams]:
-        """``options`` are GenerateParams fields that override those of ``params``."""
+    ) -> tuple[service_pb2.ModelInferRequest, wire.Reader]:
+        """A request and the reader of its answer; ``options`` override fields of ``params``."""
         params = dataclasses.replace(params or GenerateParams(), **options)
-        return wire.infer_request(self.model, uuid.uuid4().hex, prompt, params, stream=stream), params
+        request = wire.infer_request(self.model, uuid.uuid4().hex, prompt, params, stream=stream)
+        return request, wire.Reader(self.model, params, stream)
+
+    @staticmethod
+    def _require_one(params: GenerateParams) -> None:
+        if (params.num_return_sequences or 1) > 1:
+            raise InvalidRequest(
+                f"num_return_sequences is {params.num_return_sequences}: it must be 1 for a method that returns one "
+                "answer; call generate_all"
+            )
 
     def _deadline(self, timeout_s: float | None) -> float | None:
         return self.timeout_s if timeout_s is None else timeout_s

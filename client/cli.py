@@ -1,4 +1,4 @@
-"""``python -m client``: one answer, a stream, or a conversation on the terminal."""
+"""One answer of a running server, a stream, or a conversation on the terminal."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Generator
+from typing import Any
 
-from client import wire
-from client.errors import ClientError
-from client.params import GenerateParams
-from client.results import Chunk, Generation
-from client.sync import Client
+from flightline.client import wire
+from flightline.client.errors import ClientError
+from flightline.client.params import GenerateParams
+from flightline.client.results import Chunk, Generation
+from flightline.client.sync import Client
 
-SAMPLING_FLAGS: dict[str, Callable[[str], object]] = {
-    "max_tokens": int,
-    "min_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "end_id": int,
-    "pad_id": int,
-}
+KINDS: dict[str, Callable[[str], object]] = {"INT32": int, "UINT64": int, "FP32": float, "BYTES": str}
+FIXED = (
+    "exclude_input_in_output",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+    "return_perf_metrics",
+)
+"""Fields of ``GenerateParams`` without a flag."""
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m client", description=__doc__)
+    command = sys.argv[0] if sys.argv[0].startswith("flightline ") else "python -m flightline.client"
+    result = argparse.ArgumentParser(prog=command, description=__doc__)
+    add_arguments(result)
+    return result
+
+
+def add_arguments(result: argparse.ArgumentParser) -> None:
     result.add_argument("prompt", nargs="?", help="text to continue; with --chat, what the user says")
     result.add_argument(
         "--chat", action="store_true", help="apply the chat template; without a prompt, converse"
@@ -40,19 +42,33 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--json", action="store_true", help="print the answer with counts and times as JSON")
     result.add_argument("--model", default=wire.TEXT_GENERATION, help="%(default)s, ensemble or hf_baseline")
     result.add_argument(
-        "--url", default=wire.default_url(), help="gRPC address (default %(default)s, or of GRPC_PORT)"
+        "--url",
+        default=wire.default_url(),
+        help="gRPC address (default %(default)s, or of FLIGHTLINE_GRPC_PORT)",
     )
     result.add_argument(
         "--model-dir", help="checkpoint folder with the chat template (default: the deployed one)"
     )
     result.add_argument("--timeout", type=float, help="seconds until a call is given up")
     sampling = result.add_argument_group("generation (server's default unless given)")
-    for name, kind in SAMPLING_FLAGS.items():
-        sampling.add_argument("--" + name.replace("_", "-"), type=kind)
-    sampling.add_argument("--stop-words", action="append", metavar="WORD", help="may be repeated")
-    sampling.add_argument("--bad-words", action="append", metavar="WORD", help="may be repeated")
-    sampling.add_argument("--return-log-probs", action="store_true", default=None, help="shown with --json")
-    return result
+    for field in dataclasses.fields(GenerateParams):
+        if field.name not in FIXED:
+            _add_flag(sampling, field)
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
+    """The flag of one field: a switch turns it over, a list's may be repeated."""
+    flag, help_ = "--" + field.name.replace("_", "-"), field.metadata["help"] or None
+    if field.metadata["wire_type"] == "BOOL":
+        flag = flag if not field.default else "--no-" + flag.removeprefix("--")
+        group.add_argument(flag, dest=field.name, action="store_const", const=not field.default, help=help_)
+        return
+    kind = KINDS[field.metadata["wire_type"]]
+    if not field.metadata["many"]:
+        group.add_argument(flag, type=kind, help=help_)
+        return
+    metavar = "WORD" if kind is str else "N"
+    group.add_argument(flag, type=kind, action="append", metavar=metavar, help="may be repeated")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.prompt is None and not args.chat:
         parser().error("give a prompt, or --chat for a conversation")
+    if (args.num_return_sequences or 1) > 1 and (args.prompt is None or (args.stream and not args.json)):
+        parser().error("--num-return-sequences needs a prompt, and --json with --stream: texts would mix")
     try:
         params = _params(args)
         with Client(args.url, args.model, timeout_s=args.timeout, model_dir=args.model_dir) as client:
@@ -83,9 +101,12 @@ def answer(client: Client, params: GenerateParams, args: argparse.Namespace) -> 
     """One prompt, one answer."""
     prompt = client.render_chat(_conversation(args.system, args.prompt)) if args.chat else args.prompt
     if not args.stream:
-        generation = client.generate(prompt, params)
-        print(_as_json(generation) if args.json else generation.text)
-        return 0
+        answers = client.generate_all(prompt, params)
+        for generation in answers:
+            if generation.error is not None:
+                print(f"error: {generation.error}", file=sys.stderr)
+            print(_as_json(generation) if args.json else generation.text)
+        return int(any(generation.error for generation in answers))
     stream = client.generate_stream(prompt, params)
     if args.json:
         for chunk in stream:
@@ -144,4 +165,5 @@ def _print_stream(chunks: Generator[Chunk, None, None]) -> str:
 
 
 def _as_json(value: Chunk | Generation) -> str:
-    return json.dumps(dataclasses.asdict(value), ensure_ascii=False)
+    shown = dataclasses.asdict(dataclasses.replace(value, error=None))
+    return json.dumps(shown | {"error": value.error and str(value.error)}, ensure_ascii=False)

@@ -45,7 +45,7 @@ UNAVAILABLE_SIGNS = (
 )  # fmt: skip
 INVALID_SIGNS = (
     "unknown model", "it must ", "not an input", "unexpected", "expected", "is empty", "is missing", "utf-8",
-    "malformed", "not supported", "must be", "holds",
+    "malformed", "not supported", "must be", "holds", "cannot be enforced",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
-from client import wire
+from flightline.client import wire
 
 GRACE_S = 2.0
 
@@ -39,7 +39,7 @@ def leave(call: Any, request: service_pb2.ModelInferRequest, send: Callable[...,
 
 
 async def leave_async(
-    call: Any, request: service_pb2.ModelInferRequest, send: Callable[..., Any], reading: asyncio.Task
+    call: Any, request: service_pb2.ModelInferRequest, send: Callable[..., Any], reading: asyncio.Task[Any]
 ) -> None:
     """:func:`leave` for grpc.aio; runs to its end even if the calling task is cancelled meanwhile.
 
@@ -50,7 +50,7 @@ async def leave_async(
 
 
 async def _leave_async(
-    call: Any, request: service_pb2.ModelInferRequest, send: Callable[..., Any], reading: asyncio.Task
+    call: Any, request: service_pb2.ModelInferRequest, send: Callable[..., Any], reading: asyncio.Task[Any]
 ) -> None:
     if request.model_name == wire.ENSEMBLE:
         with suppress(grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError):

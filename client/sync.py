@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client import wire
-from client.base import BaseClient
-from client.chat_template import Message
-from client.errors import ServerUnavailable, from_rpc_error
-from client.leaving import leave
-from client.params import GenerateParams
-from client.results import Chunk, Generation
+from flightline.client import wire
+from flightline.client.base import BaseClient
+from flightline.client.chat_template import Message
+from flightline.client.errors import ServerUnavailable, from_rpc_error
+from flightline.client.leaving import leave
+from flightline.client.params import GenerateParams
+from flightline.client.results import Chunk, Generation
 
 
 class Client(BaseClient):
@@ -25,7 +25,7 @@ class Client(BaseClient):
     ...     for chunk in llm.generate_stream("The capital of France is", max_tokens=32):
     ...         print(chunk, end="", flush=True)
 
-    Every call raises a :class:`client.errors.ClientError`: ``ServerUnavailable``, ``InvalidRequest``,
+    Every call raises a :class:`ClientError`: ``ServerUnavailable``, ``InvalidRequest``,
     ``RequestCancelled``, ``DeadlineExceeded`` or ``GenerationError``.
     """
 
@@ -79,10 +79,23 @@ class Client(BaseClient):
         **options: Any,
     ) -> Generation:
         """The complete answer; ``options`` are fields of :class:`GenerateParams`."""
-        request, params = self._request(prompt, params, options, stream=False)
-        return Generation.from_chunks(
-            self._chunks(request, params, self._deadline(timeout_s)), params.max_tokens
-        )
+        request, reader = self._request(prompt, params, options, stream=False)
+        self._require_one(reader.params)
+        chunks = self._chunks(request, reader, self._deadline(timeout_s))
+        return Generation.from_chunks(chunks, reader.params.max_tokens)
+
+    def generate_all(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """As many complete answers as ``num_return_sequences`` asks for; one that has failed has an ``error``."""
+        request, reader = self._request(prompt, params, options, stream=False)
+        chunks = self._chunks(request, reader, self._deadline(timeout_s))
+        return Generation.all_from_chunks(chunks, reader.params)
 
     def generate_stream(
         self,
@@ -96,8 +109,8 @@ class Client(BaseClient):
 
         Leaving the loop or closing the iterator cancels the request on the server.
         """
-        request, params = self._request(prompt, params, options, stream=True)
-        return self._chunks(request, params, self._deadline(timeout_s))
+        request, reader = self._request(prompt, params, options, stream=True)
+        return self._chunks(request, reader, self._deadline(timeout_s))
 
     def chat(
         self,
@@ -122,13 +135,13 @@ class Client(BaseClient):
         return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
 
     def _chunks(
-        self, request: service_pb2.ModelInferRequest, params: GenerateParams, timeout_s: float | None
+        self, request: service_pb2.ModelInferRequest, reader: wire.Reader, timeout_s: float | None
     ) -> Generator[Chunk, None, None]:
         call = self._call(request, timeout=timeout_s)
         complete = False
         try:
             for message in call:
-                chunk = wire.parse_response(message, params)
+                chunk = reader.chunk(message)
                 if chunk is not None:
                     yield chunk
             complete = True

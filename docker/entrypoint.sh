@@ -19,6 +19,6 @@ if [ -n "${HF_TOKEN_PATH:-}" ] && [ ! -s "${HF_TOKEN_PATH}" ]; then
 fi
 
 # Only the build may need the hub and its token; the server runs without either.
-python3 -m engine_build --build-dir "${BUILD_DIR}"
+python3 -m flightline.engine_build --build-dir "${BUILD_DIR}"
 unset HF_TOKEN_PATH
-exec env HF_HUB_OFFLINE=1 python3 -m model_repository.serve --build-dir "${BUILD_DIR}"
+exec env HF_HUB_OFFLINE=1 python3 -m flightline.supervisor.serve --build-dir "${BUILD_DIR}"

@@ -8,7 +8,7 @@ WORKDIR /opt/flightline
 COPY pyproject.toml ./
 # The part of the project's pinned packages that sends requests.
 RUN python3 -c "import re, tomllib; \
-wanted = {'numpy', 'tokenizers', 'tritonclient', 'protobuf', 'locust', 'uvloop', 'psutil', 'matplotlib', 'requests'}; \
+wanted = {'numpy', 'tokenizers', 'tritonclient', 'protobuf', 'locust', 'uvloop', 'httptools', 'scipy', 'psutil', 'matplotlib', 'requests'}; \
 pins = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
 print('\n'.join(pin for pin in pins if re.split(r'[=[]', pin)[0] in wanted))" > requirements.txt \
     && python3 -m pip install --no-cache-dir --requirement requirements.txt \
@@ -17,6 +17,7 @@ print('\n'.join(pin for pin in pins if re.split(r'[=[]', pin)[0] in wanted))" > 
 
 COPY client client
 COPY loadtest loadtest
+COPY flightline flightline
 
 USER 1000:1000
 # Matplotlib keeps its list of fonts in HOME.

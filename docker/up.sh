@@ -24,7 +24,7 @@ extra=""
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
     server=gpu
     if [ -z "${IMAGE:-}" ] && command -v python3 >/dev/null 2>&1; then # the newest container that the driver runs
-        IMAGE=$(cd "${here}/.." && python3 -m engine_build.trtllm.containers)
+        IMAGE=$(cd "${here}/.." && python3 -m flightline.engine_build.trtllm.containers)
         export IMAGE
     fi
     case " ${PROFILES:-} " in *" observability "*) extra=dcgm ;; esac

@@ -1,4 +1,4 @@
-"""``python -m engine_build``: one line a stage; exit code 0 built, 1 cannot be built, 130 interrupted."""
+"""``flightline build``: one line a stage; exit code 0 built, 1 cannot be built, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from engine_build.errors import BuildError
+from flightline.engine_build.errors import BuildError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         # Imported here, so that a Ctrl-C in the first moments ends in one line, too.
-        from engine_build.build import Build
-        from engine_build.settings import parse
+        from flightline.engine_build.build import Build
+        from flightline.engine_build.settings import parse
 
         build = Build(parse(arguments), lambda line: print(line, flush=True))
         deployment = build.run()

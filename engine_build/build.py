@@ -12,19 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch_engine
-from engine_build import record, repository
-from engine_build.cache import FileHashes, digest, source_version
-from engine_build.checkpoint import Checkpoint, obtain
-from engine_build.errors import GateRefused, PrecisionRefused
-from engine_build.hardware import Hardware, detect
-from engine_build.package import package, package_llm_api
-from engine_build.plan import AUTO, INTEGERS, Plan, make_plan, other_kv_dtypes, require_tensorrt_llm
-from engine_build.prompts import read_prompts
-from engine_build.settings import Settings
-from engine_build.trtllm.parameters import check
-from engine_build.workspace import locked, new_folder, write_text
-from torch_engine.toolchain import SOURCES
+from flightline import deployment
+from flightline.deployment import Deployment
+from flightline.engine_build import record, repository
+from flightline.engine_build.cache import FileHashes, digest, source_version
+from flightline.engine_build.checkpoint import Checkpoint, obtain
+from flightline.engine_build.errors import GateRefused, PrecisionRefused
+from flightline.engine_build.hardware import Hardware, detect
+from flightline.engine_build.package import package, package_llm_api
+from flightline.engine_build.plan import (
+    AUTO,
+    INTEGERS,
+    Plan,
+    make_plan,
+    other_kv_dtypes,
+    require_tensorrt_llm,
+)
+from flightline.engine_build.prompts import read_prompts
+from flightline.engine_build.settings import Settings
+from flightline.engine_build.trtllm.parameters import check
+from flightline.engine_build.workspace import locked, new_folder, write_text
+from flightline.torch_engine.kernels.cpu.toolchain import SOURCES
 
 DATA = Path(__file__).parent / "data"
 CALIBRATION, GATE_TEXT, GATE_PROMPTS = (
@@ -33,19 +41,15 @@ CALIBRATION, GATE_TEXT, GATE_PROMPTS = (
     DATA / "gate_prompts.jsonl",
 )
 TEMPLATES = Path(__file__).parent.parent / "model_repository"
-ENGINE = Path(torch_engine.__file__).parent
+ENGINE = Path(__file__).parent.parent / "torch_engine"
 ENGINE_SOURCES = [
-    *(
-        ENGINE / f"{name}.py"
-        for name in ("families", "fields", "layout", "weights", "rope", "model", "toolchain")
-    ),
-    *sorted((ENGINE / "kernels").glob("*.py")),
-    *sorted(path for path in SOURCES.iterdir() if path.is_file()),
+    *sorted((ENGINE / "model").glob("*.py")),
+    *sorted((ENGINE / "kernels").glob("**/*.py")),
+    *sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp")),
 ]
 """What decides an engine's logits, which the gate has judged."""
 CPU_STRIDE = 3
 """On a CPU every third of our calibration prompts is taken: minutes less, and no worse by the gate."""
-DEPLOYMENT = "deployment.json"
 DRY_RUN_GPU = Hardware("cuda", "NVIDIA H200", 141 << 30, 139 << 30, capability=(9, 0))
 Say = Callable[[str], None]
 
@@ -217,7 +221,7 @@ class Build:
             return folder, built
         with new_folder(folder) as fresh:
             with self._stage("quantize") as note:
-                from engine_build.quantize import quantize
+                from flightline.engine_build.quantize import quantize
 
                 seen = quantize(source.folder, samples, fresh, plan.device, plan.build_dtype)
                 note.text = f"FP8, {seen.samples} calibration samples, {seen.tokens} tokens"
@@ -238,7 +242,7 @@ class Build:
             return folder, built
         with new_folder(folder) as fresh:
             with self._stage("dequantize") as note:
-                from engine_build.quantize import dequantize
+                from flightline.engine_build.quantize import dequantize
 
                 dequantize(source.folder, fresh)
                 note.text = "bf16 copy of the FP8 checkpoint, for the baseline"
@@ -247,7 +251,7 @@ class Build:
         return folder, built
 
     def _gate(self, source: Path, quantized: Path, plan: Plan) -> dict[str, Any]:
-        from engine_build import gate, source_model
+        from flightline.engine_build import gate, source_model
 
         def become(model: Any) -> Any:
             if model is None:  # the source has said its part before
@@ -257,8 +261,8 @@ class Build:
         return self._judged(source, plan, become)
 
     def _engine_gate(self, source: Path, plan: Plan, engine_dir: Path) -> dict[str, Any]:
-        from engine_build.engine_model import EngineModel
-        from engine_build.gate import MAX_TOKENS
+        from flightline.engine_build.engine_model import EngineModel
+        from flightline.engine_build.gate import MAX_TOKENS
 
         return {"gate": self._judged(source, plan, lambda _: EngineModel(engine_dir, MAX_TOKENS))}
 
@@ -270,7 +274,7 @@ class Build:
             BuildError: the source itself is broken.
         """
         with self._stage("gate") as note:
-            from engine_build import gate, source_model
+            from flightline.engine_build import gate, source_model
 
             model, first = None, source not in self._references
             if first:
@@ -307,7 +311,7 @@ class Build:
         if plan.lane == "torch":
             inputs |= self._gate_inputs()
         if plan.lane == "trtllm-pytorch":
-            inputs["guided_decoding"] = self._guided_decoding
+            inputs |= self._llm_api_settings
         key = digest(inputs)
         built = self._current(folder, key)
         if built is not None and "refused" in built:
@@ -335,9 +339,14 @@ class Build:
         return plan, folder
 
     @property
-    def _guided_decoding(self) -> str:
-        """TensorRT-LLM's backend for it, of lane trtllm-pytorch."""
-        return self.settings.parameters.get("guided_decoding_backend", "")
+    def _llm_api_settings(self) -> dict[str, str]:
+        """What the user asks of lane trtllm-pytorch, by the names of ``LlmConfig``."""
+        asked = self.settings.parameters
+        folder = asked.get("lora_dir", "")
+        return {
+            "guided_decoding": asked.get("guided_decoding_backend", ""),
+            "lora_dir": str(Path(folder).absolute()) if folder else "",
+        }
 
     def _write_engine(
         self,
@@ -363,7 +372,7 @@ class Build:
                     check = functools.partial(self._engine_gate, source_dir, plan)
                     remarks = package(folder, model_dir, plan, key, facts, check)
                 else:
-                    remarks = package_llm_api(folder, model_dir, plan, key, facts, self._guided_decoding)
+                    remarks = package_llm_api(folder, model_dir, plan, key, facts, self._llm_api_settings)
             except GateRefused as refusal:
                 if not others:
                     raise
@@ -382,7 +391,7 @@ class Build:
 
     def _trtllm_engine(self, source: Checkpoint, plan: Plan, hardware: Hardware) -> tuple[Path, str]:
         """Calibrates and compiles with TensorRT-LLM's own tools. Returns the folder and its logits dtype."""
-        from engine_build.trtllm import build, engine_folder
+        from flightline.engine_build.trtllm import build, engine_folder
 
         folder, work = self._engine_folder(source, plan), self.root / "work"
         calibration = self.settings.calibration or CALIBRATION
@@ -424,7 +433,7 @@ class Build:
         """Says what a build would do, in the order in which it would."""
         engine_dir = self._engine_folder(source, plan)
         if plan.lane == "trtllm-engine":
-            from engine_build.trtllm import build
+            from flightline.engine_build.trtllm import build
 
             samples = len(read_prompts(self.settings.calibration or CALIBRATION))
             work, flags = self.root / "work", self._engine_flags()
@@ -447,7 +456,7 @@ class Build:
         )
         rendering = repository.render(TEMPLATES, values, self.settings.contract)
         lines += [f"write  {self.root}/model_repository/{name}" for name in sorted(rendering)]
-        for line in [*lines, f"write  {self.root}/{DEPLOYMENT}", "dry run: no engine was built"]:
+        for line in [*lines, f"write  {self.root}/{deployment.FILE}", "dry run: no engine was built"]:
             self.say(line)
         return {}
 
@@ -487,25 +496,25 @@ class Build:
         self, name: str, plan: Plan, hardware: Hardware, engine_dir: Path, model_dir: Path, source_dir: Path
     ) -> dict[str, Any]:
         """Written last: it exists only for a build that is whole."""
-        content = {
-            "model": name,
-            "lane": plan.lane,
-            "precision": plan.precision,
-            "world_size": plan.world_size,
-            "dp": plan.dp,
-            "engine_dir": str(engine_dir),
-            "model_dir": str(model_dir),
-            "source_dir": str(source_dir),
-            "model_repository": str(self.root / "model_repository"),
-            "manifest": str(engine_dir / record.MANIFEST),
-            "baseline": {
+        text = Deployment(
+            model=name,
+            lane=plan.lane,
+            precision=plan.precision,
+            world_size=plan.world_size,
+            dp=plan.dp,
+            engine_dir=engine_dir,
+            model_dir=model_dir,
+            source_dir=source_dir,
+            model_repository=self.root / "model_repository",
+            manifest=engine_dir / record.MANIFEST,
+            baseline={
                 "dtype": self.settings.baseline_dtype,
                 "max_batch_size": self.settings.baseline_max_batch_size,
             },
-            "hardware": hardware.identity(),
-        }
-        write_text(self.root / DEPLOYMENT, json.dumps(content, indent=2) + "\n")
-        return content
+            hardware=hardware.identity(),
+        ).text()
+        write_text(self.root / deployment.FILE, text)
+        return json.loads(text)
 
 
 def _remedy(plan: Plan) -> str:

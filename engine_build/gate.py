@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from engine_build import source_model
-from engine_build.errors import BuildError, GateRefused
-from engine_build.hf_format import read_tensors
-from engine_build.prompts import Sample
-from engine_build.quantize import to_e4m3
+from flightline.engine_build import source_model
+from flightline.engine_build.errors import BuildError, GateRefused
+from flightline.engine_build.hf_format import read_tensors
+from flightline.engine_build.prompts import Sample
+from flightline.engine_build.quantize import to_e4m3
 
 MAX_PERPLEXITY_RISE = 0.04
 MIN_AGREEMENT = 0.85
@@ -30,6 +30,8 @@ MAX_WINDOWS = 6
 ABSURD_PERPLEXITY = 1000.0
 """Of a source on plain English text, where trained models have 5 to 60 a token."""
 CONTINUATION_TOKENS = 32
+DECODED_TOKENS = 48
+"""Of the first window's end; computed one at a time, too."""
 Become = Callable[[Any], Any]
 """From the source model to what is compared with it: called like a Transformers model, and gives ``logits``."""
 
@@ -48,6 +50,29 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """Tokens in a step of their own, as generated ones are, against the same tokens within a prompt.
+
+    Other kernels compute them, and they read from the KV cache what other steps have written.
+    """
+
+    tokens: int
+    perplexity_rise: float
+    agreement: float
+    """Share of the tokens after which both find the same one likeliest."""
+
+    @property
+    def right(self) -> bool:
+        # Written so that a NaN fails. Lower than within a prompt is as wrong as higher.
+        return abs(self.perplexity_rise) <= MAX_PERPLEXITY_RISE and self.agreement >= MIN_AGREEMENT
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens one at a time: {self.perplexity_rise:+.1%}, agreement {self.agreement:.3f}"
+        )
+
+
+@dataclass(frozen=True)
 class GateResult:
     """Measured on the gate text and prompts."""
 
@@ -59,6 +84,8 @@ class GateResult:
     compared_tokens: int
     rise_error: float
     """Standard error of the perplexity's rise, from the paired differences of the scored tokens."""
+    decoded: Decoded | None = None
+    """None where nothing that serves is judged."""
 
     @property
     def agreement_error(self) -> float:
@@ -90,6 +117,7 @@ class GateResult:
             f"perplexity {self.source_perplexity:.2f} -> {self.perplexity:.2f} "
             f"({self.perplexity_rise:+.1%} ± {self.rise_error:.1%}, limit {MAX_PERPLEXITY_RISE:+.0%}), "
             f"top-1 agreement {self.agreement:.3f} ± {self.agreement_error:.3f} (limit {MIN_AGREEMENT})"
+            + (f"; {self.decoded}" if self.decoded else "")
         )
 
     def require(self, what: str, remedy: str) -> None:
@@ -97,7 +125,8 @@ class GateResult:
         GateRefused: a limit is passed; the message names ``what`` failed.
         """
         # Written so that a NaN fails.
-        if self.perplexity_rise <= MAX_PERPLEXITY_RISE and self.agreement >= MIN_AGREEMENT:
+        same = self.perplexity_rise <= MAX_PERPLEXITY_RISE and self.agreement >= MIN_AGREEMENT
+        if same and (self.decoded is None or self.decoded.right):
             return
         raise GateRefused(f"{what} failed the accuracy gate: {self}: {remedy}", str(self))
 
@@ -138,7 +167,10 @@ def _not_finite(source: Path) -> str:
 
 
 def judge(reference: Reference, model: Any) -> GateResult:
-    """Runs ``model``, called like a Transformers model, on what the source was run on."""
+    """Runs ``model``, called like a Transformers model, on what the source was run on.
+
+    One that has ``decode`` (engine_model.py) is also held against itself, one token at a time.
+    """
     before, after = reference.surprisals, _surprisals(model, reference.windows)
     pairs = zip(reference.rows, reference.answers, strict=True)
     agreed = sum(_agreements(model, row, answer) for row, answer in pairs)
@@ -150,6 +182,25 @@ def judge(reference: Reference, model: Any) -> GateResult:
         scored_tokens=len(before),
         compared_tokens=compared,
         rise_error=_rise_error(before, after),
+        decoded=_decoded(model, reference.windows[0]) if hasattr(model, "decode") else None,
+    )
+
+
+@torch.inference_mode()
+def _decoded(model: Any, window: list[int]) -> Decoded:
+    """The last tokens of ``window`` within it, and one at a time after the others."""
+    count = min(DECODED_TOKENS, len(window) // 2)
+    ids = torch.tensor(window, device=model.device)
+    inputs, targets = ids[:-1], ids[-count:]
+    whole = model(inputs[None], logits_to_keep=count).logits[0].float()
+    alone = model.decode(inputs, len(inputs) - count).float()
+    whole_loss, alone_loss = (
+        torch.nn.functional.cross_entropy(logits, targets).double() for logits in (whole, alone)
+    )
+    return Decoded(
+        tokens=count,
+        perplexity_rise=(alone_loss - whole_loss).exp().item() - 1,
+        agreement=(whole.argmax(-1) == alone.argmax(-1)).double().mean().item(),
     )
 
 

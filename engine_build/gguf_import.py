@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from engine_build.errors import BuildError
-from engine_build.gguf_file import GgufFile
-from engine_build.hf_format import with_both_rope_spellings, write_json
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.gguf_file import GgufFile
+from flightline.engine_build.hf_format import with_both_rope_spellings, write_json
 
 CONTROL, USER_DEFINED = 3, 4
 """Token types of the GGUF format."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_engine.toolchain import compiler
+from flightline.torch_engine.kernels.cpu.toolchain import compiler
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "bf16")

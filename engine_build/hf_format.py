@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_build.errors import BuildError
-from torch_engine.layout import Stored
+from flightline.engine_build.errors import BuildError
+from flightline.torch_engine.model.layout import Stored
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine_build.errors import BuildError
-from engine_build.hf_format import TOKENIZER_FILES
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hf_format import TOKENIZER_FILES
 
 CONFIG_FILES = ("config.json", "generation_config.json", "hf_quant_config.json")
 WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")

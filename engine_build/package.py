@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine_build import record
-from engine_build.errors import PrecisionRefused
-from engine_build.hf_format import write_json
-from engine_build.plan import INTEGERS, Plan
-from engine_build.workspace import new_folder
-from torch_engine.config import EngineConfig
-from torch_engine.toolchain import NoCompiler, compile_library
+from flightline.engine_build import record
+from flightline.engine_build.errors import PrecisionRefused
+from flightline.engine_build.hf_format import write_json
+from flightline.engine_build.plan import INTEGERS, Plan
+from flightline.engine_build.workspace import new_folder
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.kernels.cpu.toolchain import NoCompiler, compile_library
 
 LLM_API_FILE = "llm_api.json"
 Check = Callable[[Path], dict[str, Any]]
@@ -72,11 +72,11 @@ def package(
 
 
 def package_llm_api(
-    folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any], guided_decoding: str = ""
+    folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any], asked: dict[str, str]
 ) -> list[str]:
     """Writes ``llm_api.json`` and ``manifest.json`` for lane trtllm-pytorch; arguments as of :func:`package`.
 
-    ``guided_decoding`` is TensorRT-LLM's backend for it, if any.
+    ``asked`` are more settings, as ``LlmConfig`` has them.
     """
     with new_folder(folder) as fresh:
         settings = {
@@ -90,7 +90,7 @@ def package_llm_api(
             "max_seq_len": plan.max_seq_len,
             # The pool that the plan has left beside the baseline model.
             "kv_cache_tokens": plan.num_kv_blocks * plan.block_size,
-            "guided_decoding": guided_decoding,
+            **asked,
         }
         write_json(fresh / LLM_API_FILE, settings)
         record.close(fresh, key, facts | {"kernels": plan.kernels, "remarks": []})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from engine_build.errors import BuildError
-from engine_build.hardware import Hardware
-from engine_build.memory import kv_bytes_per_token, weight_bytes
-from model_repository.trtllm import versions
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hardware import Hardware
+from flightline.engine_build.memory import kv_bytes_per_token, weight_bytes
+from flightline.engine_build.trtllm import versions
+from flightline.torch_engine.core.config import FP8_CAPABILITY
 
 LANES = ("trtllm-engine", "trtllm-pytorch", "torch")
 PRECISIONS = ("fp8", "nvfp4", "int8", "int4", "int8_sq", "int4_awq", "bf16")
@@ -18,7 +19,6 @@ INT8_CAPABILITIES = ((8, 0), (10, 0))
 """Compute capabilities, the second excluded, that offer int8: newer ones have FP8 and few integer tensor cores."""
 AUTO = "auto"
 
-FP8_CAPABILITY = (8, 9)
 NVFP4_CAPABILITY = (10, 0)
 BF16_CAPABILITY = (8, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,7 +70,7 @@ class Plan:
     dp: int = 1
     """Whole engines, each on a GPU of its own; the other numbers are of one."""
     kv_dtype: str = "auto"
-    """Of lane torch: see :class:`torch_engine.config.EngineConfig`."""
+    """Of lane torch: see :class:`EngineConfig`."""
 
     @property
     def world_size(self) -> int:
@@ -239,7 +239,7 @@ def _choose_precision(
     lacks_fp8 = "fp8" not in offered
     alternatives = " or ".join(f"PRECISION={name}" for name in offered if name != "fp8")
     has = f"{hardware.name} has {_dotted(capability)}"
-    too_old = f"FP8 needs compute capability 8.9 (Ada, Hopper, Blackwell) and {has}"
+    too_old = f"FP8 needs compute capability {_dotted(FP8_CAPABILITY)} (Ada, Hopper, Blackwell) and {has}"
     if shape.fp8:
         if lane == "trtllm-engine":
             raise BuildError(
@@ -318,7 +318,7 @@ def _choose_kernels(lane: str, hardware: Hardware, reasons: list[str]) -> str:
     if hardware.device != "cpu":
         reasons.append(
             "kernels cuda: Triton-language kernels and CUDA graphs (measured on an H200; on another GPU run "
-            "benchmarks/gpu.py --parts kernels,families first)"
+            "pytest -m gpu tests/torch_engine first)"
         )
         return "cuda"
     if hardware.compiler is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_build.errors import BuildError
+from flightline.engine_build.errors import BuildError
 
 MIN_SAMPLES = 8
 ROLES = ("system", "user", "assistant", "tool")

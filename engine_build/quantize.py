@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from engine_build import source_model
-from engine_build.errors import BuildError
-from engine_build.hf_format import (
+from flightline.engine_build import source_model
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hf_format import (
     TOKENIZER_FILES,
     read_json,
     read_tensors,
@@ -30,8 +30,8 @@ from engine_build.hf_format import (
     with_common_tokenizer_class,
     write_json,
 )
-from engine_build.prompts import Sample
-from torch_engine.families import load_spec
+from flightline.engine_build.prompts import Sample
+from flightline.torch_engine.model.families import load_spec
 
 E4M3_MAX = 448.0
 MAX_SAMPLE_TOKENS = 512

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from engine_build.hf_format import write_json
+from flightline.engine_build.hf_format import write_json
 
 MANIFEST = "manifest.json"
 TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "nvidia-modelopt")

@@ -10,9 +10,9 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine_build.errors import BuildError
-from engine_build.plan import Plan
-from engine_build.workspace import new_folder
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.plan import Plan
+from flightline.engine_build.workspace import new_folder
 
 CONFIG = "config.pbtxt"
 VERSION = "1"
@@ -94,18 +94,22 @@ def values_for(
     }
 
 
-LLM_API_PARAMETERS = {"guided_decoding_backend": ("xgrammar", "llguidance")}
-"""What of ``TRTLLM_PARAMETERS`` lane trtllm-pytorch has, and its values."""
+LLM_API_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "guided_decoding_backend": ("xgrammar", "llguidance"),
+    "lora_dir": (),
+}
+"""What of ``TRTLLM_PARAMETERS`` lane trtllm-pytorch has, and its values; () = any text."""
 
 
 def _require_llm_api(lane: str, parameters: Mapping[str, str]) -> None:
     if lane != "trtllm-pytorch":
         raise BuildError(f"TRTLLM_PARAMETERS is for the TensorRT-LLM lanes, and this is {lane}: leave it out")
     for name, value in parameters.items():
-        if value not in LLM_API_PARAMETERS.get(name, ()):
+        values = LLM_API_PARAMETERS.get(name)
+        if not value or values is None or (values and value not in values):
             raise BuildError(
                 f"TRTLLM_PARAMETERS {name}={value}: ENGINE=trtllm-pytorch has guided_decoding_backend=xgrammar or "
-                "llguidance; use ENGINE=trtllm-engine for the others"
+                "llguidance, and lora_dir=FOLDER; use ENGINE=trtllm-engine for the others"
             )
 
 
@@ -125,7 +129,7 @@ def _engine_batching(plan: Plan) -> str:
 def _engine_parameters(plan: Plan, engine_dir: Path, source_dir: Path, asked: Mapping[str, str]) -> str:
     """The ``parameters`` of model ``tensorrt_llm``, one a line."""
     if plan.lane == "trtllm-engine":
-        from engine_build.trtllm.parameters import for_engine
+        from flightline.engine_build.trtllm.parameters import for_engine
 
         chosen = for_engine(plan, engine_dir, asked)
     else:

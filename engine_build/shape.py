@@ -7,11 +7,11 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_build.checkpoint import EMBEDDED_MODEL, check_small_files, require_hub_id, slug
-from engine_build.errors import BuildError
-from engine_build.hub import fetch_configuration
-from engine_build.plan import ModelShape
-from torch_engine.families import ModelSpec, load_spec
+from flightline.engine_build.checkpoint import EMBEDDED_MODEL, check_small_files, require_hub_id, slug
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hub import fetch_configuration
+from flightline.engine_build.plan import ModelShape
+from flightline.torch_engine.model.families import ModelSpec, load_spec
 
 HUB_PATIENCE_S = 2.5
 EMBEDDED_SHAPE = ModelShape(

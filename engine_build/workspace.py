@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine_build.errors import BuildError
+from flightline.engine_build.errors import BuildError
 
 LOCK_FILE = ".lock"
 NEW, OLD = ".new-", ".old-"

@@ -1,13 +1,13 @@
-"""``python -m loadtest COMMAND [options]``; each command says its own with ``--help``."""
+"""``python -m flightline.loadtest COMMAND [options]``; each command says its own with ``--help``."""
 
 from __future__ import annotations
 
 import sys
 
-from loadtest import bench, calibrate, commands, ui, worker
+from flightline.loadtest import calibrate, commands, ui, worker
 
 COMMANDS = {
-    "bench": ("both endpoints of the built server against each other, as 'make bench' does", bench.main),
+    "bench": ("both endpoints of the built server against each other, as 'make bench' does", None),
     "run": ("one load on one endpoint: closed loop, open loop or trace", None),
     "compare": ("several endpoints or servers in turns, or two saved runs", None),
     "sweep": ("loads from low to high: the curve and its knee", None),
@@ -22,10 +22,11 @@ def main() -> int:
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name not in COMMANDS:
         lines = [f"  {command:<10} {about}" for command, (about, _) in COMMANDS.items()]
-        print("\n".join(["usage: python -m loadtest COMMAND [options]", *lines]), file=sys.stderr)
+        print("\n".join(["usage: python -m flightline.loadtest COMMAND [options]", *lines]), file=sys.stderr)
         return 2
     own = COMMANDS[name][1]
     return own(arguments) if own else commands.main(name, arguments)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

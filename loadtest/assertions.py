@@ -6,7 +6,7 @@ import operator
 import re
 from dataclasses import dataclass
 
-from loadtest.config import ConfigError
+from flightline.loadtest.config import ConfigError
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "%": 0.01}

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadtest.live import MAX_CPU, MAX_LAG_MS
-from loadtest.metrics import Summary, Window
-from loadtest.records import ClientSample, RequestRecord
+from flightline.loadtest.definitions import STEADY_SPREAD
+from flightline.loadtest.live import MAX_CPU, MAX_LAG_MS
+from flightline.loadtest.metrics import Summary, Window
+from flightline.loadtest.records import ClientSample, RequestRecord
 
 MAX_ERROR_SHARE = 0.001
 MAX_SHARE_OF_TTFT = 0.05
@@ -114,7 +115,7 @@ def client_reasons(health: ClientHealth, summary: Summary, ceiling: Ceiling | No
 
 
 def request_reasons(name: str, records: Sequence[RequestRecord], *, unique: bool) -> list[str]:
-    """Whether the requests were answered, as they were meant to be.
+    """Whether the requests were answered, as they were meant to be, also by the server's own times and counts.
 
     Args:
         unique: No prompt shares its beginning with another, so that no prefix cache should have helped.
@@ -126,13 +127,9 @@ def request_reasons(name: str, records: Sequence[RequestRecord], *, unique: bool
     wrong = [record for record in records if record.error is None and record.problem]
     if wrong:
         reasons.append(f"{name}: {len(wrong)} answers of the wrong length: {wrong[0].problem}")
-    return reasons + server_reasons(name, records, unique=unique)
-
-
-def server_reasons(name: str, records: Sequence[RequestRecord], *, unique: bool) -> list[str]:
-    """What the server's own times and counts say against the records; ``unique`` as for :func:`request_reasons`."""
-    reasons = []
-    reused = [r for r in records if (r.server_times_ns or {}).get("kv_cache_reused_blocks")]
+    reused = [
+        r for r in records if r.cached_tokens or (r.server_times_ns or {}).get("kv_cache_reused_blocks")
+    ]
     if unique and len(reused) > MAX_REUSED_SHARE * len(records):
         reasons.append(
             f"{name}: {len(reused)} of {len(records)} prompts came in part from the server's prefix cache, though "
@@ -197,8 +194,21 @@ def _overlap_ns(record: RequestRecord, start_ns: int, end_ns: int) -> int:
     return max(0, min(last, end_ns) - max(record.start_ns, start_ns))
 
 
+def unsteady_reasons(name: str, rates: Sequence[float | None]) -> list[str]:
+    """Whether repeats under one load gave the same output tokens/s; if not, the run is UNSTEADY."""
+    known = [rate for rate in rates if rate]
+    if not known or max(known) <= STEADY_SPREAD * min(known):
+        return []
+    return [
+        f"the repeats of {name} gave {', '.join(f'{rate:.1f}' for rate in known)} tokens/s, a spread of "
+        f"{max(known) / min(known):.2f} (at most {STEADY_SPREAD:g} is steady): see what else runs here, and run again"
+    ]
+
+
 def shape_reasons(name: str, summary: Summary) -> list[str]:
     """Whether there is anything to believe."""
     if summary.output_tokens_per_s is None:
-        return [f"{name}: fewer than two requests were answered in the steady part: raise SECONDS"]
+        return [
+            f"{name}: fewer than two requests were answered in the steady part: raise SECONDS or BUDGET_S"
+        ]
     return []

@@ -1,6 +1,6 @@
 """A null server that sends the tokens of one step to all requests in one write, like in-flight batching does.
 
-``python -m loadtest.burst_server --step-ms 20``
+``python -m flightline.loadtest.burst_server --step-ms 20``
 
 What a client can take in depends on how tokens arrive: a hundred in one packet cost a fraction of a hundred packets.
 gRPC's own Python server sends every message by itself and needs more CPU for it than the client does, so a ceiling
@@ -18,7 +18,7 @@ from collections import deque
 
 from tritonclient.grpc import service_pb2
 
-from loadtest.null_server import ResponseWriter, Served, read_inputs
+from flightline.loadtest.null_server import ResponseWriter, Served, read_inputs
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
@@ -180,7 +180,7 @@ async def serve(port: int, ttft_s: float, step_s: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.burst_server")
+    parser = argparse.ArgumentParser(prog="python -m flightline.loadtest.burst_server")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ttft-ms", type=float, default=100.0)
     parser.add_argument("--step-ms", type=float, default=20.0)

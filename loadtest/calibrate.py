@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from client import wire
-from loadtest.audit import Ceiling
-from loadtest.conditions import PROJECT
-from loadtest.options import Arm, LoadOptions
-from loadtest.report import number
-from loadtest.trial import Level, LoadError, Outcome, Trial, run_trial
+from flightline.client import wire
+from flightline.loadtest.audit import Ceiling
+from flightline.loadtest.conditions import PROJECT
+from flightline.loadtest.null_openai import MODEL
+from flightline.loadtest.options import Arm, LoadOptions
+from flightline.loadtest.trial import Level, LoadError, Outcome, Trial, run_trial
+from flightline.loadtest.words import number
 
 STREAMS = 256
 STEP_S = 0.020
@@ -31,22 +32,21 @@ LENGTHS = "uniform:60:140"
 SETTLED_S = 1.0
 
 
-def calibrate(seconds: float, work: Path, say: Callable[[str], None]) -> Ceiling:
+def calibrate(seconds: float, work: Path, say: Callable[[str], None], openai: bool = False) -> Ceiling:
     """Measures one worker under 256 streams of 50 tokens/s that come in steps; the server is a process of its own.
+
+    Args:
+        openai: Over HTTP, and not over gRPC.
 
     Raises:
         LoadError: the load generator did not run.
     """
-    folder = work / "calibration"
+    folder = work / ("calibration-openai" if openai else "calibration")
     folder.mkdir()
+    program, step = ("null_openai", "--step --tpot-ms") if openai else ("burst_server", "--step-ms")
+    options = [f"--ttft-ms={1e3 * TTFT_S:g}", *f"{step}={1e3 * STEP_S:g}".split()]
     server = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "loadtest.burst_server",
-            f"--ttft-ms={1e3 * TTFT_S:g}",
-            f"--step-ms={1e3 * STEP_S:g}",
-        ],
+        [sys.executable, "-m", f"flightline.loadtest.{program}", *options],
         stdout=subprocess.PIPE,
         text=True,
         cwd=PROJECT,
@@ -54,12 +54,8 @@ def calibrate(seconds: float, work: Path, say: Callable[[str], None]) -> Ceiling
     try:
         assert server.stdout is not None
         url = server.stdout.readline().rpartition(" ")[2].strip()
-        trial = Trial(
-            "calibration",
-            Arm("null", url, wire.TEXT_GENERATION),
-            Level(STREAMS),
-            math.ceil(seconds) + SETTLED_S,
-        )
+        arm = Arm("null", url, MODEL if openai else wire.TEXT_GENERATION, token_ids=openai)
+        trial = Trial("calibration", arm, Level(STREAMS), math.ceil(seconds) + SETTLED_S)
         outcome = run_trial(trial, LoadOptions(output_tokens=LENGTHS), folder, lambda line: None)
     finally:
         server.terminate()
@@ -67,10 +63,15 @@ def calibrate(seconds: float, work: Path, say: Callable[[str], None]) -> Ceiling
     if outcome.failure:
         raise LoadError(f"calibration: {outcome.failure}")
     ceiling = ceiling_of(outcome)
+    late = (
+        f", tokens are {number(ceiling.delay_p99_ms)} ms late at p99"
+        if ceiling.delay_p99_ms is not None
+        else ""
+    )
     say(
-        f"calibration: one worker of this load generator takes in {ceiling.tokens_per_s:.0f} tokens/s at a full core "
-        f"({ceiling.us_per_token:.0f} us each; at {ceiling.measured_per_s:.0f} tokens/s from {STREAMS} streams, "
-        f"tokens are {number(ceiling.delay_p99_ms)} ms late at p99)"
+        f"calibration{' over HTTP' if openai else ''}: one worker of this load generator takes in "
+        f"{ceiling.tokens_per_s:.0f} tokens/s at a full core ({ceiling.us_per_token:.0f} us each; "
+        f"at {ceiling.measured_per_s:.0f} tokens/s from {STREAMS} streams{late})"
     )
     return ceiling
 
@@ -108,13 +109,14 @@ def ceiling_of(outcome: Outcome) -> Ceiling:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m loadtest calibrate [--seconds 10]``: prints the ceiling."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest calibrate", description=__doc__)
+    """``python -m flightline.loadtest calibrate [--seconds 10] [--openai]``: prints the ceiling."""
+    parser = argparse.ArgumentParser(prog="python -m flightline.loadtest calibrate", description=__doc__)
     parser.add_argument("--seconds", type=float, default=8.0)
-    seconds = parser.parse_args(arguments).seconds
+    parser.add_argument("--openai", action="store_true", help="over HTTP, as OpenAI servers are asked")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            calibrate(seconds, Path(folder), lambda line: print(line, flush=True))
+            calibrate(options.seconds, Path(folder), lambda line: print(line, flush=True), options.openai)
         except LoadError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

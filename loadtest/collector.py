@@ -16,8 +16,15 @@ import gevent
 from locust.env import Environment
 from locust.runners import MasterRunner
 
-from loadtest.live import Live
-from loadtest.records import CLIENTS, RECORDS_FULL_STATUS, WORKERS, ClientSample, JsonLines, RecordsFull
+from flightline.loadtest.live import Live
+from flightline.loadtest.records import (
+    CLIENTS,
+    RECORDS_FULL_STATUS,
+    WORKERS,
+    ClientSample,
+    JsonLines,
+    RecordsFull,
+)
 
 FINISH_S = 20.0
 HOPELESS_S, HOPELESS_ERRORS = 10.0, 20

@@ -1,7 +1,7 @@
-"""``python -m loadtest run | compare | sweep | search``: what each does with an experiment.
+"""``python -m flightline.loadtest run | compare | bench | sweep | search``: what each does with an experiment.
 
-Exit status: 0 the run is VALID and every assertion holds, 1 it is INVALID or could not be done, 2 a setting is
-wrong, 3 an assertion does not hold, 130 Ctrl-C before anything was measured.
+Exit status: 0 the run is VALID and every assertion holds, 1 it is INVALID, UNSTEADY or could not be done, 2 a setting
+is wrong, 3 an assertion does not hold, 130 Ctrl-C before anything was measured.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from client import ClientError, wire
-from loadtest import comparison, output
-from loadtest.calibrate import calibrate
-from loadtest.config import ConfigError
-from loadtest.experiment import Experiment
-from loadtest.options import (
+from flightline.client import ClientError, wire
+from flightline.loadtest import comparison, output
+from flightline.loadtest.calibrate import calibrate
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.experiment import Experiment
+from flightline.loadtest.options import (
     Arm,
+    BenchOptions,
     CompareOptions,
     LoadOptions,
     RunOptions,
@@ -32,15 +34,16 @@ from loadtest.options import (
     parse_arms,
     parse_levels,
 )
-from loadtest.plan import BLOCK_OVERHEAD_S
-from loadtest.records import RecordsFull
-from loadtest.result import Cell, Result, Search
-from loadtest.saved import Saved
-from loadtest.target import TargetError, target
-from loadtest.telemetry import Sampler
-from loadtest.trial import Level, LoadError
+from flightline.loadtest.plan import Key, Pace, Plan, plan
+from flightline.loadtest.records import RecordsFull
+from flightline.loadtest.result import Cell, Result, Search
+from flightline.loadtest.saved import Saved
+from flightline.loadtest.slo import Slo
+from flightline.loadtest.target import TargetError, target
+from flightline.loadtest.telemetry import Sampler
+from flightline.loadtest.trial import Level, LoadError
+from flightline.loadtest.words import number
 
-MIN_ROUNDS = 2
 START_ALLOWANCE_S = 3.0
 
 
@@ -53,10 +56,14 @@ def main(command: str, arguments: list[str]) -> int:
         options_of: dict[str, type[LoadOptions]] = {
             "run": RunOptions,
             "compare": CompareOptions,
+            "bench": BenchOptions,
             "sweep": SweepOptions,
             "search": SearchOptions,
         }
         options = options_of[command].from_arguments(command, arguments)
+        if isinstance(options, BenchOptions):
+            options = options.compared()
+            say(f"BUDGET_S={options.budget_s:g}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,11 +71,15 @@ def main(command: str, arguments: list[str]) -> int:
     body: Callable[[Experiment], Result] = {
         "run": run,
         "compare": lambda experiment: compare(experiment, started_s),
+        "bench": lambda experiment: compare(experiment, started_s, kind="bench"),
         "sweep": sweep,
         "search": search,
     }[command]
     try:
         return conduct(options, body)
+    except ConfigError as error:  # a setting that only the server shows to be wrong
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (LoadError, TargetError, ClientError, RecordsFull, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -79,24 +90,42 @@ def main(command: str, arguments: list[str]) -> int:
 
 def conduct(options: LoadOptions, body: Callable[[Experiment], Result]) -> int:
     """Server, calibration, the command's trials, and the report."""
+    contestants = _arms(options)
+    baseline = any(arm.endpoint == wire.HF_BASELINE for arm in contestants)
     reports = Path(options.reports).resolve()
-    reports.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
-    work.chmod(0o755)
-    try:
-        ceiling = calibrate(options.calibrate_s, work, say) if options.calibrate_s else None
-        contestants = _arms(options)
-        baseline = any(arm.endpoint == wire.HF_BASELINE for arm in contestants)
-        with target(options.url or _first_url(options), options.build_dir, say, baseline=baseline) as server:
-            arms = [replace(arm, url=arm.url or server.url) for arm in contestants]
+    with working_folder(reports) as work:
+        protocols = sorted({arm.openai for arm in contestants}) if options.calibrate_s else []
+        ceilings = [calibrate(options.calibrate_s, work, say, openai) for openai in protocols]
+        ceiling = min(ceilings, key=lambda found: found.tokens_per_s, default=None)
+        url = options.url or next((arm.url for arm in contestants if arm.url and not arm.openai), "")
+        if not url and all(arm.url for arm in contestants):
+            url = contestants[0].url  # no Triton is needed
+        with target(url, options.build_dir, say, baseline=baseline) as server:
+            arms = [replace(arm, url=arm.url or server.url, api=options.openai_api) for arm in contestants]
             metrics_url = options.metrics_url or server.metrics_url
             with Sampler(server.pids, metrics_url, options.dcgm_url) as sampler:
                 experiment = Experiment(options, arms, server, sampler, work, say, ceiling)
                 experiment.check_ready()
+                experiment.check_prompts()
                 result = experiment.checked(body(experiment))
-        folder = output.publish(result, work, reports, datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
+        return publish(result, work, reports)
+
+
+@contextmanager
+def working_folder(reports: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, unless it was published."""
+    reports.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
+    work.chmod(0o755)
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(result: Result, work: Path, reports: Path) -> int:
+    """Writes and prints the report; returns the exit status."""
+    folder = output.publish(result, work, reports, datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
     print(output.console(result, folder))
     return result.status
 
@@ -112,26 +141,14 @@ def compare_saved(arguments: list[str]) -> int:
     folders = [Path(folder) for folder in arguments]
     result = comparison.merge([Saved.load(folder) for folder in folders])
     reports = folders[1].resolve().parent
-    work = Path(tempfile.mkdtemp(prefix=".running-", dir=reports))
-    work.chmod(0o755)
-    try:
-        folder = output.publish(result, work, reports, datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    print(output.console(result, folder))
-    return result.status
-
-
-def _first_url(options: LoadOptions) -> str:
-    """An address among the arms: then no server is started here."""
-    arms = parse_arms(getattr(options, "arms", ""), "")
-    return next((arm.url for arm in arms if arm.url), "")
+    with working_folder(reports) as work:
+        return publish(result, work, reports)
 
 
 def _arms(options: LoadOptions) -> list[Arm]:
     """Addresses that are empty are those of the target."""
     if isinstance(options, RunOptions | SearchOptions):
-        return [Arm(options.endpoint, "", options.endpoint)]
+        return parse_arms(options.endpoint, "")
     given = parse_arms(getattr(options, "arms", ""), "")
     if given:
         return given
@@ -153,59 +170,55 @@ def run(experiment: Experiment) -> Result:
     return experiment.result("run", f"{arm.label}, {level.label}")
 
 
-def compare(experiment: Experiment, started_s: float) -> Result:
+def compare(experiment: Experiment, started_s: float, kind: str = "compare") -> Result:
     """All arms at all levels in interleaved rounds: A B, B A, A B, ...: drift hits both alike."""
-    options, arms = experiment.options, experiment.arms
+    options, arms = experiment.options, {arm.label: arm for arm in experiment.arms}
     assert isinstance(options, CompareOptions)
-    levels = [Level(concurrency=c) for c in concurrencies("levels", options.levels)]
-    lengths = {}
-    for arm in arms:
-        for level in levels:
-            pace = experiment.warm_up(arm, level.concurrency)
-            lengths[arm, level] = pace.block_s(level.concurrency), pace.block_s(level.concurrency, short=True)
-            say(f"warm-up of {arm.label}, {level.label}: a block needs {lengths[arm, level][0]:.0f} s")
+    levels = {level.label: level for level in map(Level, concurrencies("levels", options.levels))}
+    paces = {}
+    for contestant in arms.values():
+        for load in levels.values():
+            pace = paces[contestant.label, load.label] = experiment.warm_up(contestant, load.concurrency)
+            say(
+                f"warm-up of {contestant.label}, {load.label}: the requests take about {number(pace.wave_s)} s"
+            )
     left_s = options.budget_s - (time.monotonic() - started_s) - START_ALLOWANCE_S
-    seconds, rounds = plan(lengths, options.rounds, left_s)
-    total_s = rounds * sum(length + BLOCK_OVERHEAD_S for length in seconds.values())
-    say(f"plan: {rounds} rounds of {len(seconds)} blocks, {total_s:.0f} s")
-    if total_s > left_s + 1:
-        say(
-            f"{MIN_ROUNDS} short rounds do not fit BUDGET_S={options.budget_s:g} at this load; "
-            f"they are done all the same"
-        )
-    for number in range(1, rounds + 1):
-        order = arms if number % 2 else list(reversed(arms))
-        for level in levels:
-            for arm in order:
-                experiment.run(arm, level, seconds[arm, level], number)
+    lengths = {}
+    for (arm, level), pace in paces.items():
+        users = levels[level].concurrency
+        lengths[arm, level] = pace.block_s(users), pace.block_s(users, short=True)
+    chosen = plan(lengths, options.rounds, options.full_rounds, left_s)
+    if options.stretch:
+        chosen = chosen.stretched(left_s)
+    _tell(chosen, paces, options.budget_s, left_s)
+    for round_, order in enumerate(chosen.orders(list(arms)), 1):
+        for load in levels.values():
+            for label in order:
+                experiment.run(arms[label], load, chosen.seconds[label, load.label], round_)
                 if experiment.outcomes[-1].failure:
-                    return _compared(experiment)
-    return _compared(experiment)
+                    return compared(experiment, kind)
+    return compared(experiment, kind)
 
 
-def plan(
-    lengths: dict[tuple[Arm, Level], tuple[float, float]], rounds: int, budget_s: float
-) -> tuple[dict[tuple[Arm, Level], float], int]:
-    """Seconds of each block and the number of rounds that the budget holds; at least two, if it must be short ones.
-
-    Args:
-        lengths: (full, short) seconds of a block of each arm and level; a short one shows no latency of a
-            server that answers one by one.
-    """
-    full, short = ({key: both[i] for key, both in lengths.items()} for i in (0, 1))
-    for seconds, least in ((full, min(rounds, 3)), (short, MIN_ROUNDS)):
-        round_s = sum(length + BLOCK_OVERHEAD_S for length in seconds.values())
-        fitting = min(rounds, int(budget_s // round_s))
-        if fitting >= least:
-            return {key: float(round(length)) for key, length in seconds.items()}, fitting
-    round_s = sum(length + BLOCK_OVERHEAD_S for length in full.values())
-    chosen = full if budget_s >= MIN_ROUNDS * round_s else short
-    return {key: float(round(length)) for key, length in chosen.items()}, MIN_ROUNDS
+def _tell(chosen: Plan, paces: dict[Key, Pace], budget_s: float, left_s: float) -> None:
+    """What will be done, and what the budget is too short for."""
+    blocks = ", ".join(f"{arm} {seconds} s at {level}" for (arm, level), seconds in chosen.seconds.items())
+    say(f"plan: {chosen.rounds} round(s) of {blocks}: {chosen.total_s:.0f} s")
+    if chosen.total_s > left_s + 1:
+        say(f"the shortest plan does not fit BUDGET_S={budget_s:g} at this load; it is done all the same")
+    for (arm, level), pace in paces.items():
+        if not pace.shows_latency(chosen.seconds[arm, level]):
+            about = f"about {number(pace.wave_s)} s each"
+            say(f"BUDGET_S={budget_s:g} is too short for latencies of {arm}, {level} ({about})")
 
 
-def _compared(experiment: Experiment) -> Result:
+def compared(experiment: Experiment, kind: str) -> Result:
+    """What the trials of a comparison found."""
     labels = [arm.label for arm in experiment.arms]
-    result = experiment.result("compare", " against ".join(reversed(labels)))
+    result = experiment.result(kind, " against ".join(reversed(labels)))
+    result.cells.sort(
+        key=lambda cell: (cell.x or 0, labels.index(cell.arm))
+    )  # a lone round begins with the last
     result.comparisons = comparison.compare(result, labels)
     result.limits += comparison.limits(result)
     return result
@@ -219,9 +232,9 @@ def sweep(experiment: Experiment) -> Result:
     levels = [Level(concurrency=c) for c in counts] or [Level(rate=f"{rate:g}") for rate in rates]
     for arm in experiment.arms:
         experiment.warm_up(arm, min(counts or [4]))
-        for number, level in enumerate(levels, 1):
-            say(f"{arm.label}: level {number} of {len(levels)}")
-            if counts and number > 1:
+        for place, level in enumerate(levels, 1):
+            say(f"{arm.label}: level {place} of {len(levels)}")
+            if counts and place > 1:
                 experiment.warm_up(arm, level.concurrency)
             experiment.run(arm, level, options.seconds)
             cell = experiment.cells()[-1]
@@ -258,7 +271,7 @@ def search(experiment: Experiment) -> Result:
             bad = rate
         say(f"{rate:.4g} requests/s {'hold' if good == rate else 'break'} the SLO ({_attained(cell)})")
         if good is not None and bad is not None and bad / good <= 1 + options.precision:
-            limit = f"PRECISION={options.precision:g}"
+            limit = f"SEARCH_PRECISION={options.precision:g}"
             break
         if bad is not None and good is None and rate <= options.start / 2**6:
             limit = "even the lowest rate breaks the SLO"
@@ -283,8 +296,6 @@ def search(experiment: Experiment) -> Result:
 
 def holds(cell: Cell, options: LoadOptions) -> bool:
     """The share is taken as it is: a trial of a search has seldom the samples that would make a p99 certain."""
-    from loadtest.slo import Slo
-
     attained = cell.summary.attained
     return (
         not cell.over_capacity and attained is not None and attained >= Slo.parse(options.slo).percent / 100

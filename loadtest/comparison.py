@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loadtest.confidence import Ratio, bootstrap_ratio, paired_ratio
-from loadtest.config import ConfigError
-from loadtest.result import Cell, Comparison, Result, TrialResult
-from loadtest.saved import Saved
+from flightline.loadtest.confidence import Ratio, bootstrap_ratio, ratio_of_rounds
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.definitions import P50_SAMPLES
+from flightline.loadtest.result import Cell, Comparison, Result, TrialResult
+from flightline.loadtest.saved import Saved
 
 METRICS = {
     "output_tokens_per_s": "output_tokens_per_s",
@@ -35,8 +36,9 @@ def compare(result: Result, labels: Sequence[str]) -> list[Comparison]:
         for level in dict.fromkeys(cell.level for cell in mine[first]):
             if any(cell.level == level for cell in mine[second]):
                 found += [_at(result, level, first, second, metric) for metric in METRICS]
-        found += _at_best(result, mine[first], mine[second], first, second)
-        found += _at_slo(result, mine[first], mine[second], first, second)
+        if max(map(len, mine.values())) > 1:  # else there is no level to choose
+            found += _at_best(result, mine[first], mine[second], first, second)
+            found += _at_slo(result, mine[first], mine[second], first, second)
     return found
 
 
@@ -49,16 +51,24 @@ def _comparison(
 ) -> Comparison:
     """``one`` and ``other`` are (contestant, level)."""
     field = METRICS[metric]
-    series = [_by_round(result.trials, *where, field) for where in (one, other)]
-    rounds = sorted(set(series[0]) & set(series[1]))
-    faster_is_less = metric != "output_tokens_per_s"
-    pairs = [(series[0][r], series[1][r]) if faster_is_less else (series[1][r], series[0][r]) for r in rounds]
+    ours, theirs = (_by_round(result.trials, *where, field) for where in (one, other))
+    less_is_better = metric != "output_tokens_per_s"
+    rounds = [
+        [(a, b) if less_is_better else (b, a) for a in ours[number] for b in theirs[number]]
+        for number in sorted(set(ours) & set(theirs))
+    ]
     a, b = (_pooled(result.cells, *where, metric) for where in (one, other))
-    return Comparison(metric, condition, one[0], other[0], a, b, paired_ratio(pairs), note)
+    return Comparison(metric, condition, one[0], other[0], a, b, ratio_of_rounds(rounds), note)
 
 
-def _by_round(trials: Sequence[TrialResult], arm: str, level: str, field: str) -> dict[int, float | None]:
-    return {t.round: getattr(t, field) for t in trials if t.arm == arm and t.level == level}
+def _by_round(
+    trials: Sequence[TrialResult], arm: str, level: str, field: str
+) -> dict[int, list[float | None]]:
+    found: dict[int, list[float | None]] = {}
+    for trial in trials:
+        if (trial.arm, trial.level) == (arm, level):
+            found.setdefault(trial.round, []).append(getattr(trial, field))
+    return found
 
 
 def _pooled(cells: Sequence[Cell], arm: str, level: str, metric: str) -> float | None:
@@ -114,7 +124,8 @@ def limits(result: Result) -> list[str]:
     for cell in result.cells:
         if cell.summary.output_tokens_per_s is not None and cell.summary.e2e_s.p50 is None:
             lines.append(
-                f"no latency of {cell.arm} at {cell.level} (n={cell.summary.e2e_s.n}): raise BUDGET_S"
+                f"no latency of {cell.arm} at {cell.level} ({cell.summary.e2e_s.n} of its requests began and ended in "
+                f"the windows, a median needs {P50_SAMPLES}): raise BUDGET_S"
             )
     return lines
 
@@ -137,6 +148,7 @@ def merge(saved: Sequence[Saved]) -> Result:
         kind="compare",
         title=f"{other.name} against {one.name}",
         reasons=[f"{run.name}: {reason}" for run in saved for reason in run.result.reasons],
+        unsteady=[f"{run.name}: {reason}" for run in saved for reason in run.result.unsteady],
         notes=[
             "Two saved runs: not interleaved, so the ratios hold what else happened on the machine.",
             *(f"{run.name}: {note}" for run in saved for note in run.result.notes),

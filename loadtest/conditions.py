@@ -12,12 +12,11 @@ from pathlib import Path
 
 import psutil
 
-from loadtest.config import BenchConfig
-from loadtest.options import LoadOptions
-from loadtest.telemetry import Gpus
+from flightline.deployment import FILE
+from flightline.loadtest.options import LoadOptions
+from flightline.loadtest.telemetry import Gpus
 
 PROJECT = Path(__file__).resolve().parents[1]
-DEPLOYMENT_FILE = "deployment.json"
 PACKAGES = (
     "torch", "transformers", "tokenizers", "numpy", "nvidia-modelopt", "nvidia-pytriton", "tritonclient",
     "grpcio", "locust",
@@ -27,7 +26,7 @@ PACKAGES = (
 def deployment(build_dir: Path) -> dict:
     """What ``make build-engines`` left for servers and clients; empty if nothing is built."""
     try:
-        return json.loads((build_dir / DEPLOYMENT_FILE).read_text(encoding="utf-8"))
+        return json.loads((build_dir / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
 
@@ -37,12 +36,11 @@ def cores() -> int:
     return psutil.cpu_count() or 1
 
 
-def gather(config: BenchConfig | LoadOptions, gpus: Gpus, deployed: dict) -> dict:
+def gather(options: LoadOptions, gpus: Gpus, deployed: dict) -> dict:
     """Everything but the measurements; ``deployed`` is empty if the server was started elsewhere."""
     return {
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "settings": asdict(config),
-        "load": "closed loop, streaming, output length forced with min_tokens = max_tokens, greedy",
+        "settings": asdict(options),
         "model": deployed.get("model"),
         "lane": deployed.get("lane"),
         "precision": deployed.get("precision"),

@@ -30,13 +30,16 @@ def samples_needed(percent: float) -> int:
 
 @dataclass(frozen=True)
 class Ratio:
-    """First against second, more than 1 is better, with the interval that holds the true one with 95 %."""
+    """First against second, more than 1 is better, with the interval that holds the true one with 95 %.
+
+    Of a lone round (``n`` is 1) there is no such interval; ``low`` and ``high`` are the quotients of its pairs.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     n: int = 0
-    """Pairs of repeats behind it."""
+    """Rounds, or samples, behind it."""
     method: str = ""
 
     @property
@@ -45,17 +48,34 @@ class Ratio:
         return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
 
 
-def paired_ratio(pairs: Sequence[tuple[float | None, float | None]]) -> Ratio:
-    """Geometric mean of the pairs' ratios, with Student's t interval of their logarithms."""
-    logs = [math.log(a / b) for a, b in pairs if a and b and a > 0 and b > 0]
+Pair = tuple[float | None, float | None]
+
+
+def ratio_of_rounds(rounds: Sequence[Sequence[Pair]]) -> Ratio:
+    """Geometric mean of the rounds' ratios, with Student's t interval of their logarithms.
+
+    Args:
+        rounds: The pairs of neighbours in each. One round alone has no interval; of several pairs in it, ``low`` and
+            ``high`` are the extremes.
+    """
+    quotients = [[a / b for a, b in pairs if a and b and a > 0 and b > 0] for pairs in rounds]
+    logs = [[math.log(quotient) for quotient in one] for one in quotients if one]
     if not logs:
         return Ratio(None)
-    mean = sum(logs) / len(logs)
-    if len(logs) < 2:
-        return Ratio(math.exp(mean), n=1, method="one pair: no interval")
-    half = stdtrit(len(logs) - 1, 0.5 + CONFIDENCE / 2) * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-    low, high = math.exp(mean - half), math.exp(mean + half)
-    return Ratio(math.exp(mean), low, high, len(logs), "t interval over pairs of neighbouring repeats")
+    means = [sum(one) / len(one) for one in logs]
+    mean = sum(means) / len(means)
+    if len(means) > 1:
+        half = (
+            stdtrit(len(means) - 1, 0.5 + CONFIDENCE / 2)
+            * float(np.std(means, ddof=1))
+            / math.sqrt(len(means))
+        )
+        low, high = math.exp(mean - half), math.exp(mean + half)
+        return Ratio(math.exp(mean), low, high, len(means), "t interval over rounds of neighbouring repeats")
+    if len(logs[0]) > 1:
+        low, high = math.exp(min(logs[0])), math.exp(max(logs[0]))
+        return Ratio(math.exp(mean), low, high, 1, "one round: its quotients")
+    return Ratio(math.exp(mean), n=1, method="one pair: no interval")
 
 
 def bootstrap_ratio(

@@ -13,22 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from client import ClientError, wire
-from client.sync import Client
-from loadtest import audit, conditions
-from loadtest.assertions import parse_all
-from loadtest.metrics import Summary, latency_sample, summarise, tokens_in
-from loadtest.options import Arm, LoadOptions
-from loadtest.plan import Pace
-from loadtest.records import RequestRecord
-from loadtest.result import Cell, Result, TrialResult, curve, knee, slo_held
-from loadtest.saved import REQUESTS
-from loadtest.slo import Slo
-from loadtest.target import Target
-from loadtest.telemetry import SERIES, Sampler
-from loadtest.trial import Level, Outcome, Trial, run_trial
-from loadtest.warmup import wait_until_idle, warm_up
-from loadtest.workload import Workload
+from flightline.client import ClientError, wire
+from flightline.loadtest import audit, conditions, openai_probe
+from flightline.loadtest.assertions import parse_all
+from flightline.loadtest.metrics import Summary, latency_sample, summarise, tokens_in
+from flightline.loadtest.options import Arm, LoadOptions
+from flightline.loadtest.plan import Pace
+from flightline.loadtest.records import RequestRecord
+from flightline.loadtest.result import Cell, Result, TrialResult, curve, knee, slo_held
+from flightline.loadtest.saved import REQUESTS
+from flightline.loadtest.slo import Slo
+from flightline.loadtest.target import Target
+from flightline.loadtest.telemetry import SERIES, Sampler
+from flightline.loadtest.trial import Level, Outcome, Trial, run_trial
+from flightline.loadtest.warmup import check_ready, require_new_prompts, wait_until_idle, warm_up
+from flightline.loadtest.workload import Workload
 
 TIMELINE_POINTS = 240
 MIN_TRIAL_SAMPLES = 3
@@ -49,7 +48,7 @@ class Experiment:
         ceiling: audit.Ceiling | None,
     ) -> None:
         self.options = options
-        self.arms = arms
+        self.arms = list(arms)
         self.server = server
         self.sampler = sampler
         self.work = work
@@ -62,8 +61,13 @@ class Experiment:
         self._number = 0
 
     def _offset(self, arm: Arm) -> int:
-        """Two endpoints of one engine get different prompts: the second would find the first's in its cache."""
-        engine = [one for one in self.arms if one.url == arm.url and one.endpoint != wire.HF_BASELINE]
+        """Two endpoints of one engine get different prompts: the second would find the first's in its cache.
+
+        What is behind an OpenAI server may be the engine of any other contestant.
+        """
+        anywhere = any(one.openai for one in self.arms)
+        candidates = [one for one in self.arms if one.endpoint != wire.HF_BASELINE]
+        engine = [one for one in candidates if anywhere or one.url == arm.url]
         return PROMPTS_APART * engine.index(arm) if arm in engine else 0
 
     @property
@@ -73,15 +77,29 @@ class Experiment:
 
     def check_ready(self) -> None:
         """Raises ClientError: an endpoint is not there."""
-        for arm in self.arms:
-            with Client(arm.url, arm.endpoint) as client:
-                client.check_ready()
+        for place, arm in enumerate(self.arms):
+            if arm.openai:
+                exact, token_ids = not self.options.natural_length, bool(self.options.token_ids)
+                self.arms[place] = openai_probe.check_ready(
+                    arm, exact=exact, token_ids=token_ids, say=self.say
+                )
+            else:
+                check_ready(arm)
+
+    def check_prompts(self) -> None:
+        """Raises ConfigError: an engine has seen the prompts of this seed, which should all be new to it."""
+        if not self._unique:
+            return
+        # Once an engine, since the second contestant would find the first's prompt there.
+        engines = {arm.url: arm for arm in self.arms if arm.endpoint != wire.HF_BASELINE}
+        for index, arm in enumerate(engines.values()):  # two addresses may lead to one engine
+            require_new_prompts(arm, self.workload.prompt, self.options.seed, index)
 
     def warm_up(self, arm: Arm, concurrency: int) -> Pace:
         """Brings the endpoint to working temperature under this load, and tells how fast it is."""
-        asks = _Prompts(self.workload)
-        pace = warm_up(arm.url, arm.endpoint, asks, concurrency, self.workload.typical_output)  # type: ignore[arg-type]
-        wait_until_idle(arm.url, arm.endpoint)
+        exact, length = not self.options.natural_length, self.workload.typical_output
+        pace = warm_up(arm, self.workload.prompt, concurrency, length, exact=exact)
+        wait_until_idle(arm)
         return pace
 
     def run(self, arm: Arm, level: Level, seconds: float, round_: int = 1) -> Outcome:
@@ -93,7 +111,7 @@ class Experiment:
         self.outcomes.append(outcome)
         if outcome.failure is None:
             try:
-                wait_until_idle(arm.url, arm.endpoint)
+                wait_until_idle(arm)
             except ClientError as error:
                 outcome.failure = str(error)
         summary = self.summary([outcome])
@@ -179,6 +197,13 @@ class Experiment:
                 reasons.append(f"{label}: heat or power slowed the GPU down")
         return list(dict.fromkeys(reasons))
 
+    def _unsteady(self, cells: Sequence[Cell], trials: Sequence[TrialResult]) -> list[str]:
+        reasons = []
+        for cell in cells:
+            mine = [t.output_tokens_per_s for t in trials if (t.arm, t.level) == (cell.arm, cell.level)]
+            reasons += audit.unsteady_reasons(f"{cell.arm} at {cell.level}", mine)
+        return reasons
+
     @property
     def _unique(self) -> bool:
         return not self.workload.shares_prefixes and self.workload.distinct is None
@@ -186,6 +211,7 @@ class Experiment:
     def result(self, kind: str, title: str, *, overload_is_a_result: bool = False) -> Result:
         """Everything but what only the command knows."""
         cells = self.cells()
+        trials = [self._trial(outcome) for outcome in self.outcomes]
         self._write_requests()
         labels = list(dict.fromkeys(cell.arm for cell in cells))
         knees = {label: knee([cell for cell in cells if cell.arm == label]) for label in labels}
@@ -194,12 +220,13 @@ class Experiment:
             title=title,
             created=datetime.now().astimezone().isoformat(timespec="seconds"),
             reasons=self.reasons(cells, overload_is_a_result=overload_is_a_result),
+            unsteady=self._unsteady(cells, trials),
             limits=[],
             notes=self._notes(cells),
             slo=self.slo,
             ceiling=self.ceiling,
             cells=cells,
-            trials=[self._trial(outcome) for outcome in self.outcomes],
+            trials=trials,
             knees={label: found.level for label, found in knees.items() if found},
             timeline=self._timeline(),
             distributions=self._distributions(),
@@ -250,6 +277,7 @@ class Experiment:
             answered=summary.completed,
             cut_off=summary.cut_off,
             failed=summary.failed,
+            planned_s=outcome.trial.seconds,
         )
 
     def _notes(self, cells: Sequence[Cell]) -> list[str]:
@@ -268,6 +296,16 @@ class Experiment:
         if self.workload.distinct is not None and used > self.workload.distinct:
             repeated = f"{used} prompts were needed and the file has {self.workload.distinct}"
             lines.append(f"{repeated}: repeated ones may come from a prefix cache.")
+        for arm in self.arms:
+            if arm.openai:
+                counted = (
+                    "ids of the tokens"
+                    if arm.token_ids
+                    else "pieces of text, of which there are at most as many"
+                )
+                lines.append(
+                    f"Output tokens of {arm.label} are those of its usage, held against the {counted}."
+                )
         if self.sampler.gpus.missing:
             lines.append(f"GPU figures are n/a: {self.sampler.gpus.missing}.")
         lines += [f"{url} could not be read: {why}." for url, why in self.sampler.missing.items()]
@@ -287,7 +325,11 @@ class Experiment:
         loads += [f"trace {level.trace}" for level in levels if level.trace]
         given["load"] = f"{', '.join(loads)}; streaming, greedy; answers as long as asked for, {lengths}"
         given["workload"] = self.workload.describe()
-        given["arms"] = [asdict(arm) for arm in self.arms]
+        only_openai = ("api", "token_ids")
+        given["arms"] = [
+            {name: value for name, value in asdict(arm).items() if arm.openai or name not in only_openai}
+            for arm in self.arms
+        ]
         return given
 
     def _timeline(self) -> dict:
@@ -404,16 +446,6 @@ def _median(values: Sequence[float | None]) -> float | None:
     """Of one repeat, where fewer samples will do: its uncertainty shows in the spread of the repeats."""
     known = [value for value in values if value is not None]
     return float(np.median(known)) if len(known) >= MIN_TRIAL_SAMPLES else None
-
-
-class _Prompts:
-    """The workload's prompts alone, for the warm-up."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._workload = workload
-
-    def __getitem__(self, index: int) -> str:
-        return self._workload[index].prompt
 
 
 def _ms(seconds: float | None) -> str:

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from loadtest import chart
-from loadtest.chart import Line, Mark
-from loadtest.report import number
-from loadtest.result import DEFINITIONS, Comparison, Result
-from loadtest.words import (
+from flightline.loadtest import chart
+from flightline.loadtest.chart import Line, Mark
+from flightline.loadtest.definitions import DEFINITIONS
+from flightline.loadtest.result import Comparison, Result
+from flightline.loadtest.words import (
     AUDIT,
+    REPEATS,
     ROWS,
+    busy_cores,
     ceiling_text,
     comparison_title,
     flat,
+    interval_text,
+    number,
     ratio_text,
+    repeat_cells,
     rows_of,
     search_line,
     time_of,
@@ -56,7 +61,7 @@ def page(result: Result) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(result.title)}: {'VALID' if result.valid else 'INVALID'}</title>\n"
+        f"<title>{escape(result.title)}: {result.state}</title>\n"
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{''.join(filter(None, body))}</main>\n</body>\n</html>\n"
     )
 
@@ -70,7 +75,6 @@ def _section(title: str, *parts: str, about: str = "") -> str:
 
 
 def _head(result: Result) -> str:
-    word = "VALID" if result.valid else "INVALID"
     given = result.conditions
     served = " · ".join(str(given[name]) for name in ("model", "lane", "precision") if given.get(name))
     hardware = given.get("hardware") or {}
@@ -80,10 +84,10 @@ def _head(result: Result) -> str:
         machine = gpu if not gpu.startswith("no GPU") else f"{hardware['cores']} cores {hardware['cpu']}"
     facts = [*map(escape, filter(None, [served, machine, given.get("workload", "")]))]
     facts.append(f'<span class="whole">{escape(result.created.replace("T", " ")[:16])}</span>')
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in result.reasons)
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in [*result.reasons, *result.unsteady])
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in result.limits)
     return (
-        f'<header><p class="verdict {word.lower()}">{word}</p><h1>{escape(result.title)}</h1>'
+        f'<header><p class="verdict {result.state.lower()}">{result.state}</p><h1>{escape(result.title)}</h1>'
         f'<p class="facts">{" · ".join(facts)}</p>'
         + (f'<ul class="reasons">{reasons}</ul>' if reasons else "")
         + (f'<ul class="limits">{limits}</ul>' if limits else "")
@@ -111,10 +115,7 @@ def _tiles(result: Result) -> str:
         tiles.append((number(rate), "requests/s hold the SLO", result.slo.describe()))
     for found in result.comparisons:
         if found.metric == "output_tokens_per_s" and found.ratio.value:
-            interval = ""
-            if found.ratio.low:
-                interval = f", 95 %: {number(found.ratio.low)}–{number(found.ratio.high)}"
-            whose = f"{found.second} against {found.first}{interval}"
+            whose = f"{found.second} against {found.first}, {interval_text(found.ratio)}"
             tiles.append((f"{number(found.ratio.value)}×", comparison_title(found), whose))
     if not tiles and len(result.cells) == 1:
         (cell,) = result.cells
@@ -305,23 +306,8 @@ def _audit(result: Result) -> str:
 def _repeats(result: Result) -> str:
     if len(result.trials) < 2:
         return ""
-    head = (
-        "repeat",
-        "load",
-        "tokens/s",
-        "TTFT p50 (ms)",
-        "TPOT p50 (ms)",
-        "E2E p50 (s)",
-        "answered",
-        "cut off",
-        "failed",
-    )
-    rows = [
-        (t.name, t.level, number(t.output_tokens_per_s), number(t.ttft_p50_s, 1e3), number(t.tpot_p50_s, 1e3),
-         number(t.e2e_p50_s), str(t.answered), str(t.cut_off), str(t.failed))
-        for t in result.trials
-    ]  # fmt: skip
-    return _section("Repeats", _table(head, rows), about="In the order in which they ran.")
+    rows = [repeat_cells(trial) for trial in result.trials]
+    return _section("Repeats", _table(REPEATS, rows), about="In the order in which they ran.")
 
 
 def _conditions(result: Result) -> str:
@@ -333,7 +319,7 @@ def _conditions(result: Result) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
     return (
         _section("Notes", f"<ul>{notes}</ul>" if notes else "")
-        + _section("Conditions", f"<dl>{items(result.conditions)}</dl>")
+        + _section("Conditions", f"<dl>{items({**result.conditions, **busy_cores(result)})}</dl>")
         + _section("Definitions", f"<dl>{items(DEFINITIONS)}</dl>")
     )
 

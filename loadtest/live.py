@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from loadtest.histogram import Histogram
-from loadtest.metrics import P99_SAMPLES
-from loadtest.records import ClientSample, RequestRecord
+from flightline.loadtest.definitions import P99_SAMPLES
+from flightline.loadtest.histogram import Histogram
+from flightline.loadtest.records import ClientSample, RequestRecord
 
 RECENT_S = 10.0
 MAX_CPU = 0.6

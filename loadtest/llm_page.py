@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 from flask import Response, jsonify, request
 from locust.web import WebUI
 
-from loadtest.live import Live
+from flightline.loadtest.definitions import DEFINITIONS, P99_SAMPLES
+from flightline.loadtest.live import Live
 
 PAGE = Path(__file__).with_name("llm_page.html")
-
 
 LINK = (
     '<a href="llm" style="position:fixed;right:20px;bottom:20px;z-index:9999;padding:8px 16px;border-radius:999px;'
@@ -22,7 +23,11 @@ def add_to(web_ui: WebUI, live: Live) -> None:
     """Adds the page, its data, and a link to it on Locust's own page."""
 
     def page() -> str:
-        return PAGE.read_text(encoding="utf-8")
+        meanings = "; ".join(
+            f"{escape(name)}: {escape(DEFINITIONS[name])}" for name in ("TTFT", "TPOT", "E2E")
+        )
+        text = PAGE.read_text(encoding="utf-8")
+        return text.replace("<!--definitions-->", meanings).replace("<!--p99-->", str(P99_SAMPLES))
 
     def figures() -> Response:
         return jsonify(live.snapshot())

@@ -1,6 +1,6 @@
 """Locust's command line with the monkey-patching that ``grpc.aio`` can live with.
 
-``python -m loadtest.locust_main -f loadtest/locustfile.py [Locust's options]``
+``python -m flightline.loadtest.locust_main -f loadtest/locustfile.py [Locust's options]``
 
 Locust patches everything on import; ``grpc.aio`` on its own thread needs real threads and a real epoll.
 """

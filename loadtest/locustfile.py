@@ -17,13 +17,14 @@ from locust import User, constant, events, task
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
-from client import wire
-from loadtest import llm_page
-from loadtest.collector import Collector
-from loadtest.config import ConfigError
-from loadtest.schedule import PATTERNS
-from loadtest.session import Reporter, Session, plan_of
-from loadtest.workload import PRESETS
+from flightline.client import wire
+from flightline.loadtest import llm_page
+from flightline.loadtest.collector import Collector
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.openai_api import APIS, OPENAI
+from flightline.loadtest.schedule import PATTERNS
+from flightline.loadtest.session import Reporter, Session, plan_of
+from flightline.loadtest.workload import PRESETS
 
 collector: Collector | None = None
 """Of this process, if it is the master or the only one."""
@@ -57,6 +58,15 @@ def add_arguments(parser) -> None:
         default=0.0,
         help="Seconds of arrivals, then the rest is awaited; 0: no end",
     )
+    add("--model", default="", env_var="OPENAI_MODEL", help="OpenAI servers: the model's name")
+    add(
+        "--openai-api",
+        default="completions",
+        choices=list(APIS),
+        env_var="OPENAI_API",
+        help="OpenAI servers: which",
+    )
+    add("--token-ids", action="store_true", help="OpenAI servers: ask for token ids, to count by them")
     add("--request-timeout", type=float, default=600.0, help="Seconds until a request has failed")
     hidden = {"include_in_web_ui": False}
     add("--records", default="", env_var="RECORDS", help="JSON-lines file to append to", **hidden)
@@ -79,6 +89,10 @@ def set_up(environment: Environment, **_: object) -> None:
         runner.register_message("llm_idle", collector.on_idle)
     if environment.web_ui is not None:
         llm_page.add_to(environment.web_ui, collector.live)
+        if not environment.parsed_options.model:  # type: ignore[union-attr]
+            for offered in (environment.available_user_classes, environment.available_user_tasks):
+                offered.pop(OpenAi.__name__, None)  # type: ignore[union-attr]
+            environment.user_classes = [user for user in environment.user_classes if user is not OpenAi]
 
 
 @events.test_start.add_listener
@@ -167,6 +181,12 @@ class Ensemble(EndpointUser):
     """NVIDIA's preprocessing, tensorrt_llm, postprocessing in front of the same engine."""
 
     endpoint = wire.ENSEMBLE
+
+
+class OpenAi(EndpointUser):
+    """``--model`` of any OpenAI server; the host is its URL, like http://127.0.0.1:9000/v1."""
+
+    endpoint = OPENAI
 
 
 class HfBaseline(EndpointUser):

@@ -1,4 +1,4 @@
-"""From records to numbers. Every definition that a report shows is here and nowhere else.
+"""From records to numbers, as :mod:`~flightline.loadtest.definitions` says.
 
 A closed loop of ``c`` users starts with a burst of ``c`` requests into an idle server, which is not the
 steady state: with a server that works on one request at a time, the first answers come after 1, 2, ...
@@ -19,13 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadtest.confidence import samples_needed
-from loadtest.records import RequestRecord
-from loadtest.slo import Slo
-
-P50_SAMPLES = 6
-"""Fewer samples are called n/a and not a median."""
-P90_SAMPLES, P95_SAMPLES, P99_SAMPLES = (samples_needed(percent) for percent in (90, 95, 99))
+from flightline.loadtest.definitions import P50_SAMPLES, P90_SAMPLES, P95_SAMPLES, P99_SAMPLES
+from flightline.loadtest.records import RequestRecord
+from flightline.loadtest.slo import Slo
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,9 @@ class Distribution:
 
     n: int
     p50: float | None
-    """None below :data:`P50_SAMPLES` samples."""
+    """None below ``P50_SAMPLES`` samples."""
     p99: float | None
-    """None below :data:`P99_SAMPLES` samples."""
+    """None below ``P99_SAMPLES`` samples."""
     worst: float | None
     mean: float | None = None
     p90: float | None = None
@@ -160,17 +156,7 @@ def summarise(
             each from its first completion to its last.
     """
     given = [steady_window(records) for records in blocks] if windows is None else windows
-    return _summarise(endpoint, list(zip(given, blocks, strict=True)), slo, open_loop)
-
-
-def _summarise(
-    endpoint: str,
-    windows: list[tuple[Window | None, Sequence[RequestRecord]]],
-    slo: Slo | None,
-    open_loop: bool,
-) -> Summary:
-    blocks = [records for _, records in windows]
-    usable = [(window, records) for window, records in windows if window is not None]
+    usable = [(window, records) for window, records in zip(given, blocks, strict=True) if window is not None]
     seconds = sum(window.seconds for window, _ in usable)
     sample = [record for window, records in usable for record in latency_sample(window, records, open_loop)]
     tokens = sum(tokens_in(window, records) for window, records in usable)
@@ -223,51 +209,3 @@ def _summarise(
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Candidate against baseline, more than 1 is better: of the pooled values, and of neighbouring blocks."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-def ratio(
-    better: float | None, worse: float | None, pairs: Iterable[tuple[float | None, float | None]]
-) -> Ratio:
-    """``better / worse``; the spread is that of the same quotient over the pairs that have both values."""
-    spread = [a / b for a, b in pairs if a is not None and b]
-    value = better / worse if better is not None and worse else None
-    return Ratio(value, min(spread, default=None), max(spread, default=None))
-
-
-def problems(records: Sequence[RequestRecord], summaries: Sequence[Summary]) -> list[str]:
-    """Why a comparison must not be believed; empty if it may."""
-    reasons = []
-    for summary in summaries:
-        mine = [record for record in records if record.endpoint == summary.endpoint]
-        failed = [record for record in mine if record.error is not None]
-        if failed:
-            reasons.append(
-                f"{summary.endpoint}: {len(failed)} of {len(mine)} requests failed: {failed[0].error}"
-            )
-        wrong = [record for record in mine if record.error is None and record.problem]
-        if wrong:
-            reasons.append(
-                f"{summary.endpoint}: {len(wrong)} answers of the wrong length: {wrong[0].problem}"
-            )
-        if summary.output_tokens_per_s is None:
-            reasons.append(f"{summary.endpoint}: fewer than two requests were answered: raise BUDGET_S")
-    return reasons
-
-
-def limits(summaries: Sequence[Summary]) -> list[str]:
-    """What a run that may be believed does not show; empty if it shows everything."""
-    return [
-        f"no latency of {summary.endpoint} ({summary.e2e_s.n} of its requests began and ended in the windows, "
-        f"a median needs {P50_SAMPLES}): raise BUDGET_S"
-        for summary in summaries
-        if summary.output_tokens_per_s is not None and summary.e2e_s.p50 is None
-    ]

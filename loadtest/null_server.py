@@ -1,6 +1,6 @@
 """A server that speaks the endpoints' protocol and generates nothing, at times that are set exactly.
 
-``python -m loadtest.null_server --ttft-ms 50 --tpot-ms 10``
+``python -m flightline.loadtest.null_server --ttft-ms 50 --tpot-ms 10``
 
 What a load generator measures against it must equal what was set; the difference is the generator's own
 delay. It answers ``text_generation``, ``ensemble`` and ``hf_baseline`` alike, keeps a log of what it did
@@ -23,8 +23,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-from client import wire
-from loadtest.punctual import punctual_event_loop
+from flightline.client import wire
+from flightline.loadtest.punctual import punctual_event_loop
 
 Responses = AsyncIterator[bytes]
 
@@ -136,12 +136,14 @@ class NullService:
 
 
 def read_inputs(request: service_pb2.ModelInferRequest) -> dict:
-    """Tensor name -> value; a list for words."""
+    """Tensor name -> value; a list for words and token ids."""
     values: dict = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
         if tensor.datatype == "BYTES":
             words = [word.decode() for word in wire.strings(raw)]
             values[tensor.name] = words if tensor.name.endswith("_words") else words[0]
+        elif tensor.datatype == "INT32" and tensor.name.endswith("_ids"):
+            values[tensor.name] = np.frombuffer(raw, np.int32).tolist()
         else:
             values[tensor.name] = np.frombuffer(raw, triton_to_np_dtype(tensor.datatype))[0].item()
     return values
@@ -178,6 +180,7 @@ def _response(request, *, final: bool) -> service_pb2.ModelStreamInferResponse:
     return message
 
 
+REASON = b"length"
 OUTPUTS = (("text_output", "BYTES"), ("num_input_tokens", "INT32"), ("num_output_tokens", "INT32"))
 
 
@@ -191,10 +194,17 @@ class ResponseWriter:
         self._served = served
         self._message = _response(request, final=False)
         self._name(OUTPUTS)
-        self._input_tokens = struct.pack("<i", len(served.inputs["text_input"].split()))
+        inputs = served.inputs
+        prompt = inputs["input_ids"] if "input_ids" in inputs else inputs["text_input"].split()
+        self._input_tokens = struct.pack("<i", len(prompt))
+        self._each = request.model_name in wire.COUNTS_EACH_RESPONSE
+        self._before = 0
 
     def write(self, text: str, count: int, *, final: bool) -> bytes:
+        """``count``: tokens so far."""
         word = text.encode()
+        if self._each:
+            self._before, count = count, count - self._before
         values = [struct.pack("<I", len(word)) + word, self._input_tokens, struct.pack("<i", count)]
         response = self._message.infer_response
         if final:
@@ -209,6 +219,9 @@ class ResponseWriter:
                 )
             ]
             self._name((name, "INT64") for name in wire.REQUIRED_PERF_FIELDS)
+            if served.inputs.get("return_finish_reason"):
+                values.append(struct.pack("<I", len(REASON)) + REASON)
+                self._name([("finish_reason", "BYTES")])
             response.parameters["triton_final_response"].bool_param = True
         del response.raw_output_contents[:]
         response.raw_output_contents.extend(values)
@@ -284,7 +297,7 @@ class NullServer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.null_server", description=__doc__.splitlines()[0]
+        prog="python -m flightline.loadtest.null_server", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--port", type=int, default=8001, help="0: any that is free")
     parser.add_argument("--ttft-ms", type=float, default=50.0)

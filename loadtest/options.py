@@ -1,30 +1,45 @@
-"""Settings of ``run``, ``compare``, ``sweep``, ``search`` and ``calibrate``, checked once at the edge.
+"""Settings of ``run``, ``compare``, ``bench``, ``sweep`` and ``search``, checked once at the edge.
 
 Each field is also ``--field-name`` and the environment variable ``FIELD_NAME``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
-from client import wire
-from loadtest.assertions import parse_all
-from loadtest.config import ConfigError, read_settings, setting
-from loadtest.schedule import PATTERNS, Profile
-from loadtest.slo import Slo
-from loadtest.workload import PRESETS, Workload, WorkloadSpec, read_trace
+from flightline.client import wire
+from flightline.loadtest.assertions import parse_all
+from flightline.loadtest.config import ConfigError, read_settings, setting, variable_of
+from flightline.loadtest.openai_api import APIS, COMPLETIONS, is_openai
+from flightline.loadtest.schedule import PATTERNS, Profile
+from flightline.loadtest.slo import Slo
+from flightline.loadtest.workload import PRESETS, Workload, WorkloadSpec, read_trace
+
+COMPARISON = "comparison.png"
+"""The picture of a VALID ``bench``, which no other command makes."""
+FIRST_BUDGET_S, BUDGET_S = 330.0, 160.0
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A contestant: an endpoint of a server."""
+    """A contestant: an endpoint of a Triton server, or a model of an OpenAI server."""
 
     label: str
     url: str
-    """gRPC address."""
+    """gRPC address, or ``http://HOST:PORT/v1``."""
     endpoint: str
+    """Triton's model, or the OpenAI server's."""
+    api: str = COMPLETIONS
+    """Of an OpenAI server."""
+    token_ids: bool = False
+    """The OpenAI server sends them when asked."""
+
+    @property
+    def openai(self) -> bool:
+        return is_openai(self.url)
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,12 @@ class LoadOptions:
     drain_s: float = setting(60.0, "longest wait for the last answers of an open loop")
     request_timeout: float = setting(600.0, "seconds until a request has failed")
     processes: int = setting(1, "worker processes of the load generator on this machine")
-    workers: int = setting(0, "wait for so many 'python -m loadtest worker', on any machines, instead")
+    workers: int = setting(
+        0, "wait for so many 'python -m flightline.loadtest worker', on any machines, instead"
+    )
     master_port: int = setting(5557, "where those workers connect")
+    openai_api: str = setting(COMPLETIONS, f"of OpenAI servers: {' or '.join(APIS)}")
+    token_ids: int = setting(1, "ask OpenAI servers that know it for token ids, to count by them; 0: do not")
     slo: str = setting(
         "mlperf-server", "mlperf-server, mlperf-interactive, or limits like ttft=2s,tpot=100ms,p=99"
     )
@@ -63,6 +82,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         self._require(self.arrivals in PATTERNS, "arrivals", f"use one of {', '.join(PATTERNS)}")
+        self._require(self.openai_api in APIS, "openai_api", f"use {' or '.join(APIS)}")
         for name in ("burstiness", "drain_s", "request_timeout"):
             self._require(getattr(self, name) > 0, name, "use a positive number")
         for name in ("ramp_s", "discard_s", "price", "calibrate_s", "seed", "workers", "turns"):
@@ -75,7 +95,8 @@ class LoadOptions:
 
     def _require(self, ok: bool, name: str, remedy: str) -> None:
         if not ok:
-            raise ConfigError(f"{name.upper()}={getattr(self, name)!r} is not valid: {remedy}")
+            variable = variable_of(self.__dataclass_fields__[name])
+            raise ConfigError(f"{variable}={getattr(self, name)!r} is not valid: {remedy}")
 
     @property
     def workload_spec(self) -> WorkloadSpec:
@@ -90,14 +111,14 @@ class LoadOptions:
         Raises:
             ConfigError: a value that does not parse or cannot work.
         """
-        return cls(**read_settings(cls, f"python -m loadtest {command}", arguments))
+        return cls(**read_settings(cls, f"python -m flightline.loadtest {command}", arguments))
 
 
 @dataclass(frozen=True)
 class RunOptions(LoadOptions):
     """One load on one endpoint: closed loop, open loop (--rate) or the replay of a trace (--trace)."""
 
-    endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test")
+    endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test, or http://HOST:PORT/v1#MODEL")
     concurrency: int = setting(16, "closed loop: requests in flight")
     rate: str = setting("", "open loop: requests/s, like 4, 1-8 (rising) or 2@30,8@30 (stages)")
     trace: str = setting("", "open loop: JSONL file of requests to replay")
@@ -106,7 +127,10 @@ class RunOptions(LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.endpoint in wire.ENDPOINTS, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}")
+        one = len(parse_arms(self.endpoint, self.url, "endpoint")) == 1
+        self._require(
+            one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
+        )
         self._require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
         self._require(self.seconds >= 1, "seconds", "use at least 1")
         self._require(self.trace_speed > 0, "trace_speed", "use a positive number")
@@ -124,19 +148,62 @@ class RunOptions(LoadOptions):
 class CompareOptions(LoadOptions):
     """Several endpoints, or servers, under the same loads, in turns."""
 
-    arms: str = setting("", "contestants as LABEL=HOST:PORT/ENDPOINT with commas between, slowest first; "
-                             "empty: hf_baseline and text_generation of one server")  # fmt: skip
+    arms: str = setting("", "contestants as LABEL=HOST:PORT/ENDPOINT or LABEL=http://HOST:PORT/v1#MODEL with commas "
+                        "between, slowest first; empty: hf_baseline and text_generation of one server")  # fmt: skip
     output_tokens: str = setting("16", LoadOptions.__dataclass_fields__["output_tokens"].metadata["help"])
     levels: str = setting("1,4", "concurrencies that all get")
-    rounds: int = setting(3, "repeats; fewer (at least 2) if the budget does not hold them")
+    rounds: int = setting(3, "repeats; fewer if the budget does not hold them")
+    full_rounds: int = setting(3, "below so many rounds, blocks become shorter before rounds become fewer")
+    stretch: int = setting(0, "1: longer blocks, until the budget is used")
     budget_s: float = setting(270.0, "seconds for the server's start, warm-up and measurement together")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(2 <= self.rounds <= 20, "rounds", "use a number from 2 to 20")
+        for name in ("rounds", "full_rounds"):
+            self._require(1 <= getattr(self, name) <= 20, name, "use a number from 1 to 20")
         self._require(self.budget_s > 0, "budget_s", "use a positive number of seconds")
         concurrencies("levels", self.levels)
         parse_arms(self.arms, self.url)
+
+
+@dataclass(frozen=True)
+class BenchOptions(LoadOptions):
+    """Two endpoints under one load: ``compare`` with the settings of the project's headline figure."""
+
+    candidate: str = setting(wire.TEXT_GENERATION, "endpoint under test, or a contestant as in compare")
+    baseline: str = setting(
+        wire.HF_BASELINE, "endpoint that it is compared with, or a contestant as in compare"
+    )
+    concurrency: int = setting(16, "requests in flight, each user sending the next when one is answered")
+    output_tokens: str = setting("64", LoadOptions.__dataclass_fields__["output_tokens"].metadata["help"])
+    calibrate_s: float = setting(0.0, LoadOptions.__dataclass_fields__["calibrate_s"].metadata["help"])
+    budget_s: float = setting(
+        0.0,
+        "seconds for the server's start, warm-up and measurement together; 0: "
+        f"{FIRST_BUDGET_S:.0f} the first time, so that a slow baseline has latencies, then {BUDGET_S:.0f}",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("candidate", "baseline"):
+            parse_arms(getattr(self, name), self.url, name)
+        self._require(self.candidate != self.baseline, "candidate", "it must differ from the baseline")
+        self._require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
+        self._require(self.output_tokens != "1", "output_tokens", "use at least 2 (TPOT needs two tokens)")
+        self._require(self.budget_s >= 0, "budget_s", "use a positive number of seconds, or 0")
+
+    def compared(self) -> CompareOptions:
+        """The comparison that this is, with the budget chosen if none was given."""
+        first = not any(Path(self.reports).glob(f"*/{COMPARISON}"))
+        return CompareOptions(
+            **{field.name: getattr(self, field.name) for field in fields(LoadOptions)},
+            arms=f"{self.baseline}, {self.candidate}",
+            levels=str(self.concurrency),
+            rounds=5,
+            full_rounds=1,
+            stretch=1,
+            budget_s=self.budget_s or (FIRST_BUDGET_S if first else BUDGET_S),
+        )
 
 
 @dataclass(frozen=True)
@@ -158,15 +225,18 @@ class SweepOptions(LoadOptions):
 class SearchOptions(LoadOptions):
     """The highest rate of requests that holds the SLO."""
 
-    endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test")
+    endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test, or http://HOST:PORT/v1#MODEL")
     start: float = setting(1.0, "requests/s to begin with")
-    precision: float = setting(0.1, "relative width at which the search ends")
+    precision: float = setting(0.1, "relative width at which the search ends", variable="SEARCH_PRECISION")
     most_trials: int = setting(12, "trials at most")
     seconds: float = setting(30.0, "of load in each trial")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.endpoint in wire.ENDPOINTS, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}")
+        one = len(parse_arms(self.endpoint, self.url, "endpoint")) == 1
+        self._require(
+            one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
+        )
         self._require(self.start > 0, "start", "use a positive number of requests/s")
         self._require(0.01 <= self.precision <= 1, "precision", "use a number from 0.01 to 1")
         self._require(self.seconds >= 1, "seconds", "use at least 1")
@@ -200,22 +270,31 @@ def parse_levels(name: str, text: str) -> tuple[list[int], list[float]]:
     return [], sorted(rates)
 
 
-def parse_arms(text: str, url: str) -> list[Arm]:
-    """``LABEL=HOST:PORT/ENDPOINT`` with commas between; an address that is left out is ``url``.
+def parse_arms(text: str, url: str, name: str = "arms") -> list[Arm]:
+    """``LABEL=HOST:PORT/ENDPOINT`` or ``LABEL=http://HOST:PORT/v1#MODEL`` with commas between.
+
+    A label that is left out is the endpoint, and an address that is left out is ``url``.
 
     Raises:
         ConfigError: not such a list, or a label twice.
     """
     arms = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        label, equals, where = part.partition("=")
-        address, slash, endpoint = (where if equals else label).rpartition("/")
-        if endpoint not in wire.ENDPOINTS or not label:
+        label, equals, where = part.partition("=") if not is_openai(part) else ("", "", part)
+        if not equals:
+            label, where = "", part
+        if is_openai(where):
+            address, _, endpoint = where.partition("#")
+            known = bool(endpoint) and bool(urlsplit(address).hostname)
+        else:
+            address, slash, endpoint = where.rpartition("/")
+            address, known = address if slash else url, endpoint in wire.ENDPOINTS
+        if not known or (equals and not label):
             raise ConfigError(
-                f"ARMS={part!r} is not valid: use LABEL=HOST:PORT/ENDPOINT with an endpoint of "
-                f"{', '.join(wire.ENDPOINTS)}"
+                f"{name.upper()}={part!r} is not valid: use LABEL=HOST:PORT/ENDPOINT with an endpoint of "
+                f"{', '.join(wire.ENDPOINTS)}, or LABEL=http://HOST:PORT/v1#MODEL"
             )
-        arms.append(Arm(label if equals else endpoint, address if slash else url, endpoint))
+        arms.append(Arm(label or endpoint, address.rstrip("/"), endpoint))
     if len({arm.label for arm in arms}) < len(arms):
-        raise ConfigError(f"ARMS={text!r} is not valid: each label may come once")
+        raise ConfigError(f"{name.upper()}={text!r} is not valid: each label may come once")
     return arms

@@ -7,21 +7,36 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtest import html, plot
-from loadtest.metrics import Distribution
-from loadtest.report import LATEST, number
-from loadtest.result import DEFINITIONS, Cell, Comparison, Result
-from loadtest.words import (
+from flightline.loadtest import html, plot
+from flightline.loadtest.definitions import DEFINITIONS
+from flightline.loadtest.metrics import Distribution
+from flightline.loadtest.options import COMPARISON
+from flightline.loadtest.result import Cell, Comparison, Result
+from flightline.loadtest.words import (
     AUDIT,
+    REPEATS,
     ROWS,
+    busy_cores,
     ceiling_text,
     comparison_title,
     flat,
+    pair_of,
     ratio_text,
+    repeat_cells,
     rows_of,
     search_line,
     value_text,
 )
+
+LATEST = "latest"
+"""Name of the link to the newest report."""
+
+
+def picture(result: Result) -> str:
+    """The picture's file name; empty if the result has none, as that of a ``bench`` which is not VALID."""
+    if result.kind == "bench":
+        return COMPARISON if result.valid else ""
+    return "summary.png" if any(cell.summary.output_tokens_per_s for cell in result.cells) else ""
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -42,29 +57,29 @@ def markdown(result: Result, base: str = "") -> str:
         parts += ["## Assertions", _table(("condition", "value", ""), rows)]
     if result.search:
         parts.append(search_line(result))
+    if pair := pair_of(result):
+        parts += [_table(pair[0], pair[1:])]
+    if result.trials and (name := picture(result)):
+        parts.append(f"![{result.title}]({base}{name})")
     if result.comparisons:
         parts += ["## Ratios", _ratio_table(result.comparisons), f"Ratio: {DEFINITIONS['ratio']}."]
     parts += ["## Figures", _table(["", *(f"{c.arm}, {c.level}" for c in result.cells)],
                                    [(t, *shown) for t, shown in rows_of(result.cells, ROWS)])]  # fmt: skip
-    if result.kind != "compare" or not result.comparisons:
+    if not result.comparisons:
         for arm, level in result.knees.items():
             parts.append(f"Knee of {arm}: {level}.")
     for cell in result.cells:
         if cell.over_capacity:
             parts.append(f"{cell.arm} at {cell.level} is over capacity: {cell.over_capacity}.")
-    if result.trials:
-        parts.append(f"![{result.title}]({base}summary.png)")
     heads = ["", *(f"{c.arm}, {c.level}" for c in result.cells)]
     audited = [(title, *shown) for title, shown in rows_of(result.cells, AUDIT)]
     parts += ["## The load generator itself", _table(heads, audited)]
     if result.ceiling:
         parts.append(ceiling_text(result))
     if result.trials:
-        parts += ["## Repeats", _trials(result)]
-    parts += [
-        "## Conditions",
-        "\n".join(f"- {name}: {flat(value)}" for name, value in result.conditions.items()),
-    ]
+        parts += ["## Repeats", _table(REPEATS, [repeat_cells(trial) for trial in result.trials])]
+    conditions = {**result.conditions, **busy_cores(result)}
+    parts += ["## Conditions", "\n".join(f"- {name}: {flat(value)}" for name, value in conditions.items())]
     if result.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in result.notes)]
     parts += ["## Definitions", "\n".join(f"- **{name}**: {text}." for name, text in DEFINITIONS.items())]
@@ -84,35 +99,6 @@ def _ratio_table(found: Sequence[Comparison]) -> str:
     return _table(("", "first", "second", "ratio"), rows)
 
 
-def _trials(result: Result) -> str:
-    head = (
-        "repeat",
-        "load",
-        "tokens/s",
-        "TTFT p50 ms",
-        "TPOT p50 ms",
-        "E2E p50 s",
-        "answered",
-        "cut off",
-        "failed",
-    )
-    rows = [
-        (
-            t.name,
-            t.level,
-            number(t.output_tokens_per_s),
-            number(t.ttft_p50_s, 1e3),
-            number(t.tpot_p50_s, 1e3),
-            number(t.e2e_p50_s),
-            str(t.answered),
-            str(t.cut_off),
-            str(t.failed),
-        )
-        for t in result.trials
-    ]
-    return _table(head, rows)
-
-
 def write_csv(result: Result, path: Path) -> None:
     """One line per contestant and load, with every figure in SI units."""
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -121,9 +107,7 @@ def write_csv(result: Result, path: Path) -> None:
         names = list(dict.fromkeys(name for columns in flat_cells for name in columns))
         writer.writerow(["verdict", *names])
         for columns in flat_cells:
-            writer.writerow(
-                ["VALID" if result.valid else "INVALID", *(columns.get(name, "") for name in names)]
-            )
+            writer.writerow([result.state, *(columns.get(name, "") for name in names)])
 
 
 def _columns(cell: Cell) -> dict[str, object]:
@@ -156,7 +140,21 @@ def _columns(cell: Cell) -> dict[str, object]:
 
 def console(result: Result, folder: Path) -> str:
     """What is printed at the end."""
-    lines = [""]
+    lines = ["", *_overview(result)]
+    if result.search:
+        lines.append(search_line(result).replace("**", ""))
+    lines += [f"knee of {arm}: {level}" for arm, level in result.knees.items() if result.kind == "sweep"]
+    for check in result.checked:
+        value = "not measured" if check.value is None else f"{check.value:.4g}"
+        lines.append(f"assert {check.text}: {'ok' if check.ok else 'FAILED'} ({value})")
+    return "\n".join([*lines, "", result.verdict, f"report: {folder / 'report.html'}"])
+
+
+def _overview(result: Result) -> list[str]:
+    """A pair side by side, or a line for each contestant and load."""
+    if pair := pair_of(result):
+        return _table(pair[0], pair[1:]).splitlines()
+    lines = []
     width = max((len(f"{c.arm}, {c.level}") for c in result.cells), default=0) + 2
     wanted = ("output tokens/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "E2E p50", "kept the SLO")
     shown = dict(rows_of(result.cells, ROWS))
@@ -170,13 +168,7 @@ def console(result: Result, folder: Path) -> str:
         if found.metric == "output_tokens_per_s" or found.metric == "ttft_p50":
             title = f"{found.second} against {found.first}, {comparison_title(found)}"
             lines.append(f"{title}: {ratio_text(found.ratio) if found.ratio.value else found.note or 'n/a'}")
-    if result.search:
-        lines.append(search_line(result).replace("**", ""))
-    lines += [f"knee of {arm}: {level}" for arm, level in result.knees.items() if result.kind == "sweep"]
-    for check in result.checked:
-        value = "not measured" if check.value is None else f"{check.value:.4g}"
-        lines.append(f"assert {check.text}: {'ok' if check.ok else 'FAILED'} ({value})")
-    return "\n".join([*lines, "", result.verdict, f"report: {folder / 'report.html'}"])
+    return lines
 
 
 def publish(result: Result, work: Path, reports: Path, name: str) -> Path:
@@ -185,8 +177,8 @@ def publish(result: Result, work: Path, reports: Path, name: str) -> Path:
     (work / "report.md").write_text(markdown(result), encoding="utf-8")
     (work / "report.html").write_text(html.page(result), encoding="utf-8")
     write_csv(result, work / "figures.csv")
-    if any(cell.summary.output_tokens_per_s for cell in result.cells):
-        plot.summary(result, work / "summary.png")
+    if name_of_picture := picture(result):
+        plot.summary(result, work / name_of_picture)
     folder = reports / name
     number_ = 1
     while folder.exists():

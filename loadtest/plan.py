@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIN_BLOCK_S = 8.0
-MAX_ROUNDS = 5
 MIN_SAMPLES = 6
 """Latency samples that a block of the slowest server (one request at a time) must yield."""
 SHORT_SAMPLES = 4
@@ -16,6 +15,8 @@ SHORT_WAVE = 1.6
 SLACK = 1.1
 BLOCK_OVERHEAD_S = 2.5
 """Start of the load generator, and waiting until the server is idle again."""
+SHORT_ROUNDS = 2
+"""Fewest rounds of short blocks, unless fewer full ones would have done."""
 
 
 @dataclass(frozen=True)
@@ -52,53 +53,68 @@ class Pace:
         enough = max(waves * self.first_s, self.wave_s * samples / concurrency)
         return max(MIN_BLOCK_S, SLACK * (self.first_s + latency_s + enough))
 
+    def shows_latency(self, block_s: float) -> bool:
+        """Whether a request sent after the block's ramp can be answered before its end."""
+        return block_s >= self.first_s + self.wave_s
+
+
+Key = tuple[str, str]
+"""A contestant's label and a level's."""
+
 
 @dataclass(frozen=True)
-class Block:
-    """A stretch of load on one endpoint."""
+class Plan:
+    """Rounds, in each of which every contestant has a block at every level.
 
-    name: str
-    endpoint: str
-    seconds: int
-
-
-def plan_blocks(
-    candidate: str, baseline: str, paces: dict[str, Pace], concurrency: int, budget_s: float
-) -> list[Block]:
-    """Blocks A B A (B A ...): every baseline block has a candidate block on either side.
-
-    As many rounds as the budget holds; what is left makes all blocks longer. If it does not hold one,
-    the candidate's blocks of that round become short ones, and then the baseline's too. That is the
-    least, planned even if the budget does not hold it.
+    A lone round has the last contestant's blocks twice, before and after all others, so that drift of the machine
+    hits both sides alike; several rounds go back and forth and need no more.
     """
-    shapes = [(rounds, False, False) for rounds in range(MAX_ROUNDS, 0, -1)]
-    for rounds, short_a, short_b in [*shapes, (1, True, False), (1, True, True)]:
-        a = paces[candidate].block_s(concurrency, short_a)
-        b = paces[baseline].block_s(concurrency, short_b)
-        load_s = (rounds + 1) * a + rounds * b
-        left_s = budget_s - (2 * rounds + 1) * BLOCK_OVERHEAD_S
-        if load_s <= left_s:
+
+    rounds: int
+    seconds: dict[Key, int]
+
+    @property
+    def total_s(self) -> float:
+        """Expected duration of all blocks with what lies between them."""
+        return sum(times * (self.seconds[key] + BLOCK_OVERHEAD_S) for key, times in self._times().items())
+
+    def orders(self, contestants: list[str]) -> list[list[str]]:
+        """The contestants of each round in the order of their blocks."""
+        if self.rounds == 1:
+            return [[*reversed(contestants), contestants[-1]]]
+        return [contestants if number % 2 else contestants[::-1] for number in range(1, self.rounds + 1)]
+
+    def stretched(self, budget_s: float) -> Plan:
+        """The same with longer blocks, as far as the budget allows."""
+        load_s = sum(times * self.seconds[key] for key, times in self._times().items())
+        scale = max(1.0, 1.0 + (budget_s - self.total_s) / load_s)
+        return Plan(self.rounds, {key: int(scale * length) for key, length in self.seconds.items()})
+
+    def _times(self) -> dict[Key, int]:
+        last = list(self.seconds)[-1][0]
+        return {key: 2 if self.rounds == 1 and key[0] == last else self.rounds for key in self.seconds}
+
+
+def plan(lengths: Mapping[Key, tuple[float, float]], rounds: int, full_rounds: int, budget_s: float) -> Plan:
+    """The best of the plans that the budget holds, or the shortest of them all.
+
+    From best to worst: ``rounds`` with full blocks down to ``full_rounds``; then that many with short blocks of the
+    fastest contestant, of the fastest two, ... of all; then fewer of those.
+
+    Args:
+        lengths: (full, short) seconds of a block, the contestants in their order.
+    """
+    contestants = list(dict.fromkeys(contestant for contestant, _ in lengths))
+    fastest_first = sorted(
+        contestants, key=lambda c: sum(full for key, (full, _) in lengths.items() if key[0] == c)
+    )
+    least, everybody = min(rounds, full_rounds), len(contestants)
+    shapes = [(number, 0) for number in range(rounds, least - 1, -1)]
+    shapes += [(least, shortened) for shortened in range(1, everybody + 1)]
+    shapes += [(number, everybody) for number in range(least - 1, min(least, SHORT_ROUNDS) - 1, -1)]
+    for number, shortened in shapes:
+        short = fastest_first[:shortened]
+        made = Plan(number, {key: round(both[key[0] in short]) for key, both in lengths.items()})
+        if made.total_s <= budget_s:
             break
-    scale = max(1.0, left_s / load_s)
-    order = [candidate, *[baseline, candidate] * rounds]
-    seconds = {candidate: round(a * scale), baseline: round(b * scale)}
-    return [Block(f"{i}-{endpoint}", endpoint, seconds[endpoint]) for i, endpoint in enumerate(order, 1)]
-
-
-def too_short(blocks: list[Block], paces: dict[str, Pace]) -> list[str]:
-    """The endpoints that cannot answer, in one of their blocks, a request sent after the block's ramp."""
-    longest = {block.endpoint: block.seconds for block in blocks}
-    return [name for name, pace in paces.items() if longest[name] < pace.first_s + pace.wave_s]
-
-
-def planned_s(blocks: list[Block]) -> float:
-    """Expected duration of the blocks with what lies between them."""
-    return sum(block.seconds + BLOCK_OVERHEAD_S for block in blocks)
-
-
-def neighbours(blocks: list[Block], candidate: str) -> list[tuple[Block, Block]]:
-    """Every (candidate block, baseline block) that ran next to each other."""
-    pairs = []
-    for left, right in itertools.pairwise(blocks):
-        pairs.append((left, right) if left.endpoint == candidate else (right, left))
-    return pairs
+    return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -13,52 +12,20 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loadtest.report import Report, number
-from loadtest.result import Result
+from flightline.loadtest.result import Result
+from flightline.loadtest.words import number
 
 CANDIDATE, BASELINE, INK, FAINT = "#5a9e0f", "#b8bec6", "#1d2733", "#6b7684"
 
 
-def comparison(report: Report, path: Path) -> None:
-    """Writes the PNG (1600 by 640 pixels). The report must be valid."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=160, facecolor="white")
-    a, b = report.candidate, report.baseline
-    names = [a.endpoint, b.endpoint]
-    throughput, latency = report.ratios["throughput"].value, report.ratios["e2e_p50"].value
-    seconds, meaning = [a.e2e_s.p50, b.e2e_s.p50], "median seconds until an answer is complete"
-    if report.limits:  # as many requests in flight on either side: the means compare as the throughputs do
-        latency, seconds = throughput, [report.mean_latency_s(a), report.mean_latency_s(b)]
-        meaning = "mean seconds until an answer is complete, by Little's law"
-    _bars(
-        panels[0],
-        names,
-        [a.output_tokens_per_s, b.output_tokens_per_s],
-        f"{number(throughput)}× the throughput",
-        "output tokens per second",
-        "tok/s",
-    )
-    _bars(
-        panels[1],
-        names,
-        seconds,
-        f"1/{number(latency)} of the latency",
-        meaning,
-        "s",
-    )
-    figure.text(0.04, 0.035, _footnote(report), fontsize=8.5, color=FAINT)
-    figure.subplots_adjust(left=0.04, right=0.97, top=0.79, bottom=0.11, wspace=0.12)
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def _bars(
     axes: Axes, names: list[str], values: list[float | None], callout: str, subtitle: str, unit: str,
-    shades: list[str] | None = None,
+    shades: list[str],
 ) -> None:  # fmt: skip
     """From top to bottom; each bar has its name above it and its value at its end."""
     positions, height = [float(i) for i in reversed(range(len(names)))], 0.46
     lengths = [value or 0.0 for value in values]
-    axes.barh(positions, lengths, height=height, color=shades or [CANDIDATE, BASELINE])
+    axes.barh(positions, lengths, height=height, color=shades)
     axes.set_xlim(0, 1.4 * max(*lengths, 1e-9))
     axes.set_ylim(-0.4, len(names) - 0.4)
     axes.set_axis_off()
@@ -76,19 +43,6 @@ def _value(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else number(value)
 
 
-def _footnote(report: Report) -> str:
-    settings = report.conditions["settings"]
-    load = f"{settings['concurrency']} requests in flight, {settings['output_tokens']} output tokens each"
-    return _where(report.conditions, load, report.utilisation_has_gpu)
-
-
-def _where(given: dict[str, Any], load: str, on_gpu: bool) -> str:
-    hardware = given["hardware"]
-    machine = hardware["gpu"] if on_gpu else f"{hardware['cores']} cores {hardware['cpu']}"
-    served = ", ".join(str(given[name]) for name in ("model", "lane", "precision") if given.get(name))
-    return "  ·  ".join(part for part in (served, load, machine, given["created"][:10]) if part)
-
-
 BARS_UP_TO = 2
 """Levels of a comparison that are shown as bars: a line through so few points would say what was not measured."""
 
@@ -102,7 +56,7 @@ def summary(result: Result, path: Path) -> None:
         shades |= {arms[0]: BASELINE, arms[-1]: CANDIDATE}
     as_bars = len(arms) > 1 and len(levels) <= BARS_UP_TO
     figure = _levels(result, arms, levels, shades) if as_bars else _curves(result, arms, shades)
-    verdict = "" if result.valid else "INVALID  ·  "
+    verdict = "" if result.valid else f"{result.state}  ·  "
     height = figure.get_figheight()
     title = verdict + result.title
     figure.text(0.04, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", color=INK, va="center")
@@ -116,34 +70,36 @@ def _conditions(result: Result) -> str:
     if "hardware" not in given:  # two saved runs, each with conditions of its own
         return result.created[:10]
     on_gpu = any(cell.utilisation.gpu_percent is not None for cell in result.cells)
-    return _where(given, str(given.get("workload", "")), on_gpu)
+    hardware = given["hardware"]
+    machine = hardware["gpu"] if on_gpu else f"{hardware['cores']} cores {hardware['cpu']}"
+    served = ", ".join(str(given[name]) for name in ("model", "lane", "precision") if given.get(name))
+    parts = (served, str(given.get("workload", "")), machine, given["created"][:10])
+    return "  ·  ".join(filter(None, parts))
 
 
 def _levels(result: Result, arms: list[str], levels: list[str], shades: dict[str, str]) -> Figure:
-    """A column for each load, the last contestant on top, with its ratio to the first."""
-    figure, panels = plt.subplots(
-        2, len(levels), figsize=(10, 2.2 + 1.9 * len(arms)), dpi=160, facecolor="white", squeeze=False
-    )
-    found = {(cell.arm, cell.level): cell.summary for cell in result.cells}
+    """Two panels for each load, side by side if it is the only one; the last contestant, with its ratio, on top."""
+    rows, columns = (1, 2) if len(levels) == 1 else (2, len(levels))
+    height = 2.4 + 0.8 * len(arms) if rows == 1 else 2.2 + 1.9 * len(arms)
+    figure, panels = plt.subplots(rows, columns, figsize=(10, height), dpi=160, facecolor="white")
     shown = arms[::-1]
-    for column, level in enumerate(levels):
-        there = [found.get((arm, level)) for arm in shown]
-        rates = [summary.output_tokens_per_s if summary else None for summary in there]
-        medians = [summary.e2e_s.p50 if summary else None for summary in there]
-        unit, scale = ("ms", 1e3) if max((m or 0.0 for m in medians), default=0.0) < 60 else ("s", 1.0)
-        times = [None if m is None else m * scale for m in medians]
-        for row, (values, metric, meaning, name) in enumerate(
-            (
-                (rates, "output_tokens_per_s", "output tokens/s", "tok/s"),
-                (times, "e2e_p50", "median time until an answer is complete", unit),
-            )
-        ):
-            ratio = _ratio(result, metric, level, arms)
-            callout = ("{}× the throughput" if row == 0 else "1/{} of the latency").format(number(ratio))
-            colours = [shades[arm] for arm in shown]
-            subtitle = f"{level}: {meaning}"
-            _bars(panels[row][column], shown, values, callout if ratio else "", subtitle, name, colours)
-    height = figure.get_figheight()
+    colours = [shades[arm] for arm in shown]
+    for (rate_panel, time_panel), level in zip([panels] if rows == 1 else panels.T, levels, strict=True):
+        cells = [next((c for c in result.cells if (c.arm, c.level) == (arm, level)), None) for arm in shown]
+        rates = [c.summary.output_tokens_per_s if c else None for c in cells]
+        faster = _ratio(result, "output_tokens_per_s", level, arms)
+        callout = f"{number(faster)}× the throughput" if faster else ""
+        _bars(rate_panel, shown, rates, callout, f"{level}: output tokens/s", "tok/s", colours)
+        sooner, meaning = _ratio(result, "e2e_p50", level, arms), "median time until an answer is complete"
+        times = [c.summary.e2e_s.p50 if c else None for c in cells]
+        if None in times and faster:  # as many in flight on either side: the means compare as the rates do
+            sooner, meaning = faster, "mean time of an answer (Little's law)"
+            times = [c.mean_e2e_s if c else None for c in cells]
+        unit, scale = ("ms", 1e3) if max((t or 0.0 for t in times), default=0.0) < 60 else ("s", 1.0)
+        callout = f"1/{number(sooner)} of the latency" if sooner else ""
+        subtitle = f"{level}: {meaning}"
+        scaled = [None if t is None else t * scale for t in times]
+        _bars(time_panel, shown, scaled, callout, subtitle, unit, colours)
     top, bottom = 1 - 1.15 / height, 0.3 / height
     figure.subplots_adjust(left=0.04, right=0.98, top=top, bottom=bottom, wspace=0.1, hspace=0.5)
     return figure

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtest.config import ConfigError
+from flightline.loadtest.config import ConfigError
 
 
 def split_table(table: str) -> list[str]:

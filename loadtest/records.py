@@ -50,6 +50,12 @@ class RequestRecord:
     turn: int = 0
     """Of a conversation, from 0."""
     worker: int = 0
+    cached_tokens: int | None = None
+    """Of the prompt, from the server's prefix cache, if an OpenAI server tells."""
+    text_pieces: int | None = None
+    """Parts in which an OpenAI server sent the text: at most as many as tokens."""
+    counted_tokens: int | None = None
+    """The client's own count of the output tokens, by their ids."""
 
     @property
     def complete(self) -> bool:
@@ -66,6 +72,16 @@ class RequestRecord:
             return f"{self.num_output_tokens} output tokens instead of {self.requested_tokens}"
         if self.exact and self.num_output_tokens != self.requested_tokens:
             return f"{self.num_output_tokens} output tokens instead of {self.requested_tokens}"
+        return self._miscount
+
+    @property
+    def _miscount(self) -> str | None:
+        """Where the server's count cannot be true. A stop token at the end is counted and need not be sent."""
+        told, counted = self.num_output_tokens or 0, self.counted_tokens
+        if counted is not None and not told - (not self.exact) <= counted <= told:
+            return f"usage says {told} output tokens, and {counted} came"
+        if counted is None and (self.text_pieces or 0) > told:
+            return f"usage says {told} output tokens, and the text came in {self.text_pieces} pieces"
         return None
 
     @property

@@ -9,39 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.assertions import TIMES, Assertion, Checked
-from loadtest.audit import Ceiling, ClientHealth
-from loadtest.confidence import Ratio
-from loadtest.metrics import Summary
-from loadtest.slo import Slo
-from loadtest.telemetry import Utilisation
+from flightline.loadtest.assertions import TIMES, Assertion, Checked
+from flightline.loadtest.audit import Ceiling, ClientHealth
+from flightline.loadtest.confidence import Ratio, samples_needed
+from flightline.loadtest.definitions import DEFINITIONS
+from flightline.loadtest.metrics import Summary
+from flightline.loadtest.slo import Slo
+from flightline.loadtest.telemetry import Utilisation
 
 SCHEMA = "flightline/loadtest/1"
-
-DEFINITIONS = {
-    "TTFT": "time to first token: from the time at which the load model wanted the request to be sent to the first "
-    "text that is not empty",
-    "TPOT": "time per output token: (E2E - TTFT) / (output tokens - output tokens in the first response)",
-    "E2E": "from the intended time to the last response with outputs",
-    "NTPOT": "normalised time per output token: E2E / output tokens",
-    "gap": "between successive responses of a request, all gaps of all requests together",
-    "stall": "the longest gap of each request",
-    "output tokens/s": "output tokens, counted by the server, that arrived in the measured windows, over their time",
-    "total tokens/s": "the same plus the input tokens of requests whose first output arrived there",
-    "requests/s": "output tokens/s over the mean length of an answer",
-    "per-user speed": "1 / TPOT of each request: how fast one reader's text grows",
-    "goodput": "requests/s that kept the SLO's limits; a failed request keeps none",
-    "outside": "client TTFT, from sending, minus the server's own (arrival to first token): what client, transport "
-    "and Triton add",
-    "schedule delay": "how much later than intended requests were sent",
-    "window": "closed loop: from the first completed request after the ramp to the last. Open loop: the schedule's "
-    "time after the ramp; every request that was due in it counts, whenever it was answered",
-    "percentiles": "of the raw samples of all repeats together (linear interpolation), never averaged; p90 from 64 "
-    "samples on, p95 from 130, p99 from 662, as in MLPerf's early stopping at 99 % confidence",
-    "ratio": "more than 1 is in favour of the second; geometric mean over pairs of neighbouring repeats, with its 95 % "
-    "t interval",
-    "knee": "the load with the most output tokens/s per second of median E2E (Kleinrock's power)",
-}
 
 
 @dataclass(frozen=True)
@@ -66,6 +42,12 @@ class Cell:
     over_capacity: str = ""
     """Why the load is more than the contestant holds; empty if it is not."""
 
+    @property
+    def mean_e2e_s(self) -> float | None:
+        """Mean latency of a closed loop by Little's law: requests in flight over requests/s."""
+        rate = self.summary.requests_per_s
+        return self.x / rate if self.closed and self.x and rate else None
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -84,6 +66,11 @@ class TrialResult:
     answered: int
     cut_off: int
     failed: int
+    planned_s: float | None = None
+
+    @property
+    def window_s(self) -> float:
+        return self.end_s - self.start_s
 
 
 @dataclass(frozen=True)
@@ -142,21 +129,27 @@ class Result:
     distributions: list[dict] = field(default_factory=list)
     """``arm``, ``level``, ``metric``, and the curve: values ``x`` (s) with the share ``y`` of requests below."""
     conditions: dict = field(default_factory=dict)
+    unsteady: list[str] = field(default_factory=list)
+    """Why the run is UNSTEADY: the same load gave very different figures."""
 
     @property
     def valid(self) -> bool:
-        return not self.reasons
+        return not self.reasons and not self.unsteady
+
+    @property
+    def state(self) -> str:
+        return "INVALID" if self.reasons else "UNSTEADY" if self.unsteady else "VALID"
 
     @property
     def verdict(self) -> str:
         """The first line of every report."""
-        if self.reasons:
-            return "INVALID: " + "; ".join(self.reasons)
-        return "VALID" + ("; " + "; ".join(self.limits) if self.limits else "")
+        if not self.valid:
+            return f"{self.state}: " + "; ".join([*self.reasons, *self.unsteady])
+        return "; ".join(["VALID", *self.limits])
 
     @property
     def status(self) -> int:
-        """Exit status: 0, 1 if INVALID, 3 if an assertion does not hold."""
+        """Exit status: 0, 1 if INVALID or UNSTEADY, 3 if an assertion does not hold."""
         if not self.valid:
             return 1
         return 0 if all(check.ok for check in self.checked) else 3
@@ -164,7 +157,7 @@ class Result:
     def as_dict(self) -> dict:
         return {
             "schema": SCHEMA,
-            "verdict": "VALID" if self.valid else "INVALID",
+            "verdict": self.state,
             **asdict(self),
             "definitions": DEFINITIONS,
         }
@@ -213,8 +206,6 @@ def _cell_value(cell: Cell, name: str) -> float | None:
 
 def slo_held(summary: Summary, slo: Slo) -> bool | None:
     """Whether enough of the requests kept the limits, and there are enough to say so."""
-    from loadtest.confidence import samples_needed
-
     if summary.attained is None:
         return None
     if summary.attained < slo.percent / 100:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from loadtest.config import ConfigError
-from loadtest.result import SCHEMA, Result
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.result import SCHEMA, Result
 
 REPORT, REQUESTS = "report.json", "requests.csv"
 
@@ -76,5 +76,8 @@ def build(kind: Any, data: Any) -> Any:
         return [build(typing.get_args(kind)[0], item) for item in data]
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return kind(**{f.name: build(hints[f.name], data[f.name]) for f in dataclasses.fields(kind)})  # type: ignore[operator]
+        known = [
+            f.name for f in dataclasses.fields(kind) if f.name in data
+        ]  # a field with a default may be newer
+        return kind(**{name: build(hints[name], data[name]) for name in known})  # type: ignore[operator]
     return data

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from loadtest.config import ConfigError
+from flightline.loadtest.config import ConfigError
 
 Pattern = Literal["constant", "poisson", "gamma"]
 PATTERNS: tuple[str, ...] = get_args(Pattern)

@@ -13,14 +13,16 @@ import gevent
 from locust.env import Environment
 from locust.runners import WorkerRunner
 
-from client import wire
-from loadtest.bridge import Answer, Bridge, Load
-from loadtest.collector import Collector, wall_offset_ns
-from loadtest.live import brief
-from loadtest.prompts import PER_WORKER
-from loadtest.records import ClientSample, RequestRecord
-from loadtest.schedule import Profile, unit_times
-from loadtest.workload import Ask, Workload, WorkloadSpec, conversation, read_trace
+from flightline.client import wire
+from flightline.loadtest.bridge import Answer, Bridge
+from flightline.loadtest.collector import Collector, wall_offset_ns
+from flightline.loadtest.live import brief
+from flightline.loadtest.openai_api import OPENAI, OpenAiSettings, OpenAiTransport, is_openai
+from flightline.loadtest.prompts import PER_WORKER
+from flightline.loadtest.records import ClientSample, RequestRecord
+from flightline.loadtest.schedule import Profile, unit_times
+from flightline.loadtest.transport import Load, Transport, TritonTransport
+from flightline.loadtest.workload import Ask, Workload, WorkloadSpec, conversation, read_trace
 
 SEND_S = 0.5
 START_IN_S = 0.5
@@ -64,13 +66,17 @@ class Session:
         # Wall clocks of several machines agree to milliseconds; on one machine this is exact.
         self.start_ns = plan["start_unix_ns"] - wall_offset_ns()
         first = int(options.first_prompt) + self.worker * PER_WORKER
-        self._counters = {endpoint: itertools.count(first) for endpoint in wire.ENDPOINTS}
+        self._counters = {endpoint: itertools.count(first) for endpoint in (*wire.ENDPOINTS, OPENAI)}
         self._outbox: deque[tuple[dict, dict | None]] = deque()
         self._samples: deque[dict] = deque()
         self._collector = collector
         # What exists now stays. Looking at all of it in a full collection would make tokens wait.
         gc.freeze()
-        self.bridge = Bridge(url, self._keep, self._keep_sample, self.worker)
+        transport: Transport = TritonTransport(url)
+        if is_openai(url):
+            settings = OpenAiSettings(options.model, options.openai_api, options.token_ids)
+            transport = OpenAiTransport(url, settings)
+        self.bridge = Bridge(transport, self._keep, self._keep_sample, self.worker)
         self._sender = gevent.spawn(self._send_regularly) if collector is None else None
         if self.open_loop:
             self._send_at_times(plan["endpoints"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from loadtest.config import ConfigError
-from loadtest.records import RequestRecord
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.records import RequestRecord
 
 
 @dataclass(frozen=True)

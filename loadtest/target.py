@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import wire
-from loadtest import conditions
+from flightline.client import wire
+from flightline.loadtest import conditions
 
 
 class TargetError(Exception):
@@ -41,7 +41,7 @@ def target(
         yield Target(url, lambda: [], {})
         return
     # Only here: to measure a server that runs elsewhere, this machine needs no Triton.
-    from model_repository.serve import ServeError, Server, ServeSettings, running
+    from flightline.supervisor.serve import ServeError, Server, ServeSettings, running
 
     folder = Path(build_dir)
     deployed = conditions.deployment(folder)

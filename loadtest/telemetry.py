@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from loadtest.metrics import Window
+from flightline.loadtest.metrics import Window
 
 INTERVAL_S = 0.5
 ENGINE_MODEL = "tensorrt_llm"
@@ -350,7 +350,7 @@ def process_name(command: list[str]) -> str:
         model = re.search(r"/([^/\s]+)/\d+/model\.py", line)
         return f"stub {model.group(1)}" if model else "stub"
     if module := re.search(r" -m ([\w.]+)", line):
-        return module.group(1)
+        return module.group(1).removeprefix("flightline.")
     return command[0].rsplit("/", 1)[-1] if command else "?"
 
 

@@ -14,10 +14,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtest.conditions import PROJECT
-from loadtest.metrics import Window, steady_window
-from loadtest.options import Arm, LoadOptions
-from loadtest.records import (
+from flightline.loadtest.conditions import PROJECT
+from flightline.loadtest.metrics import Window, steady_window
+from flightline.loadtest.options import Arm, LoadOptions
+from flightline.loadtest.records import (
     CLIENTS,
     RECORDS_FULL_STATUS,
     WORKERS,
@@ -26,11 +26,12 @@ from loadtest.records import (
     read_clients,
     read_records,
 )
-from loadtest.schedule import Profile
-from loadtest.workload import read_trace
+from flightline.loadtest.schedule import Profile
+from flightline.loadtest.workload import read_trace
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 USER_CLASSES = {"text_generation": "TextGeneration", "ensemble": "Ensemble", "hf_baseline": "HfBaseline"}
+OPENAI_USER = "OpenAi"
 RECORDS, LOCUST_LOG = "records.jsonl", "locust.log"
 PROGRESS_S = 10.0
 START_S = 90.0
@@ -123,7 +124,10 @@ def read_outcome(trial: Trial, options: LoadOptions, work: Path, failure: str | 
         failure = (
             failure or f"{lost} of {ended['expected']} workers went missing, and their last records with them"
         )
-    start_ns = ended["start_ns"] if ended else min((record.start_ns for record in records), default=0)
+    # An open loop's schedule starts when all workers were told it would, a closed one with its first request.
+    start_ns = min((record.start_ns for record in records), default=0)
+    if ended is not None and not trial.level.closed:
+        start_ns = ended["start_ns"]
     window, expected = _window(trial, options, records, start_ns)
     return Outcome(trial, records, clients, window, expected, failure)
 
@@ -149,7 +153,7 @@ def _window(
 
 
 def _scheduled(options: LoadOptions, profile: Profile, start_s: float, end_s: float) -> float:
-    from loadtest.schedule import unit_times
+    from flightline.loadtest.schedule import unit_times
 
     count = 0
     for at_s in profile.times(unit_times(options.arrivals, options.seed, options.burstiness)):
@@ -169,7 +173,7 @@ def _workers(path: Path, block: str) -> dict | None:
 
 def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) -> list[str]:
     """Locust's command line."""
-    level, endpoint = trial.level, trial.arm.endpoint
+    level, arm = trial.level, trial.arm
     closed, run_s = level.closed, trial.seconds
     users = level.concurrency if closed else max(1, options.processes, options.workers)
     ramp_s = options.ramp_s if closed else 0.0
@@ -184,6 +188,8 @@ def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) ->
         "--turns": options.turns,
         "--prompts": Path(options.prompts).resolve() if options.prompts else "",
         "--seed": options.seed,
+        "--model": arm.endpoint if arm.openai else "",
+        "--openai-api": arm.api,
         "--request-timeout": options.request_timeout,
         "--first-prompt": trial.first_prompt,
         "--records": work / RECORDS,
@@ -219,9 +225,10 @@ def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) ->
         f"{name}={value}" if name.startswith("--") else f"{name}{value}" for name, value in values.items()
     ]
     words += ["--natural-length"] if options.natural_length else []
+    words += ["--token-ids"] if arm.token_ids else []
     words += ["--master"] if options.workers else []
-    program = [sys.executable, "-m", "loadtest.locust_main", "--headless", "--only-summary"]
-    return [*program, *words, USER_CLASSES[endpoint]]
+    program = [sys.executable, "-m", "flightline.loadtest.locust_main", "--headless", "--only-summary"]
+    return [*program, *words, OPENAI_USER if arm.openai else USER_CLASSES[arm.endpoint]]
 
 
 def free_port() -> int:

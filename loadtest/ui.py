@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 
-from client import wire
-from client.errors import ClientError
-from client.sync import Client
-from loadtest.bench import LOCUSTFILE
+from flightline.client import wire
+from flightline.client.errors import ClientError
+from flightline.client.sync import Client
+from flightline.loadtest.trial import LOCUSTFILE
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         "--web-host": "127.0.0.1",
         "--web-port": port,
     }
-    command = [sys.executable, "-m", "loadtest.locust_main", "--class-picker"]
+    command = [sys.executable, "-m", "flightline.loadtest.locust_main", "--class-picker"]
     command += [str(part) for option in options.items() for part in option]
     # A child and not exec: gRPC's threads of the check above do not survive an exec quietly.
     locust = subprocess.Popen([*command, *arguments])

@@ -1,4 +1,4 @@
-"""``python -m loadtest worker --master-host HOST``: load from this machine, run after run, until Ctrl-C.
+"""``python -m flightline.loadtest worker --master-host HOST``: load from this machine, run after run, until Ctrl-C.
 
 Locust's workers end with each run; this starts the next.
 """
@@ -10,20 +10,28 @@ import subprocess
 import sys
 import time
 
-from loadtest.conditions import PROJECT
-from loadtest.trial import LOCUSTFILE
+from flightline.loadtest.conditions import PROJECT
+from flightline.loadtest.trial import LOCUSTFILE
 
 PAUSE_S = 0.5
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m flightline.loadtest worker", description=__doc__)
     parser.add_argument("--master-host", default="127.0.0.1", help="where the run was started")
     parser.add_argument("--master-port", type=int, default=5557)
     parser.add_argument("--runs", type=int, default=0, help="end after so many trials; 0: never")
     options = parser.parse_args(arguments)
     where = [f"--master-host={options.master_host}", f"--master-port={options.master_port}"]
-    command = [sys.executable, "-m", "loadtest.locust_main", "-f", str(LOCUSTFILE), "--worker", *where]
+    command = [
+        sys.executable,
+        "-m",
+        "flightline.loadtest.locust_main",
+        "-f",
+        str(LOCUSTFILE),
+        "--worker",
+        *where,
+    ]
     print(
         f"worker: waiting for runs from {options.master_host}:{options.master_port}; Ctrl-C stops", flush=True
     )

@@ -14,8 +14,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.config import ConfigError
-from loadtest.prompts import NAMES, Prompts, split_table
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.prompts import NAMES, Prompts, split_table
 
 WORDS = split_table("""
 time| year| people| way| day| man| thing| woman| life| child| world| school| state| family| student| group|
@@ -158,6 +158,10 @@ class Workload:
         lengths = f"input {self._inputs.text}, " if self._inputs else ""
         turns = f", {self.turns} turns" if self.turns > 1 else ""
         return f"{about} ({lengths}output {self._outputs.text} tokens{turns})"
+
+    def prompt(self, index: int) -> str:
+        """Of a request, without its length."""
+        return self[index].prompt
 
     def __getitem__(self, index: int) -> Ask:
         rng = random.Random(f"{self.spec.seed}/{index}/lengths")

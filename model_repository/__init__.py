@@ -1,5 +1,4 @@
-"""The Triton model repository: ``config.pbtxt`` templates, their Python models, and the server's supervisor.
+"""What Triton loads: ``config.pbtxt`` templates, their ``1/model.py``, and ``shared``, the library that those import.
 
-Each sub-folder with a ``config.pbtxt`` is one Triton model; ``engine_build`` renders them into
-``build/model_repository``. ``shared`` is what the models have in common, ``serve`` runs the server.
+Each sub-folder with a ``config.pbtxt`` is one Triton model; ``engine_build`` renders them into the build folder.
 """

@@ -9,15 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from flightline.torch_engine.kernels.cpu.toolchain import compiler
 from tests import compiler_cache
-from torch_engine.toolchain import compiler
 
 pytest_plugins = ["tests.serving"]
 
 # A shell that runs this in the background has SIGINT ignored, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_triton_ops.py", "test_sanitizers.py", "test_runs.py", "test_embedded.py", "test_smollm2.py")
+LONGEST = (
+    *("test_runs.py", "test_sanitizers.py", "test_triton_ops.py", "test_sampling_ops.py", "test_embedded.py"),
+    *("test_faults.py", "test_nvidia_clients.py", "test_smollm2.py", "test_kernels.py", "test_sampling.py"),
+)
 """Files of minutes. Begun last, one of them would keep one worker busy and the other idle."""
 
 
@@ -29,7 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Builds in this process and in others find the kernels that an earlier one compiled."""
     found = compiler()
-    if found is None:
+    if (
+        found is None or compiler_cache.VARIABLE in os.environ
+    ):  # none, or the cache of the test that started this
         yield
         return
     folder = tmp_path_factory.getbasetemp()
@@ -41,4 +46,5 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     script.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(script))
+        patch.setenv(compiler_cache.VARIABLE, str(cache))
         yield

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from engine_build.hardware import Hardware
-from engine_build.settings import parse
-from model_repository.serve import Server, ServeSettings
-from model_repository.trtllm import guard
-from model_repository.trtllm.host import Gpu
+from flightline.engine_build.hardware import Hardware
+from flightline.engine_build.settings import parse
+from flightline.engine_build.trtllm.host import Gpu
+from flightline.supervisor.serve import Server, ServeSettings
+from flightline.supervisor.trtllm import guard
+from flightline.torch_engine.core.config import EngineConfig
 from tests.engine_build import trtllm_tools
 from tests.short_gate import short_gate
-from torch_engine.config import EngineConfig
 
 
 def free_ports(count: int) -> list[int]:
@@ -38,6 +38,16 @@ def settings_for(build_dir: Path, **changes: object) -> ServeSettings:
     return ServeSettings(build_dir=build_dir, http_port=http, grpc_port=grpc, metrics_port=metrics, **changes)
 
 
+@contextmanager
+def serving(settings: ServeSettings) -> Iterator[Server]:
+    """A server for what it answers. It is ended without patience: how one ends well, tests/supervisor shows."""
+    with Server(settings, say=print) as server:
+        try:
+            yield server
+        finally:
+            server.hurry()
+
+
 CONTEXT = 16_384
 """Tokens; so long that a test can break something in the middle of an answer, however slow its client is."""
 
@@ -46,7 +56,7 @@ def build_tiny(
     folder: Path, tokenizer: str = "byte_level", baseline_max_batch_size: int = 1, dp: int = 1
 ) -> Path:
     """Builds a tiny Llama (random weights, ``CONTEXT`` tokens) into ``folder/build``; returns that."""
-    from engine_build.build import Build
+    from flightline.engine_build.build import Build
     from tests.tiny import tiny_checkpoint
 
     checkpoint = tiny_checkpoint(
@@ -75,7 +85,7 @@ def served(tiny_build: Path) -> Iterator[Server]:
     """One server for the whole session, with every model; leave it as you found it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLIGHTLINE_BASELINE_THREADS", "1")
-        with Server(settings_for(tiny_build), say=print) as server:
+        with serving(settings_for(tiny_build)) as server:
             yield server
 
 
@@ -96,7 +106,7 @@ def tensorrt_llm_lane(
 
     ``prepare`` gets the build folder before the server starts; ``checkpoint_fields`` go to ``tiny_checkpoint``.
     """
-    from engine_build import build
+    from flightline.engine_build import build
     from tests.tiny import tiny_checkpoint
 
     hardware = Hardware("cuda", GPU.name, 64 << 20, 64 << 20, capability=(9, 0), tensorrt_llm=version)
@@ -114,5 +124,5 @@ def tensorrt_llm_lane(
             tools.setenv("PATH", str(trtllm_tools.install(folder / "bin")), prepend=os.pathsep)
             build.Build(settings, say=lambda line: None).run()
         prepare(folder / "build")
-        with Server(settings_for(folder / "build", baseline=baseline), say=print) as server:
+        with serving(settings_for(folder / "build", baseline=baseline)) as server:
             yield server

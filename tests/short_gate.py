@@ -13,7 +13,7 @@ PROMPTS = 2
 @contextmanager
 def short_gate() -> Iterator[None]:
     """One window of text and two prompts, through the same code."""
-    from engine_build import build, gate
+    from flightline.engine_build import build, gate
 
     whole = build.read_prompts
     with pytest.MonkeyPatch.context() as patch:

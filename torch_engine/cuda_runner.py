@@ -6,37 +6,56 @@ pinned memory together with the entries of the block tables that are new. A toke
 sampled for this slot", so a step can be launched before the tokens of the one before it are known.
 
 Steps of single tokens replay a graph captured for the next larger batch size; rows that pad it belong to a slot
-and a KV block of their own. So do steps with prompt chunks up to ``MIXED_ROWS[-1]`` tokens, where the host would
-need longer to launch the kernels than the device to run them; larger ones run without a graph.
+and a KV block of their own. A guess (``core/speculation.py``) is a row more of its sequence's slot, one
+position further, in the same graphs: all keys are written before any row attends. Where what was said changes what may
+follow, it has a slot of its own in the sampling's tables, a fork: there the guesses before it count as said.
+
+Tokens that a grammar decides over are chosen by :meth:`CudaRunner.finish`, after the tokens of the step before were
+fetched and while the device computes the forward pass; the others of that step with them. They get no guesses.
+
+Steps with prompt chunks up to ``MIXED_ROWS[-1]`` tokens replay graphs of their own, where the host would need longer to
+launch the kernels than the device to run them; larger ones run without a graph.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llguidance import LLExecutor
+from numpy.typing import NDArray
 
-from torch_engine.config import EngineConfig
-from torch_engine.device_sampling import DeviceSampling
-from torch_engine.kernels import sampling_ops, triton_ops
-from torch_engine.kernels.cuda import CudaKernels, CudaLinear
-from torch_engine.kernels.triton_ops import AttentionInput
-from torch_engine.model import Model
-from torch_engine.runner import Runner, Ticket
-from torch_engine.sampling import Sampled
-from torch_engine.scheduler import Chunk
-from torch_engine.sequence import Sequence
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.grammar import Grammar, fill
+from flightline.torch_engine.core.sampling import Sampled
+from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.core.speculation import MOST_ROWS
+from flightline.torch_engine.kernels.gpu.attention import tile_tokens
+from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
+from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, scatter
+from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
+from flightline.torch_engine.kernels.gpu.sampling_ops import sample
+from flightline.torch_engine.kernels.gpu.sampling_tables import Choice
+from flightline.torch_engine.kernels.gpu.steps import CudaStep
+from flightline.torch_engine.kernels.gpu.tokens import argmax
+from flightline.torch_engine.model.decoder import Model
+from flightline.torch_engine.runner import Ticket
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 MIXED_SAMPLES = 256
 MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
+MASK_THREADS = 8
+"""That make grammars' masks while the device computes."""
 MIB = 2**20
 ALIGNMENT = 4
 """Integers in 16 bytes."""
@@ -44,23 +63,6 @@ ALIGNMENT = 4
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass
-class CudaStep:
-    """One step's tokens, on the device."""
-
-    ids: torch.Tensor
-    """[T] int32; negative: the last token sampled for the row's slot."""
-    attention: AttentionInput
-    last: torch.Tensor
-    """[slots] int32: the last token sampled for each slot."""
-    logit_rows: torch.Tensor | None
-    """[sampled] int32: rows of the step whose logits are wanted; None = all."""
-    logit_slots: torch.Tensor
-    """[sampled] int32: their slots."""
-    holds: torch.Tensor
-    """[sampled] int32: 1 where the next token must not be one that ends the output."""
 
 
 @dataclass(frozen=True)
@@ -127,19 +129,18 @@ class Captured:
             self._graphs[1].replay()
 
 
-def one_prompt(ids: torch.Tensor, kept: int, table: torch.Tensor, model: Model) -> CudaStep:
-    """The step that computes the prompt ``ids`` [T] alone, for the logits of its last ``kept`` tokens (0: of all).
+class Fork(NamedTuple):
+    """Rows of guesses in a step that ask other rows of the sampling's tables than their sequence's."""
 
-    ``table`` are its KV blocks.
-    """
-    count, tile = ids.shape[0], triton_ops.tile_tokens(model.kernels.dtype, model.spec.num_groups)
-    every = torch.arange(count, dtype=torch.int32, device=ids.device)
-    pieces = [(begin, min(tile, count - begin), begin, 0) for begin in range(0, count, tile)]
-    tiles = torch.tensor(pieces, dtype=torch.int32, device=ids.device)
-    where = AttentionInput(torch.zeros_like(every), every, table[None].int(), 0, tiles, count)
-    rows = every[-kept:]
-    nothing = torch.zeros_like(rows)
-    return CudaStep(ids.int(), where, nothing, rows, nothing, nothing)
+    sequence: Sequence
+    slot: int
+    row: int
+    """The first of them in the step."""
+    length: int
+    """Tokens known before them."""
+    guesses: tuple[int, ...]
+    slots: list[int]
+    """One for each guess."""
 
 
 class Staging:
@@ -153,40 +154,51 @@ class Staging:
         self.host = torch.empty(capacity, dtype=torch.int32, pin_memory=pinned)
         self.values = self.host.numpy()
         self.tokens = torch.empty(rows, dtype=torch.int32, pin_memory=pinned)
-        self.choice = sampling_ops.Choice.empty(rows, "cpu", pinned)
+        self.choice = Choice.empty(rows, "cpu", pinned)
         self.event = torch.cuda.Event() if pinned else None
 
 
-class CudaRunner(Runner):
+class CudaRunner:
     """Owns the KV caches, the slots and the graphs of one model on one device."""
 
     lags = True
+    row_cost = 1 / 128
 
     @torch.inference_mode()
-    def __init__(self, model: Model, kernels: CudaKernels, config: EngineConfig) -> None:
-        super().__init__(model, config.num_kv_blocks + 1, config.block_size)  # one block for padding rows
+    def __init__(
+        self, model: Model[CudaLinear, KVCache, CudaStep], kernels: CudaKernels, config: EngineConfig
+    ) -> None:
+        self.model = model
+        self.caches = model.new_caches(
+            config.num_kv_blocks + 1, config.block_size
+        )  # one block for padding rows
         device = self.device = kernels.device
-        self.head: CudaLinear = model.lm_head  # type: ignore[assignment]
         slots = config.max_batch_size
         self.width = -(-config.max_seq_len // config.block_size)
         self.tables = torch.zeros(slots + 1, self.width, dtype=torch.int32, device=device)
         self.tables[slots] = config.num_kv_blocks
-        self.last = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.spare = slots
-        samples = max(slots * (1 + config.speculation_tokens), MIXED_SAMPLES)
-        self.tokens = torch.zeros(max(samples, self._ladder(slots)[-1]), dtype=torch.int32, device=device)
+        forks = MOST_ROWS - 1 if config.speculation_tokens else 0
+        self._forks = range(slots + 1, slots + 1 + forks)
+        self._forked: list[Fork] = []
+        """Of the last step."""
+        self.last = torch.zeros(slots + 1 + forks, dtype=torch.int32, device=device)
+        ladder = self._ladder(max(slots, min(slots * (1 + config.speculation_tokens), MOST_ROWS)))
+        samples = max(slots, MIXED_SAMPLES)
+        self.tokens = torch.zeros(max(samples, ladder[-1]), dtype=torch.int32, device=device)
         spec = model.spec
-        self.choice = sampling_ops.Choice.empty(len(self.tokens), device)
+        self.choice = Choice.empty(len(self.tokens), device)
         self.choice.tokens = self.tokens
-        self.sampling = DeviceSampling(slots + 1, spec.vocab_size, device)
+        self.sampling = DeviceSampling(slots + 1 + forks, spec.vocab_size, device)
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
-        self.tile = triton_ops.tile_tokens(kernels.dtype, spec.num_groups)
+        self.tile = tile_tokens(kernels.dtype, spec.num_groups)
         mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
-        # Ids, slots, positions, holds; tiles; sampled rows, slots, holds; new entries of the block tables; alignment.
+        # Ids, slots, positions, holds, forks; tiles; sampled rows, slots, holds; new entries of the block tables;
+        # alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
-        capacity = 4 * longest + 4 * tiles + 3 * samples + 2 * slots * self.width + 10 * ALIGNMENT
+        capacity = 5 * longest + 4 * tiles + 3 * samples + 2 * slots * self.width + 11 * ALIGNMENT
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
@@ -199,19 +211,22 @@ class CudaRunner(Runner):
         self.mixed: dict[MixedShape, Captured] = {}
         """Of steps with prompt chunks, the smallest first."""
         self.graph_bytes = 0
+        self._unfinished: Callable[[], None] | None = None
+        """What of the launched step is not queued."""
+        self._executor = LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
         if config.cuda_graphs and on_gpu:
             if config.cuda_tuning:
                 kernels.tune(model.layers)
-            self.capture(self._ladder(slots), mixed)
+            self.capture(ladder, mixed)
         if on_gpu:
             self._warm_up(min(config.max_num_tokens, config.max_seq_len))
 
     @staticmethod
-    def _ladder(slots: int) -> list[int]:
-        """Batch sizes to capture: the smallest that holds ``slots``, and all below."""
+    def _ladder(rows: int) -> list[int]:
+        """Batch sizes to capture: the smallest that holds ``rows``, and all below."""
         return [
-            *(size for size in BATCH_SIZES if size < slots),
-            next((s for s in BATCH_SIZES if s >= slots), slots),
+            *(size for size in BATCH_SIZES if size < rows),
+            next((s for s in BATCH_SIZES if s >= rows), rows),
         ]
 
     def describe(self) -> str:
@@ -235,7 +250,7 @@ class CudaRunner(Runner):
             self.mixed[shape] = Captured(functools.partial(self._mixed_forward, shape), self._choose, pool)
         self.mixed = dict(reversed(self.mixed.items()))
         for size in sorted(sizes, reverse=True):
-            self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size), [])
+            self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size, []), [])
             self.graphs[size] = Captured(functools.partial(self._decode, size), self._choose, pool)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -243,7 +258,7 @@ class CudaRunner(Runner):
 
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
-        for count in (min(rows, longest) for rows in (triton_ops.SKINNY_ROWS, 64, 1024)):
+        for count in (min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024)):
             columns = np.zeros((3, count), dtype=np.int32)
             columns[1], columns[2] = self.spare, np.arange(count)
             tiles = self._tiles(0, count, 0, self.spare)
@@ -252,10 +267,10 @@ class CudaRunner(Runner):
                 torch.cuda.synchronize()
 
     def _decode(self, size: int) -> Computed:
-        """A step of ``size`` single tokens on the static inputs; leaves the next tokens in ``self.tokens``."""
-        ids, slots, positions, holds = self._places([size] * 4)
+        """A step of ``size`` rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
+        ids, slots, positions, holds, asking = self._places([size] * 5)
         where = AttentionInput(slots, positions, self.tables, size, None)
-        return self._forward(CudaStep(ids, where, self.last, None, slots, holds))
+        return self._forward(CudaStep(ids, where, self.last, None, asking, holds))
 
     def _mixed_forward(self, shape: MixedShape) -> Computed:
         """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
@@ -269,10 +284,10 @@ class CudaRunner(Runner):
     def _padded(
         self,
         shape: MixedShape,
-        columns: np.ndarray,
+        columns: NDArray[Any],
         tiles: list[tuple[int, int, int, int]],
         sampled: list[tuple[int, int, int]],
-    ) -> list[np.ndarray]:
+    ) -> list[NDArray[Any]]:
         """The parts of a step, filled up with rows of the spare slot, empty tiles and samples that nobody reads."""
         rows = np.zeros((3, shape.rows), dtype=np.int32)
         rows[1] = self.spare
@@ -289,16 +304,22 @@ class CudaRunner(Runner):
         """Queues the pass, and the choice of the tokens of which nothing but the likeliest is asked."""
         logits = self.model.raw_logits(step, self.caches)
         tokens = self.tokens[: logits.shape[0]]
-        triton_ops.argmax(
-            logits, step.logit_slots, self.last, tokens, self.head.column_scales, step.holds, self.ends
+        argmax(
+            logits,
+            step.logit_slots,
+            self.last,
+            tokens,
+            self.model.lm_head.column_scales,
+            step.holds,
+            self.ends,
         )
         return Computed(step, logits)
 
     def _choose(self, computed: Computed) -> None:
         """Queues the choice of all rows' tokens, as their slots' requests ask."""
         step, logits = computed
-        sampling_ops.sample(
-            logits, self.head.column_scales, self.model.spec.logit_softcap, step.logit_rows, step.logit_slots,
+        sample(
+            logits, self.model.lm_head.column_scales, self.model.spec.logit_softcap, step.logit_rows, step.logit_slots,
             step.attention.positions, self.sampling.tables, self.last, self.choice,
         )  # fmt: skip
 
@@ -310,25 +331,35 @@ class CudaRunner(Runner):
         self.staging.reverse()
         staging = self.staging[0]
         plain = all(sequence.samples_on_device for sequence in sampling)
+        self._join()
         # A prompt's token that chooses nothing is no decode: what its row drew would count as said.
-        if all(chunk.num_tokens == 1 and chunk.samples for chunk in chunks):
+        if all(chunk.num_tokens == chunk.num_sampled for chunk in chunks):
             choose = self._launch_decodes(chunks, staging)
         else:
             choose = self._launch_mixed(chunks, staging)
-        if not plain:
-            self.sampling.flush()
-            choose()
         told = [sequence.num_told for sequence in sampling]
         asks = max(told, default=-1) >= 0
         count = len(sampling)
-        staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
-        if asks:
-            for name in ("log_probs", "top_ids", "top_log_probs"):
-                getattr(staging.choice, name)[:count].copy_(
-                    getattr(self.choice, name)[:count], non_blocking=True
-                )
-        if staging.event is not None:
-            staging.event.record()
+        guided = {self._slots[sequence]: sequence for sequence in sampling if sequence.grammar is not None}
+
+        def finish() -> None:
+            if not plain:
+                self.sampling.flush()
+                self._fork()
+                self._mask(guided)
+                choose()
+            staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
+            if asks:
+                for name in ("log_probs", "top_ids", "top_log_probs"):
+                    getattr(staging.choice, name)[:count].copy_(
+                        getattr(self.choice, name)[:count], non_blocking=True
+                    )
+            if staging.event is not None:
+                staging.event.record()
+
+        self._unfinished = finish
+        if not guided:
+            self.finish()
 
         def fetch() -> list[Sampled]:
             if staging.event is not None:
@@ -340,28 +371,103 @@ class CudaRunner(Runner):
 
         return fetch
 
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Queues the choice of the launched step's tokens, if that had to wait for the tokens before it."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished()
+
+    def _mask(self, guided: dict[int, Sequence]) -> None:
+        """Queues what the grammars of slots' sequences allow now; of those that have just ended nobody looks at it."""
+        grammars = {
+            slot: sequence.grammar
+            for slot, sequence in guided.items()
+            if sequence.grammar is not None and sequence.finish_reason is None
+        }
+        if grammars:
+            rows = np.empty((len(grammars), Grammar.words(self.model.spec.vocab_size)), dtype=np.uint32)
+            fill(list(grammars.values()), rows, self._executor)
+            self.sampling.allow(list(grammars), rows)
+
     def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
         """Returns what queues the choice of the tokens; so does :meth:`_launch_mixed`."""
-        count = len(chunks)
-        size = count
-        if self.graphs:
-            size = next(size for size in reversed(self.graphs) if size >= count)
+        rows: list[tuple[int, int, int, int]] = []
         updates: list[tuple[int, int]] = []
-        rows = [self._row(chunk.sequence, updates) for chunk in chunks]
-        rows += [(0, self.spare, 0, 0)] * (size - count)
-        self._upload(staging, self._columns(rows), updates)
+        for chunk in chunks:
+            rows.append(self._row(chunk.sequence, updates))
+            if chunk.guesses:
+                rows += self._guessed(chunk, rows[-1], len(rows))
+        size = len(rows)
+        if self.graphs:
+            size = next(size for size in reversed(self.graphs) if size >= len(rows))
+        rows += [(0, self.spare, 0, 0)] * (size - len(rows))
+        self._upload(staging, self._columns(rows, self._forked), updates)
         if not self.graphs:
             return functools.partial(self._choose, self._decode(size))
         self.graphs[size].replay()
         return self.graphs[size].choose
 
     @staticmethod
-    def _columns(rows: list[tuple[int, int, int, int]]) -> list[np.ndarray]:
-        return list(np.array(rows, dtype=np.int32).T)
+    def _columns(rows: list[tuple[int, int, int, int]], forked: list[Fork]) -> list[NDArray[Any]]:
+        """Ids, slots, positions, holds, and the slots in the tables of sampling."""
+        columns = list(np.array(rows, dtype=np.int32).T)
+        asking = columns[1]
+        if forked:
+            asking = asking.copy()
+            for fork in forked:
+                asking[fork.row : fork.row + len(fork.slots)] = fork.slots
+        return [*columns, asking]
+
+    # Guesses ---------------------------------------------------------------------------------------
+
+    def _guessed(
+        self, chunk: Chunk, before: tuple[int, int, int, int], row: int
+    ) -> list[tuple[int, int, int, int]]:
+        """Rows of a chunk's guesses, of which the first is number ``row``; ``before`` is that of the token before them.
+
+        Notes the forks that they need.
+        """
+        sequence, guesses = chunk.sequence, chunk.guesses
+        _, slot, position, _ = before
+        if sequence.remembers:
+            taken = sum(len(fork.slots) for fork in self._forked)
+            forks = list(self._forks[taken : taken + len(guesses)])
+            self._forked.append(Fork(sequence, slot, row, len(sequence.tokens), guesses, forks))
+        return [
+            (guess, slot, position + number, int(sequence.must_go_on(number)))
+            for number, guess in enumerate(guesses, 1)
+        ]
+
+    def _fork(self) -> None:
+        """Queues that forks know what is said before their rows."""
+        moves: list[Move] = [
+            (fork.slot, target, fork.length, fork.guesses[: number + 1])
+            for fork in self._forked
+            for number, target in enumerate(fork.slots)
+        ]
+        if moves:
+            self.sampling.fork(moves)
+
+    def _join(self) -> None:
+        """Queues that the slots of sequences forked in the last step know what was said: its last token's fork does.
+
+        The tokens of that step have been fetched, as those of every step with guesses.
+        """
+        moves: list[Move] = []
+        for fork in self._forked:
+            accepted = len(fork.sequence.tokens) - fork.length - 1
+            if accepted > 0 and self._slots.get(fork.sequence) == fork.slot:
+                moves.append((fork.slots[accepted - 1], fork.slot, 0, ()))
+        self._forked = []
+        if moves:
+            self.sampling.fork(moves)
+
+    # Prompts ---------------------------------------------------------------------------------------
 
     def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
         singles: list[tuple[int, int, int, int]] = []  # decodes come first
-        columns: list[np.ndarray] = []
+        columns: list[NDArray[Any]] = []
         tiles: list[tuple[int, int, int, int]] = []
         sampled: list[tuple[int, int, int]] = []
         updates: list[tuple[int, int]] = []
@@ -380,7 +486,8 @@ class CudaRunner(Runner):
                 columns.append(rows)
                 tiles += self._tiles(total, count, first, slot)
             total += count
-            sampled += [(at, slot, holds) for at in range(total - chunk.num_sampled, total)]
+            if chunk.samples:
+                sampled.append((total - 1, slot, holds))
         if singles:
             columns.insert(0, np.array(singles, dtype=np.int32).T[:3])
         step = np.concatenate(columns, axis=1)
@@ -415,7 +522,7 @@ class CudaRunner(Runner):
     def _mixed(
         self,
         staging: Staging,
-        columns: np.ndarray,
+        columns: NDArray[Any],
         tiles: list[tuple[int, int, int, int]],
         sampled: list[tuple[int, int, int]],
         updates: list[tuple[int, int]],
@@ -451,10 +558,10 @@ class CudaRunner(Runner):
         position = sequence.num_computed
         tokens = sequence.tokens
         token = tokens[position] if position < len(tokens) else -1
-        return token, slot, position, int(sequence.must_go_on)
+        return token, slot, position, int(sequence.must_go_on())
 
     def _upload(
-        self, staging: Staging, parts: list[np.ndarray], updates: list[tuple[int, int]]
+        self, staging: Staging, parts: list[NDArray[Any]], updates: list[tuple[int, int]]
     ) -> list[torch.Tensor]:
         """Copies ``parts`` to the device in one piece and updates the tables; returns the parts on the device.
 
@@ -469,7 +576,7 @@ class CudaRunner(Runner):
         placed = self._places([part.size for part in parts])
         self.inputs[:at].copy_(staging.host[:at], non_blocking=True)
         if updates:
-            triton_ops.scatter(self.tables, placed.pop().view(2, -1))
+            scatter(self.tables, placed.pop().view(2, -1))
         return placed
 
     def _places(self, sizes: list[int]) -> list[torch.Tensor]:
@@ -489,7 +596,7 @@ class CudaRunner(Runner):
             self._free.append(slot)
 
 
-def _told(choice: sampling_ops.Choice, tokens: list[int], wanted: list[int]) -> list[Sampled]:
+def _told(choice: Choice, tokens: list[int], wanted: list[int]) -> list[Sampled]:
     """Tokens with what is told about each: as many of the likeliest as are ``wanted``; -1: nothing at all."""
     count, most = len(tokens), max(wanted)
     log_probs = choice.log_probs[:count].tolist()

@@ -1,11 +1,18 @@
 """The engine: add requests, call :meth:`Engine.step` as long as there is work, read what comes out.
 
-Single-threaded; ``torch_engine.server`` puts a process and a socket around it.
+Single-threaded; ``process/server.py`` puts a process and a socket around it.
 
 On a GPU the host works one step ahead: step n + 1 is scheduled and launched while the device still runs
 step n, and only then are the tokens of step n fetched. The input tokens of step n + 1 never leave the
 device. A sequence whose end the host learns of a step late has run once more for nothing; that token is
 dropped. Its blocks can be given away at once all the same, because the device runs the steps in order.
+
+A step with guesses (``core/speculation.py``) needs the tokens before it, and how many of its own count is known
+only when it has ended: before and after it the host waits.
+
+What a grammar (``core/grammar.py``) allows next depends on the token before. Such a step is launched in two parts: the
+forward pass as ever; then the tokens of step n are fetched, and while the device computes, their masks are made; and
+only then the choice of tokens is queued (:meth:`Runner.finish`).
 """
 
 from __future__ import annotations
@@ -16,15 +23,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from torch_engine import kernels
-from torch_engine.blocks import BlockManager
-from torch_engine.config import EngineConfig
-from torch_engine.families import load_spec
-from torch_engine.memory import reserved_gpu_memory
-from torch_engine.model import Model
-from torch_engine.request import (
+from flightline.torch_engine.core.blocks import BlockManager
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.guided import Guided
+from flightline.torch_engine.core.memory import reserved_gpu_memory
+from flightline.torch_engine.core.request import (
     Code,
     EngineStats,
     FinishReason,
@@ -34,16 +37,18 @@ from torch_engine.request import (
     RequestError,
     RequestOutput,
 )
-from torch_engine.runner import Runner, SamplingFailed, Ticket
-from torch_engine.sampling import Sampled
-from torch_engine.scheduler import Chunk, Scheduler
-from torch_engine.sequence import Sequence
-from torch_engine.siblings import Siblings
-from torch_engine.text import TokenBytes
-from torch_engine.weights import Checkpoint
+from flightline.torch_engine.core.sampling import Sampled
+from flightline.torch_engine.core.scheduler import Chunk, Scheduler
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.core.siblings import Siblings
+from flightline.torch_engine.loading import load_runner
+from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.weights import Checkpoint
+from flightline.torch_engine.runner import SamplingFailed, Ticket
+from flightline.torch_engine.text.stream import TokenBytes
 
 
-def spare_the_collector() -> None:
+def freeze_garbage_collector() -> None:
     """For a process that has loaded its engine: Python's garbage collector no longer looks at what stays anyway.
 
     At 1,024 requests it took half of the host's time. Requests hold no reference cycles, so that it frees little.
@@ -53,6 +58,8 @@ def spare_the_collector() -> None:
     gc.set_threshold(100_000, 50, 100)
 
 
+IDLE_S = 0.002
+"""How long a step waits for a grammar if there is nothing else to do: other requests may come meanwhile."""
 Outputs = list[tuple[Any, RequestOutput]]
 """Request keys, each with what became of its request."""
 
@@ -83,13 +90,13 @@ class Engine:
         checkpoint = checkpoint or Checkpoint(config.model_dir, load_spec(config.model_dir))
         spec = checkpoint.spec
         self.tokens = tokens or TokenBytes.from_dir(config.model_dir)
-        self.kernels = kernels.choose(config)
-        with torch.inference_mode():
-            self.model = Model(checkpoint, self.kernels, config.max_seq_len)
-            self.runner = self._runner()
+        self.runner = load_runner(config, checkpoint)
+        self.model = self.runner.model
+        self.kernels = self.model.kernels
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
-        self.scheduler = Scheduler(config, self.blocks)
+        self.scheduler = Scheduler(config, self.blocks, self.runner.row_cost)
         self.siblings = Siblings(config.block_size)
+        self.guided = Guided(self.tokens, spec.vocab_size)
         self.sequences: dict[Any, Sequence] = {}
         self.info = ModelInfo(
             vocab_size=spec.vocab_size,
@@ -104,20 +111,10 @@ class Engine:
         self.failed_steps = 0
         """Steps in a row that failed as a whole."""
 
-    def _runner(self) -> Runner:
-        if self.kernels.name != "cuda":
-            return Runner(self.model, self.config.num_kv_blocks, self.config.block_size)
-        from torch_engine.cuda_runner import CudaRunner  # needs Triton's language, which a CPU does without
-
-        return CudaRunner(self.model, self.kernels, self.config)  # type: ignore[arg-type]
-
     def _describe(self) -> str:
         spec, config = self.model.spec, self.config
-        weights = f"FP8 weights, computed in {config.compute_dtype}" if spec.fp8 else config.compute_dtype
-        if self.kernels.name == "cuda":
-            weights = f"{'FP8' if spec.fp8 else 'unquantised'} checkpoint, {config.compute_dtype} activations"
         return (
-            f"{spec.architecture} with {spec.num_layers} layers, {weights}, {self.kernels.describe()} on "
+            f"{spec.architecture} with {spec.num_layers} layers, {self.kernels.describe(spec)} on "
             f"{config.device}, {config.num_kv_blocks} KV blocks of "
             f"{config.block_size} tokens, {config.batch_scheduler_policy}{self.runner.describe()}"
         )
@@ -134,16 +131,24 @@ class Engine:
         """
         self._validate(request)
         limit = self.config.max_queue_size
-        if limit and len(self.scheduler.waiting) + len(self.siblings) >= limit:
+        if limit and self._num_waiting >= limit:
             raise QueueFull(
                 f"the queue is full: max_queue_size={limit} requests wait already, try again later"
             )
         arrival = arrival_ns or time.monotonic_ns()
         sequence = Sequence.start(key, request, self.info.end_ids, self.tokens, arrival)
         self.runner.check(sequence)
+        if not self.guided.hold(sequence):
+            self._queue(sequence)
+        self.sequences[key] = sequence
+
+    def _queue(self, sequence: Sequence) -> None:
         if not self.siblings.hold(sequence):
             self.scheduler.add(sequence)
-        self.sequences[key] = sequence
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self.siblings) + len(self.guided)
 
     def _validate(self, request: GenerationRequest) -> None:
         length, limit = len(request.prompt_ids), self.config.max_seq_len
@@ -182,10 +187,9 @@ class Engine:
         With lag (see above) that is the step launched by the last call, otherwise the one launched by this.
         What fails for one request ends that one with INTERNAL; a step that fails as a whole, all that took part in it.
         """
-        outputs = self._expire()
-        lags = self.runner.lags and not self.config.speculation_tokens
-        if not lags:
-            outputs += self._land()
+        outputs = self._expire() + self._guide()
+        if self._flight is not None and self._awaits(self._flight):
+            outputs += self._fetch()
         self.scheduler.waiting.extendleft(reversed(self.siblings.release()))
         chunks = self.scheduler.schedule()
         self._count(chunks)
@@ -196,9 +200,18 @@ class Engine:
                 self.failed_steps = 0
             except Exception as error:
                 outputs += self._launch_again(chunks, error)
-        outputs += self._land()
-        self._flight = launched
-        return outputs if lags else outputs + self._land()
+        elif self._flight is None and self.guided and not outputs:
+            self.guided.wait(IDLE_S)
+        outputs += self._fetch()
+        if launched is not None:
+            outputs += self._finish(launched)
+        return outputs if self.runner.lags else outputs + self._fetch()
+
+    def _awaits(self, flight: Flight) -> bool:
+        """Whether the tokens in flight have to be known before the next step is launched."""
+        if self.scheduler.speculation is None:
+            return False
+        return any(chunk.guesses for chunk in flight.chunks) or self.scheduler.expects_guesses()
 
     def _launch(self, chunks: list[Chunk]) -> Flight:
         sampling = [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)]
@@ -208,6 +221,31 @@ class Engine:
             if chunk.samples:
                 chunk.sequence.num_pending += 1
         return Flight(chunks, ticket)
+
+    def _finish(self, launched: Flight) -> Outputs:
+        """Queues what of a step depends on the tokens of the step before, which have been fetched."""
+        try:
+            self.runner.finish()
+        except Exception as error:
+            self.failed_steps += 1
+            return self._fail(launched.chunks, error)
+        self._flight = launched
+        return []
+
+    def _guide(self) -> Outputs:
+        """Queues requests whose grammar is ready, and refuses those whose guide makes none."""
+        outputs: Outputs = []
+        if not self.guided:
+            return outputs
+        ready, failed = self.guided.release()
+        for sequence in ready:
+            self._queue(sequence)
+        for sequence, error in failed:
+            self._retire(sequence)
+            output = sequence.end(FinishReason.ERROR)
+            output.error = error
+            outputs.append((sequence.key, output))
+        return outputs
 
     def _launch_again(self, chunks: list[Chunk], error: Exception) -> Outputs:
         """After a step that failed: each request alone, which shows whose fault it was.
@@ -227,12 +265,12 @@ class Engine:
                     outputs += self._fail([chunk], own)
                     guilty |= isinstance(own, SamplingFailed)
                 else:
-                    outputs += self._land()
+                    outputs += self._fetch()
                     guilty = True
         self.failed_steps = 0 if guilty else self.failed_steps + 1
         return outputs
 
-    def _land(self) -> Outputs:
+    def _fetch(self) -> Outputs:
         """Fetches the tokens of the step in flight, if there is one."""
         flight, self._flight = self._flight, None
         if flight is None:
@@ -269,6 +307,8 @@ class Engine:
         if token.token_id < 0:
             output = sequence.end(FinishReason.ERROR)
             output.error = RequestError(Code.INTERNAL, token.error)
+            if sequence.grammar is not None and sequence.grammar.problem:
+                output.error = RequestError(Code.INVALID_ARG, sequence.grammar.problem)
             return output
         return sequence.append(token.token_id, token.log_prob, now_ns, token.top)
 
@@ -291,7 +331,7 @@ class Engine:
         return outputs
 
     def _retire(self, sequence: Sequence) -> None:
-        if not self.siblings.forget(sequence):
+        if not self.guided.forget(sequence) and not self.siblings.forget(sequence):
             self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self.sequences[sequence.key]
@@ -308,7 +348,7 @@ class Engine:
             # Without what it held back: its text may be what failed.
             output = RequestOutput(
                 num_input_tokens=sequence.num_prompt,
-                num_output_tokens=sequence.num_emitted,
+                num_output_tokens=sequence.output.num_emitted,
                 finish_reason=FinishReason.ERROR,
                 error=RequestError(Code.INTERNAL, message),
                 metrics=sequence.metrics(),
@@ -350,7 +390,7 @@ class Engine:
         return EngineStats(
             **counts,
             active_requests=len(self.sequences),
-            waiting_requests=len(self.scheduler.waiting) + len(self.siblings),
+            waiting_requests=self._num_waiting,
             max_requests=self.config.max_batch_size,
             kv_blocks_max=self.blocks.num_blocks,
             kv_blocks_free=self.blocks.num_free,
@@ -361,7 +401,8 @@ class Engine:
         )
 
     def close(self) -> None:
-        """The last call. Nothing of this engine outlives its process; other lanes' engines have workers to stop."""
+        """The last call. Other engines have workers to stop, too."""
+        self.guided.close()
 
     def audit(self) -> None:
         """Raises AssertionError if the block bookkeeping disagrees with the live sequences."""

@@ -1,18 +1,20 @@
 """Runs the scheduler's chunks on a device, directly: launch a step, fetch what it sampled.
 
-:class:`torch_engine.cuda_runner.CudaRunner` has the same two methods, with graphs and a step of lag between them.
+On a GPU ``cuda_runner.py`` does the same, with graphs and a step of lag between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Generic, Protocol
 
 import torch
 
-from torch_engine.model import Model
-from torch_engine.sampling import Sampled, rows_of, sample
-from torch_engine.scheduler import Chunk
-from torch_engine.sequence import Sequence
+from flightline.torch_engine.core.sampling import Sampled, rows_of, sample
+from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.model.decoder import Model
+from flightline.torch_engine.model.kernel_interface import CacheT, HostKernels, LinearT, StepT
 
 Ticket = Callable[[], list[Sampled]]
 """A launched step; calling it waits for the tokens of the sequences that sampled."""
@@ -22,16 +24,51 @@ class SamplingFailed(Exception):
     """The step was computed, and then no token could be chosen for one of its sequences."""
 
 
-class Runner:
+class StepRunner(Protocol):
+    """What the engine asks of a device."""
+
+    lags: bool
+    """Whether the next step may be launched before this one's tokens are fetched."""
+    row_cost: float
+    """Time of one row more in a step, in times of what a step takes however few rows it has (reading the weights)."""
+
+    @property
+    def model(self) -> Model[Any, Any, Any]:
+        """On kernels that the engine does not know."""
+
+    def describe(self) -> str:
+        """What it has reserved, for the log, after a comma; or nothing."""
+
+    def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
+        """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
+
+    def finish(self) -> None:
+        """Queues what of the launched step had to wait for the tokens of the step before."""
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises RequestError: INVALID_ARG if the device cannot do what a request asks of its tokens."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+
+
+class Runner(Generic[LinearT, CacheT, StepT]):
     """Computes a step while the caller waits."""
 
     lags = False
-    """Whether the next step may be launched before this one's tokens are fetched."""
+    row_cost = 1 / 3
 
-    def __init__(self, model: Model, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Model[LinearT, CacheT, StepT],
+        kernels: HostKernels[LinearT, CacheT, StepT],
+        num_blocks: int,
+        block_size: int,
+    ) -> None:
         self.model = model
+        self.kernels = kernels
         self.caches = model.new_caches(num_blocks, block_size)
-        self.steps = model.kernels.steps(block_size)
+        self.steps = kernels.steps(block_size)
 
     def describe(self) -> str:
         return ""
@@ -41,13 +78,16 @@ class Runner:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
         logits = self.model.forward(self.steps.build(chunks), self.caches)
         try:
-            sampled = sample(logits, rows_of(chunks), self.model.kernels) if sampling else []
+            sampled = sample(logits, rows_of(chunks), self.kernels) if sampling else []
         except Exception as error:
             raise SamplingFailed(f"{type(error).__name__}: {error}") from error
         return lambda: sampled
 
+    def finish(self) -> None:
+        """Queues what of the launched step had to wait for the tokens of the step before. Nothing has to here."""
+
     def check(self, sequence: Sequence) -> None:
-        """Raises RequestError: INVALID_ARG if the device cannot do what a request asks of its tokens. This one can."""
+        """This device can do whatever a request asks of its tokens."""
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""

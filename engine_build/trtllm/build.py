@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_build.errors import BuildError
-from engine_build.plan import ModelShape, Plan
-from engine_build.prompts import Sample
-from engine_build.trtllm import commands, engine_folder, log
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.plan import ModelShape, Plan
+from flightline.engine_build.prompts import Sample
+from flightline.engine_build.trtllm import commands, engine_folder, log
 
 BUILD_LOG = "build.log"
 DATA_SETS_BY_NAME = ("cnn_dailymail", "scienceqa")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine_build.errors import BuildError
-from engine_build.plan import Plan
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.plan import Plan
 
 QUANTIZE_SCRIPT = "/app/examples/quantization/quantize.py"
 QFORMATS = {"fp8": "fp8", "nvfp4": "nvfp4", "int8_sq": "int8_sq", "int4_awq": "int4_awq", "bf16": "full_prec"}

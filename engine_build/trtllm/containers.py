@@ -3,7 +3,7 @@
 Driver 575 had 25.10 (TensorRT-LLM 1.0.0), which is not among them: tritonclient needs protobuf 6.33.5 of January 2026,
 newer than anything in that image, so its Python packages were never meant for it.
 
-``python3 -m engine_build.trtllm.containers`` prints the image for this host; it needs nothing but Python.
+``python3 -m flightline.engine_build.trtllm.containers`` prints the image for this host; it needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from model_repository.trtllm import host
+from flightline.engine_build.trtllm import host
 
 
 @dataclass(frozen=True)

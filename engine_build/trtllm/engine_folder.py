@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine_build.errors import BuildError
-from engine_build.hf_format import read_json
-from engine_build.plan import Plan
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hf_format import read_json
+from flightline.engine_build.plan import Plan
 
 LOGITS_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 

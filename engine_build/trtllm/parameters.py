@@ -9,8 +9,8 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine_build.errors import BuildError
-from engine_build.plan import Plan
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.plan import Plan
 
 WORKER = "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker"
 FRACTION, WHOLE, FLAG, TEXT, PATH = (

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from model_repository.shared import words
-from model_repository.shared.generation import Progress, end_ids_of
-from torch_engine.request import (
+from flightline.model_repository.shared import words
+from flightline.model_repository.shared.generation import Progress
+from flightline.torch_engine.core.output import end_ids_of
+from flightline.torch_engine.core.request import (
     Code,
     FinishReason,
     GenerationRequest,
@@ -26,7 +27,7 @@ from torch_engine.request import (
     RequestError,
     RequestOutput,
 )
-from torch_engine.text import TokenBytes
+from flightline.torch_engine.text.stream import TokenBytes
 
 _TIMES = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
 _COUNTS = (
@@ -167,6 +168,9 @@ class BlsEngine:
             for token, value in sampling.logit_bias:
                 bias[0, token] += value
             inputs["embedding_bias"] = bias
+        if request.guide is not None:
+            inputs["guided_decoding_guide_type"] = _one(request.guide.type.encode(), np.object_)
+            inputs["guided_decoding_guide"] = _one(request.guide.text.encode(), np.object_)
         return inputs | self._ends(request) | dict(request.lane_inputs)
 
     def _ends(self, request: GenerationRequest) -> dict[str, np.ndarray]:

@@ -25,6 +25,9 @@ class Contract:
     """Whether a stop or bad word that is a JSON list of strings stands for the strings in it."""
     spaced_bad_words: bool
     """Whether a bad word is also banned where it follows a space."""
+    counts_so_far: bool
+    """Whether ``num_output_tokens`` counts all tokens up to a response. NVIDIA's counts the tokens that the response
+    itself holds, those of a prompt that is not excluded too."""
     flat_text: bool
     """Whether ``text_output`` is [1] instead of [1, 1]: NVIDIA's postprocessing drops the batch dimension."""
     stop_is_an_error: bool = False
@@ -37,6 +40,7 @@ NVIDIA = Contract(
     unknown_parameters=True,
     json_words=False,
     spaced_bad_words=False,
+    counts_so_far=False,
     flat_text=True,
 )
 OURS = Contract(
@@ -45,6 +49,7 @@ OURS = Contract(
     unknown_parameters=False,
     json_words=True,
     spaced_bad_words=True,
+    counts_so_far=True,
     flat_text=False,
 )
 LLMAPI = replace(NVIDIA, stop_is_an_error=True)

@@ -7,7 +7,6 @@ response a token when idle, several tokens in one under load. Nothing here block
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import traceback
@@ -16,15 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from model_repository.shared.gate import Gate
-from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
-from torch_engine.threads import end_process, vital
+from flightline.model_repository.shared.gate import Gate
+from flightline.torch_engine.core.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    RequestError,
+    RequestOutput,
+)
+from flightline.torch_engine.process.log import logger
+from flightline.torch_engine.process.threads import end_process, vital
 
 SEND_PATIENCE_S = 1.0
 
 
 class Engine(Protocol):
-    """What ``torch_engine.replicas.Replicas`` offers."""
+    """What ``flightline.torch_engine.process.routing.Replicas`` offers."""
 
     def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> Any: ...
 
@@ -35,19 +41,19 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class Reply:
-    """One Triton request: where its responses go. It ends when each of its rows has."""
+    """One Triton request: where its responses go. It ends when each of its answers has."""
 
     sender: Any
     """``pb_utils.InferenceResponseSender``."""
-    open_rows: int = 1
+    open_answers: int = 1
     cancelled: bool = False
     ended: bool = False
-    """Its final response is an error: whatever its rows still produce is dropped."""
+    """Its final response is an error: whatever its answers still produce is dropped."""
 
 
 @dataclass(eq=False)
 class Generation:
-    """One batch row of a request on its way."""
+    """One answer on its way: of a batch row, and of several to it."""
 
     reply: Reply
     request: GenerationRequest
@@ -214,16 +220,16 @@ class Emitter:
         if ended:
             with self._changed:
                 self._active.discard(generation)
-            reply.open_rows -= 1
+            reply.open_answers -= 1
             self._note_end(output)
         if reply.ended:
             if ended:
                 self.gate.leave()
             return
-        flags = self._final if ended and not reply.open_rows else 0
+        flags = self._final if ended and not reply.open_answers else 0
         try:
             response = (
-                self._error_response(output.error)
+                self._error_response(_of_sequence(generation.request, output.error))
                 if output.error
                 else generation.write(output, generation.first)
             )
@@ -245,7 +251,7 @@ class Emitter:
 
     def _give_up(self, reply: Reply, error: Exception) -> None:
         """A response could not be sent, with /dev/shm full for instance: the request ends here, with an error."""
-        print(f"a response could not be sent: {error}", file=sys.stderr, flush=True)
+        logger("stub").error("a response could not be sent: %s", error)
         with self._changed:
             rest = [generation for generation in self._active if generation.reply is reply]
         for generation in rest:
@@ -255,3 +261,10 @@ class Emitter:
     def _error_response(self, error: RequestError) -> Any:
         code = getattr(self._pb.TritonError, error.code.value)
         return self._pb.InferenceResponse(error=self._pb.TritonError(error.message, code))
+
+
+def _of_sequence(request: GenerationRequest, error: RequestError) -> RequestError:
+    """An error has no tensors: which of several answers has failed stands in its text, and the others go on."""
+    if not request.group:
+        return error
+    return RequestError(error.code, f"sequence_index {request.sequence_index}: {error.message}")

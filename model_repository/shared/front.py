@@ -13,17 +13,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from model_repository.shared import responses
-from model_repository.shared.contract import NVIDIA, Contract
-from model_repository.shared.emitter import Emitter, Generation, Reply
-from model_repository.shared.responses import ResponseWriter
-from model_repository.shared.tensors import Inputs, Options
-from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError, RequestOutput
+from flightline.model_repository.shared import responses
+from flightline.model_repository.shared.contract import NVIDIA, Contract
+from flightline.model_repository.shared.emitter import Emitter, Generation, Reply
+from flightline.model_repository.shared.responses import ResponseWriter
+from flightline.model_repository.shared.tensors import Inputs, Options
+from flightline.model_repository.shared.vocabulary import Vocabulary
+from flightline.torch_engine.core.request import (
+    Code,
+    GenerationRequest,
+    ModelInfo,
+    RequestError,
+    RequestOutput,
+)
 
 LONG_PROMPT = 2**14
 """Bytes from which on a prompt is tokenised aside, some milliseconds of work: shorter ones shall not wait for it."""
-LONG_PROMPTS_AT_ONCE = 2
+ASIDE_AT_ONCE = 2
+"""Long prompts and guides that are read at a time, beside the others."""
 
 
 class Door(Protocol):
@@ -41,7 +48,7 @@ class Door(Protocol):
 
 
 class TextDoor:
-    """``text_input`` to ``text_output``."""
+    """``text_input``, or ``input_ids`` where the model has that input too, to ``text_output``."""
 
     def __init__(self, vocabulary: Vocabulary, contract: Contract) -> None:
         self.contract = contract
@@ -57,7 +64,7 @@ class TextDoor:
         bad_words = inputs.words("bad_words", row)
         return inputs.generation(
             row,
-            prompt_ids=vocabulary.encode_prompt(inputs.text(row, vocabulary.most_bytes(info.max_seq_len))),
+            prompt_ids=self._prompt(inputs, row, info),
             stop=stops.texts,
             stop_ids=stops.tokens,
             bad_ids=tuple(tuple(ids) for word in bad_words for ids in vocabulary.bad_ids(word, spaced)),
@@ -65,11 +72,23 @@ class TextDoor:
             logit_bias=vocabulary.bias(inputs.bias_words(row)),
         )
 
+    def _prompt(self, inputs: Inputs, row: int, info: ModelInfo) -> list[int]:
+        if not inputs.has("input_ids"):
+            text = inputs.text(row, self._vocabulary.most_bytes(info.max_seq_len))
+            return self._vocabulary.encode_prompt(text)
+        if inputs.has("text_input"):
+            inputs.refuse("input_ids", "comes with text_input: the prompt must be one of the two")
+        return inputs.whole_prompt_ids(row, info.vocab_size)
+
     def show(
         self, prompt_ids: list[int], output: RequestOutput, options: Options, row: int
     ) -> dict[str, responses.Make]:
         text = self._vocabulary.bytes.decode(prompt_ids) + output.text
-        return responses.text(text, self.contract.flat_text) | responses.details(output, options, row)
+        count = output.num_output_tokens
+        if not self.contract.counts_so_far:
+            count = len(prompt_ids) + len(output.token_ids)
+        made = responses.text(text, self.contract.flat_text)
+        return made | responses.details(output, options, row, count)
 
 
 class TokenDoor:
@@ -100,7 +119,9 @@ class TokenDoor:
     def show(
         self, prompt_ids: list[int], output: RequestOutput, options: Options, row: int
     ) -> dict[str, responses.Make]:
-        return responses.ids(prompt_ids, output) | responses.details(output, options, row)
+        count = len(prompt_ids) + len(output.token_ids)
+        made = responses.ids(prompt_ids, output) | responses.details(output, options, row, count)
+        return made | responses.of_lane(output)
 
 
 class Front:
@@ -133,10 +154,10 @@ class Front:
         self._decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self._writer = ResponseWriter(pb_utils, model_config)
         self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        self._long = ThreadPoolExecutor(LONG_PROMPTS_AT_ONCE, "long-prompt")
+        self._aside = ThreadPoolExecutor(ASIDE_AT_ONCE, "aside")
 
     def execute(self, requests: list[Any]) -> None:
-        """Returns before anything is generated, and before a long prompt is tokenised."""
+        """Returns before anything is generated, a long prompt is tokenised or a guide is looked at."""
         for request in requests:
             reply = Reply(request.get_response_sender())
             with self._answering(reply):
@@ -145,9 +166,9 @@ class Front:
                     self._stop(reply, self._name(request))
                     continue
                 self._emitter.gate.check()
-                if inputs.num_text_bytes > LONG_PROMPT:
+                if inputs.guided or inputs.num_text_bytes > LONG_PROMPT:
                     names = request.requested_output_names()
-                    self._long.submit(self._start, reply, names, inputs.copy(), self._name(request))
+                    self._aside.submit(self._start, reply, names, inputs.copy(), self._name(request))
                 else:
                     self._start(reply, request.requested_output_names(), inputs, self._name(request))
 
@@ -168,8 +189,8 @@ class Front:
                 self._emitter.start(generation)
 
     def close(self) -> None:
-        """Starts the long prompts that still wait, so that closing the emitter answers them: to be closed first."""
-        self._long.shutdown()
+        """Starts the requests that still wait, so that closing the emitter answers them: to be closed first."""
+        self._aside.shutdown()
 
     def _name(self, request: Any) -> str:
         """The request's id, as the engine shall know it: both doors have the same engine and may see the same id."""
@@ -195,23 +216,46 @@ class Front:
                 "or build with DECOUPLED=1",
             )
         generations = [
-            self._generation(reply, requested, inputs, row, info, name) for row in range(inputs.rows)
+            generation
+            for row in range(inputs.rows)
+            for generation in self._answers(reply, requested, inputs, row, info, name)
         ]
-        reply.open_rows = len(generations)
+        reply.open_answers = len(generations)
         return generations
 
-    def _generation(
+    def _answers(
         self, reply: Reply, requested: list[str], inputs: Inputs, row: int, info: ModelInfo, name: str
-    ) -> Generation:
-        options: Options = inputs.options(row)
-        if options.stream and not self._decoupled:
+    ) -> list[Generation]:
+        """As many to one row as it asks for."""
+        options = inputs.options(row)
+        if not self._decoupled:
+            self._require_one_response(options)
+        request = dataclasses.replace(self._door.read(inputs, row, info), request_id=name)
+        return [
+            Generation(reply, one, options.stream, self._write(requested, one.prompt_ids, options, row))
+            for one in request.siblings(options.num_sequences)
+        ]
+
+    @staticmethod
+    def _require_one_response(options: Options) -> None:
+        if options.stream:
             raise RequestError(
                 Code.UNSUPPORTED,
                 "stream is True: streaming is only supported if the model is decoupled; leave stream out, "
                 "or build with DECOUPLED=1",
             )
+        if options.num_sequences > 1:
+            raise RequestError(
+                Code.UNSUPPORTED,
+                f"num_return_sequences is {options.num_sequences}: several answers are only supported if the model "
+                "is decoupled; send as many requests, or build with DECOUPLED=1",
+            )
+
+    def _write(
+        self, requested: list[str], prompt_ids: list[int], options: Options, row: int
+    ) -> Callable[[RequestOutput, bool], Any]:
+        """What writes the responses of one answer."""
         contract = self._door.contract
-        request = dataclasses.replace(self._door.read(inputs, row, info), request_id=name)
         shows_prompt = not options.exclude_input and (contract.prompt_in_streams or not options.stream)
         text = ""
 
@@ -220,7 +264,7 @@ class Front:
             if self._accumulate:
                 text += output.text
                 output = dataclasses.replace(output, text=text)
-            prompt = request.prompt_ids if first and shows_prompt else []
+            prompt = prompt_ids if first and shows_prompt else []
             return self._writer.write(requested, self._door.show(prompt, output, options, row))
 
-        return Generation(reply, request, options.stream, write)
+        return write

@@ -11,7 +11,7 @@ import os
 import threading
 from pathlib import Path
 
-from torch_engine.request import Code, RequestError
+from flightline.torch_engine.core.request import Code, RequestError
 
 VARIABLE = "FLIGHTLINE_GATE"
 """Tells Triton's stubs where the file is."""

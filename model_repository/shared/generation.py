@@ -7,26 +7,19 @@ list of end tokens, counts and times.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch_engine.request import (
+from flightline.torch_engine.core.output import OutputAccumulator
+from flightline.torch_engine.core.request import (
     FinishReason,
     GenerationRequest,
     PerfMetrics,
     RequestError,
     RequestOutput,
 )
-from torch_engine.text import Release, TextStream, TokenBytes
-
-
-def end_ids_of(request: GenerationRequest, model_end_ids: tuple[int, ...]) -> frozenset[int]:
-    """Tokens that end this request's output."""
-    if request.end_id is None:
-        return frozenset((*model_end_ids, *request.stop_ids))
-    return (
-        frozenset(request.stop_ids) if request.end_id < 0 else frozenset((request.end_id, *request.stop_ids))
-    )
+from flightline.torch_engine.text.stream import Release, TokenBytes
 
 
 @dataclass(eq=False)
@@ -40,18 +33,15 @@ class Progress:
     metrics: PerfMetrics
     """Starts with the arrival time; times are filled in as they come."""
     num_tokens: int = 0
-    num_emitted: int = 0
-    cum_log_prob: float = 0.0
     cancelled: bool = False
     finished: bool = False
     told_metrics: bool = False
     """``metrics`` are the engine's own, of the whole request: tokens no longer set their times."""
-    _held_log_probs: list[float] = field(default_factory=list)
-    _held_tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    lane_outputs: Mapping[str, Any] = field(default_factory=dict)
+    """Goes into the last message; see ``RequestOutput``."""
 
     def __post_init__(self) -> None:
-        tokens = self.tokens if self.request.skip_special_tokens else self.tokens.with_special
-        self._stream = TextStream(tokens, self.request.stop)
+        self._output = OutputAccumulator.of(self.request, self.tokens)
 
     def scheduled(self) -> None:
         """The engine has begun to work on it."""
@@ -78,17 +68,11 @@ class Progress:
 
     def _add(self, token: int, log_prob: float, top: list[tuple[int, float]]) -> None:
         self.num_tokens += 1
-        self.cum_log_prob += log_prob
-        self._held_log_probs.append(log_prob)
-        self._held_tops.append(top)
-        release = self._stream.push(token)
+        release = self._output.push(token, log_prob, top)
         if release.stopped:
             self.finish(FinishReason.STOP, release)
         elif self.num_tokens == self.request.max_tokens:
-            rest = self._stream.finish()
-            self.finish(
-                FinishReason.LENGTH, Release(release.token_ids + rest.token_ids, release.text + rest.text)
-            )
+            self.finish(FinishReason.LENGTH, self._output.rest(release))
         elif release.token_ids:
             self._emit(release)
 
@@ -96,7 +80,7 @@ class Progress:
         """Ends it, with everything that was held back or just ``release``."""
         if not self.finished:
             self.finished = True
-            self._emit(self._stream.finish() if release is None else release, reason)
+            self._emit(self._output.rest() if release is None else release, reason)
 
     def fail(self, error: RequestError) -> None:
         if not self.finished:
@@ -104,25 +88,7 @@ class Progress:
             self.on_output(RequestOutput(finish_reason=FinishReason.ERROR, error=error))
 
     def _emit(self, release: Release, reason: FinishReason | None = None) -> None:
-        log_probs = release.told(self._held_log_probs, 0.0)
-        tops = release.told(self._held_tops, [])
-        if release.stopped:  # what the stop word drops counts nowhere
-            self.cum_log_prob += sum(log_probs) - sum(self._held_log_probs)
-        self._held_log_probs = self._held_log_probs[len(log_probs) :]
-        self._held_tops = self._held_tops[len(tops) :]
-        self.num_emitted += len(release.token_ids)
-        wanted = self.request.return_log_probs
-        self.on_output(
-            RequestOutput(
-                token_ids=release.token_ids,
-                text=release.text,
-                log_probs=log_probs if wanted else [],
-                top_log_probs=tops if self.request.top_log_probs else [],
-                cum_log_prob=self.cum_log_prob if wanted else 0.0,
-                num_input_tokens=len(self.request.prompt_ids),
-                num_output_tokens=self.num_emitted,
-                finish_reason=reason,
-                metrics=None if reason is None else self.metrics,
-                sequence_index=self.request.sequence_index,
-            )
-        )
+        output = self._output.tell(release, reason, None if reason is None else self.metrics)
+        if reason is not None and self.lane_outputs:
+            output.lane_outputs = self.lane_outputs
+        self.on_output(output)

@@ -7,16 +7,16 @@ It is the contract that TensorRT-LLM kept when it removed ``inflight_batcher_llm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from model_repository.shared import responses
-from model_repository.shared.contract import LLMAPI
-from model_repository.shared.front import TextDoor
-from model_repository.shared.tensors import Inputs, Options
-from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.request import Code, FinishReason, RequestError, RequestOutput
+from flightline.model_repository.shared import responses
+from flightline.model_repository.shared.contract import LLMAPI
+from flightline.model_repository.shared.front import TextDoor
+from flightline.model_repository.shared.tensors import PYTORCH, Inputs, Options
+from flightline.model_repository.shared.vocabulary import Vocabulary
+from flightline.torch_engine.core.request import Code, FinishReason, RequestError, RequestOutput
 
 MAX_TOKENS = 32
 """``SamplingParams`` of the LLM API gives this many where nobody says."""
@@ -35,8 +35,12 @@ NAMES = {
     "sampling_param_exclude_input_from_output": "exclude_input_in_output",
     "sampling_param_return_perf_metrics": "return_perf_metrics",
     "return_cumulative_logprob": "return_log_probs",
+    "return_finish_reason": "return_finish_reason",
 }
 """Its inputs -> the same ones of ``ensemble``."""
+THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
+ADAPTER = ("lora_id", "lora_name", "lora_path", "lora_ckpt_source")
+"""Its inputs that name a LoRA adapter in a folder of the server; like ``image_url`` of its newest form, after 1.2."""
 REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.END_ID: "stop",
@@ -49,7 +53,6 @@ NOTHING = "None"
 
 @dataclass(frozen=True)
 class LlmapiOptions(Options):
-    finish_reason: bool = False
     stop_reason: bool = False
     stop_words: tuple[str, ...] = ()
 
@@ -58,11 +61,17 @@ class LlmapiInputs(Inputs):
     """Its tensors under the names of ``ensemble``, with a batch dimension in front."""
 
     def __init__(self, tensors: dict[str, np.ndarray], lane: str) -> None:
-        """Raises RequestError: more than one prompt, or more than one answer to it."""
+        """Raises RequestError: more than one prompt, more than one answer to it, or what no lane serves."""
+        for name in ("image_url", *ADAPTER):
+            if (
+                name in tensors
+                and (why := _why_not(name, lane))
+                and any(each != b"" for each in tensors[name].flat)
+            ):
+                raise RequestError(Code.UNSUPPORTED, f"{name} is given: {why}")
         renamed = {NAMES[name]: value.reshape(1, -1) for name, value in tensors.items() if name in NAMES}
         renamed.setdefault("max_tokens", np.array([[MAX_TOKENS]], np.int32))
         super().__init__(renamed, lane, LLMAPI)
-        self._labels |= {NAMES[name]: name for name in tensors if name in NAMES}
         self._tensors = tensors
         if self._flag("sampling_param_best_of", 1) > 1:
             raise RequestError(
@@ -70,6 +79,18 @@ class LlmapiInputs(Inputs):
                 f"sampling_param_best_of is {self._flag('sampling_param_best_of', 1)}: this model gives one answer; "
                 "leave it out",
             )
+
+    def lane_inputs(self, row: int) -> dict[str, np.ndarray]:
+        adapter = {name: self._tensors[name].reshape(1, -1) for name in ADAPTER if name in self._tensors}
+        return super().lane_inputs(row) | adapter
+
+    def copy(self) -> Self:
+        made = super().copy()
+        made._tensors = {name: value.copy() for name, value in self._tensors.items()}
+        return made
+
+    def _label(self, name: str) -> str:
+        return THEIRS.get(name, name)
 
     def _flag(self, name: str, default: Any) -> Any:
         value = self._tensors.get(name, np.array([default])).ravel()
@@ -88,10 +109,21 @@ class LlmapiInputs(Inputs):
             )
         return LlmapiOptions(
             **vars(super().options(row)),
-            finish_reason=self._flag("return_finish_reason", False),
             stop_reason=stop_reason,
             stop_words=stop_words,
         )
+
+
+def _why_not(name: str, lane: str) -> str:
+    """Why a lane does not serve an input, with the remedy; empty if it does."""
+    if name == "image_url":
+        return "image input is not supported; leave it out"
+    if lane == PYTORCH:
+        return ""
+    return (
+        f"adapters in folders are not supported by lane {lane}; leave it out, or build with ENGINE=trtllm-pytorch and "
+        "TRTLLM_PARAMETERS=lora_dir=FOLDER"
+    )
 
 
 class LlmapiDoor(TextDoor):

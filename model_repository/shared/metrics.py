@@ -10,7 +10,7 @@ import math
 import time
 from typing import Any
 
-from torch_engine.request import EngineStats, RequestOutput
+from flightline.torch_engine.core.request import EngineStats, RequestOutput
 
 _LENGTH_BUCKETS = [10, 50, 100, 500, 1000]
 _MEMORY = "nv_trt_llm_runtime_memory_metrics"

@@ -6,14 +6,18 @@ is in ``batch_index``. NVIDIA's ``text_output`` alone has none.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from model_repository.shared.tensors import Options
-from torch_engine.request import RequestOutput
+from flightline.model_repository.shared.tensors import Options
+from flightline.torch_engine.core.request import RequestOutput
+
+NO_TOKEN = -1
+"""Stands in ``top_token_ids`` where fewer tokens are told than asked for."""
 
 _PERF_INT32 = (
     *("kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks"),
@@ -43,8 +47,12 @@ def text(value: str, flat: bool) -> dict[str, Make]:
     return {"text_output": lambda: np.array([data] if flat else [[data]], dtype=np.object_)}
 
 
-def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make]:
-    """Everything about a generation but its tokens: what the request asked for."""
+def details(output: RequestOutput, options: Options, row: int, num_output_tokens: int) -> dict[str, Make]:
+    """Everything about a generation but its tokens: what the request asked for.
+
+    Args:
+        num_output_tokens: what the door takes that to be, see ``Contract.counts_so_far``.
+    """
     made: dict[str, Make] = {}
     if options.log_probs:
         made["cum_log_probs"] = _one(output.cum_log_prob, np.float32)
@@ -52,15 +60,41 @@ def details(output: RequestOutput, options: Options, row: int) -> dict[str, Make
     if options.num_input_tokens:
         made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
     if options.num_output_tokens:
-        made["num_output_tokens"] = _one(output.num_output_tokens, np.int32)
+        made["num_output_tokens"] = _one(num_output_tokens, np.int32)
     metrics = output.metrics  # of the end; before it they would be ten tensors of 0
     if options.perf_metrics and metrics:
         made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
         made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
         made["acceptance_rate"] = _one(metrics.acceptance_rate, np.float32)
+    if options.finish_reason and output.finish_reason:
+        made["finish_reason"] = _one(output.finish_reason.encode(), np.object_)
+    if options.token_ids:
+        made["token_ids"] = lambda: np.array([output.token_ids], dtype=np.int32)
+    if options.top_log_probs:
+        made["top_token_ids"] = lambda: _top(output, options.top_log_probs, 0, NO_TOKEN, np.int32)
+        made["top_log_probs"] = lambda: _top(output, options.top_log_probs, 1, 0.0, np.float32)
     if row:
         made["batch_index"] = _one(row, np.int32)
+    if options.num_sequences > 1:
+        made["sequence_index"] = _one(output.sequence_index, np.int32)
     return made
+
+
+def of_lane(output: RequestOutput) -> dict[str, Make]:
+    """What only the engine of some lane gives, as it came."""
+    return {name: functools.partial(np.asarray, value) for name, value in output.lane_outputs.items()}
+
+
+def _top(output: RequestOutput, count: int, part: int, nothing: float, dtype: type) -> np.ndarray:
+    """One half of the likeliest tokens' (id, log-probability), [1, tokens, count]."""
+    made: np.ndarray = np.full((1, len(output.top_log_probs), count), nothing, dtype=dtype)
+    for at, tokens in enumerate(output.top_log_probs):
+        made[0, at, : len(tokens)] = [token[part] for token in tokens]
+    return made
+
+
+def _nothing(shape: list[int], dtype: type) -> np.ndarray:
+    return np.full(shape, b"", dtype) if dtype is np.object_ else np.zeros(shape, dtype)
 
 
 class ResponseWriter:
@@ -76,9 +110,9 @@ class ResponseWriter:
         config = json.loads(model_config)
         batch = [1] if config["max_batch_size"] else []
         self._empty = {
-            output["name"]: np.zeros(
+            output["name"]: _nothing(
                 [*batch, *(max(int(size), 1) for size in output["dims"])],
-                dtype=pb_utils.triton_string_to_numpy(output["data_type"]),
+                pb_utils.triton_string_to_numpy(output["data_type"]),
             )
             for output in config["output"]
         }

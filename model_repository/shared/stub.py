@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from typing import Any
 
-from model_repository.settings import SOCKETS_VARIABLE
-from model_repository.shared.bls_engine import BlsEngine
-from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.replicas import Replicas
-from torch_engine.request import ModelInfo, RequestError
-
-ENGINE_WAIT_S = 5.0
+from flightline.model_repository.shared.bls_engine import BlsEngine
+from flightline.model_repository.shared.vocabulary import Vocabulary
+from flightline.torch_engine.core.request import ModelInfo, RequestError
+from flightline.torch_engine.process.routing import SOCKETS_VARIABLE, Replicas
 
 
 def parameters(args: dict[str, str]) -> dict[str, str]:
@@ -24,9 +20,9 @@ def parameters(args: dict[str, str]) -> dict[str, str]:
 
 
 def connect_engine() -> Replicas:
-    """Client of the engine processes that the supervisor runs.
+    """Client of the engine processes that the supervisor runs, which may still load.
 
-    An engine that is late is no reason to fail: requests get UNAVAILABLE until it is there.
+    Requests get UNAVAILABLE until one is there; the supervisor calls nobody ready before that.
 
     Raises:
         RuntimeError: nobody has said where the engine is.
@@ -34,11 +30,7 @@ def connect_engine() -> Replicas:
     paths = os.environ.get(SOCKETS_VARIABLE)
     if not paths:
         raise RuntimeError(f"{SOCKETS_VARIABLE} is not set: start the server with 'make serve'")
-    engine = Replicas(paths.split(os.pathsep))
-    deadline = time.monotonic() + ENGINE_WAIT_S
-    while not engine.connected and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return engine
+    return Replicas(paths.split(os.pathsep))
 
 
 def engine(pb_utils: Any, values: dict[str, str], vocabulary: Vocabulary) -> Replicas | BlsEngine:

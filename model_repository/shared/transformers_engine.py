@@ -27,9 +27,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from model_repository.shared.generation import Progress, end_ids_of
-from torch_engine.memory import reserved_gpu_memory
-from torch_engine.request import (
+from flightline.model_repository.shared.generation import Progress
+from flightline.torch_engine.core.memory import reserved_gpu_memory
+from flightline.torch_engine.core.output import end_ids_of
+from flightline.torch_engine.core.request import (
     Code,
     FinishReason,
     GenerationRequest,
@@ -39,8 +40,8 @@ from torch_engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from torch_engine.text import TokenBytes
-from torch_engine.threads import vital
+from flightline.torch_engine.process.threads import vital
+from flightline.torch_engine.text.stream import TokenBytes
 
 THREADS_VARIABLE = "FLIGHTLINE_BASELINE_THREADS"
 _GATHER_S = 0.02
@@ -85,6 +86,12 @@ class TransformersEngine:
 
     def submit(self, request: GenerationRequest, on_output: Callable[[RequestOutput], None]) -> int:
         """As ``EngineClient.submit``."""
+        if request.guide is not None:
+            raise RequestError(
+                Code.UNSUPPORTED,
+                "guided_decoding_guide is given: the baseline is plain generate() and keeps to none; leave it out, or "
+                "ask text_generation",
+            )
         end_ids = end_ids_of(request, self.info.end_ids)
         job = Progress(
             request, on_output, self._tokens, end_ids, PerfMetrics(arrival_time_ns=time.monotonic_ns())

@@ -1,4 +1,4 @@
-"""Text to token ids for the front ends; the way back is ``torch_engine.text``."""
+"""Text to token ids for the front ends; the way back is ``text/stream.py``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from torch_engine.request import Code, RequestError
-from torch_engine.text import TokenBytes
+from flightline.torch_engine.core.request import Code, RequestError
+from flightline.torch_engine.text.stream import TokenBytes
 
 LONG_TEXT = 2**18
 """Characters from which on tokenising takes so much memory that it matters where it goes."""
@@ -53,12 +53,15 @@ class Vocabulary:
         """Bytes of the longest text that can fit ``max_seq_len`` tokens, if each were the longest there is."""
         return max_seq_len * self.bytes.longest
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids of a prompt, with one BOS where the model wants one, even if the text has its own.
+
+        ``add_special_tokens`` overrides the vocabulary's own: a rendered chat has those that it needs.
 
         Other threads go on meanwhile: tokenizers lets go of the interpreter for a batch, and for nothing else.
         """
-        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=self._add_special_tokens)
+        special = self._add_special_tokens if add_special_tokens is None else add_special_tokens
+        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         ids = encoded.ids
         del encoded
         if len(text) > LONG_TEXT:

@@ -23,8 +23,9 @@ def test_correctness_first_and_every_command_exists(tmp_path: Path) -> None:
     assert steps[:7] == ["correctness", "compare", "gaps", "checkpoint", "served", "peer-served", "build"]
     assert "--peer peer fp8 --" in done.stdout and "the peer, served" in done.stdout
     scripts = re.findall(r"^(benchmarks/\S+\.py) ", done.stdout, flags=re.M)
-    assert len(scripts) >= 6 and all((ROOT / script).is_file() for script in scripts)
-    assert "-m loadtest compare --levels 1,64" in (tmp_path / "loadtest" / "log").read_text()
+    assert "-m pytest -q -m gpu tests/torch_engine" in done.stdout
+    assert len(scripts) >= 5 and all((ROOT / script).is_file() for script in scripts)
+    assert "-m flightline.loadtest compare --levels 1,64" in (tmp_path / "loadtest" / "log").read_text()
 
 
 def test_nothing_is_measured_of_an_engine_that_is_wrong(tmp_path: Path) -> None:

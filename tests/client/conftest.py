@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loadtest.null_server import NullServer, Timing
+from flightline.loadtest.null_server import NullServer, Timing
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
-from client import AsyncClient, DeadlineExceeded, InvalidRequest, ServerUnavailable
+from flightline.client import AsyncClient, DeadlineExceeded, InvalidRequest, ServerUnavailable
 from tests.client.waiting import eventually
 
 

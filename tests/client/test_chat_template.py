@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from client import ChatTemplate, ChatTemplateError, Client
-from client.chat_template import deployed_model_dir
+from flightline.client import ChatTemplate, ChatTemplateError, Client
+from flightline.client.chat_template import deployed_model_dir
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from client import Client
-from client.cli import main
+from flightline.client import Client
+from flightline.client.cli import main
 from tests.client.test_chat_template import CHATML, save_model
 from tests.client.waiting import eventually
 
@@ -29,6 +29,27 @@ def test_json(server, capsys):
     assert server.log[0].inputs["seed"] == 7
 
 
+def test_every_parameter_has_a_flag(server, capsys):
+    flags = ["--min-p", "0.5", "--stop-token-ids", "7", "--ignore-eos", "--no-skip-special-tokens"]
+    flags += [
+        "--logit-bias-ids",
+        "3",
+        "--logit-bias-weights=-inf",
+        "--top-logprobs",
+        "2",
+        "--stop-words",
+        "a",
+    ]
+    assert main(["hello", "--url", server.url, "--max-tokens", "1", *flags]) == 0
+    inputs = server.log[0].inputs
+    assert (inputs["min_p"], inputs["stop_token_ids"], inputs["ignore_eos"]) == (0.5, [7], True)
+    assert (inputs["skip_special_tokens"], inputs["logit_bias_weights"]) == (False, float("-inf"))
+    assert (inputs["top_logprobs"], inputs["stop_words"]) == (2, ["a"])
+    with pytest.raises(SystemExit):
+        main(["hello", "--stream", "--num-return-sequences", "2"])
+    assert "texts would mix" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(server, capsys):
     assert main(["hello", "--url", "127.0.0.1:9"]) == 1
     assert main(["hello", "--url", server.url, "--max-tokens", "0"]) == 1
@@ -45,7 +66,7 @@ def test_a_prompt_is_needed(capsys):
 
 def test_a_conversation_remembers_and_ends_with_the_input(server, tmp_path):
     save_model(tmp_path, CHATML, True)
-    command = [sys.executable, "-m", "client", "--chat", "--url", server.url, "--max-tokens", "2"]
+    command = [sys.executable, "-m", "flightline.client", "--chat", "--url", server.url, "--max-tokens", "2"]
     done = subprocess.run(
         [*command, "--model-dir", tmp_path],
         input="first\nsecond\n",
@@ -60,7 +81,16 @@ def test_a_conversation_remembers_and_ends_with_the_input(server, tmp_path):
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(slow_server, tmp_path):
     save_model(tmp_path, CHATML, True)
-    command = [sys.executable, "-m", "client", "--chat", "--url", slow_server.url, "--max-tokens", "1000"]
+    command = [
+        sys.executable,
+        "-m",
+        "flightline.client",
+        "--chat",
+        "--url",
+        slow_server.url,
+        "--max-tokens",
+        "1000",
+    ]
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [*command, "--model-dir", tmp_path], stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE

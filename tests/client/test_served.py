@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from client import AsyncClient, Client, DeadlineExceeded, InvalidRequest, ServerUnavailable
-from client.wire import ENDPOINTS
+from flightline.client import AsyncClient, Client, DeadlineExceeded, InvalidRequest, ServerUnavailable
+from flightline.client.wire import ENDPOINTS
 from tests.client.waiting import eventually
 from tests.serving import CONTEXT
 
@@ -40,8 +40,8 @@ def test_parameters_reach_the_engine(served, model):
         sampled = [
             llm.generate(PROMPT, max_tokens=8, min_tokens=8, temperature=2.0, seed=s).text for s in (1, 1, 2)
         ]
-        with_prompt = llm.generate(PROMPT, max_tokens=8, min_tokens=8, exclude_input_in_output=False).text
-    assert with_prompt == PROMPT + text
+        with_prompt = llm.generate(PROMPT, max_tokens=8, min_tokens=8, exclude_input_in_output=False)
+    assert (with_prompt.text, with_prompt.num_output_tokens) == (PROMPT + text, 8)
     assert sampled[0] == sampled[1] != text  # a temperature alone samples, and a seed repeats
     assert sampled[2] != sampled[0]
 
@@ -54,6 +54,55 @@ def test_log_probs(served, model):
     assert len(answer.log_probs) == 6
     assert answer.cum_log_prob == pytest.approx(sum(answer.log_probs), rel=1e-3)
     assert [p for chunk in chunks for p in chunk.log_probs] == pytest.approx(answer.log_probs, rel=1e-3)
+
+
+def test_what_text_generation_adds(served):
+    """Each field of its own arrives, and what it asks for comes back."""
+    asked = {"max_tokens": 8, "temperature": 1.5, "seed": 3, "ignore_eos": True, "min_p": 0.01}
+    told = {
+        "return_token_ids": True,
+        "return_finish_reason": True,
+        "return_log_probs": True,
+        "top_logprobs": 3,
+    }
+    with Client(served.settings.grpc_url) as llm:
+        answer = llm.generate(PROMPT, **asked, **told)
+        chunks = list(llm.generate_stream(PROMPT, **asked, **told))
+        ends = {"stop_token_ids": answer.token_ids[4:5], "return_token_ids": True}
+        stopped = llm.generate(PROMPT, **asked, **ends, return_finish_reason=True)
+        bias = {"logit_bias_ids": [1], "logit_bias_weights": [100.0], "skip_special_tokens": False}
+        spelled = llm.generate(PROMPT, **{**asked, "max_tokens": 2}, **bias)
+    assert len(answer.token_ids) == len(answer.top_log_probs) == 8
+    assert answer.finish_reason == chunks[-1].finish_reason == "length"
+    assert [token for chunk in chunks for token in chunk.token_ids] == answer.token_ids
+    assert [top for chunk in chunks for top in chunk.top_log_probs] == answer.top_log_probs
+    for top, log_prob in zip(answer.top_log_probs, answer.log_probs, strict=True):
+        assert len(top) == 3 and top[0][1] >= log_prob
+    assert stopped.token_ids == answer.token_ids[: answer.token_ids.index(answer.token_ids[4])]
+    assert stopped.finish_reason == "stop"
+    assert spelled.text == "</s></s>"
+    assert answer.perf_metrics.total_draft_tokens == answer.perf_metrics.acceptance_rate == 0
+
+
+@pytest.mark.parametrize("model", ENDPOINTS)
+def test_several_answers(served, model):
+    asked = {"max_tokens": 6, "min_tokens": 6, "temperature": 2.0}
+    with Client(served.settings.grpc_url, model) as llm:
+        answers = llm.generate_all(PROMPT, seed=5, num_return_sequences=2, **asked)
+        stream = list(llm.generate_stream(PROMPT, seed=5, num_return_sequences=2, **asked))
+        assert [answer.sequence_index for answer in answers] == [0, 1]
+        for index, answer in enumerate(answers):
+            assert answer.text == llm.generate(PROMPT, seed=5 + index, **asked).text
+            assert answer.text == "".join(chunk.text for chunk in stream if chunk.sequence_index == index)
+            assert answer.num_output_tokens == 6
+        with pytest.raises(InvalidRequest, match=r"num_return_sequences is 2: .* call generate_all"):
+            llm.generate(PROMPT, num_return_sequences=2)
+
+    async def go():
+        async with AsyncClient(served.settings.grpc_url, model) as llm:
+            return await llm.generate_all(PROMPT, seed=5, num_return_sequences=2, **asked)
+
+    assert [answer.text for answer in asyncio.run(go())] == [answer.text for answer in answers]
 
 
 @pytest.mark.parametrize("model", ENDPOINTS)

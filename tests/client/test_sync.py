@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import pytest
+from tritonclient.grpc import service_pb2
 
-from client import (
+from flightline.client import (
+    Chunk,
     Client,
     DeadlineExceeded,
     GenerateParams,
+    Generation,
     GenerationError,
     InvalidRequest,
     RequestCancelled,
     ServerUnavailable,
+    wire,
 )
-from client.errors import from_stream_error
+from flightline.client.errors import from_stream_error
 from tests.client.waiting import eventually
 
 
@@ -25,12 +29,46 @@ def test_generate_adds_text_counts_and_times_up(server):
     assert answer.perf_metrics.ttft_s == (served.token_times_ns[0] - served.arrival_ns) / 1e9
 
 
+def test_one_of_several_answers_has_failed():
+    """The others are whole; an error of the whole request is raised."""
+
+    def error(text):
+        return wire.parse_response(service_pb2.ModelStreamInferResponse(error_message=text))
+
+    chunks = [
+        Chunk("a", num_output_tokens=1),
+        Chunk("b", num_output_tokens=1, sequence_index=1),
+        error("sequence_index 1: the engine step failed: RuntimeError: no"),
+        Chunk("c", num_output_tokens=2),
+    ]
+    whole, failed = Generation.all_from_chunks(chunks, GenerateParams(max_tokens=2, num_return_sequences=2))
+    assert (whole.text, whole.finish_reason, whole.error) == ("ac", "length", None)
+    assert (failed.text, failed.finish_reason, type(failed.error)) == ("b", "error", GenerationError)
+    full = [error(f"sequence_index {index}: the queue is full") for index in range(2)]
+    with pytest.raises(ServerUnavailable, match=r"^sequence_index 0: the queue is full"):
+        Generation.all_from_chunks(full, GenerateParams(num_return_sequences=2))
+    with pytest.raises(InvalidRequest):
+        error("max_tokens is 0: it must be at least 1")
+
+
 def test_stream_is_one_chunk_per_response(server):
     with Client(server.url) as llm:
         chunks = list(llm.generate_stream("hello", max_tokens=4))
     assert [chunk.text for chunk in chunks] == [" word"] * 4
     assert [chunk.num_output_tokens for chunk in chunks] == [1, 2, 3, 4]
     assert server.log[0].inputs["stream"] is True
+
+
+def test_tokens_count_from_the_beginning_at_any_endpoint(server):
+    """The ensemble itself counts those of one response."""
+    with Client(server.url, "ensemble") as llm:
+        assert [chunk.num_output_tokens for chunk in llm.generate_stream("hello", max_tokens=4)] == [
+            1,
+            2,
+            3,
+            4,
+        ]
+        assert llm.generate("hello", max_tokens=4).num_output_tokens == 4
 
 
 def test_what_was_asked_for_is_what_travels(server):
@@ -44,8 +82,27 @@ def test_what_was_asked_for_is_what_travels(server):
     assert "top_p" not in inputs and "bad_words" not in inputs
 
 
+def test_what_asks_for_nothing_does_not_travel_to_models_that_do_not_know_it():
+    assert set(GenerateParams().tensors()) == {
+        "max_tokens",
+        "return_log_probs",
+        "exclude_input_in_output",
+        "return_num_input_tokens",
+        "return_num_output_tokens",
+        "return_perf_metrics",
+    }
+    assert GenerateParams(skip_special_tokens=False).tensors()["skip_special_tokens"] is False
+
+
 @pytest.mark.parametrize(
-    ("options", "top_p"), [({"temperature": 0.7}, 1.0), ({"temperature": 0.0}, None), ({}, None)]
+    ("options", "top_p"),
+    [
+        ({"temperature": 0.7}, 1.0),
+        ({"temperature": 0.7, "min_p": 0.1}, None),
+        ({"temperature": 0.7, "min_p": 0.0}, 1.0),
+        ({"temperature": 0.0}, None),
+        ({}, None),
+    ],
 )
 def test_temperature_alone_asks_for_sampling(options, top_p):
     assert GenerateParams(**options).tensors().get("top_p") == top_p
@@ -60,6 +117,9 @@ def test_temperature_alone_asks_for_sampling(options, top_p):
         ({"stop_words": "word"}, "stop_words"),
         ({"top_p": "high"}, "top_p"),
         ({"return_log_probs": 1}, "return_log_probs"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stop_token_ids": [5, 2**31]}, "stop_token_ids"),
+        ({"logit_bias_weights": ["a"]}, "logit_bias_weights"),
     ],
 )
 def test_values_that_no_tensor_holds_are_refused_by_name(options, field):

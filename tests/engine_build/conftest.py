@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine_build.build import Build
-from engine_build.settings import parse
+from flightline.engine_build.build import Build
+from flightline.engine_build.settings import parse
 from tests.tiny import tiny_checkpoint
 
 
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fp8_build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """deployment.json of one FP8 build of ``tiny``. Read only."""
-    from engine_build import gate
+    from flightline.engine_build import gate
 
     # A random model's top two logits are close: rounding swaps them more often than in a trained one.
     with pytest.MonkeyPatch.context() as patch:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine_build.__main__ import main
-from engine_build.cache import FileHashes
+from flightline.engine_build.__main__ import main
+from flightline.engine_build.cache import FileHashes
+from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.weights import Checkpoint
 from tests.tiny import FAMILIES, tiny_checkpoint
-from torch_engine.families import load_spec
-from torch_engine.weights import Checkpoint
 
 Break = Callable[[Path], None]
 
@@ -183,10 +183,10 @@ def test_a_full_disk(
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
     elif where == "package":
-        monkeypatch.setattr("torch_engine.config.EngineConfig.save", full)
+        monkeypatch.setattr("flightline.torch_engine.core.config.EngineConfig.save", full)
     else:
         monkeypatch.setattr(FileHashes, "save", full)
-        monkeypatch.setattr("engine_build.build.obtain", full)
+        monkeypatch.setattr("flightline.engine_build.build.obtain", full)
     line = refused(tiny, tmp_path / "build", capsys, "--precision", "bf16")
     assert "the disk is full: free some space" in line
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from engine_build import gate
-from engine_build.build import CALIBRATION, Build
-from engine_build.cache import FileHashes
-from engine_build.errors import BuildError
+from flightline.engine_build import gate
+from flightline.engine_build.build import CALIBRATION, Build
+from flightline.engine_build.cache import FileHashes
+from flightline.engine_build.errors import BuildError
+from flightline.torch_engine.kernels.cpu.toolchain import compiler
 from tests.short_gate import short_gate
 from tests.tiny import tiny_checkpoint
-from torch_engine.toolchain import compiler
 
 Make = Callable[..., dict[str, Any]]
 
@@ -64,7 +64,7 @@ def test_unchanged_fp8_build_imports_no_torch(fp8_build: dict[str, Any], tiny: P
     target = Path(fp8_build["model_repository"]).parent
     before = snapshot(target)
     script = (
-        "import sys; from engine_build.__main__ import main; code = main(sys.argv[1:]); "
+        "import sys; from flightline.engine_build.__main__ import main; code = main(sys.argv[1:]); "
         "print('heavy', sorted({'torch', 'transformers', 'modelopt'} & set(sys.modules))); sys.exit(code)"
     )
     arguments = ["--model", str(tiny), "--build-dir", str(target), "--precision", "fp8"]
@@ -96,14 +96,14 @@ def test_each_input_changes_the_key(
     elif change in ("max_seq_len", "max_batch_size"):
         options += [f"--{change.replace('_', '-')}", "32"]
     elif change == "code":
-        monkeypatch.setattr("engine_build.build.source_version", lambda hashes: "other")
+        monkeypatch.setattr("flightline.engine_build.build.source_version", lambda hashes: "other")
     elif change == "hardware":
-        from engine_build.hardware import detect
+        from flightline.engine_build.hardware import detect
 
         other = detect().__class__(**{**detect().__dict__, "name": "another CPU"})
-        monkeypatch.setattr("engine_build.build.detect", lambda: other)
+        monkeypatch.setattr("flightline.engine_build.build.detect", lambda: other)
     elif change == "versions":
-        monkeypatch.setattr("engine_build.record.tool_versions", lambda: {"torch": "0.1"})
+        monkeypatch.setattr("flightline.engine_build.record.tool_versions", lambda: {"torch": "0.1"})
     second = make_build(model, target, *options)
     assert key(second) != first
     assert key(make_build(model, target, *options)) == key(second)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine_build.errors import BuildError
-from engine_build.settings import parse
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.settings import parse
 from tests.short_gate import short_gate
 from tests.tiny import tiny_checkpoint
 
@@ -119,10 +119,10 @@ def test_neither_folder_nor_hub_id(tmp_path: Path, make_build: Make, name: str) 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_numbers(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BuildError, match=f"MAX_SEQ_LEN={value}"):
+    with pytest.raises(BuildError, match=f"MAX_SEQ_LEN='{value}' is not valid: use a whole number from 1 to"):
         parse([f"--max-seq-len={value}"])
     monkeypatch.setenv("MAX_BATCH_SIZE", value)
-    with pytest.raises(BuildError, match=f"MAX_BATCH_SIZE={value}"):
+    with pytest.raises(BuildError, match=f"MAX_BATCH_SIZE='{value}' is not valid"):
         parse([])
 
 

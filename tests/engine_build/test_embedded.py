@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from engine_build.build import CALIBRATION, Build
-from engine_build.checkpoint import EMBEDDED_FILE
-from engine_build.gguf_file import GgufFile
-from engine_build.gguf_import import convert
-from engine_build.settings import parse
-from torch_engine.families import load_spec
+from flightline.engine_build import gate
+from flightline.engine_build.build import CALIBRATION, Build
+from flightline.engine_build.checkpoint import EMBEDDED_FILE
+from flightline.engine_build.gguf_file import GgufFile
+from flightline.engine_build.gguf_import import convert
+from flightline.engine_build.settings import parse
+from flightline.torch_engine.model.families import load_spec
 
 TEXT = "In 2024 I paid 1,234.50 € for 17 kg of “Käse”.\n\n  def f(x):\n\treturn x**2  # 世界 👩‍🚀\n"
 
@@ -64,7 +65,7 @@ def test_configuration_speaks_both_dialects(source: Path) -> None:
 
 
 def test_gguf_header(gguf_file: Path, tmp_path: Path) -> None:
-    from engine_build.errors import BuildError
+    from flightline.engine_build.errors import BuildError
 
     assert len(GgufFile(gguf_file).facts["tokenizer.ggml.tokens"]) == 49152
     cut = tmp_path / "cut.gguf"
@@ -74,8 +75,10 @@ def test_gguf_header(gguf_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_end_to_end(tmp_path: Path) -> None:
-    """With a sixth of the calibration prompts, which is quicker."""
+def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sixth of the calibration prompts and a third of the gate's text and of its single steps: it is quicker."""
+    for size in ("MAX_WINDOWS", "DECODED_TOKENS"):
+        monkeypatch.setattr(gate, size, getattr(gate, size) // 3)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(CALIBRATION.read_text(encoding="utf-8").splitlines(True)[::6]), encoding="utf-8"
@@ -92,7 +95,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     # A wrongly converted weight (a head not unpermuted, say) makes the perplexity explode.
     assert manifest["gate"]["source_perplexity"] < 60
     assert manifest["gate"]["perplexity_rise"] <= 0.04 and manifest["gate"]["agreement"] >= 0.85
-    assert manifest["gate"]["scored_tokens"] >= 2000
+    assert manifest["gate"]["scored_tokens"] >= 700
     assert load_spec(built["model_dir"]).fp8 and not load_spec(built["source_dir"]).fp8
     assert build() == built
     assert sum("unchanged" in line for line in said) == 5

@@ -11,12 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine_build import gate
-from engine_build.build import GATE_TEXT
-from engine_build.errors import BuildError
-from engine_build.hf_format import read_tensors, with_both_rope_spellings, with_common_tokenizer_class
-from engine_build.prompts import Sample
-from engine_build.quantize import dequantize, quantize, to_e4m3
+from flightline.engine_build import gate
+from flightline.engine_build.build import GATE_TEXT
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hf_format import (
+    read_tensors,
+    with_both_rope_spellings,
+    with_common_tokenizer_class,
+)
+from flightline.engine_build.prompts import Sample
+from flightline.engine_build.quantize import dequantize, quantize, to_e4m3
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 SAMPLES = [Sample(text="the quick brown fox " * count) for count in range(1, 9)]

@@ -90,7 +90,7 @@ def run(tmp_path: Path, endpoint: str, **more: str) -> subprocess.CompletedProce
     }
     arguments = ["--model", "org/tiny", "--precision", "bf16", "--build-dir", str(tmp_path / "build")]
     return subprocess.run(
-        [sys.executable, "-m", "engine_build", *arguments],
+        [sys.executable, "-m", "flightline.engine_build", *arguments],
         env=environment,
         capture_output=True,
         text=True,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from engine_build.errors import PrecisionRefused
-from engine_build.hardware import Hardware
-from engine_build.package import package
-from engine_build.plan import ModelShape, make_plan
-from torch_engine.config import EngineConfig
-from torch_engine.toolchain import available_isas, compiler, library
+from flightline.engine_build.errors import PrecisionRefused
+from flightline.engine_build.hardware import Hardware
+from flightline.engine_build.package import package
+from flightline.engine_build.plan import ModelShape, make_plan
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.kernels.cpu.toolchain import available_isas, compiler, library
 
 GIB = 1 << 30
 SHAPE = ModelShape(2, 2, 16, 512, 100_000, 50_000)

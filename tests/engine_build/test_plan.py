@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from engine_build.errors import BuildError
-from engine_build.hardware import Hardware, detect
-from engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require_tensorrt_llm
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hardware import Hardware, detect
+from flightline.engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require_tensorrt_llm
 
 GIB = 1 << 30
 H200 = Hardware("cuda", "NVIDIA H200", 141 * GIB, 140 * GIB, capability=(9, 0))

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from engine_build import preflight, shape
-from engine_build.errors import BuildError
-from engine_build.hardware import cpu
-from engine_build.memory import fp8_build_cost
-from engine_build.plan import available_precisions
-from engine_build.shape import look_up
-from model_repository.trtllm import versions
+from flightline.engine_build import shape
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hardware import cpu
+from flightline.engine_build.memory import fp8_build_cost
+from flightline.engine_build.plan import available_precisions
+from flightline.engine_build.shape import look_up
+from flightline.engine_build.trtllm import versions
+from flightline.supervisor import preflight
 from tests.engine_build.test_plan import LLAMA_8B
 from tests.serving import free_ports
 from tests.tiny import tiny_checkpoint
@@ -80,7 +81,7 @@ def report(
         monkeypatch.setattr(preflight, "_host_memory", lambda model, chosen: "")
         code = preflight.main(["--model", str(model), "--build-dir", str(tmp_path / "build")])
         said = capsys.readouterr()
-        return code, said.out + said.err
+        return code, (said.out + said.err).replace(f" MODEL={model}", "")
 
     return run
 
@@ -213,7 +214,7 @@ def test_hub_that_does_not_answer(report: Report, monkeypatch: pytest.MonkeyPatc
 def test_sizes_from_the_configuration(llama: Path, tmp_path: Path) -> None:
     """As many weights as the checkpoint itself has."""
     assert look_up(str(llama)).shape == LLAMA_8B
-    from engine_build.hf_format import tensor_sizes, weight_files
+    from flightline.engine_build.hf_format import tensor_sizes, weight_files
 
     for family in ("llama", "gemma2"):
         folder = tiny_checkpoint(tmp_path / family, family)
@@ -232,8 +233,8 @@ def test_fp8_build_of_an_8b_model() -> None:
 
 def test_the_embedded_models_size() -> None:
     """The constant, against the header of the file itself."""
-    from engine_build.checkpoint import EMBEDDED_FILE, EMBEDDED_PACKAGE
-    from engine_build.gguf_file import GgufFile
+    from flightline.engine_build.checkpoint import EMBEDDED_FILE, EMBEDDED_PACKAGE
+    from flightline.engine_build.gguf_file import GgufFile
 
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     assert spec is not None and spec.origin is not None
@@ -258,7 +259,7 @@ def test_it_needs_nothing_but_python(tmp_path: Path) -> None:
     """No package is installed yet when it is most needed; torch alone would take longer than all of it."""
     ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"), map(str, free_ports(3)), strict=True))
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "engine_build.preflight"],
+        [sys.executable, "-S", "-m", "flightline.supervisor.preflight"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine_build.build import CALIBRATION, GATE_PROMPTS, GATE_TEXT
-from engine_build.errors import BuildError
-from engine_build.prompts import read_prompts
+from flightline.engine_build.build import CALIBRATION, GATE_PROMPTS, GATE_TEXT
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.prompts import read_prompts
 
 GOOD = '{"prompt": "a"}\n' * 7
 

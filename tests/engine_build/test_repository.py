@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engine_build import repository
-from engine_build.build import TEMPLATES
-from engine_build.errors import BuildError
-from engine_build.plan import make_plan
+from flightline.engine_build import repository
+from flightline.engine_build.build import TEMPLATES
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.plan import make_plan
 from tests.engine_build.test_plan import CPU, PAIR, SMALL
 
 CONFIG = 'name: "echo"\nbackend: "${triton_backend}"\nmax_batch_size: ${triton_max_batch_size}\n'

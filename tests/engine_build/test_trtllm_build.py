@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from engine_build import build as build_module
-from engine_build.__main__ import main
-from engine_build.errors import BuildError
-from engine_build.hf_format import read_tensors
-from engine_build.prompts import Sample
-from engine_build.quantize import quantize
-from engine_build.trtllm import build as trtllm_build
+from flightline.engine_build import build as build_module
+from flightline.engine_build.__main__ import main
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hf_format import read_tensors
+from flightline.engine_build.prompts import Sample
+from flightline.engine_build.quantize import quantize
+from flightline.engine_build.trtllm import build as trtllm_build
 from tests.engine_build import trtllm_tools
 from tests.engine_build.test_plan import A100, H200
 from tests.tiny import tiny_checkpoint

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine_build.errors import BuildError
-from engine_build.hardware import Hardware
-from engine_build.plan import Plan, make_plan
-from engine_build.trtllm import commands
-from engine_build.trtllm.containers import CONTAINERS, driver_version, newest_for
-from model_repository.trtllm import versions
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.hardware import Hardware
+from flightline.engine_build.plan import Plan, make_plan
+from flightline.engine_build.trtllm import commands, versions
+from flightline.engine_build.trtllm.containers import CONTAINERS, driver_version, newest_for
 from tests.engine_build.test_plan import A100, B200, H200, LLAMA_8B
 from tests.engine_build.trtllm_tools import DATA, build_parser, quantize_parser
 
@@ -184,6 +183,18 @@ def test_habits_of_later_releases(version: str, sampler: dict[str, str], chosen:
 def test_numpy_of_a_release() -> None:
     assert "needs numpy<2 and 2.1.0 is installed" in versions.numpy_refusal("1.2.1", "2.1.0")
     assert not versions.numpy_refusal("1.2.1", "1.26.4") and not versions.numpy_refusal("1.4.0rc4", "2.1.0")
+
+
+def test_transformers_of_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"transformers": "5.14.1"}
+    monkeypatch.setattr(versions, "installed", lambda package="tensorrt_llm": found.get(package))
+    assert "pins transformers 4.57.3 and 5.14.1 is installed" in versions.transformers_remark("1.2.1")
+    assert not versions.transformers_remark("1.4.0rc4")  # not known
+    assert "; TensorRT-LLM 1.2.1 pins" in versions.import_failure("1.2.1", ImportError("no such name"))
+    found["transformers"] = "4.57.6"
+    assert not versions.transformers_remark("1.2.1")
+    del found["transformers"]
+    assert not versions.transformers_remark("1.2.1")
 
 
 def test_flags_of_the_user() -> None:

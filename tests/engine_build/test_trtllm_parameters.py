@@ -10,12 +10,12 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from engine_build import repository
-from engine_build.build import TEMPLATES
-from engine_build.errors import BuildError
-from engine_build.plan import make_plan
-from engine_build.trtllm import log
-from engine_build.trtllm.parameters import CHOICES, PARAMETERS, check, for_engine
+from flightline.engine_build import repository
+from flightline.engine_build.build import TEMPLATES
+from flightline.engine_build.errors import BuildError
+from flightline.engine_build.plan import make_plan
+from flightline.engine_build.trtllm import log
+from flightline.engine_build.trtllm.parameters import CHOICES, PARAMETERS, check, for_engine
 from tests.engine_build.test_plan import H200, LLAMA_8B
 from tests.engine_build.trtllm_tools import DATA
 

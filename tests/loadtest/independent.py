@@ -62,6 +62,8 @@ def user(url: str, endpoint: str, tokens: int, prompts: Iterator[str], end: floa
             if (text := result.as_numpy("text_output")) is not None:
                 first_text = first_text or (at if text.item() else 0.0)
                 chunks.append((at, result.as_numpy("num_output_tokens").item()))
+        if endpoint == "ensemble":  # NVIDIA's models count the tokens of one response
+            chunks = [(at, sum(count for _, count in chunks[: n + 1])) for n, (at, _) in enumerate(chunks)]
         seen.append(Seen(sent, first_text, chunks))
     client.stop_stream()
 

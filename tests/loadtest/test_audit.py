@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.assertions import parse_all
-from loadtest.audit import (
+from flightline.loadtest.assertions import parse_all
+from flightline.loadtest.audit import (
     Ceiling,
     ClientHealth,
     client_reasons,
@@ -11,12 +11,12 @@ from loadtest.audit import (
     request_reasons,
     sent_reasons,
 )
-from loadtest.confidence import bootstrap_ratio, paired_ratio, samples_needed
-from loadtest.config import ConfigError
-from loadtest.histogram import Histogram
-from loadtest.metrics import Window, summarise
-from loadtest.records import ClientSample
-from loadtest.slo import PRESETS, Slo
+from flightline.loadtest.confidence import bootstrap_ratio, ratio_of_rounds, samples_needed
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.histogram import Histogram
+from flightline.loadtest.metrics import Window, summarise
+from flightline.loadtest.records import ClientSample
+from flightline.loadtest.slo import PRESETS, Slo
 from tests.loadtest.traces import TOKENS, batch_server, record, serial_server
 
 RECORDS = batch_server(4, 1.0, 20.0)
@@ -133,12 +133,19 @@ def test_samples_that_percentiles_need_are_mlperfs():
 
 
 def test_intervals_hold_the_truth_and_are_narrow_when_the_repeats_agree():
-    even = paired_ratio([(10.0, 1.0), (10.1, 1.0), (9.9, 1.0)])
+    even = ratio_of_rounds([[(10.0, 1.0)], [(10.1, 1.0)], [(9.9, 1.0)]])
     assert even.low < 10 < even.high and even.high - even.low < 1 and even.significant
-    assert paired_ratio([(2.0, 1.0)]).low is None
-    assert not paired_ratio([(1.1, 1.0), (0.9, 1.0), (1.0, 1.0)]).significant
+    assert not ratio_of_rounds([[(1.1, 1.0)], [(0.9, 1.0)], [(1.0, 1.0)]]).significant
     same = bootstrap_ratio([1.0, 2.0, 3.0] * 50, [1.0, 2.0, 3.0] * 50)
     assert same.low <= 1.0 <= same.high
+
+
+def test_a_lone_round_has_no_interval_but_the_spread_of_its_pairs():
+    lone = ratio_of_rounds([[(90.0, 10.0), (110.0, 10.0), (None, 1.0), (5.0, None)]])
+    assert (lone.low, lone.high, lone.n) == (pytest.approx(9.0), pytest.approx(11.0), 1)
+    assert lone.value == pytest.approx(99**0.5)
+    assert ratio_of_rounds([[(2.0, 1.0)]]).low is None
+    assert ratio_of_rounds([[(None, 1.0)], []]).value is None
 
 
 def test_histograms_add_up_and_are_exact_to_one_percent():

@@ -8,12 +8,12 @@ import threading
 
 import pytest
 
-from client import ClientError
-from loadtest import bench, plan, warmup
-from loadtest.config import BenchConfig
-from loadtest.metrics import latency_sample, steady_window
-from loadtest.null_server import NullServer, Timing
-from loadtest.records import read_records
+from flightline.client import ClientError
+from flightline.loadtest import commands, plan, warmup
+from flightline.loadtest.metrics import latency_sample, steady_window
+from flightline.loadtest.null_server import NullServer, Timing
+from flightline.loadtest.options import Arm
+from flightline.loadtest.records import read_records
 from tests.client.waiting import eventually
 from tests.loadtest.truth import Truth
 
@@ -24,11 +24,12 @@ pytestmark = pytest.mark.slow
 def short_blocks(monkeypatch):
     monkeypatch.setattr(plan, "MIN_BLOCK_S", 2.0)
     monkeypatch.setattr(warmup, "WARMUP_S", 0.5)
+    monkeypatch.setattr(warmup, "GONE_PAUSE_S", 0.01)
 
 
 def run(server: NullServer, folder, *options: str) -> int:
-    load = ["--concurrency", "4", "--output-tokens", "10", "--budget-s", "14"]
-    return bench.main(["--url", server.url, "--reports", str(folder), *load, *options])
+    load = ["--concurrency", "4", "--output-tokens", "10", "--budget-s", "6"]
+    return commands.main("bench", ["--url", server.url, "--reports", str(folder), *load, *options])
 
 
 def test_a_whole_run(tmp_path, capsys):
@@ -42,23 +43,27 @@ def test_a_whole_run(tmp_path, capsys):
     assert data["verdict"] == ("INVALID" if data["reasons"] else "UNSTEADY" if data["unsteady"] else "VALID")
     assert all("load generator is too slow" in reason for reason in data["reasons"])
     assert {path.name for path in folder.iterdir()} - {"comparison.png"} == {
-        "clients.jsonl", "locust.log", "records.jsonl", "report.json", "report.md", "workers.jsonl",
+        "clients.jsonl", "figures.csv", "locust.log", "records.jsonl", "report.html", "report.json", "report.md",
+        "requests.csv", "workers.jsonl",
     }  # fmt: skip
     assert (folder / "comparison.png").exists() != status
     records = read_records(folder / "records.jsonl")
-    for side, endpoint in (("candidate", "text_generation"), ("baseline", "hf_baseline")):
-        mine = [record for record in records if record.endpoint == endpoint]
+    assert [cell["arm"] for cell in data["cells"]] == ["hf_baseline", "text_generation"]
+    for cell in data["cells"]:
+        mine = [record for record in records if record.endpoint == cell["arm"]]
         truth = Truth(mine, log)
         truth.assert_prompt()
         blocks = [[r for r in mine if r.block == name] for name in sorted({r.block for r in mine})]
         windows = [steady_window(block) for block in blocks]
-        truth.assert_rate(data[side]["output_tokens_per_s"], windows)
+        truth.assert_rate(cell["summary"]["output_tokens_per_s"], windows)
         sample = [r for w, block in zip(windows, blocks, strict=True) for r in latency_sample(w, block)]
         true_s = statistics.median((truth.sent_ns[r.id][-1] - r.start_ns) / 1e9 for r in sample)
-        assert truth.soonest_s <= data[side]["e2e_s"]["p50"] - true_s <= truth.latest_s
-    assert data["utilisation"]["text_generation"]["cpu_percent"] > 0
+        assert truth.soonest_s <= cell["summary"]["e2e_s"]["p50"] - true_s <= truth.latest_s
+    assert data["cells"][1]["utilisation"]["cpu_percent"] > 0
     assert not list(tmp_path.glob(".*"))
-    assert capsys.readouterr().out.splitlines()[-2].startswith(data["verdict"])
+    printed = capsys.readouterr().out
+    assert "| Output throughput (tokens/s) |" in printed
+    assert printed.splitlines()[-2].startswith(data["verdict"])
 
 
 def stop_once_measured(server: NullServer, folder) -> None:
@@ -77,46 +82,33 @@ def test_a_run_that_must_not_be_believed(tmp_path, fault):
     folder = tmp_path / "latest"
     first = (folder / "report.md").read_text().splitlines()[0]
     assert first.startswith("INVALID: ")
-    assert ("9 output tokens instead of 10" if missing else "no server at") in first
+    assert ("9 output tokens instead of 10" if missing else "the server died: no server at") in first
     assert not (folder / "comparison.png").exists()
     assert (folder / "records.jsonl").stat().st_size > 0
 
 
 @pytest.mark.parametrize("words", ["Cancelling all calls", "GOAWAY received", "Socket closed"])
-def test_a_server_that_died_is_called_so(tmp_path, monkeypatch, words):
-    """However gRPC words it to whom it reaches first: here the question whether the endpoint is idle."""
-
-    def cancelled(url, endpoint):
-        server.stop()
-        raise ClientError(words)
-
-    monkeypatch.setattr(bench, "run_block", lambda *_: None)
-    monkeypatch.setattr(bench, "wait_until_idle", cancelled)
+def test_a_server_that_died_is_called_so(words):
+    """However gRPC words it to whom it reaches first."""
     with NullServer() as server:
-        block = plan.Block("1", "text_generation", 2)
-        failure = bench.run_blocks([block], BenchConfig(), server.url, tmp_path)
-    assert failure == f"block 1: the server died: no server at {server.url} answers any more ({words})"
+        pass
+    told = warmup.told_plainly(Arm("it", server.url, "text_generation"), ClientError(words))
+    assert told == f"the server died: no server at {server.url} answers any more ({words})"
 
 
-def test_a_server_that_answers_has_not_died(tmp_path, monkeypatch):
-    def refused(url, endpoint):
-        raise ClientError("the queue is full")
-
-    monkeypatch.setattr(bench, "GONE_PAUSE_S", 0.01)
-    monkeypatch.setattr(bench, "run_block", lambda *_: None)
-    monkeypatch.setattr(bench, "wait_until_idle", refused)
+def test_a_server_that_answers_has_not_died():
     with NullServer() as server:
-        block = plan.Block("1", "text_generation", 2)
-        assert bench.run_blocks([block], BenchConfig(), server.url, tmp_path) == "block 1: the queue is full"
+        arm, error = Arm("it", server.url, "text_generation"), ClientError("the queue is full")
+        assert warmup.told_plainly(arm, error) == "the queue is full"
 
 
 def test_no_server_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    assert bench.main(["--url", "127.0.0.1:9", "--reports", str(tmp_path)]) == 1
+    assert commands.main("bench", ["--url", "127.0.0.1:9", "--reports", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: no server at 127.0.0.1:9")
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_built_is_one_line(tmp_path, capsys):
-    assert bench.main(["--reports", str(tmp_path), "--build-dir", str(tmp_path)]) == 1
+    assert commands.main("bench", ["--reports", str(tmp_path), "--build-dir", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "make build-engines" in line

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
 import itertools
+import json
+import re
+import threading
+from pathlib import Path
 
 import pytest
 
-from loadtest import live
-from loadtest.records import ClientSample
+from flightline.loadtest import live
+from flightline.loadtest.records import ClientSample
+from tests.loadtest.test_locust import in_chromium
 
 
 @pytest.fixture
@@ -64,3 +70,47 @@ def test_a_new_run_starts_anew(clock):
     figures.sample(sample())
     figures.start(["new"])
     assert figures.snapshot()["history"] == {} and list(figures.snapshot()["endpoints"]) == ["new"]
+
+
+PAGE = Path(live.__file__).with_name("llm_page.html")  # whose module imports Locust, and that patches threads
+LOOK = """<!doctype html><body><iframe width="390" src="llm"></iframe><iframe width="1366" src="llm"></iframe>
+<pre id="found"></pre><script>
+setTimeout(() => {
+  const texts = (page, what) => [...page.querySelectorAll(what)].map(each => each.textContent);
+  const look = page => ({
+    width: page.documentElement.scrollWidth,
+    cards: texts(page, ".card h2"),
+    axis: texts(page, "figure:first-child text").slice(3),
+    lines: [...page.querySelectorAll("path")].map(each => each.getAttribute("d").split("L").length),
+  });
+  const pages = [...document.querySelectorAll("iframe")].map(frame => look(frame.contentDocument));
+  document.getElementById("found").textContent = JSON.stringify(pages);
+}, 2500);
+</script>"""
+"""The page on a phone and on a laptop, and what each shows."""
+
+
+@pytest.mark.slow
+def test_a_page_opened_late_shows_all_of_it_on_every_screen(clock):
+    figures = json.dumps(run(clock, 30))
+    files = {"/": LOOK, "/llm": PAGE.read_text(encoding="utf-8"), "/llm/live": figures}
+
+    class Pages(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = files.get(self.path, "").encode()
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(body)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        seen = in_chromium(f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+    pages = json.loads(re.search(r'<pre id="found">(.*?)</pre>', seen)[1])
+    for page, width in zip(pages, (390, 1366), strict=True):
+        assert page["width"] <= width
+        assert page["cards"] == ["fast", "slow"]
+        assert page["axis"] == ["1 s", "30 s"]
+        # Tokens/s, TTFT and TPOT of either; who has not answered has the first alone.
+        assert page["lines"] == [30, 30, 30, 1, 30, 1]

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench import LOCUSTFILE, run_block
-from loadtest.config import BenchConfig
-from loadtest.metrics import steady_window, summarise
-from loadtest.null_server import NullServer, Timing
-from loadtest.plan import Block
-from loadtest.records import read_records
-from loadtest.trial import free_port
+from flightline.loadtest.metrics import steady_window, summarise
+from flightline.loadtest.null_server import NullServer, Timing
+from flightline.loadtest.options import Arm, RunOptions
+from flightline.loadtest.records import read_records
+from flightline.loadtest.trial import LOCUSTFILE, Level, Trial, free_port, run_trial
 from tests.client.waiting import eventually
 from tests.loadtest.truth import Truth
 
@@ -30,15 +28,21 @@ TOKENS = 20
 
 
 def drive(server: NullServer, folder, endpoint="text_generation", users=8, seconds=4):
-    config = BenchConfig(concurrency=users, output_tokens=TOKENS)
-    run_block(Block("block", endpoint, seconds), config, server.url, folder, first_prompt=5)
-    return read_records(folder / "records.jsonl")
+    return drive_url(server.url, folder, endpoint, users, seconds)
 
 
-@pytest.mark.parametrize("first_chunk_tokens", [1, 5])
-def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens):
+def drive_url(url: str, folder, endpoint="text_generation", users=8, seconds=4):
+    trial = Trial("block", Arm(endpoint, url, endpoint), Level(concurrency=users), seconds, first_prompt=5)
+    outcome = run_trial(trial, RunOptions(output_tokens=str(TOKENS)), folder, print)
+    assert outcome.failure is None
+    return outcome.records
+
+
+@pytest.mark.parametrize(("first_chunk_tokens", "endpoint"), [(1, "text_generation"), (5, "ensemble")])
+def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens, endpoint):
+    """The ensemble counts the tokens of a response, our own endpoint those of all so far."""
     with NullServer(Timing(0.060, 0.020, first_chunk_tokens)) as server:
-        records = drive(server, tmp_path)
+        records = drive(server, tmp_path, endpoint, seconds=3)
         served = {request.id: request for request in server.log}
     complete = [record for record in records if record.complete]
     assert len(complete) >= 32 and all(record.problem is None for record in records)
@@ -57,30 +61,33 @@ def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens):
         assert record.tpot_s == pytest.approx((last - first) / rest, abs=truth.latest_s / rest)
 
 
-def test_throughput_is_what_the_server_sent(tmp_path):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Records and the server's log of one block of four seconds."""
     with NullServer(Timing(0.050, 0.010)) as server:
-        records = drive(server, tmp_path)
-        log = {request.id: request for request in server.log}
-    truth, window = Truth(records, log), steady_window(records)
+        return drive(server, tmp_path_factory.mktemp("plain")), server.log
+
+
+def test_throughput_is_what_the_server_sent(plain):
+    records, log = plain
+    truth, window = Truth(records, {request.id: request for request in log}), steady_window(records)
     truth.assert_prompt()
     assert window is not None and window.seconds > 2
     truth.assert_rate(summarise("text_generation", [records]).output_tokens_per_s, [window])
 
 
-def test_the_block_lasts_as_long_as_planned(tmp_path):
-    with NullServer(Timing(0.02, 0.002)) as server:
-        records = drive(server, tmp_path, users=2, seconds=4)
+def test_the_block_lasts_as_long_as_planned(plain):
+    records, _ = plain
     first, last = min(r.sent_ns for r in records), max(r.sent_ns for r in records)
-    assert (last - first) / 1e9 > 3.4  # Locust alone loses the time of its imports
+    assert (last - first) / 1e9 > 3.2  # Locust alone loses the time of its imports
 
 
-def test_prompts_go_out_once_each_from_the_first_index(tmp_path):
-    with NullServer(Timing(0.02, 0.002)) as server:
-        records = drive(server, tmp_path, seconds=2)
-        sent = [request.inputs["text_input"] for request in server.log]
+def test_prompts_go_out_once_each_from_the_first_index(plain):
+    records, log = plain
+    sent = [request.inputs["text_input"] for request in log]
     assert sorted(record.prompt_index for record in records) == list(range(5, 5 + len(records)))
     assert len(set(sent)) == len(sent) >= len(records) - 8  # the last ones may never have left
-    assert {(r.inputs["min_tokens"], r.inputs["max_tokens"]) for r in server.log} == {(TOKENS, TOKENS)}
+    assert {(r.inputs["min_tokens"], r.inputs["max_tokens"]) for r in log} == {(TOKENS, TOKENS)}
 
 
 @pytest.mark.parametrize("endpoint", ["hf_baseline", "ensemble"])
@@ -99,9 +106,7 @@ def test_what_is_in_flight_at_the_end_is_cancelled_and_recorded(tmp_path, endpoi
 def test_failures_are_recorded_with_the_servers_text(tmp_path):
     with NullServer() as server:
         url = server.url
-    config = BenchConfig(concurrency=2, output_tokens=TOKENS)
-    run_block(Block("block", "text_generation", 2), config, url, tmp_path, 0)
-    records = read_records(tmp_path / "records.jsonl")
+    records = drive_url(url, tmp_path, users=2, seconds=2)
     assert 2 <= len(records) <= 10  # a server that is gone is not asked in a tight loop
     assert all("no server at" in record.error for record in records)
 
@@ -134,7 +139,9 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
     more = ["--processes=2", f"--master-bind-port={between}", f"--master-port={between}"]
     with NullServer(Timing(0.02, 0.002)) as server:
         environment = {**os.environ, "URL": server.url, "LOCUST_PORT": str(port)}
-        process = subprocess.Popen([sys.executable, "-m", "loadtest", "ui", *more], env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flightline.loadtest", "ui", *more], env=environment
+        )
         try:
             base = f"http://127.0.0.1:{port}"
 
@@ -148,6 +155,7 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
             assert eventually(lambda: len(json.loads(fetch(f"{base}/stats/requests"))["workers"]) == 2)
             page = fetch(base)
             assert all(name in page for name in ("TextGeneration", "Ensemble", "HfBaseline", "output_tokens"))
+            assert "OpenAi" not in page  # needs a model's name and a server's URL
             form = {"user_count": 3, "spawn_rate": 3, "host": server.url, "user_classes": ["HfBaseline"]}
             fetch(f"{base}/swarm", {**form, "output_tokens": 7})
 
@@ -174,7 +182,11 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
 def test_the_ui_says_when_there_is_no_server():
     environment = {**os.environ, "URL": "127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-m", "loadtest", "ui"], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "flightline.loadtest", "ui"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: no server at 127.0.0.1:9: start it with 'make serve'")
@@ -187,7 +199,7 @@ def test_workers_share_one_record_file_and_no_prompts(tmp_path):
         command = [
             sys.executable,
             "-m",
-            "loadtest.locust_main",
+            "flightline.loadtest.locust_main",
             "-f",
             LOCUSTFILE,
             "--headless",
@@ -195,7 +207,7 @@ def test_workers_share_one_record_file_and_no_prompts(tmp_path):
             f"--master-bind-port={port}",
             f"--master-port={port}",
         ]
-        options = ["-u4", "-r4", "-t4", "--host", server.url, f"--records={records}", "--output-tokens=10"]
+        options = ["-u4", "-r4", "-t2", "--host", server.url, f"--records={records}", "--output-tokens=10"]
         subprocess.run([*command, *options, "TextGeneration"], check=True, timeout=60, capture_output=True)
     indices = [record.prompt_index for record in read_records(records)]
     assert len(set(indices)) == len(indices) and {index // 1_000_000 for index in indices} == {0, 1}

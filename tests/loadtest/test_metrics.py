@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from loadtest.metrics import Distribution, limits, problems, ratio, steady_window, summarise
+from flightline.loadtest.audit import request_reasons, shape_reasons
+from flightline.loadtest.metrics import Distribution, steady_window, summarise
 from tests.loadtest.traces import TOKENS, batch_server, record, serial_server
 
 
@@ -71,14 +72,9 @@ def test_percentiles_need_samples():
     assert Distribution.of([None]) == Distribution(0, None, None, None)
 
 
-def test_ratio_spread_is_over_pairs():
-    value = ratio(100.0, 10.0, [(90.0, 10.0), (110.0, 10.0), (None, 1.0), (5.0, None)])
-    assert (value.value, value.low, value.high) == (10.0, 9.0, 11.0)
-    assert ratio(None, 1.0, []).value is None
-
-
 def check(records) -> list[str]:
-    return problems(records, [summarise("text_generation", [records])])
+    summary = summarise("text_generation", [records])
+    return request_reasons("it", records, unique=True) + shape_reasons("it", summary)
 
 
 def test_a_good_run_has_no_problem():
@@ -109,6 +105,5 @@ def test_a_block_shorter_than_a_latency_shows_the_throughput_and_says_what_it_do
     assert check(records) == []
     assert summary.output_tokens_per_s == pytest.approx(TOKENS / 2.0)
     assert (summary.e2e_s.n, summary.e2e_s.p50, summary.ttft_s.p50) == (0, None, None)
-    assert "no latency of text_generation (0 of" in limits([summary])[0]
     enough = summarise("text_generation", [serial_server(16, 2.0, 44.5)])
-    assert enough.e2e_s.n == 6 and limits([enough]) == []
+    assert enough.e2e_s.n == 6 and enough.e2e_s.p50 is not None

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.metrics import summarise
-from loadtest.plan import (
-    MIN_BLOCK_S,
-    MIN_SAMPLES,
-    SHORT_SAMPLES,
-    Pace,
-    neighbours,
-    plan_blocks,
-    planned_s,
-    too_short,
-)
+from flightline.loadtest.metrics import summarise
+from flightline.loadtest.plan import MIN_BLOCK_S, MIN_SAMPLES, SHORT_SAMPLES, Pace, Plan, plan
 from tests.loadtest.traces import batch_server, serial_server
+
+USERS, LEVEL = 16, "16 in flight"
+FAST, QUICK, SLOW = Pace(1.0, 1.0), Pace(9.8, 10.0), Pace(3.0, 48.0)
+
+
+def made(budget_s: float, paces: dict[str, Pace], rounds: int = 5, full_rounds: int = 1) -> Plan:
+    """The baseline ``b`` first; by default the rules of ``make bench``."""
+    lengths = {(name, LEVEL): (p.block_s(USERS), p.block_s(USERS, short=True)) for name, p in paces.items()}
+    return plan(lengths, rounds, full_rounds, budget_s)
 
 
 def test_pace_of_a_wave_that_was_finished_or_cut_off():
@@ -36,45 +36,56 @@ def test_a_block_holds_two_waves_after_the_ramp():
 
 
 @pytest.mark.parametrize("budget_s", [60, 140, 300, 900])
-def test_the_budget_is_used_and_kept(budget_s):
-    paces = {"a": Pace(1.0, 1.0), "b": Pace(0.5, 8.0)}
-    blocks = plan_blocks("a", "b", paces, 16, budget_s)
-    assert [block.endpoint for block in blocks][:3] == ["a", "b", "a"]
-    assert len({block.name for block in blocks}) == len(blocks) <= 11
-    assert planned_s(blocks) == pytest.approx(budget_s, rel=0.1)
-    assert len(neighbours(blocks, "a")) == len(blocks) - 1
-    assert all((a.endpoint, b.endpoint) == ("a", "b") for a, b in neighbours(blocks, "a"))
+def test_the_budget_is_kept_and_can_be_used_up(budget_s):
+    found = made(budget_s, {"b": Pace(0.5, 8.0), "a": FAST})
+    assert found.total_s <= budget_s
+    assert 0.9 * budget_s <= found.stretched(budget_s).total_s <= budget_s
 
 
 def test_more_budget_means_more_rounds():
-    paces = {"a": Pace(1.0, 1.0), "b": Pace(0.5, 8.0)}
-    counts = [len(plan_blocks("a", "b", paces, 16, budget)) for budget in (60, 100, 200, 900)]
-    assert counts == sorted(counts) and counts[0] < counts[-1]
+    counts = [made(budget, {"b": Pace(0.5, 8.0), "a": FAST}).rounds for budget in (60, 100, 200, 900)]
+    assert counts == sorted(counts) and counts[0] < counts[-1] == 5
+
+
+def test_rounds_go_back_and_forth_and_a_lone_one_has_the_last_contestant_on_either_side():
+    seconds = {("b", LEVEL): 8, ("a", LEVEL): 8}
+    assert Plan(3, seconds).orders(["b", "a"]) == [["b", "a"], ["a", "b"], ["b", "a"]]
+    assert Plan(1, seconds).orders(["b", "a"]) == [["a", "b", "a"]]
+    assert Plan(1, seconds).total_s == 3 * 10.5 and Plan(2, seconds).total_s == 4 * 10.5
 
 
 @pytest.mark.parametrize(
     ("budget_s", "candidate_samples", "latency_is_measured"),
     [(165, 32, True), (145, 16, True), (120, 16, False)],
 )
-def test_a_tight_budget_shortens_the_candidates_blocks_and_then_the_baselines(
+def test_a_tight_budget_shortens_the_fast_ones_blocks_and_then_the_slow_ones(
     budget_s, candidate_samples, latency_is_measured
 ):
-    paces = {"a": Pace(9.8, 10.0), "b": Pace(3.0, 48.0)}
-    blocks = plan_blocks("a", "b", paces, 16, budget_s)
-    assert [block.endpoint for block in blocks] == ["a", "b", "a"]
-    assert planned_s(blocks) <= budget_s + 1
+    found = made(budget_s, {"b": SLOW, "a": QUICK}).stretched(budget_s)
+    assert found.rounds == 1 and found.total_s <= budget_s + 1
     slower_s = 11.5  # than in warm-up
-    sample = summarise("text_generation", [batch_server(16, slower_s, blocks[0].seconds)]).e2e_s
+    sample = summarise("text_generation", [batch_server(16, slower_s, found.seconds["a", LEVEL])]).e2e_s
     assert sample.n >= candidate_samples
-    baseline = summarise("text_generation", [serial_server(16, 3.0, blocks[1].seconds)])
-    assert (baseline.e2e_s.p50 is not None) == latency_is_measured
+    length = found.seconds["b", LEVEL]
+    baseline = summarise("text_generation", [serial_server(16, 3.0, length)])
+    assert (baseline.e2e_s.p50 is not None) == latency_is_measured == SLOW.shows_latency(length)
     assert baseline.output_tokens_per_s == pytest.approx(8 / 3.0)
-    assert too_short(blocks, paces) == ([] if latency_is_measured else ["b"])
 
 
 def test_a_short_round_is_done_even_if_the_budget_is_too_small():
-    blocks = plan_blocks("a", "b", {"a": Pace(0.1, 0.2), "b": Pace(3.0, 48.0)}, 16, 10)
-    assert [block.endpoint for block in blocks] == ["a", "b", "a"]
-    assert blocks[0].seconds == MIN_BLOCK_S
-    summary = summarise("text_generation", [serial_server(16, 3.0, blocks[1].seconds)])
+    found = made(10, {"b": SLOW, "a": Pace(0.1, 0.2)})
+    assert found.rounds == 1 and found.seconds["a", LEVEL] == MIN_BLOCK_S
+    assert found.stretched(10) == found
+    summary = summarise("text_generation", [serial_server(16, 3.0, found.seconds["b", LEVEL])])
     assert summary.completed == SHORT_SAMPLES + 1
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "rounds", "full"), [(300, 3, True), (260, 3, False), (80, 2, False), (9, 2, False)]
+)
+def test_a_comparison_with_intervals_has_shorter_blocks_before_fewer_rounds_and_never_one(
+    budget_s, rounds, full
+):
+    found = made(budget_s, {"b": SLOW, "a": FAST}, rounds=3, full_rounds=3)
+    assert found.rounds == rounds
+    assert SLOW.shows_latency(found.seconds["b", LEVEL]) == full

@@ -10,10 +10,11 @@ import matplotlib.image
 import matplotlib.pyplot as plt
 import pytest
 
-from loadtest import plot
-from loadtest.result import Result
-from loadtest.saved import build
-from loadtest.workload import Workload, WorkloadSpec
+from flightline.loadtest import plot
+from flightline.loadtest.result import Result
+from flightline.loadtest.saved import build
+from flightline.loadtest.workload import Workload, WorkloadSpec
+from tests.loadtest.made import bench
 
 REPORTS = Path(__file__).resolve().parents[2] / "benchmarks" / "h200"
 
@@ -51,6 +52,18 @@ def test_a_comparison_at_two_loads_is_bars_with_the_ratios_of_the_report(texts):
     assert f"1/{ratios['e2e_p50', '1 in flight']:.1f} of the latency" in found
     rates = [c.summary.output_tokens_per_s for c in result.cells if c.arm == "text_generation"]
     assert f"{rates[1]:,.0f} tok/s" in found
+
+
+def test_a_comparison_at_one_load_is_two_panels_and_without_medians_compares_the_means(texts, tmp_path):
+    panels, found = texts(bench(tmp_path))
+    assert len(panels) == 2
+    assert "7.16× the throughput" in found and "1/7.16 of the latency" in found
+    assert "16 in flight: median time until an answer is complete" in found
+    _, found = texts(
+        bench(tmp_path, service_s=6.0, last_s=4.0)
+    )  # no request of the baseline began and ended in time
+    assert "1/24.0 of the latency" in found and "96.0 s" in found
+    assert "16 in flight: mean time of an answer (Little's law)" in found
 
 
 def test_bars_without_a_figure_say_so_and_claim_no_ratio(texts):

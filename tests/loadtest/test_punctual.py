@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from loadtest.punctual import Alarm, punctual_event_loop
+from flightline.loadtest.punctual import Alarm, punctual_event_loop
 
 LOOPS = (asyncio.new_event_loop, uvloop.new_event_loop, punctual_event_loop)
 

@@ -18,15 +18,15 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtest import commands, warmup
-from loadtest.audit import ClientHealth, client_reasons
-from loadtest.metrics import summarise
-from loadtest.null_server import NullServer, Timing
-from loadtest.options import Arm, RunOptions
-from loadtest.records import read_records
-from loadtest.result import SCHEMA
-from loadtest.saved import Saved
-from loadtest.trial import Level, Trial, run_trial
+from flightline.loadtest import commands, warmup
+from flightline.loadtest.audit import ClientHealth, client_reasons
+from flightline.loadtest.metrics import summarise
+from flightline.loadtest.null_server import NullServer, Timing
+from flightline.loadtest.options import Arm, RunOptions
+from flightline.loadtest.records import read_records
+from flightline.loadtest.result import SCHEMA
+from flightline.loadtest.saved import Saved
+from flightline.loadtest.trial import Level, Trial, run_trial
 from tests.client.waiting import eventually
 from tests.loadtest.truth import Truth
 from tests.serving import free_ports
@@ -54,7 +54,7 @@ def test_figures_are_the_servers_at_64_streams(tmp_path, level, processes):
     """Closed and open loop; about 64 are in flight in both."""
     settings = RunOptions(output_tokens=str(TOKENS), processes=processes, drain_s=10)
     with NullServer(Timing(TTFT_S, TPOT_S)) as server:
-        trial = Trial("t", Arm("a", server.url, "text_generation"), level, 4.0)
+        trial = Trial("t", Arm("a", server.url, "text_generation"), level, 3.0)
         outcome = run_trial(trial, settings, tmp_path, print)
         log = {request.id: request for request in server.log}
     assert outcome.failure is None and outcome.window is not None
@@ -85,8 +85,8 @@ def test_figures_are_the_servers_at_64_streams(tmp_path, level, processes):
     summary = summarise("a", [outcome.records], [outcome.window], open_loop=not level.closed)
     truth.assert_rate(summary.output_tokens_per_s, [outcome.window])
     if not level.closed:
-        assert outcome.expected == pytest.approx(200, abs=50)
-        assert summary.offered_per_s == pytest.approx(outcome.expected / 4.0, rel=0.01)
+        assert outcome.expected == pytest.approx(150, abs=45)
+        assert summary.offered_per_s == pytest.approx(outcome.expected / 3.0, rel=0.01)
         assert len({r.prompt_index for r in records}) == len(records)  # the workers share, and do not double
 
 
@@ -95,7 +95,7 @@ def test_a_slow_client_is_called_slow(tmp_path):
     slow = tmp_path / "slow.py"
     burn = "import threading\ndef burn():\n    while True: pass\n"
     start = "[threading.Thread(target=burn, daemon=True).start() for _ in range(4)]\n"
-    slow.write_text(f"from loadtest.locustfile import *\n{burn}{start}")
+    slow.write_text(f"from flightline.loadtest.locustfile import *\n{burn}{start}")
     with NullServer(Timing(0.05, 0.01)) as server:
         trial = Trial("t", Arm("a", server.url, "text_generation"), Level(concurrency=4), 4.0)
         outcome = run_trial(trial, RunOptions(output_tokens="20"), tmp_path, print, slow)
@@ -179,7 +179,7 @@ def test_a_search_finds_where_the_slo_breaks(tmp_path):
             "--start",
             "4",
             "--seconds",
-            "3",
+            "2",
             "--slo",
             "ttft=700ms,tpot=100ms,p=80",
             "--precision",
@@ -201,7 +201,7 @@ def test_an_slo_that_nothing_holds_is_invalid_and_ends(tmp_path, capsys):
 
 def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_missed(tmp_path):
     (port,) = free_ports(1)
-    worker = [sys.executable, "-m", "loadtest", "worker", f"--master-port={port}"]
+    worker = [sys.executable, "-m", "flightline.loadtest", "worker", f"--master-port={port}"]
     workers = [subprocess.Popen(worker, stdout=subprocess.DEVNULL) for _ in range(2)]
     try:
         with NullServer(Timing(0.1, 0.01)) as server:
@@ -213,7 +213,7 @@ def test_two_workers_on_other_machines_bring_their_records_and_one_that_dies_is_
 
             killer = threading.Thread(target=kill_one)
             killer.start()
-            assert commands.main("run", options(server, tmp_path, *load, "--seconds", "7")) == 1
+            assert commands.main("run", options(server, tmp_path, *load, "--seconds", "5")) == 1
             killer.join()
     finally:
         for process in workers:
@@ -248,7 +248,7 @@ def test_records_that_cannot_be_written_end_the_run_with_one_line(tmp_path):
     """A limit on the size of files is what a full disk is: a write that fails in the middle."""
     limited = tmp_path / "limited.py"
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-    limited.write_text(f"from loadtest.locustfile import *\n{limit}")
+    limited.write_text(f"from flightline.loadtest.locustfile import *\n{limit}")
     with NullServer(Timing(0.05, 0.005)) as server:
         trial = Trial("t", Arm("a", server.url, "text_generation"), Level(concurrency=4), 30.0)
         started = time.monotonic()

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from loadtest.config import ConfigError
-from loadtest.schedule import Profile, unit_times
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.schedule import Profile, unit_times
 
 
 def times(text: str, seconds: float, pattern="constant", ramp_s=0.0, seed=1, burstiness=1.0) -> np.ndarray:

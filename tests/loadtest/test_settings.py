@@ -4,30 +4,58 @@ import json
 
 import pytest
 
-from loadtest.bench import main
-from loadtest.config import BenchConfig, ConfigError
-from loadtest.prompts import FIRST_OF_WARM_UP, PER_WORKER, Prompts, generate
+from flightline.loadtest.commands import main
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.options import BenchOptions, CompareOptions, SearchOptions
+from flightline.loadtest.prompts import FIRST_OF_WARM_UP, PER_WORKER, Prompts, generate
 
 
 def test_command_line_before_environment_before_default(monkeypatch):
     monkeypatch.setenv("CONCURRENCY", "4")
     monkeypatch.setenv("OUTPUT_TOKENS", "32")
     monkeypatch.setenv("SEED", "")
-    config = BenchConfig.from_arguments(["--concurrency", "8"])
-    assert (config.concurrency, config.output_tokens, config.seed) == (8, 32, 0)
+    options = BenchOptions.from_arguments("bench", ["--concurrency", "8"])
+    assert (options.concurrency, options.output_tokens, options.seed) == (8, "32", 0)
+
+
+def test_the_precision_of_a_build_is_not_that_of_a_search(monkeypatch):
+    monkeypatch.setenv("PRECISION", "fp8")
+    assert SearchOptions.from_arguments("search", []).precision == 0.1
+    monkeypatch.setenv("SEARCH_PRECISION", "0.5")
+    assert SearchOptions.from_arguments("search", []).precision == 0.5
+    with pytest.raises(ConfigError, match=r"SEARCH_PRECISION=2\.0 is not valid"):
+        SearchOptions.from_arguments("search", ["--precision", "2"])
+
+
+def test_bench_is_a_comparison_with_settings_of_its_own(tmp_path):
+    given = ["--concurrency", "8", "--seed", "3", "--reports", str(tmp_path), "--assert", "ratio>=6"]
+    compared = BenchOptions.from_arguments("bench", given).compared()
+    arms = [
+        "--arms",
+        "hf_baseline, text_generation",
+        "--levels",
+        "8",
+        "--output-tokens",
+        "64",
+        "--calibrate-s",
+        "0",
+    ]
+    rounds = ["--rounds", "5", "--full-rounds", "1", "--stretch", "1", "--budget-s", "330"]
+    assert compared == CompareOptions.from_arguments("compare", [*given[2:], *arms, *rounds])
 
 
 def test_the_first_run_takes_longer_unless_a_budget_is_given(tmp_path):
-    reports = ["--reports", str(tmp_path)]
-    first = BenchConfig.from_arguments(reports).with_budget()
-    assert BenchConfig.from_arguments([*reports, "--budget-s", "20"]).with_budget().budget_s == 20
+    def budget_s(*more: str) -> float:
+        return BenchOptions.from_arguments("bench", ["--reports", str(tmp_path), *more]).compared().budget_s
+
+    first = budget_s()
+    assert budget_s("--budget-s", "20") == 20
     (tmp_path / "a-sweep").mkdir()
     (tmp_path / "a-sweep" / "summary.png").touch()
-    after_a_sweep = BenchConfig.from_arguments(reports).with_budget()
+    after_a_sweep = budget_s()
     (tmp_path / "a-bench").mkdir()
     (tmp_path / "a-bench" / "comparison.png").touch()
-    again = BenchConfig.from_arguments(reports).with_budget()
-    assert (first.budget_s, after_a_sweep.budget_s, again.budget_s) == (330, 330, 160)
+    assert (first, after_a_sweep, budget_s()) == (330, 330, 160)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +72,7 @@ def test_the_first_run_takes_longer_unless_a_budget_is_given(tmp_path):
     ],
 )
 def test_impossible_settings_are_one_line_that_names_them(arguments, capsys):
-    assert main(arguments) == 2
+    assert main("bench", arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     name = "CANDIDATE" if "baseline" in arguments[0] else arguments[0][2:].replace("-", "_").upper()
     assert line.startswith("error: ") and name in line

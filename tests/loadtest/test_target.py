@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loadtest.target import TargetError, target
+from flightline.loadtest.target import TargetError, target
 
 
 def test_a_server_that_runs_already_is_named_with_its_address(

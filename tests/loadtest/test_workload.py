@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from loadtest.config import ConfigError
-from loadtest.workload import PRESETS, Workload, WorkloadSpec, conversation, read_trace
+from flightline.loadtest.config import ConfigError
+from flightline.loadtest.workload import PRESETS, Workload, WorkloadSpec, conversation, read_trace
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "prefix"])

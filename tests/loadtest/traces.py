@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadtest.records import RequestRecord
+from flightline.loadtest.records import RequestRecord
 
 TOKENS = 8
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from loadtest.metrics import Window
-from loadtest.null_server import Served
-from loadtest.records import RequestRecord
+from flightline.loadtest.metrics import Window
+from flightline.loadtest.null_server import Served
+from flightline.loadtest.records import RequestRecord
 
 LUCKY_S = 0.010
 """A lucky token's way to the client takes less."""

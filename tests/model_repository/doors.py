@@ -15,10 +15,19 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import np_to_triton_dtype
 
-from model_repository.serve import Server
+from flightline.supervisor.serve import Server
 
 INT32 = {"max_tokens", "top_k", "end_id", "pad_id", "min_tokens", "beam_width", "num_return_sequences"}
-INT32 |= {"prompt_vocab_size", "input_ids", "input_lengths", "request_output_len", "runtime_top_k"}
+INT32 |= {
+    "top_logprobs",
+    "stop_token_ids",
+    "logit_bias_ids",
+    "prompt_vocab_size",
+    "input_ids",
+    "input_lengths",
+    "request_output_len",
+    "runtime_top_k",
+}
 UINT64 = {"seed", "lora_task_id", "prompt_table_extra_id"}
 PATIENCE_S = 120.0
 """Only a hang takes longer, on however busy a machine."""
@@ -38,21 +47,26 @@ def tensor(name: str, value: Any) -> grpcclient.InferInput:
         made._raw_content = value.content
         return made
     if not isinstance(value, np.ndarray):
-        values = value if isinstance(value, list) else [value]
-        first = values[0]
-        if isinstance(first, str | bytes):
-            values = [item.encode() if isinstance(item, str) else item for item in values]
-            dtype: type = np.object_
-        elif isinstance(first, bool):
-            dtype = np.bool_
-        elif isinstance(first, float):
-            dtype = np.float32
-        else:
-            dtype = np.uint64 if name in UINT64 else np.int32
-        value = np.array([values], dtype=dtype)
+        value = array(name, value)
     made = grpcclient.InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype))
     made.set_data_from_numpy(value)
     return made
+
+
+def array(name: str, value: Any) -> np.ndarray:
+    """[1, n] of the type that the contract gives the name."""
+    values = value if isinstance(value, list) else [value]
+    first = values[0]
+    if isinstance(first, str | bytes):
+        values = [item.encode() if isinstance(item, str) else item for item in values]
+        dtype: type = np.object_
+    elif isinstance(first, bool):
+        dtype = np.bool_
+    elif isinstance(first, float):
+        dtype = np.float32
+    else:
+        dtype = np.uint64 if name in UINT64 else np.int32
+    return np.array([values], dtype=dtype)
 
 
 class GrpcError(Exception):
@@ -76,6 +90,11 @@ class Answer:
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    def num_output_tokens(self, model: str) -> int:
+        """Of the whole answer: the last count is, but for NVIDIA's models, which count the tokens of a response."""
+        counts = [array.item() for array in self.column("num_output_tokens")]
+        return counts[-1] if model in ("text_generation", "hf_baseline") else sum(counts)
 
     def last(self, name: str) -> Any:
         return self.column(name)[-1].ravel()[0].item()
@@ -115,6 +134,11 @@ class Call:
             raise GrpcError(str(result))
         self._ended = result.get_response().parameters["triton_final_response"].bool_param
         return result
+
+    def skip(self) -> None:
+        """Drops what has arrived by now. Raises as :meth:`next`."""
+        while not self._results.empty():
+            self.next()
 
     def read(self) -> Answer:
         """Reads what is left, up to the final response, and closes."""

@@ -115,6 +115,8 @@ class Tokens:
     cum_log_probs: Any = None
     output_log_probs: Any = None
     perf_metrics: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: list[tuple[int, int]] = field(default_factory=list)
+    """Of each response, if asked for: ``num_output_tokens``, and the tokens that it holds."""
 
     @classmethod
     def ask(
@@ -165,6 +167,8 @@ class Tokens:
                 read.cum_log_probs = result.as_numpy("cum_log_probs")[0]
                 read.output_log_probs = result.as_numpy("output_log_probs")[0]
             read.perf_metrics = {name: result.as_numpy(name) for name in PERF_METRICS if perf_metrics}
+            if "return_num_output_tokens" in more:
+                read.counts.append((result.as_numpy("num_output_tokens")[0][0], len(output_ids[0][0])))
             length_told = result.as_numpy("sequence_length")[0][0]
             if length_told > 0 or not streaming:
                 found += list(output_ids[0][0])

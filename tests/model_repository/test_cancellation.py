@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from model_repository.serve import Server
+from flightline.supervisor.serve import Server
 from tests.model_repository.doors import Call, idle, stop, wait_until
 from tests.serving import CONTEXT
 

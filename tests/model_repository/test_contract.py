@@ -11,9 +11,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from engine_build import repository
-from engine_build.plan import make_plan
-from model_repository.shared.tensors import BY_NAME
+from flightline.engine_build import repository
+from flightline.engine_build.plan import make_plan
+from flightline.model_repository.shared.tensors import BY_NAME, TABLE
 from tests.engine_build.test_plan import H200, SMALL
 
 TEMPLATES = Path(__file__).parents[2] / "model_repository"
@@ -87,6 +87,34 @@ def expected(tensors: list[dict], optional: tuple[str, ...] = ()) -> list[tuple]
     ]
 
 
+ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
+    "input": [
+        ("input_ids", "TYPE_INT32", [-1]),
+        ("min_p", "TYPE_FP32", [1]),
+        ("logit_bias_ids", "TYPE_INT32", [-1]),
+        ("logit_bias_weights", "TYPE_FP32", [-1]),
+        ("stop_token_ids", "TYPE_INT32", [-1]),
+        ("ignore_eos", "TYPE_BOOL", [1]),
+        ("skip_special_tokens", "TYPE_BOOL", [1]),
+        ("return_finish_reason", "TYPE_BOOL", [1]),
+        ("return_token_ids", "TYPE_BOOL", [1]),
+        ("top_logprobs", "TYPE_INT32", [1]),
+    ],
+    "output": [
+        ("finish_reason", "TYPE_STRING", [1]),
+        ("token_ids", "TYPE_INT32", [-1]),
+        ("top_token_ids", "TYPE_INT32", [-1, -1]),
+        ("top_log_probs", "TYPE_FP32", [-1, -1]),
+    ],
+}
+"""To ``text_generation`` alone."""
+
+
+def added(model: str, side: str) -> list[tuple]:
+    tensors = ADDED[side] if model == "text_generation" else []
+    return [(name, dtype, tuple(dims), False, side == "input", False) for name, dtype, dims in tensors]
+
+
 CHECKED_BY_US = ("text_input", "max_tokens")
 """Optional in our own models: Triton 2.51 only counts a request's inputs, and the model can say which is missing."""
 
@@ -109,10 +137,16 @@ def test_what_a_lane_serves_is_nvidias(lane: str, decoupled: bool, tmp_path: Pat
         text = rendering[f"{model}/config.pbtxt"].decode()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         facts, optional = FACTS.get(model, FACTS["ensemble"]), CHECKED_BY_US if model in TEXT_MODELS else ()
-        assert table(config.input) == expected(facts["input"], optional)
-        assert dict.fromkeys(table(config.output)) == dict.fromkeys(expected(facts["output"]))
+        assert table(config.input) == expected(facts["input"], optional) + added(model, "input")
+        outputs = expected(facts["output"]) + added(model, "output")
+        assert dict.fromkeys(table(config.output)) == dict.fromkeys(outputs)
         answers_often = model in TEXT_MODELS or (decoupled and model in ("tensorrt_llm", "tensorrt_llm_bls"))
         assert config.model_transaction_policy.decoupled == answers_often
+        # A request whose bytes are no strings fails all that Triton hands to a Python stub with it.
+        takes_bytes = config.backend == "python" and any(
+            DTYPE(each.data_type) == "TYPE_STRING" for each in config.input
+        )
+        assert not (takes_bytes and config.HasField("dynamic_batching"))
 
 
 def test_ensemble_is_wired_like_nvidias() -> None:
@@ -131,9 +165,9 @@ def test_ensemble_is_wired_like_nvidias() -> None:
 @pytest.mark.parametrize("model", TEXT_MODELS)
 def test_text_models_are_twins_of_the_ensemble(model: str) -> None:
     ensemble, twin = config_of("ensemble"), config_of(model)
-    assert table(twin.input) == expected(FACTS["ensemble"]["input"], CHECKED_BY_US)
+    assert table(twin.input) == expected(FACTS["ensemble"]["input"], CHECKED_BY_US) + added(model, "input")
     # NVIDIA lists kv_cache_alloc_total_blocks twice, which Triton takes for one.
-    assert table(twin.output) == list(dict.fromkeys(table(ensemble.output)))
+    assert table(twin.output) == list(dict.fromkeys(table(ensemble.output))) + added(model, "output")
     assert twin.model_transaction_policy.decoupled
 
 
@@ -145,6 +179,11 @@ def test_batch_dimension_is_in_front(model: str) -> None:
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"postprocessing"}))
 def test_every_input_is_read_or_refused(model: str) -> None:
     assert [each.name for each in config_of(model).input if each.name not in BY_NAME] == []
+
+
+def test_what_text_generation_adds_is_in_the_table() -> None:
+    ours = {tensor.name for tensor in TABLE if tensor.ours}
+    assert {name for name, _, _ in ADDED["input"]} == ours | {"input_ids"}  # NVIDIA has that one elsewhere
 
 
 def test_llmapi_is_nvidias() -> None:

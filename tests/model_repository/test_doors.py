@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_repository.serve import Server
-from model_repository.shared import words
+from flightline.model_repository.shared import words
+from flightline.supervisor.serve import Server
+from flightline.torch_engine.text.stream import TokenBytes
 from tests.model_repository.doors import Answer, Call, GrpcError, ask, idle, in_pieces, post, stop, wait_until
-from torch_engine.text import TokenBytes
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,7 @@ def test_counts_times_and_log_probs(served: Server, model: str) -> None:
     )
     for stream in (False, True):
         answer = ask(served, model, "the dog", 10, end_id=-1, stream=stream, **dict.fromkeys(wanted, True))
-        assert answer.last("num_output_tokens") == 10
+        assert answer.num_output_tokens(model) == 10
         assert answer.last("num_input_tokens") == len(prompt_ids(served, "the dog"))
         times = ("arrival", "first_scheduled", "first_token", "last_token")
         stamps = [answer.last(f"{name}_time_ns") for name in times]
@@ -159,13 +159,13 @@ def test_min_tokens_and_end_id(served: Server, model: str) -> None:
     first = ask(served, model, "the dog", 1, return_log_probs=True, exclude_input_in_output=True)
     assert first.text
     free = ask(served, model, "the dog", 20, return_num_output_tokens=True, end_id=-1)
-    assert free.last("num_output_tokens") == 20
+    assert free.num_output_tokens(model) == 20
     # The first token that the model would choose becomes the end: nothing is left, unless it must go on.
     end = generated_ids(served, "the dog", 1)[0]
     answer = ask(served, model, "the dog", 20, end_id=end, return_num_output_tokens=True)
-    assert (answer.text, answer.last("num_output_tokens")) == ("", 0)
+    assert (answer.text, answer.num_output_tokens(model)) == ("", 0)
     longer = ask(served, model, "the dog", 20, end_id=end, min_tokens=5, return_num_output_tokens=True)
-    assert longer.last("num_output_tokens") >= 5
+    assert longer.num_output_tokens(model) >= 5
 
 
 def test_seeds(served: Server, door: str) -> None:

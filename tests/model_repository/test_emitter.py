@@ -11,9 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from model_repository.shared.emitter import Emitter, Generation, Reply
-from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
-from torch_engine.threads import STATUS
+from flightline.model_repository.shared.emitter import Emitter, Generation, Reply
+from flightline.torch_engine.core.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    RequestError,
+    RequestOutput,
+)
+from flightline.torch_engine.process.threads import STATUS
 
 
 class SlowEngine:
@@ -124,11 +130,30 @@ def test_a_response_that_cannot_be_sent_ends_its_own_request() -> None:
     emitter.close()
 
 
+def test_one_of_several_answers_fails_and_the_others_go_on() -> None:
+    """Its error says which it was; the final flag comes once, with the last one's end."""
+    engine, sender = Answering(), Sender()
+    emitter = Emitter(told := triton(), engine)
+    told.TritonError.__init__ = lambda self, message, code: setattr(self, "message", message)
+    reply = Reply(sender, open_answers=3)
+    for request in GenerationRequest([1], 1).siblings(3):
+        emitter.start(Generation(reply, request, False, lambda output, first: output.text))
+    fault = RequestError(Code.INTERNAL, "no")
+    engine.callbacks[1](RequestOutput(finish_reason=FinishReason.ERROR, error=fault))
+    engine.callbacks[2](RequestOutput(text=" two", finish_reason=FinishReason.LENGTH))
+    engine.callbacks[0](RequestOutput(text=" zero", finish_reason=FinishReason.LENGTH))
+    assert sender.ended.wait(30)
+    (error, flags), *answers = sender.sent
+    assert (error.message, flags) == ("sequence_index 1: no", 0)
+    assert answers == [("first two", 0), ("first zero", 1)]
+    emitter.close()
+
+
 HANGS = """
 import threading, time
-from model_repository.shared.emitter import Emitter, Generation, Reply
+from flightline.model_repository.shared.emitter import Emitter, Generation, Reply
 from tests.model_repository.test_emitter import Answering, Sender, triton
-from torch_engine.request import GenerationRequest
+from flightline.torch_engine.core.request import GenerationRequest
 emitter = Emitter(triton(), Answering())
 emitter.start(Generation(Reply(Sender(failures=10**9)), GenerationRequest([1], 1), True, lambda output, first: ""))
 time.sleep(60)

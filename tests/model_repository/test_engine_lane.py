@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
-from model_repository import triton
-from model_repository.serve import Server, ServeSettings
-from model_repository.settings import Deployment, ServeError
-from model_repository.trtllm import guard, host
-from model_repository.trtllm.in_triton import parse
-from tests.model_repository.doors import Call, GrpcError, ask, in_pieces, post, stop, wait_until
+from flightline.engine_build.trtllm import host
+from flightline.supervisor import triton
+from flightline.supervisor.serve import Server, ServeSettings
+from flightline.supervisor.settings import ServeError, deployed
+from flightline.supervisor.trtllm import guard
+from flightline.supervisor.trtllm.in_triton import parse
+from tests.model_repository.doors import PATIENCE_S, Call, GrpcError, ask, in_pieces, post, stop, wait_until
 from tests.serving import DOUBLE, GPU, tensorrt_llm_lane
 
 TWO_ENDS = [1, 5]
@@ -45,7 +46,7 @@ def engine_lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRTLLM_DOUBLE_MODEL", str(folder / "tiny"))
         patch.setenv("TRTLLM_DOUBLE_LOG", str(folder / "log"))
-        with tensorrt_llm_lane(folder, "trtllm-engine", prepare=replace_backend) as server:
+        with tensorrt_llm_lane(folder, "trtllm-engine", prepare=replace_backend, baseline=False) as server:
             yield server
 
 
@@ -62,14 +63,16 @@ def at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-def test_not_decoupled(at_once: Server, engine_lane: Server) -> None:
-    expected = ask(engine_lane, "hf_baseline", PROMPT, 24).text
+def test_not_decoupled(at_once: Server, served: Server) -> None:
+    expected = ask(served, "hf_baseline", PROMPT, 24).text
     for door in DOORS:
         assert ask(at_once, door, PROMPT, 24).text == expected
         answer = post(
             at_once, door, {"text_input": PROMPT, "max_tokens": 24, "exclude_input_in_output": True}
         )
         assert answer.text == expected
+    with pytest.raises(GrpcError, match=r"num_return_sequences is 2: .* model is decoupled"):
+        ask(at_once, "tensorrt_llm_bls", PROMPT, 4, num_return_sequences=2)
     # Ours still streams; what comes from a model that does not is one piece.
     assert ask(at_once, "text_generation", PROMPT, 24, stream=True).text == expected
     word = next(word for word in re.findall(" [a-z]+", expected) if len(word) > 2)
@@ -118,8 +121,39 @@ def test_beams_are_for_the_ensemble(engine_lane: Server) -> None:
 
 
 @pytest.mark.slow
-def test_both_doors_answer_like_the_baseline(engine_lane: Server) -> None:
-    expected = ask(engine_lane, "hf_baseline", PROMPT, 24).text
+def test_several_answers(engine_lane: Server) -> None:
+    """NVIDIA's backend gives them; what drives it for text asks for one after the other, with seeds of their own."""
+    ask(engine_lane, "ensemble", PROMPT, 4, num_return_sequences=3)
+    assert np.ravel(last_request(engine_lane)["num_return_sequences"]).tolist() == [3]
+    single = [ask(engine_lane, "text_generation", PROMPT, 8, seed=3 + n, **WILD).text for n in range(3)]
+    for door in ("text_generation", "tensorrt_llm_bls"):
+        answer = ask(engine_lane, door, PROMPT, 8, seed=3, num_return_sequences=3, **WILD)
+        found = zip([index.item() for index in answer.column("sequence_index")], answer.texts, strict=True)
+        assert [text for _, text in sorted(found)] == single
+    ask(engine_lane, "text_generation", PROMPT, 4, num_return_sequences=2, **WILD)
+    assert "seed" in last_request(engine_lane), "the backend has one seed for all that bring none"
+
+
+@pytest.mark.slow
+def test_what_text_generation_adds(engine_lane: Server) -> None:
+    """As far as NVIDIA's tensors can say it."""
+    free = ask(engine_lane, "text_generation", PROMPT, 12, end_id=-1, return_token_ids=True)
+    ids = free.column("token_ids")[-1].ravel().tolist()
+    asked = {"stop_token_ids": [9, ids[5]], "return_finish_reason": True, "return_token_ids": True}
+    answer = ask(engine_lane, "text_generation", PROMPT, 12, ignore_eos=True, **asked)
+    assert answer.column("token_ids")[-1].ravel().tolist() == ids[: ids.index(ids[5])]
+    assert answer.column("finish_reason")[-1].item() == b"end_id"
+    assert last_request(engine_lane)["stop_words_list"] == [[[9, ids[5]], [1, 2]]]
+    ask(engine_lane, "text_generation", PROMPT, 2, logit_bias_ids=[4, 6], logit_bias_weights=[1.5, -2.0])
+    assert last_request(engine_lane)["embedding_bias"][0][3:7] == [0.0, 1.5, 0.0, -2.0]
+    for name, value in (("min_p", 0.5), ("top_logprobs", 3)):
+        with pytest.raises(GrpcError, match=f"{name} is {value}: .* is not supported by lane trtllm-engine"):
+            ask(engine_lane, "text_generation", **{name: value})
+
+
+@pytest.mark.slow
+def test_both_doors_answer_like_the_baseline(engine_lane: Server, served: Server) -> None:
+    expected = ask(served, "hf_baseline", PROMPT, 24).text
     for door in DOORS:
         assert ask(engine_lane, door, PROMPT, 24).text == expected
     # NVIDIA's own backend puts the prompt first unless it is told not to.
@@ -165,6 +199,17 @@ def test_log_probs_and_counts(engine_lane: Server) -> None:
 
 
 @pytest.mark.slow
+def test_times_are_of_the_backends_clock_alone(engine_lane: Server) -> None:
+    """That clock is not ours (the double's is days ahead): a time of each would make a request take days."""
+    for door in ("ensemble", "text_generation"):
+        for stream in (False, True):
+            answer = ask(engine_lane, door, "the dog", 10, end_id=-1, stream=stream, return_perf_metrics=True)
+            names = ("arrival", "first_scheduled", "first_token", "last_token")
+            times = [answer.last(f"{name}_time_ns") for name in names]
+            assert times == sorted(times) and times[-1] - times[0] < 10**9 * PATIENCE_S, (door, stream, times)
+
+
+@pytest.mark.slow
 def test_leaving_and_stopping(engine_lane: Server) -> None:
     inputs = {"text_input": "the dog", "max_tokens": 480, "end_id": -1, "stream": True}
     gone = Call(engine_lane, "text_generation", inputs)
@@ -179,9 +224,9 @@ def test_leaving_and_stopping(engine_lane: Server) -> None:
 
 def test_every_end_token_of_the_model_is_sent(tmp_path: Path) -> None:
     """Llama 3.1 has three; the contract's ``end_id`` is one of them."""
-    from model_repository.shared.bls_engine import BlsEngine
-    from torch_engine.request import GenerationRequest, ModelInfo
-    from torch_engine.text import TokenBytes
+    from flightline.model_repository.shared.bls_engine import BlsEngine
+    from flightline.torch_engine.core.request import GenerationRequest, ModelInfo
+    from flightline.torch_engine.text.stream import TokenBytes
 
     info = ModelInfo(10, 512, (128001, 128008, 128009), "m")
     engine = BlsEngine(None, info, TokenBytes([b"a"]))
@@ -312,11 +357,11 @@ def test_gpus_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_unknown_lane(tmp_path: Path) -> None:
     values = {"model": "m", "lane": "vllm", "precision": "fp8"}
     values |= {
-        "engine_dir": str(tmp_path),
+        **dict.fromkeys(("engine_dir", "model_dir", "source_dir", "manifest"), str(tmp_path)),
         "model_repository": str(tmp_path),
         "dp": 1,
         "hardware": {"device": "cuda"},
     }
     (tmp_path / "deployment.json").write_text(json.dumps(values))
     with pytest.raises(ServeError, match=r"lane vllm of .* is unknown: run 'make build-engines' again"):
-        Deployment.load(tmp_path)
+        deployed(tmp_path)

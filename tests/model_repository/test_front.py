@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from model_repository.shared.contract import OURS
-from model_repository.shared.emitter import Emitter
-from model_repository.shared.front import LONG_PROMPT, Front
-from model_repository.shared.tensors import Inputs
+from flightline.model_repository.shared.contract import OURS
+from flightline.model_repository.shared.emitter import Emitter
+from flightline.model_repository.shared.front import LONG_PROMPT, Front
+from flightline.model_repository.shared.responses import details
+from flightline.model_repository.shared.tensors import Inputs, Options
+from flightline.torch_engine.core.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    PerfMetrics,
+    RequestError,
+    RequestOutput,
+)
 from tests.model_repository.test_emitter import Answering, Sender, triton
-from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
 
 CONFIG = json.dumps({"name": "text_generation", "max_batch_size": 1, "output": []})
 
@@ -118,6 +130,26 @@ def test_whatever_fails_is_that_requests_answer(front: Front, text: bytes) -> No
     assert answer.sent[0][0].code == Code.UNAVAILABLE.value
 
 
+def test_details_of_an_answer() -> None:
+    """Guesses as they were counted; fewer likely tokens than asked for leave places empty."""
+    answer = RequestOutput(
+        token_ids=[5, 6],
+        top_log_probs=[[(5, -0.5), (7, -1.5)], []],
+        finish_reason=FinishReason.STOP,
+        sequence_index=2,
+        metrics=PerfMetrics(total_draft_tokens=4, total_accepted_draft_tokens=3),
+    )
+    wanted = Options(perf_metrics=True, token_ids=True, top_log_probs=2, finish_reason=True, num_sequences=3)
+    made = {name: make().tolist() for name, make in details(answer, wanted, 0, 2).items()}
+    assert made["total_draft_tokens"] == [[4]] and made["total_accepted_draft_tokens"] == [[3]]
+    assert made["acceptance_rate"] == [[0.75]] and made["sequence_index"] == [[2]]
+    assert made["token_ids"] == [[5, 6]] and made["finish_reason"] == [[b"stop_words"]]
+    assert made["top_token_ids"] == [[[5, 7], [-1, -1]]]
+    assert made["top_log_probs"] == [[[-0.5, -1.5], [0.0, 0.0]]]
+    unasked = details(answer, Options(), 0, 2)
+    assert unasked == {}
+
+
 def test_long_prompts_that_wait_at_the_end_are_answered(front: Front) -> None:
     """More than are tokenised at once, so that some have not begun when the model is closed."""
     requests, answers = zip(*(request(b"x" * (LONG_PROMPT + 1)) for _ in range(5)), strict=True)
@@ -127,3 +159,20 @@ def test_long_prompts_that_wait_at_the_end_are_answered(front: Front) -> None:
     front._emitter.close()
     assert all(answer.ended.wait(5) for answer in answers)
     assert {answer.sent[-1][0].code for answer in answers} == {Code.UNAVAILABLE.value}
+
+
+@pytest.mark.parametrize(
+    "name", ["text_generation", "tensorrt_llm", "tensorrt_llm_bls", "llmapi", "hf_baseline"]
+)
+def test_a_model_closes_its_front_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts that wait there need an emitter, and that one an engine."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton())
+    path = Path(__file__).parents[2] / "model_repository" / name / "1/model.py"
+    spec = importlib.util.spec_from_file_location(f"model_of_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, closed = object.__new__(module.TritonPythonModel), []
+    for part in ("_front", "_emitter", "_engine", "_metrics", "_memory"):
+        setattr(model, part, SimpleNamespace(close=lambda part=part: closed.append(part)))
+    model.finalize()
+    assert closed[:3] == ["_front", "_emitter", "_engine"]

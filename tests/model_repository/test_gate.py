@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from model_repository.shared.gate import VARIABLE, Gate
-from torch_engine.request import Code, RequestError
+from flightline.model_repository.shared.gate import VARIABLE, Gate
+from flightline.torch_engine.core.request import Code, RequestError
 
 
 def test_closed_for_new_ones_until_the_last_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_a_process_that_dies_is_not_waited_for(tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     program = f"""
 from pathlib import Path
-from model_repository.shared.gate import Gate
+from flightline.model_repository.shared.gate import Gate
 gate = Gate(Path({str(tmp_path / "gate")!r}))
 gate.enter()
 print("in", flush=True)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model_repository.shared.generation import Progress
-from torch_engine.request import Code, FinishReason, GenerationRequest, PerfMetrics, RequestOutput
-from torch_engine.sequence import Sequence
-from torch_engine.text import TokenBytes
+from flightline.model_repository.shared.generation import Progress
+from flightline.torch_engine.core.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    PerfMetrics,
+    RequestOutput,
+)
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.text.stream import TokenBytes
 
 TOKENS = TokenBytes([b"a", b"b", b"say STOP", b"sa", b"s", b"y", b" ", b"ST", b"OP"])
 
@@ -48,14 +54,14 @@ def test_counts_ids_and_log_probs_agree(ids: list[int], text: str, count: int, s
 
 
 def test_a_row_of_the_baseline_that_fails_leaves_the_others_theirs() -> None:
-    from model_repository.shared.transformers_engine import _Watcher
+    from flightline.model_repository.shared.transformers_engine import _Watcher
 
     outputs: list[RequestOutput] = [RequestOutput(), RequestOutput()]
     jobs = [
         Progress(GenerationRequest([1], 2), output.extend, TOKENS, frozenset(), PerfMetrics())
         for output in outputs
     ]
-    jobs[0]._stream = None  # type: ignore[assignment]
+    jobs[0]._output = None  # type: ignore[assignment]
     watcher = _Watcher(jobs, None)
     assert watcher(torch.tensor([[0], [0]]), None).tolist() == [True, False]
     assert watcher(torch.tensor([[0, 1], [0, 1]]), None).tolist() == [True, True]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
-from client import Client
-from model_repository.serve import Server
+from flightline.client import Client
+from flightline.supervisor.serve import Server
 from tests.model_repository.doors import Call, GrpcError, ask, idle, in_pieces, post, stop, wait_until
 from tests.model_repository.test_contract import FACTS
 from tests.serving import tensorrt_llm_lane
@@ -93,11 +93,25 @@ def test_bad_words(lane: Server) -> None:
     assert word not in ask(lane, "text_generation", "the dog", 40, end_id=-1, bad_words=[word]).text
 
 
+def test_logits(pytorch_lane: Server) -> None:
+    """Through the ensemble, with whole answers; of the whole prompt, too, when its KV blocks are there."""
+    wanted = {"return_context_logits": True, "return_generation_logits": True, "return_log_probs": True}
+    for _ in range(2):
+        answer = ask(pytorch_lane, "ensemble", PROMPT, 6, end_id=-1, return_num_input_tokens=True, **wanted)
+        (context,), (generated,) = answer.column("context_logits"), answer.column("generation_logits")
+        assert context.shape == (1, answer.last("num_input_tokens"), generated.shape[-1])
+        assert generated.shape[:3] == (1, 1, 6)
+        likeliest = generated.max(-1) - np.log(np.exp(generated).sum(-1))
+        np.testing.assert_allclose(likeliest, answer.column("output_log_probs")[0], atol=1e-2)
+    with pytest.raises(GrpcError, match="logits come with whole answers only"):
+        ask(pytorch_lane, "ensemble", PROMPT, 6, stream=True, **wanted)
+
+
 def test_end_id_and_min_tokens(lane: Server, door: str) -> None:
     alone = ask(lane, door, "the dog", 1, return_num_output_tokens=True, end_id=-1)
-    assert alone.last("num_output_tokens") == 1
+    assert alone.num_output_tokens(door) == 1
     vocabulary = ask(lane, door, "the dog", 20, return_num_output_tokens=True, end_id=-1, min_tokens=20)
-    assert vocabulary.last("num_output_tokens") == 20
+    assert vocabulary.num_output_tokens(door) == 20
 
 
 def test_sampling_depends_on_the_seed_alone(lane: Server, door: str) -> None:
@@ -113,7 +127,7 @@ def test_counts_times_and_log_probs(lane: Server, door: str) -> None:
     asked = {f"return_{name}": True for name in wanted}
     for stream in (False, True):
         answer = ask(lane, door, "the dog", 10, end_id=-1, stream=stream, **asked)
-        assert answer.last("num_output_tokens") == 10
+        assert answer.num_output_tokens(door) == 10
         names = ("arrival", "first_scheduled", "first_token", "last_token")
         stamps = [answer.last(f"{name}_time_ns") for name in names]
         assert stamps == sorted(stamps) and stamps[0] > 0
@@ -130,6 +144,40 @@ def test_lanes_agree(served: Server, pytorch_lane: Server) -> None:
             ask(lane, "ensemble", "and then", 40, seed=seed, **WILD).text for lane in (served, pytorch_lane)
         }
         assert len(texts) == 1
+
+
+def test_what_text_generation_adds(lane: Server, served: Server) -> None:
+    asked = {
+        "min_p": 0.02,
+        "temperature": 1.5,
+        "seed": 5,
+        "end_id": -1,
+        "top_logprobs": 2,
+        "return_token_ids": True,
+    }
+    names = ("token_ids", "top_token_ids", "top_log_probs")
+    ids, tops, values = (
+        np.concatenate([array[0] for array in ask(lane, "text_generation", PROMPT, 12, **asked).column(name)])
+        for name in names
+    )
+    witness = ask(served, "text_generation", PROMPT, 12, **asked)
+    assert ids.tolist() == np.concatenate([array[0] for array in witness.column("token_ids")]).tolist()
+    assert tops.shape == values.shape == (12, 2) and (values[:, 0] >= values[:, 1]).all()
+    assert tops.tolist() == np.concatenate([array[0] for array in witness.column("top_token_ids")]).tolist()
+    stopped = ask(
+        lane, "text_generation", PROMPT, 12, stop_token_ids=int(ids[7]), return_finish_reason=True, **asked
+    )
+    assert stopped.column("token_ids")[-1].ravel().tolist() == ids[: ids.tolist().index(ids[7])].tolist()
+    assert stopped.column("finish_reason")[-1].item() == b"end_id"
+
+
+def test_several_answers(lane: Server, door: str) -> None:
+    single = [ask(lane, door, PROMPT, 12, **{**WILD, "seed": 7 + index}).text for index in range(3)]
+    answer = ask(lane, door, PROMPT, 12, seed=7, num_return_sequences=3, stream=True, **WILD)
+    texts = ["", "", ""]
+    for index, text in zip(answer.column("sequence_index"), answer.texts, strict=True):
+        texts[index.item()] += text
+    assert texts == single and len(set(texts)) == 3
 
 
 def test_rows_of_a_batch(lane: Server) -> None:
@@ -151,12 +199,28 @@ def test_rows_of_a_batch(lane: Server) -> None:
         ({"max_tokens": 99_999}, "is 99999: after 2 prompt tokens it must be at most"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"beam_width": 2}, "beam_width is 2: beam search is not supported"),
-        ({"top_p": 1.5}, "top_p is 1.5: it must be between 0 and 1"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0: it must be between 1 and 128"),
+        ({"top_p": 1.5}, "top_p.* is 1.5: it must be between 0 and 1"),
     ],
 )
 def test_errors_are_the_same(lane: Server, door: str, inputs: dict, says: str) -> None:
     with pytest.raises(GrpcError, match=says):
         ask(lane, door, **{"max_tokens": 4, **inputs})
+
+
+def test_what_only_tensorrt_llm_has(lane: Server, served: Server) -> None:
+    ranges = {"starts": [0], "ends": [-1], "priorities": [80]}
+    inputs: dict = {f"retention_token_range_{name}": values for name, values in ranges.items()}
+    inputs |= {"input_ids": [5, 6], "input_lengths": 2, "request_output_len": 3, "end_id": -1}
+    if lane is served:
+        with pytest.raises(
+            GrpcError, match=r"KV cache retention is not supported by lane torch; .* build with"
+        ):
+            Call(lane, "tensorrt_llm", inputs).read()
+        return
+    assert Call(lane, "tensorrt_llm", inputs).read().last("sequence_length") == 2 + 3
+    with pytest.raises(GrpcError, match=r"refused the request: Retention priority must be within \[0, 100\]"):
+        Call(lane, "tensorrt_llm", inputs | {"retention_token_range_priorities": [101]}).read()
 
 
 def test_a_client_that_goes_away_frees_its_blocks(lane: Server) -> None:

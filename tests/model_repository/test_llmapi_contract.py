@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from engine_build.build import Build
-from engine_build.settings import parse
-from model_repository.serve import Server
+from flightline.engine_build.build import Build
+from flightline.engine_build.settings import parse
+from flightline.supervisor.serve import Server
 from tests.model_repository.doors import ask, post
 from tests.model_repository.nvidia import Wire
 from tests.model_repository.test_engine_lane import replace_backend
-from tests.serving import settings_for, tensorrt_llm_lane
+from tests.serving import serving, settings_for, tensorrt_llm_lane
 
 pytestmark = pytest.mark.slow
 
@@ -34,15 +34,19 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL_CONTRACT", "llmapi")
         patch.setenv("TRTLLM_DOUBLE_MODEL", str(folder / "tiny"))
+        if lane == "trtllm-pytorch":
+            (folder / "adapters/mine").mkdir(parents=True)
+            patch.setenv("TRTLLM_PARAMETERS", f"lora_dir={folder}/adapters")
         if lane == "torch":
             arguments = ["--model", served.engine.info.model_dir, "--engine", "torch", "--precision", "bf16"]
             Build(parse([*arguments, "--build-dir", str(folder)]), say=print).run()
-            running: Any = Server(settings_for(folder, baseline=False), say=print)
+            running: Any = serving(settings_for(folder, baseline=False))
         else:
             prepare = replace_engine if lane == "trtllm-engine" else lambda build: None
             running = tensorrt_llm_lane(folder, lane, prepare=prepare, baseline=False)
         with running as server:
-            patch.delenv("MODEL_CONTRACT")  # it is for this build alone
+            for variable in ("MODEL_CONTRACT", "TRTLLM_PARAMETERS"):  # they are for this build alone
+                patch.delenv(variable, raising=False)
             yield server
 
 
@@ -54,7 +58,9 @@ def call(server: Server, request_id: str = "", **inputs: Any) -> list:
         if isinstance(value, list):
             values[name] = np.array([each.encode() for each in value], np.object_)
         else:
-            values[name] = np.array([value], np.uint64 if name.endswith("seed") else types[type(value)])
+            values[name] = np.array(
+                [value], np.uint64 if name.endswith(("seed", "lora_id")) else types[type(value)]
+            )
     return Wire(server.settings.grpc_url, "tensorrt_llm", values, request_id=request_id).stream()
 
 
@@ -136,6 +142,29 @@ def test_what_it_refuses(server: Server) -> None:
         call(server, sampling_param_temperature=float("nan"))
     with pytest.raises(InferenceServerException, match="return_stop_reason is True with 2 words"):
         call(server, sampling_param_stop=["a", "b"], return_stop_reason=True)
+
+
+def test_images_are_refused(server: Server) -> None:
+    with pytest.raises(InferenceServerException, match="image_url is given: image input is not supported"):
+        call(server, image_url=["http://a/b.png"])
+
+
+def test_adapters(server: Server, answer: str) -> None:
+    """Where the engine has them: by a folder's name, and by no other folder's."""
+    named = {"lora_id": 3, "lora_name": ["mine"], "lora_path": ["mine"], "sampling_param_max_tokens": LENGTH}
+    if server.deployment.lane != "trtllm-pytorch":
+        for name in ("lora_id", "lora_name", "lora_path"):
+            with pytest.raises(
+                InferenceServerException,
+                match=f"{name} is given: adapters .* not supported by lane {server.deployment.lane}",
+            ):
+                call(server, **{name: named[name]})
+        return
+    (result,) = call(server, **named, sampling_param_exclude_input_from_output=True)
+    assert text(result) == answer
+    for path in ("another", "../bin", "/etc"):
+        with pytest.raises(InferenceServerException, match=f"lora_path is '{path}': it must be a folder in"):
+            call(server, **named | {"lora_path": [path]})
 
 
 def test_our_own_door_is_there_too(server: Server, answer: str) -> None:

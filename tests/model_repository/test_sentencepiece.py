@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from model_repository.serve import Server
+from flightline.supervisor.serve import Server
 from tests.model_repository.doors import ask, in_pieces
-from tests.serving import build_tiny, settings_for
+from tests.serving import build_tiny, serving, settings_for
 
 pytestmark = pytest.mark.slow
 
@@ -19,17 +19,17 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     build = build_tiny(tmp_path_factory.mktemp("spm"), "sentencepiece", baseline_max_batch_size=BATCH)
-    with Server(settings_for(build)) as running:
+    with serving(settings_for(build)) as running:
         yield running
 
 
 @pytest.mark.parametrize("model", ["ensemble", "text_generation", "hf_baseline"])
 @pytest.mark.parametrize("seed", range(2))
 def test_streamed_text_is_the_whole_text(server: Server, model: str, seed: int) -> None:
-    inputs = {"prompt": "a token 日本 👩‍🚀", "max_tokens": 80, "seed": seed, "end_id": -1}
+    inputs = {"prompt": "a token 日本 👩‍🚀", "max_tokens": 100, "seed": seed, "end_id": -1}
     inputs |= {"temperature": 1.5, "top_k": 0, "top_p": 1.0}
     whole = ask(server, model, **inputs)
-    streamed = in_pieces(server, model, 10, **inputs)
+    streamed = in_pieces(server, model, 3, **inputs)
     assert streamed.text == whole.text
 
 

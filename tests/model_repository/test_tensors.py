@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_repository import tensors_page
-from model_repository.shared.tensors import Inputs
-from torch_engine.request import Code, GenerationRequest, ModelInfo, RequestError
+from flightline.model_repository import tensors_page
+from flightline.model_repository.shared.contract import NVIDIA, OURS
+from flightline.model_repository.shared.llmapi import LlmapiInputs
+from flightline.model_repository.shared.tensors import BY_NAME, ENGINE, TORCH, Inputs
+from flightline.torch_engine.core.request import Code, GenerationRequest, Guide, ModelInfo, RequestError
 
 INFO = ModelInfo(vocab_size=100, max_seq_len=16, end_ids=(1, 9), model_dir="")
 
@@ -22,7 +24,9 @@ def number(value: Any, dtype: type = np.int32) -> np.ndarray:
 
 def generation(prompt_ids: list[int] | None = None, **tensors: np.ndarray) -> GenerationRequest:
     inputs = Inputs({"text_input": text(b"hi"), "max_tokens": number(4), **tensors})
-    return inputs.generation(0, prompt_ids or [3, 4], (), (), INFO)
+    bias = inputs.token_bias(0, INFO.vocab_size)
+    inputs.options(0)
+    return inputs.generation(0, prompt_ids or [3, 4], (), (), INFO, bias)
 
 
 def test_defaults_are_greedy_with_the_models_own_ends() -> None:
@@ -48,6 +52,31 @@ def test_values_arrive() -> None:
     assert (request.min_tokens, request.end_id, request.return_log_probs) == (2, -1, True)
 
 
+def test_what_text_generation_adds_arrives() -> None:
+    request = generation(
+        min_p=number(0.25, np.float32),
+        logit_bias_ids=np.array([[7, 3, 7]], np.int32),
+        logit_bias_weights=np.array([[1.5, -np.inf, 2.0]], np.float32),
+        embedding_bias=np.array([[0, 0, 0, 4.0, 5.0]], np.float32),
+        stop_token_ids=np.array([[8, 2]], np.int32),
+        ignore_eos=number(True, np.bool_),
+        skip_special_tokens=number(False, np.bool_),
+        top_logprobs=number(5),
+    )
+    sampling = request.sampling
+    assert (sampling.min_p, sampling.logit_bias) == (0.25, ((3, -np.inf), (4, 5.0), (7, 3.5)))
+    assert (request.end_id, request.stop_ids, request.skip_special_tokens) == (-1, (8, 2), False)
+    assert (request.top_log_probs, request.return_log_probs, request.lane_inputs) == (5, False, {})
+
+
+@pytest.mark.parametrize("name", ["min_p", "top_logprobs"])
+def test_what_nvidias_backend_has_no_tensor_for(name: str) -> None:
+    value = {"min_p": number(0.5, np.float32), "top_logprobs": number(2)}[name]
+    assert Inputs({name: value}, "trtllm-pytorch").lane_inputs(0) == {}
+    with pytest.raises(RequestError, match=f"{name} is .* by lane trtllm-engine; leave {name} out, or build"):
+        Inputs({name: value}, "trtllm-engine")
+
+
 def test_scalars_without_a_dimension_of_their_own() -> None:
     """``reshape { shape: [ ] }`` of tensorrt_llm leaves only the batch dimension."""
     inputs = Inputs({"runtime_top_k": np.array([3, 4], dtype=np.int32)})
@@ -65,7 +94,6 @@ def test_asking_for_one_of_the_models_ends_means_all_of_them(asked: int, given: 
         ({"max_tokens": number(0)}, "max_tokens is 0: it must be at least 1"),
         ({"max_tokens": number(-5)}, "max_tokens is -5"),
         ({"max_tokens": number(15)}, r"max_tokens is 15: after 2 prompt tokens it must be at most 14"),
-        ({"REQUEST_OUTPUT_LEN": number(0)}, r"max_tokens \(REQUEST_OUTPUT_LEN\) is 0"),
         ({"temperature": number(np.nan, np.float32)}, "temperature is nan: it must be finite"),
         ({"temperature": number(-1, np.float32)}, "temperature is -1.0"),
         ({"top_p": number(np.nan, np.float32)}, "top_p is nan"),
@@ -76,6 +104,10 @@ def test_asking_for_one_of_the_models_ends_means_all_of_them(asked: int, given: 
         ({"min_tokens": number(5)}, "min_tokens is 5: it must be between 0 and max_tokens=4"),
         ({"end_id": number(100)}, "end_id is 100: it must be -1"),
         ({"end_id": number(-2)}, "end_id is -2"),
+        ({"runtime_top_p": number(1.5, np.float32)}, "^top_p is 1.5: it must be between"),
+        ({"num_return_sequences": number(0)}, "num_return_sequences is 0: it must be between 1 and 128"),
+        ({"min_p": number(np.nan, np.float32)}, "min_p is nan: it must be between 0 and 1"),
+        ({"embedding_bias": number(np.inf, np.float32)}, "embedding_bias holds inf: it must hold finite"),
         ({"nonsense": number(1)}, "nonsense is not an input"),
     ],
 )
@@ -83,6 +115,53 @@ def test_bad_values_are_named_with_their_limit(tensors: dict[str, np.ndarray], m
     with pytest.raises(RequestError, match=message) as caught:
         generation(**tensors)
     assert caught.value.code is Code.INVALID_ARG
+
+
+@pytest.mark.parametrize(
+    ("tensors", "of_tokens", "of_text"),
+    [
+        (
+            {"request_output_len": number(0)},
+            "request_output_len is 0: it must be at least 1",
+            "max_tokens is 0: it must be at least 1",
+        ),
+        ({"request_output_len": number(15)}, "request_output_len is 15: after", "max_tokens is 15: after"),
+        ({"runtime_top_k": number(-1)}, "runtime_top_k is -1", "top_k is -1"),
+        ({"runtime_top_p": number(1.5, np.float32)}, "runtime_top_p is 1.5", "top_p is 1.5"),
+        ({"temperature": number(-1, np.float32)}, "temperature is -1.0", "temperature is -1.0"),
+        ({"min_tokens": number(5)}, "between 0 and request_output_len=4", "between 0 and max_tokens=4"),
+        ({"len_penalty": number(0.5, np.float32)}, "len_penalty is 0.5", "length_penalty is 0.5"),
+        ({"streaming": np.array([[True, False]])}, "streaming has 2 values", "stream has 2 values"),
+    ],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_errors_have_the_names_of_the_model_that_was_asked(
+    tensors: dict[str, np.ndarray], of_tokens: str, of_text: str, as_text: bool
+) -> None:
+    """What ``tensorrt_llm`` gets from a client, or within ``ensemble``, from ``preprocessing``, for a text."""
+    asked = {"input_ids": np.array([[3, 4]], np.int32), "input_lengths": number(2)}
+    asked |= {"request_output_len": number(4), **tensors}
+    asked |= {"decoder_input_ids": number(0), "decoder_input_lengths": number(1)} if as_text else {}
+    with pytest.raises(RequestError) as caught:
+        Inputs(asked).generation(0, [3, 4], (), (), INFO)
+    assert (of_text if as_text else of_tokens) in caught.value.message
+    assert (of_tokens if as_text else of_text) not in caught.value.message or of_text in of_tokens
+
+
+def test_preprocessing_has_the_names_of_ensemble() -> None:
+    with pytest.raises(RequestError, match=r"^max_tokens is 0"):
+        Inputs({"QUERY": text(b"hi"), "REQUEST_OUTPUT_LEN": number(0)}).max_tokens(0)
+    with pytest.raises(RequestError, match=r"^text_input has 9 bytes"):
+        Inputs({"QUERY": text(b"123456789")}).text(0, 8)
+
+
+def test_a_copy_keeps_lane_and_contract() -> None:
+    """Long prompts are read from one."""
+    inputs = Inputs({"max_tokens": number(4), "lora_task_id": number(3)}, ENGINE, NVIDIA).copy()
+    assert inputs.options(0).exclude_input is NVIDIA.exclude_input is not OURS.exclude_input
+    assert inputs.lane_inputs(0) == {"lora_task_id": 3}
+    bare = LlmapiInputs({"return_finish_reason": np.array([True])}, TORCH).copy()
+    assert bare.options(0).finish_reason
 
 
 def test_prompt_must_leave_room() -> None:
@@ -113,7 +192,6 @@ def test_missing_prompt() -> None:
     ("name", "value", "feature"),
     [
         ("beam_width", number(2), "beam search"),
-        ("num_return_sequences", number(3), "more than one output"),
         ("len_penalty", number(0.5, np.float32), "beam search"),
         ("return_context_logits", number(True, np.bool_), "returning logits"),
         ("return_generation_logits", number(True, np.bool_), "returning logits"),
@@ -123,7 +201,6 @@ def test_missing_prompt() -> None:
         ("num_draft_tokens", number(3), "a draft model"),
         ("DECODER_QUERY", text(b"a"), "encoder-decoder"),
         ("draft_input_ids", np.array([[1]], np.int32), "speculative decoding"),
-        ("guided_decoding_guide", text(b"{}"), "guided decoding"),
         ("lookahead_window_size", number(4), "speculative decoding"),
         ("retention_decode_priority", number(50), "KV cache retention"),
         ("IMAGE_BYTES", np.zeros((1, 1, 1, 1, 1), np.uint8), "image and video"),
@@ -133,7 +210,7 @@ def test_unsupported_features_are_named(name: str, value: np.ndarray, feature: s
     with pytest.raises(RequestError, match=feature) as caught:
         Inputs({name: value})
     assert caught.value.code is Code.UNSUPPORTED
-    assert name in caught.value.message
+    assert BY_NAME[name].name in caught.value.message
 
 
 def test_a_lane_passes_on_what_its_engine_can_do() -> None:
@@ -141,7 +218,7 @@ def test_a_lane_passes_on_what_its_engine_can_do() -> None:
     tensors = {
         "lora_task_id": np.array([7, 8], np.uint64),  # as ``reshape { shape: [ ] }`` leaves it
         "lora_weights": np.ones((2, 3, 4), np.float16),
-        "guided_decoding_guide": text(b"{}", b"[]"),
+        "retention_decode_priority": np.array([[50], [60]], np.int32),
         "top_k": np.array([[3], [4]], np.int32),
         "draft_input_ids": np.zeros((2, 0), np.int32),
     }
@@ -149,7 +226,7 @@ def test_a_lane_passes_on_what_its_engine_can_do() -> None:
     assert {name: value.tolist() for name, value in found.items()} == {
         "lora_task_id": [[8]],
         "lora_weights": [[[1.0] * 4] * 3],
-        "guided_decoding_guide": [[b"[]"]],
+        "retention_decode_priority": [[60]],
     }
     renamed = Inputs({"length_penalty": number(0.5, np.float32)}, "trtllm-engine").lane_inputs(0)
     assert renamed == {"len_penalty": np.float32([[0.5]])}
@@ -160,9 +237,9 @@ def test_a_lane_passes_on_what_its_engine_can_do() -> None:
     [
         (
             "torch",
-            "guided_decoding_guide",
-            text(b"{}"),
-            "by lane torch; leave guided_decoding_guide out, or build with ENGINE=trtllm-pytorch or ENGINE=trtllm-e",
+            "retention_decode_priority",
+            number(50),
+            "by lane torch; leave retention_decode_priority out, or build with ENGINE=trtllm-pytorch or ENGINE=trtl",
         ),
         (
             "trtllm-pytorch",
@@ -191,7 +268,7 @@ def test_a_text_model_shows_one_text() -> None:
 
 def test_the_page_is_made_from_the_table() -> None:
     assert tensors_page.PAGE.read_text(encoding="utf-8") == tensors_page.page(), (
-        "run python -m model_repository.tensors_page"
+        "run python -m flightline.model_repository.tensors_page"
     )
 
 
@@ -244,8 +321,55 @@ def test_token_prompts_are_cut_and_checked() -> None:
         Inputs({"input_ids": ids, "input_lengths": np.array([3])}).prompt_ids(0, 7)
 
 
+def test_a_whole_token_prompt() -> None:
+    """Of ``text_generation``, whose other tensors have the names of ``ensemble``."""
+    asked = {"input_ids": np.array([[5, 6, 7]], np.int32), "max_tokens": number(0)}
+    assert Inputs(asked).whole_prompt_ids(0, 100) == [5, 6, 7]
+    with pytest.raises(RequestError, match="input_ids holds 7: ids of this model are 0 to 6"):
+        Inputs(asked).whole_prompt_ids(0, 7)
+    with pytest.raises(RequestError, match="input_ids is empty"):
+        Inputs({"input_ids": np.zeros((1, 0), np.int32)}).whole_prompt_ids(0, 7)
+    with pytest.raises(RequestError, match=r"^max_tokens is 0"):
+        Inputs(asked).max_tokens(0)
+
+
 def test_malformed_word_lists() -> None:
-    with pytest.raises(RequestError, match=r"stop_words \(stop_words_list\) is malformed"):
-        Inputs({"stop_words_list": np.array([[[1, 2], [5, -1]]])}).word_ids("stop_words", 0)
+    with pytest.raises(RequestError, match=r"^stop_words_list is malformed"):
+        asked = {"input_ids": number(3), "input_lengths": number(1)}
+        Inputs(asked | {"stop_words_list": np.array([[[1, 2], [5, -1]]])}).word_ids("stop_words", 0)
     with pytest.raises(RequestError, match="bad_words has a word that is not UTF-8"):
         Inputs({"bad_words": np.array([[b"a", b"\xc3"]], dtype=np.object_)}).words("bad_words", 0)
+
+
+@pytest.mark.parametrize(
+    ("lane", "kind", "served"),
+    [
+        ("torch", b"lark", True),
+        ("torch", b"structural_tag", True),
+        ("trtllm-pytorch", b"lark", False),
+        ("trtllm-pytorch", b"structural_tag", True),
+        ("trtllm-engine", b"structural_tag", False),
+        ("trtllm-engine", b"json_schema", True),
+    ],
+)
+def test_a_guide_is_one_that_the_lane_has(lane: str, kind: bytes, served: bool) -> None:
+    texts = {b"lark": b'start: "a"', b"structural_tag": STRUCTURAL_TAG, b"json_schema": b"{}"}
+    given = {"guided_decoding_guide_type": text(kind), "guided_decoding_guide": text(texts[kind])}
+    inputs = Inputs(given, lane)
+    if served:
+        assert inputs.guide(0) == Guide(kind.decode(), texts[kind].decode())
+        return
+    with pytest.raises(
+        RequestError, match=f"guide_type is '{kind.decode()}', which lane {lane} does not have"
+    ):
+        inputs.guide(0)
+
+
+STRUCTURAL_TAG = b'{"structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}], "triggers": ["<f"]}'
+
+
+def test_each_row_has_its_own_guide() -> None:
+    given = {"guided_decoding_guide_type": text(b"regex", b""), "guided_decoding_guide": text(b"a+", b"")}
+    inputs = Inputs(given)
+    assert inputs.guided and [inputs.guide(row) for row in range(2)] == [Guide("regex", "a+"), None]
+    assert not Inputs({}).guided and Inputs({}).guide(0) is None

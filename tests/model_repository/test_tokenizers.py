@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from model_repository.shared import vocabulary as vocabulary_module
-from model_repository.shared.vocabulary import Vocabulary
+from flightline.model_repository.shared import vocabulary as vocabulary_module
+from flightline.model_repository.shared.vocabulary import Vocabulary
 from tests.tiny import BOS, CORPUS, EOS, PAD, byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
 from tests.torch_engine.test_text import TEXTS
 

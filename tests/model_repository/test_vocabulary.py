@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from model_repository.shared.vocabulary import Vocabulary
+from flightline.model_repository.shared.vocabulary import Vocabulary
+from flightline.torch_engine.core.request import RequestError
 from tests.tiny import byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
-from torch_engine.request import RequestError
 
 KINDS = {"byte_level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 WORDS = ["dog", " dog", "\n\n", "END", "日本", "👩‍🚀", "é", "a token"]

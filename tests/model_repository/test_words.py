@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from model_repository.shared import words
+from flightline.model_repository.shared import words
 
 
 def test_example_of_the_contract() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.engine import Engine
+from flightline.torch_engine.kernels.cpu.toolchain import compile_library, compiler
 from tests.tiny import tiny_checkpoint
-from torch_engine.config import EngineConfig
-from torch_engine.engine import Engine
-from torch_engine.toolchain import compile_library, compiler
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     if compiler() is None:
         return ""
     folder = tmp_path_factory.mktemp("kernels")
-    compile_library(folder, extra_flags=tuple(os.environ.get("FLIGHTLINE_TEST_CXXFLAGS", "").split()))
+    flags, isas = (os.environ.get(f"FLIGHTLINE_TEST_{name}", "").split() for name in ("CXXFLAGS", "ISAS"))
+    compile_library(folder, isas or None, tuple(flags))
     return str(folder)
 
 

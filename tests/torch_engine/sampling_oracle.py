@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from torch_engine.request import SamplingParams
+from flightline.torch_engine.core.request import SamplingParams
 
 PART = 1024
 """Tokens with consecutive ids that are drawn from together: fixed, so that no batch and no device changes a draw."""

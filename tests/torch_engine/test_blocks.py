@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from torch_engine.blocks import ROOT, BlockManager
+from flightline.torch_engine.core.blocks import ROOT, BlockManager
 
 
 def fill(blocks: BlockManager, tokens: list[int]) -> list[int]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from torch_engine.config import ConfigError, EngineConfig
-from torch_engine.server import main
-from torch_engine.toolchain import compiler, is_whole
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
+from flightline.torch_engine.kernels.cpu.toolchain import NoCompiler, compile_library, compiler, is_whole
+from flightline.torch_engine.process.server import main
 
 AGAIN = "run 'make build-engines' again"
 
@@ -117,3 +117,19 @@ def test_a_cut_kernel_library(
 def test_types_are_checked_in_python_too() -> None:
     with pytest.raises(ConfigError, match=r"max_seq_len='128' is not valid: use a whole number"):
         EngineConfig(model_dir="m", max_seq_len="128")  # type: ignore[arg-type]
+
+
+def test_the_compilers_temporaries_lie_in_the_folder_that_a_kill_leaves_to_the_next_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen, command = tmp_path / "kernels", tmp_path / "seen", tmp_path / "c++"
+    folder.mkdir()
+    command.write_text(
+        f'#!/bin/sh\necho half >"$TMPDIR/cc1"\necho "$TMPDIR" >{seen}\necho broken >&2\nexit 1\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("CXX", str(command))
+    with pytest.raises(NoCompiler, match="failed: broken"):
+        compile_library(folder, ["portable"])
+    assert Path(seen.read_text().strip()).parent == folder
+    assert not list(folder.iterdir())

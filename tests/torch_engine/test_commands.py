@@ -16,10 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torch_engine import server as engine_server
-from torch_engine.client import EngineClient
-from torch_engine.replicas import Replicas
-from torch_engine.request import (
+from flightline.torch_engine.core.request import (
     Code,
     EngineStats,
     FinishReason,
@@ -28,8 +25,11 @@ from torch_engine.request import (
     QueueFull,
     RequestOutput,
 )
-from torch_engine.server import EngineServer
-from torch_engine.threads import STATUS
+from flightline.torch_engine.process import server as engine_server
+from flightline.torch_engine.process.client import EngineClient
+from flightline.torch_engine.process.routing import Replicas
+from flightline.torch_engine.process.server import EngineServer
+from flightline.torch_engine.process.threads import STATUS
 
 
 class Idler:
@@ -149,6 +149,21 @@ def test_a_stop_that_overtakes_its_request_waits_for_it(start: Start, count: int
     engines.close()
 
 
+def test_a_stop_that_overtakes_several_answers_ends_them_all(start: Start) -> None:
+    engines = replicas(start(9))
+    engines.stop("early")
+    time.sleep(0.2)  # the engine says that it knows none before it is told to keep it
+    outputs: queue.Queue[RequestOutput] = queue.Queue()
+    for sibling in request("early").siblings(3):
+        engines.submit(sibling, outputs.put)
+    ends = [outputs.get(timeout=60) for _ in range(3)]
+    assert {end.finish_reason for end in ends} == {FinishReason.CANCELLED}
+    assert sorted(end.sequence_index for end in ends) == [0, 1, 2]
+    engines.submit(request("early"), outputs.put)  # for it the stop is used up
+    wait_until(lambda: engines.stats.active_requests == 1)
+    engines.close()
+
+
 def test_a_stop_is_kept_for_a_bounded_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_server, "KEPT_S", 0.05)
     engines = replicas(start(9))
@@ -190,8 +205,8 @@ def test_a_front_end_that_sends_nonsense_is_disconnected_and_nobody_else(
 
 DIES = """
 import sys, time
-from torch_engine.client import EngineClient
-from torch_engine.request import GenerationRequest
+from flightline.torch_engine.process.client import EngineClient
+from flightline.torch_engine.core.request import GenerationRequest
 def broken(output):
     raise RuntimeError("a fault of ours")
 engine = EngineClient(sys.argv[1], connect_timeout_s=60)

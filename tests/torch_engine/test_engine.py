@@ -9,10 +9,8 @@ import random
 
 import pytest
 
-from tests.tiny import tiny_checkpoint
-from torch_engine.config import ConfigError, EngineConfig
-from torch_engine.engine import Engine
-from torch_engine.request import (
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
+from flightline.torch_engine.core.request import (
     Code,
     FinishReason,
     GenerationRequest,
@@ -20,6 +18,8 @@ from torch_engine.request import (
     RequestOutput,
     SamplingParams,
 )
+from flightline.torch_engine.engine import Engine
+from tests.tiny import tiny_checkpoint
 
 PROMPT = [10, 20, 30, 40, 50]
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import random
@@ -16,13 +17,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
+from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.core.steps import PrefillChunk, StepInput
+from flightline.torch_engine.kernels.cpu import native as native_module
+from flightline.torch_engine.kernels.cpu.native import GROUP, NativeKernels, NativeLinear
+from flightline.torch_engine.kernels.cpu.toolchain import (
+    ISAS,
+    NoCompiler,
+    available_isas,
+    compile_library,
+    compiler,
+)
+from flightline.torch_engine.kernels.operations import Operations
+from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
 from tests.tiny import tiny_checkpoint
-from torch_engine.config import ConfigError, EngineConfig
-from torch_engine.kernels.native import GROUP, NativeKernels, NativeLinear
-from torch_engine.kernels.pytorch import PyTorchKernels
-from torch_engine.request import GenerationRequest
-from torch_engine.steps import PrefillChunk, StepInput
-from torch_engine.toolchain import ISAS, NoCompiler, available_isas, compile_library, compiler
 
 CPU = torch.device("cpu")
 FLOATS, INTEGERS = SimpleNamespace(integers=0), SimpleNamespace(integers=1)
@@ -242,14 +251,23 @@ def _step(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int
     )
 
 
+TOLERANCES = {"float32": 5e-5, "bfloat16": 0.02, "int8": 0.03}
+HEADS = [(1, 1, 8), (3, 3, 64), (2, 4, 40), (2, 1, 128)]
+"""Heads of keys and values, heads of queries to each, size."""
+MASKS = [(None, None), (5, None), (17, 3.0), (70, None)]
+"""Window and softcap."""
+ATTENTIONS = [
+    (heads, mask, list(TOLERANCES)[(i + j) % 3])
+    for (i, heads), (j, mask) in itertools.product(enumerate(HEADS), enumerate(MASKS))
+]
+"""Every two of heads, mask and cache together, though not every three."""
+
+
 @needs_compiler
-@pytest.mark.parametrize(("kv", "tolerance"), [("float32", 5e-5), ("bfloat16", 0.02), ("int8", 0.03)])
-@pytest.mark.parametrize(("kv_heads", "group", "size"), [(1, 1, 8), (3, 3, 64), (2, 4, 40), (2, 1, 128)])
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (17, 3.0), (70, None)])
-def test_attention(
-    make: Make, reference, kv: str, tolerance: float, kv_heads: int, group: int, size: int, window, softcap
-) -> None:
+@pytest.mark.parametrize(("heads", "mask", "kv"), ATTENTIONS)
+def test_attention(make: Make, reference, heads: tuple, mask: tuple, kv: str) -> None:
     """Rotary embedding, norms of queries and keys, cache writes and attention, over two steps."""
+    (kv_heads, group, size), (window, softcap), tolerance = heads, mask, TOLERANCES[kv]
     chance = random.Random(kv_heads * 100 + size)
     torch.manual_seed(size)
     native = make(kv_dtype=kv)
@@ -318,7 +336,7 @@ def test_the_whole_decoder_is_its_operations_one_by_one(
         step.token_ids = torch.randint(3, 250, step.positions.shape)
         step.logit_rows = torch.arange(step.positions.shape[0])[1::2]
         x = model.kernels.embed(step, model.embedding, model.embedding_scale)
-        expected = PyTorchKernels.decode(model.kernels, model, x.clone(), engine.runner.caches, step)
+        expected = Operations.decode(model.kernels, model, x.clone(), engine.runner.caches, step)
         every = dataclasses.replace(step, logit_rows=None)
         whole = model.kernels.decode(model, x.clone(), engine.runner.caches, every)
         assert torch.equal(whole[1::2], expected)
@@ -381,6 +399,28 @@ def test_a_compiler_works_where_its_output_goes(tmp_path: Path, monkeypatch: pyt
     temporary, *arguments = (tmp_path / "log").read_text().split()
     assert Path(temporary).parent == folder and f"{temporary}/kernels-portable.so" in arguments
     assert not list(folder.iterdir())
+
+
+@needs_compiler
+def test_a_library_with_other_structs_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was compiled from sources of another version: two fields exchanged, or one that is new."""
+    first, *others = native_module.AttentionStep._fields_
+
+    class Exchanged(ctypes.Structure):
+        _fields_ = (others[0], first, *others[1:])
+
+    class Longer(ctypes.Structure):
+        _fields_ = (first, *others, ("new", ctypes.c_int64))
+
+    make()
+    before, _, *after = native_module.STRUCTS
+    for other, says in (
+        (Exchanged, "Exchanged is another one: 48 rows 0 chunks 8 .*, not 48 chunks 0 rows 8 "),
+        (Longer, "Longer is another one: 48 .*, not 56 .* new 48"),
+    ):
+        monkeypatch.setattr(native_module, "STRUCTS", (before, other, *after))
+        with pytest.raises(ConfigError, match=f"{says}.*make build-engines"):
+            make()
 
 
 def test_a_library_that_cannot_run_is_refused_with_the_remedy(make_engine, tmp_path: Path) -> None:

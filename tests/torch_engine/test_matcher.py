@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from torch_engine.matcher import Matcher
-from torch_engine.text import TextStream, TokenBytes
+from flightline.torch_engine.text.matcher import Matcher
+from flightline.torch_engine.text.stream import TextStream, TokenBytes
 
 BYTES = TokenBytes([bytes([value]) for value in range(256)])
 

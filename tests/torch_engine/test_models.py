@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.core.steps import TensorSteps
+from flightline.torch_engine.kernels.cpu.toolchain import compiler
+from flightline.torch_engine.model.families import UnsupportedModel, load_spec
 from tests.tiny import FAMILIES, tiny_checkpoint
-from torch_engine.families import UnsupportedModel, load_spec
-from torch_engine.request import GenerationRequest
-from torch_engine.scheduler import Chunk
-from torch_engine.sequence import Sequence
-from torch_engine.steps import StepBuilder
-from torch_engine.toolchain import compiler
 
 needs_compiler = pytest.mark.skipif(
     compiler() is None, reason="no C++ compiler: the build takes the PyTorch kernels"
@@ -76,7 +76,7 @@ def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
     """The engine's logits after each chunk of the prompt."""
     sequence = Sequence.start("x", GenerationRequest(prompt, 4), (), engine.tokens, 1)
     sequence.grow(engine.blocks, engine.blocks.blocks_for(len(prompt)))
-    steps, rows = StepBuilder(4, engine.kernels.device), []
+    steps, rows = TensorSteps(4, engine.kernels.device), []
     for begin in range(0, len(prompt), chunk_size):
         sequence.tokens = prompt[: begin + chunk_size]
         chunk = Chunk(sequence, len(sequence.tokens) - begin, True)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
+from flightline.torch_engine import runner
+from flightline.torch_engine.core.request import Code, FinishReason, GenerationRequest, RequestOutput
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.engine import Engine
+from flightline.torch_engine.text import stream as text
 from tests.torch_engine.test_engine import PROMPT, run
-from torch_engine import runner, text
-from torch_engine.engine import Engine
-from torch_engine.request import Code, FinishReason, GenerationRequest, RequestOutput
-from torch_engine.sequence import Sequence
 
 COUNT, UNLUCKY, AFTER = 16, 7, 3
 """Requests, the one that fails, and tokens that it has when it does."""
@@ -65,7 +66,7 @@ STAGES = {
     "append": breaks(Sequence, "append"),
     "text": breaks(text.TextStream, "push"),
     "stop matching": breaks(text.TextStream, "_match"),
-    "output": breaks(Sequence, "_output"),
+    "output": breaks(Sequence, "_tell"),
 }
 
 
@@ -80,7 +81,7 @@ def test_a_failure_ends_the_request_that_it_concerns(
         engine.add(number, request)
     unlucky = engine.sequences[UNLUCKY]
     monkeypatch.setitem(UNLUCKY_ONE, id(unlucky), unlucky)
-    monkeypatch.setitem(UNLUCKY_ONE, id(unlucky.text), unlucky)
+    monkeypatch.setitem(UNLUCKY_ONE, id(unlucky.output.text), unlucky)
     with monkeypatch.context() as patch:
         STAGES[stage](patch)
         whole = run(engine)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torch_engine.prefixes import CHUNK, MOST_ENGINES, SLOTS, Prefixes, chunk_keys
+from flightline.torch_engine.process.prefixes import CHUNK, MOST_ENGINES, SLOTS, Prefixes, chunk_keys
 
 PROMPT = random.Random(1).choices(range(128_000), k=10 * CHUNK + 5)
 
@@ -53,7 +53,7 @@ def test_a_slot_that_was_overwritten_is_not_mistaken(prefixes: Prefixes) -> None
 def test_another_process_sees_what_this_one_has_sent(prefixes: Prefixes, tmp_path: Path) -> None:
     prefixes.add(chunk_keys(PROMPT), 1)
     program = (
-        "import sys; from torch_engine.prefixes import Prefixes, chunk_keys\n"
+        "import sys; from flightline.torch_engine.process.prefixes import Prefixes, chunk_keys\n"
         "table, prompt = Prefixes(sys.argv[1]), eval(sys.argv[2])\n"
         "print(table.known(chunk_keys(prompt), 2)); table.add(chunk_keys(prompt), 0)"
     )

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from torch_engine.config import EngineConfig
-from torch_engine.kernels.native import NativeKernels, NativeSteps
-from torch_engine.scheduler import Chunk
-from torch_engine.steps import StepBuilder
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.steps import StepBuilder, TensorSteps
+from flightline.torch_engine.kernels.cpu.native import NativeKernels, NativeSteps
 
 
 def sequence(chance: random.Random, length: int) -> SimpleNamespace:
@@ -88,7 +88,7 @@ def test_steps_of_growing_ending_and_preempted_sequences(seed: int, native: bool
     if native and not library:
         pytest.skip("no C++ compiler")
     chance, size = random.Random(seed), 4
-    builder = StepBuilder(size, torch.device("cpu"))
+    builder: StepBuilder = TensorSteps(size, torch.device("cpu"))
     if native:
         config = EngineConfig(model_dir="none", kernel_dir=library)
         builder = NativeKernels(config, torch.device("cpu"), torch.float32, 1).steps(size)

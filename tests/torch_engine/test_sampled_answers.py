@@ -9,11 +9,18 @@ from collections.abc import Callable
 
 import pytest
 
+from flightline.torch_engine.core.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+)
+from flightline.torch_engine.core.sampling_state import SamplingState
+from flightline.torch_engine.engine import Engine
+from flightline.torch_engine.text.bad_words import BadWords
 from tests.torch_engine.test_engine import PROMPT, one, run
-from torch_engine.bad_words import BadWords
-from torch_engine.engine import Engine
-from torch_engine.request import Code, FinishReason, GenerationRequest, RequestOutput, SamplingParams
-from torch_engine.sampling_state import SamplingState
+from tests.torch_engine.test_speculation import eager
 
 Make = Callable[..., Engine]
 WARM = SamplingParams(temperature=1.3, top_p=1.0, seed=11)
@@ -65,23 +72,57 @@ def test_a_seeded_answer_is_what_it_is(make_engine: Make, library: str, compiled
     assert tight.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_guesses_do_not_change_what_is_drawn(make_engine: Make, parrot, kind: SamplingParams) -> None:
-    """A guess is right if it is what would have been drawn."""
-    kind = dataclasses.replace(kind, temperature=0.2 * kind.temperature, repetition_penalty=1.0)
+def test_guesses_do_not_change_what_is_drawn(make_engine: Make, parrot) -> None:
+    """A guess is right if it is what would have been drawn: of every kind, with penalties, bad words, ends, stop words
+    and log-probabilities; in chunks, preempted, from cached blocks, and with siblings."""
     asked = [
-        dataclasses.replace(request, sampling=kind, bad_ids=((4, 5, 6),), max_tokens=60)
-        for request in requests()
+        GenerationRequest(
+            [8, 7] * (4 + number),
+            50,
+            dataclasses.replace(kind, temperature=0.3 * kind.temperature, **penalties),
+            end_id=end_id,
+            bad_ids=((4, 5, 6), (8, 7, 8, 9)),
+            min_tokens=20,
+            stop_ids=stop_ids,
+            stop=stop,
+            return_log_probs=True,
+            top_log_probs=number % 3,
+        )
+        for number, (kind, (penalties, end_id, stop_ids, stop)) in enumerate(
+            itertools.product(
+                KINDS,
+                [
+                    (
+                        {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+                        -1,
+                        (),
+                        (),
+                    ),
+                    ({"repetition_penalty": 1.1, "frequency_penalty": 0.1}, 3, (9,), (b"%%%%",)),
+                ],
+            )
+        )
     ]
-    settings = {"max_num_tokens": 64, "block_size": 16}
-    expected = answers(make_engine(parrot, **settings), asked)
-    engine = make_engine(parrot, speculation_tokens=4, **settings)
-    for number, request in enumerate(asked):
-        engine.add(number, request)
-        engine.sequences[number].can_be_guessed = True  # bad words too, which runners that lag cannot
-    outputs = run(engine)
-    assert [outputs[number].token_ids for number in range(len(asked))] == expected
-    assert engine.stats.accepted_tokens > 0
+    asked += GenerationRequest([8, 7] * 20, 40, SamplingParams(temperature=0.3, top_p=1.0, seed=3)).siblings(
+        3
+    )
+
+    def told(engine: Engine) -> tuple[list[tuple], list[float]]:
+        outputs = engine.generate(asked)
+        engine.audit()
+        answers = [(output.token_ids, output.text, output.finish_reason) for output in outputs]
+        tops = [log_prob for output in outputs for top in output.top_log_probs for _, log_prob in top]
+        return answers, [log_prob for output in outputs for log_prob in output.log_probs] + tops
+
+    answers, log_probs = told(make_engine(parrot, block_size=16, max_num_tokens=64))
+    assert {reason for *_, reason in answers} == {FinishReason.LENGTH, FinishReason.END_ID, FinishReason.STOP}
+    engine = eager(make_engine(parrot, block_size=16, max_num_tokens=64, speculation_tokens=4))
+    tight = {"num_kv_blocks": 12, "max_num_tokens": 20, "batch_scheduler_policy": "max_utilization"}
+    preempted = eager(make_engine(parrot, block_size=16, speculation_tokens=4, **tight))
+    for each in (engine, engine, preempted):
+        assert told(each) == (answers, pytest.approx(log_probs, abs=1e-4))
+    assert engine.stats.kv_blocks_reused > 0 and preempted.scheduler.num_preemptions > 0
+    assert min(each.stats.accepted_tokens for each in (engine, preempted)) > 50
 
 
 def test_top_log_probs_are_told_with_their_tokens(make_engine: Make) -> None:
@@ -242,4 +283,5 @@ def test_siblings_seeds_follow_the_requests() -> None:
     assert [sibling.sampling.seed for sibling in siblings] == [2**64 - 2, 2**64 - 1, 0]
     assert len({sibling.group for sibling in siblings}) == 1 and siblings[0].group
     assert GenerationRequest([1], 5).siblings(1)[0].group == ""
-    assert [sibling.sampling.seed for sibling in GenerationRequest([1], 5).siblings(2)] == [None, None]
+    drawn = [sibling.sampling.seed for sibling in GenerationRequest([1], 5).siblings(3)]
+    assert None not in drawn and len(set(drawn)) == 3

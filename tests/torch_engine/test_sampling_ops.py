@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -12,8 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.request import GenerationRequest, RequestError, SamplingParams
+from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.engine import Engine
+from flightline.torch_engine.text.stream import TokenBytes
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine import sampling_oracle as oracle
+from tests.torch_engine.test_speculation import eager
 from tests.torch_engine.test_triton_ops import (
     DEVICE,
     HAS_TRITON,
@@ -23,15 +31,11 @@ from tests.torch_engine.test_triton_ops import (
     kernel,
     needs_triton,
 )
-from torch_engine.config import EngineConfig
-from torch_engine.engine import Engine
-from torch_engine.request import GenerationRequest, RequestError, SamplingParams
-from torch_engine.sequence import Sequence
-from torch_engine.text import TokenBytes
 
 if RUNS:
-    from torch_engine.device_sampling import DeviceSampling
-    from torch_engine.kernels import sampling_ops as ops
+    from flightline.torch_engine.kernels.gpu import sampling_ops as ops
+    from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling
+    from flightline.torch_engine.kernels.gpu.sampling_tables import COUNTED, FLAGS, MASKED, Choice
 
 WORDS = TokenBytes([b"a"])
 KINDS = [
@@ -47,7 +51,9 @@ KINDS = [
     SamplingParams(top_k=3, top_p=1e-6),
     SamplingParams(temperature=1e-4, top_p=1.0),
 ]
+PENALISED = 7
 SHAPES = {"peaked": 4.0, "flat": 0.8, "tied": 2.0, "equal": 0.0}
+LAYERS = 2 if ON_GPU else 1
 VOCABULARIES = [300, 1024, 50_257, 128_256, 151_936, 256_000] if ON_GPU else [1100]
 
 
@@ -82,12 +88,12 @@ class Rows:
             self.sampling.assign(slot, each)
         self.sampling.flush()
 
-    def draw(self, logits: np.ndarray, positions: list[int] | None = None) -> ops.Choice:
+    def draw(self, logits: np.ndarray | torch.Tensor, positions: list[int] | None = None) -> Choice:
         count = len(self.sequences)
-        choice = ops.Choice.empty(count, DEVICE)
+        choice = Choice.empty(count, DEVICE)
         places = positions or [len(each.tokens) for each in self.sequences]
         ops.sample(
-            torch.from_numpy(logits).to(DEVICE), None, None, None,
+            torch.as_tensor(logits, device=DEVICE), None, None, None,
             torch.arange(count, dtype=torch.int32, device=DEVICE),
             torch.tensor(places, dtype=torch.int32, device=DEVICE) - 1,
             self.sampling.tables, torch.zeros(count + 1, dtype=torch.int32, device=DEVICE), choice,
@@ -114,18 +120,28 @@ def kept(
     return [ids[(row > bound) | ((row == bound) & (ids <= cut))] for row, bound, cut in clean]
 
 
+def draws(logits: np.ndarray, params: SamplingParams, count: int, batch: int = 500) -> np.ndarray:
+    """Tokens drawn from one row with ``batch`` seeds, at as many positions as it takes."""
+    rows = Rows([sequence(params, [1], [], seed) for seed in range(batch)], len(logits))
+    many = torch.from_numpy(np.ascontiguousarray(logits)).to(DEVICE).expand(batch, -1).contiguous()
+    steps = [rows.draw(many, [1 + step] * batch).tokens for step in range(count // batch)]
+    return torch.cat(steps).cpu().numpy()
+
+
 class TestKernels:
     pytestmark = kernel
 
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("shape", SHAPES if ON_GPU else ["peaked", "tied"])
     @pytest.mark.parametrize("vocab", VOCABULARIES)
     def test_every_kind_draws_what_the_oracle_draws(self, vocab: int, shape: str) -> None:
         chance = np.random.default_rng(vocab)
         logits = chance.standard_normal((len(KINDS), vocab)).astype(np.float32) * SHAPES[shape]
         logits = oracle.bfloat16(np.round(logits) if shape == "tied" else logits)
-        seeds = [int(seed) for seed in chance.integers(0, 2**63, len(KINDS))]
+        seeds = [0, 2**64 - 1, *(int(seed) for seed in chance.integers(0, 2**63, len(KINDS) - 2))]
         prompts = [chance.integers(0, vocab, 5).tolist() for _ in KINDS]
         outputs = [[*chance.integers(0, vocab, 6).tolist(), 3, 3] for _ in KINDS]
+        said = [*prompts[PENALISED][:2], *outputs[PENALISED][:2]]
+        logits[PENALISED, said] = -np.inf, np.nan, -np.inf, np.nan  # and stay there
         told = {"return_log_probs": True, "top_log_probs": 3}
         rows = Rows(
             [sequence(*each, **told) for each in zip(KINDS, prompts, outputs, seeds, strict=True)], vocab
@@ -142,15 +158,16 @@ class TestKernels:
             assert choice.top_ids[row, :3].tolist() == likeliest
             assert choice.top_log_probs[row, :3].tolist() == pytest.approx(log_probs[likeliest], abs=1e-4)
 
-    @pytest.mark.parametrize("few", [False, True])
-    @pytest.mark.parametrize("kind", oracle.ROWS)
-    @pytest.mark.parametrize("vocab", VOCABULARIES[-2:] if ON_GPU else [4500])
+    @pytest.mark.parametrize(
+        ("vocab", "kind", "few"),
+        [*itertools.product(VOCABULARIES[-2:], oracle.ROWS, [False, True])]
+        if ON_GPU  # a second a row in the interpreter
+        else [(4500, "tied", False), (1100, "peaked", False), (1100, "flat", True), (1100, "tied", True)],
+    )
     def test_what_is_kept_is_what_the_oracle_keeps(
         self, vocab: int, kind: str, few: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Several programs a row; with room for a few tokens most rows are left to the search by one program."""
-        if few and not ON_GPU:
-            vocab = 1100
         if few:
             monkeypatch.setattr(ops, "CANDIDATES", 64)
         asked = [*oracle.LIMITS.values(), SamplingParams(top_k=3000, top_p=0.7), SamplingParams(top_k=3)]
@@ -190,7 +207,7 @@ class TestKernels:
     def test_bad_words_of_several_tokens(self) -> None:
         """The prompt's tokens count, too; a word is banned as soon as all but its last token were said."""
         vocab = 1200
-        words = ((4,), (7, 8, 9), (8, 1100), (30, 31, 32))
+        words = ((4,), (7, 8, 9), (8, 1100), (30, 31, 32), (10**6,), (8, 10**6), (10**6, 7))
         rows = Rows([sequence(SamplingParams(), [6, 7], [], 5, bad_ids=words)], vocab)
         logits = np.zeros((1, vocab), dtype=np.float32)
         output: list[int] = []
@@ -213,7 +230,7 @@ class TestKernels:
         logits = np.random.default_rng(0).standard_normal((5, vocab)).astype(np.float32)
         bits = np.zeros(-(-vocab // 32) * 32, dtype=bool)
         bits[[3, 1024, 1299]] = True
-        rows.sampling.tables.integers[:4, ops.FLAGS] |= ops.MASKED
+        rows.sampling.tables.integers[:4, FLAGS] |= MASKED
         words = np.packbits(bits, bitorder="little").view(np.int32)
         rows.sampling.tables.allowed[:] = torch.from_numpy(words).to(DEVICE)
         masked = np.where(bits[:vocab], logits, -np.inf)
@@ -230,40 +247,62 @@ class TestKernels:
         tokens = rows.draw(logits).tokens.tolist()
         assert tokens[1:] == [-1, -1, 51] and tokens[0] == logits[0].argmax()
 
-    @pytest.mark.parametrize("params", KINDS[1:5] if ON_GPU else [KINDS[1]])
-    def test_the_distribution_is_the_asked_one(self, params: SamplingParams) -> None:
-        """Chi-square over many positions of one row."""
-        from scipy.stats import chisquare
+    @pytest.mark.skipif(INTERPRETED, reason="hundreds of thousands of draws")
+    @pytest.mark.parametrize("vocab", [50_257, 256_000])
+    @pytest.mark.parametrize("row", oracle.ROWS)
+    @pytest.mark.parametrize("limit", ["temp1", "topk", "topp", "all"])
+    def test_draws_are_distributed_as_asked(self, row: str, limit: str, vocab: int) -> None:
+        """Chi-square and total variation; where every token is rare, of groups of them."""
+        logits, params = oracle.ROWS[row](vocab, 3), oracle.LIMITS[limit]
+        tokens, expected = draws(logits, params, 100_000), oracle.probabilities(logits, params)
+        if (expected * len(tokens) >= 5).sum() > 1:
+            oracle.check_distribution(tokens, expected)
+        if (expected > 0).sum() > 1000:
+            oracle.check_groups(tokens, expected)
 
-        vocab, draws, batch = (1400, 20_000, 500) if ON_GPU else (12, 120, 60)
-        logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32)
-        logits *= 3 if ON_GPU else 0.3
-        rows = Rows([sequence(params, [1], [], seed) for seed in range(batch)], vocab)
-        found = np.zeros(vocab)
-        for place in range(draws // batch):
-            choice = rows.draw(np.tile(logits, (batch, 1)), [1 + place] * batch)
-            found += np.bincount(choice.tokens.cpu().numpy(), minlength=vocab)
-        expected = oracle.probabilities(oracle.clean(logits), params) * draws
-        assert found[expected == 0].sum() == 0
-        often = expected >= 5
-        seen = [*found[often], found[~often].sum()]
-        wanted = [*expected[often], expected[~often].sum()]
-        if wanted[-1] < 1:
-            seen, wanted = seen[:-1], wanted[:-1]
-        assert len(wanted) > 4
-        assert chisquare(seen, np.array(wanted) * sum(seen) / sum(wanted)).pvalue > 1e-5
+    def test_unlikely_tokens_are_drawn(self) -> None:
+        """Noise of 24 bits would miss them."""
+        params = oracle.LIMITS["temp1"]
+        seed, token, position, *_ = oracle.RARE
+        row = oracle.rare()
+        rows = Rows([sequence(params, [1], [], seed)], len(row))
+        assert rows.draw(row[None], [position]).tokens.tolist() == [token]
+        if ON_GPU:
+            logits = oracle.tail(20_000)
+            oracle.check_tail(draws(logits, params, 400_000), oracle.probabilities(logits, params))
+
+    def test_a_row_is_drawn_the_same_in_every_company(self) -> None:
+        """Alone, and among others, whatever these ask for."""
+        vocab, kinds, copies = (50_257, KINDS, 6) if ON_GPU else (1100, KINDS[1:4], 1)
+        logits = np.stack([oracle.peaked(vocab, number) for number in range(len(kinds))])
+        made = [sequence(params, [1, 2], [3], 40 + number) for number, params in enumerate(kinds)]
+        alone = [
+            int(Rows([each], vocab).draw(logits[number : number + 1]).tokens[0])
+            for number, each in enumerate(made)
+        ]
+        assert Rows(made * copies, vocab).draw(np.tile(logits, (copies, 1))).tokens.tolist() == alone * copies
+        others = [sequence(params, [9], [], 7) for params in kinds[1:] + kinds[:1]]
+        mixed = [each for pair in zip(made, others, strict=True) for each in pair]
+        assert Rows(mixed, vocab).draw(logits.repeat(2, axis=0)).tokens.tolist()[::2] == alone
+
+    def test_the_distribution_is_the_asked_one(self) -> None:
+        """A few draws, for the interpreter's sake: that each is the oracle's is shown above."""
+        logits = np.random.default_rng(3).normal(0, 0.3, 12).astype(np.float32)
+        tokens = draws(logits, oracle.LIMITS["temp1"], 120, batch=60)
+        oracle.check_distribution(tokens, oracle.probabilities(logits, oracle.LIMITS["temp1"]))
 
     def test_what_does_not_fit_is_refused(self) -> None:
         with pytest.raises(RequestError, match="1025 bad words of several tokens: on a GPU it may have 1024"):
             DeviceSampling.check(sequence(SamplingParams(), [1], [], 1, bad_ids=((2, 3),) * 1025))
 
     def test_both_engines_say_the_same(self, tmp_path: Path) -> None:
-        """All kinds in one batch, with lag, chunks, and more requests than slots: the CPU's engine is the witness."""
-        folder = tiny_checkpoint(tmp_path / "tiny")
+        """All kinds in one batch, with lag, chunks, and more requests than slots: the CPU's engine is the witness, and
+        on a GPU other batches, chunks and preemption are, too."""
+        folder = tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=LAYERS)
         settings = {"num_kv_blocks": 64, "max_seq_len": 256, "max_batch_size": 4, "max_num_tokens": 16}
 
         def said(**where: object) -> list[tuple]:
-            config = EngineConfig(model_dir=str(folder), compute_dtype="float32", **settings, **where)  # type: ignore[arg-type]
+            config = EngineConfig(model_dir=str(folder), compute_dtype="float32", **{**settings, **where})  # type: ignore[arg-type]
             engine = Engine(config)
             requests = [
                 GenerationRequest(
@@ -280,19 +319,25 @@ class TestKernels:
             )
             answers = [(output.token_ids, output.text) for output in engine.generate(requests)]
             engine.audit()
+            if "num_kv_blocks" in where:
+                assert engine.scheduler.num_preemptions > 0
             return answers
 
-        assert said(kernels="cuda", device=DEVICE.type) == said(
-            kernels="pytorch", device="cpu", num_threads=1
-        )
+        cuda = {"kernels": "cuda", "device": DEVICE.type}
+        expected = said(kernels="pytorch", device="cpu", num_threads=1)
+        assert said(**cuda) == expected
+        if ON_GPU:
+            assert said(**cuda, max_batch_size=16, max_num_tokens=256) == expected
+            tight = {"num_kv_blocks": 12, "block_size": 4, "max_seq_len": 48, "max_batch_size": 8}
+            assert said(**cuda, **tight, batch_scheduler_policy="max_utilization") == expected
 
     def test_a_prompts_token_that_chooses_nothing_says_nothing(self, tmp_path: Path) -> None:
         """Beside three decodes the budget leaves a prompt one token a step: nothing must be drawn from these."""
-        folder = tiny_checkpoint(tmp_path / "tiny")
+        folder = tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=LAYERS)
         heavy = SamplingParams(repetition_penalty=3.0, frequency_penalty=9.0)
         drawn = [SamplingParams(top_p=1.0, seed=number) for number in range(3)]
-        requests = [GenerationRequest([5], 12, params, end_id=-1) for params in drawn]
-        requests.append(GenerationRequest([30] * 6, 8, heavy, bad_ids=((40, 41, 42),), end_id=-1))
+        requests = [GenerationRequest([5], 8, params, end_id=-1) for params in drawn]
+        requests.append(GenerationRequest([30] * 6, 4, heavy, bad_ids=((40, 41, 42),), end_id=-1))
 
         def said(**where: object) -> list[list[int]]:
             engine = Engine(
@@ -307,10 +352,69 @@ class TestKernels:
             kernels="pytorch", device="cpu", num_threads=1
         )
 
+    def test_forks_are_what_their_slots_will_be(self) -> None:
+        """As if the sequence had got the slot with these tokens."""
+        heavy = SamplingParams(
+            repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.2, top_p=0.8, top_k=9
+        )
+        words = (*((5, number, 7) for number in range(40)), (9,))
+        before, said = [20, 5, 3, 900], (5, 3, 3, 1099)
+        made = [
+            sequence(heavy, [1] * 60, [*before, *said[:count]], 4, bad_ids=words, min_tokens=9)
+            for count in range(5)
+        ]
+        forked, plain = (DeviceSampling(5, 1100, DEVICE) for _ in range(2))
+        forked.assign(0, made[0])
+        forked.flush()
+        forked.fork([(0, count, 64, said[:count]) for count in range(1, 5)])
+        for count, each in enumerate(made):
+            plain.assign(count, each)
+        plain.flush()
+        for name, table in vars(plain.tables).items():
+            assert torch.equal(getattr(forked.tables, name), table), name
+
+    @torch.inference_mode()
+    def test_rows_of_guesses_and_what_is_kept_of_their_forks(self, parrot: Path) -> None:
+        """Of three guesses so many are right: the slot knows what the fork of the last token knows."""
+        settings = {"num_kv_blocks": 8, "max_seq_len": 64, "max_batch_size": 4, "speculation_tokens": 3}
+        where = {"kernels": "cuda", "device": DEVICE.type}
+        runner = Engine(EngineConfig(str(parrot), compute_dtype="float32", **settings, **where)).runner  # type: ignore[arg-type]
+        one = sequence(SamplingParams(frequency_penalty=0.5), [5] * 4, [6, 7], 4, min_tokens=4)
+        runner._slots[one] = 0
+        tables = runner.sampling.tables
+        for accepted, knows in ((0, 0), (1, 5), (2, 6), (3, 7)):
+            rows = runner._guessed(Chunk(one, 4, True, (8, 9, 3)), (7, 0, 5, 1), 1)
+            if accepted == 0:
+                assert rows == [(8, 0, 6, 1), (9, 0, 7, 0), (3, 0, 8, 0)]
+            assert runner._forked[0].slots == [5, 6, 7]
+            tables.integers[:, FLAGS] = COUNTED
+            tables.counts[:] = torch.arange(len(tables.counts), dtype=torch.int16, device=DEVICE)[:, None]
+            one.tokens += [9] * (accepted + 1)
+            runner._join()
+            assert tables.counts[0].tolist() == [knows] * tables.counts.shape[1]
+            assert not runner._forked
+
+    def test_guesses_know_what_is_said_before_them(self, parrot: Path) -> None:
+        """Penalties and bad words of several tokens."""
+        heavy = SamplingParams(frequency_penalty=0.1, repetition_penalty=1.02, temperature=0.1, seed=3)
+
+        def said(**where: object) -> tuple[Engine, list[int]]:
+            settings = {"num_kv_blocks": 8, "block_size": 16, "max_seq_len": 64, "max_batch_size": 1}
+            engine = Engine(EngineConfig(str(parrot), compute_dtype="float32", **settings, **where))  # type: ignore[arg-type]
+            if engine.scheduler.speculation is not None:
+                eager(engine)
+            request = GenerationRequest([8, 7] * 8, 12, heavy, end_id=-1, bad_ids=((8, 7, 8, 9),))
+            return engine, engine.generate([request])[0].token_ids
+
+        engine, ours = said(kernels="cuda", device=DEVICE.type, speculation_tokens=3)
+        assert ours == said(kernels="pytorch", device="cpu", num_threads=1)[1]
+        assert engine.stats.accepted_tokens > 1
+
     def test_only_who_asks_is_told_log_probabilities(self, tmp_path: Path) -> None:
+        folder = tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=LAYERS)
         engine = Engine(
             EngineConfig(
-                model_dir=str(tiny_checkpoint(tmp_path / "tiny")), compute_dtype="float32", num_kv_blocks=32,
+                model_dir=str(folder), compute_dtype="float32", num_kv_blocks=32,
                 max_seq_len=64, max_batch_size=4, kernels="cuda", device=DEVICE.type,
             )
         )  # fmt: skip

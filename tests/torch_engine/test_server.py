@@ -16,9 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from torch_engine.client import EngineClient
-from torch_engine.config import EngineConfig
-from torch_engine.request import Code, FinishReason, GenerationRequest, RequestError, RequestOutput
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.request import (
+    Code,
+    FinishReason,
+    GenerationRequest,
+    RequestError,
+    RequestOutput,
+)
+from flightline.torch_engine.process.client import EngineClient
 
 LONG = GenerationRequest([5, 6, 7], 4000, end_id=-1)
 
@@ -35,7 +41,7 @@ class Process:
         command = [
             sys.executable,
             "-m",
-            "torch_engine.server",
+            "flightline.torch_engine.process.server",
             "--engine-dir",
             str(self.folder),
             "--socket",
@@ -226,7 +232,15 @@ def test_sigterm_ends_it_cleanly(llama_dir: Path) -> None:
 
 
 def test_a_broken_build_is_one_line_and_a_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch_engine.server", "--engine-dir", str(tmp_path), "--socket", "x"]
+    command = [
+        sys.executable,
+        "-m",
+        "flightline.torch_engine.process.server",
+        "--engine-dir",
+        str(tmp_path),
+        "--socket",
+        "x",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1 and "make build-engines" in run.stderr

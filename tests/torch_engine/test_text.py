@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from flightline.torch_engine.text.stream import TextStream, TokenBytes, UnsupportedTokenizer
 from tests.tiny import tiny_checkpoint
-from torch_engine.text import TextStream, TokenBytes, UnsupportedTokenizer
 
 TEXTS = [
     "the quick brown fox",

@@ -46,41 +46,47 @@ def compile_only(self, grid):
 
 JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
-from torch_engine.kernels import triton_ops as ops
-from torch_engine.kernels.triton_ops import Form
+from flightline.torch_engine.kernels.gpu.activation import Form
+from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
+from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
+from flightline.torch_engine.kernels.gpu.norm import add_norm, gate
+from flightline.torch_engine.kernels.gpu.tokens import argmax, embed
 
 hopper = sys.argv[1] == "90"
 bf16, one, ints = torch.bfloat16, torch.ones(()), torch.zeros(4, dtype=torch.int32)
 form = Form.FP8_STATIC if hopper else Form.INT8_TOKEN
 x = torch.zeros(4, 4096, dtype=bf16)
-ops.embed(ints, ints, ints, x, 1.0)
+embed(ints, ints, ints, x, 1.0)
 for delta in (None, x, torch.zeros(4, 4, 4096)):
-    ops.add_norm(x, delta, None, x[0], 1e-5, form, one)
-ops.gate(torch.zeros(4, 28672, dtype=bf16), "silu", bf16, form, one)
-ops.quantise(x, Form.FP8_TOKEN if hopper else form)
-ops.argmax(x, ints, ints, ints, None, ints, ints)
-ops.dequantise(torch.zeros(32, 64, dtype=torch.int32), one[None], torch.zeros(64), None, bf16)
-ops.scatter(torch.zeros(9, 9, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32))
+    add_norm(x, delta, None, x[0], 1e-5, form, one)
+gate(torch.zeros(4, 28672, dtype=bf16), "silu", bf16, form, one)
+quantise(x, Form.FP8_TOKEN if hopper else form)
+argmax(x, ints, ints, ints, None, ints, ints)
+dequantise(torch.zeros(32, 64, dtype=torch.int32), one[None], torch.zeros(64), None, bf16)
+scatter(torch.zeros(9, 9, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32))
 kind = torch.float8_e4m3fn if hopper else torch.int8
-cache = ops.KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=kind), None if hopper else torch.zeros(2, 2, 8, 16))
-step = ops.AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
+cache = KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=kind), None if hopper else torch.zeros(2, 2, 8, 16))
+step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
 qkv = torch.zeros(4, 48 * 128, dtype=bf16)
-ops.rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
+rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
-    plan = ops.decode_plan(sequences, 8, 4, 128, 132)
-    ops.attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
+    plan = decode_plan(sequences, 8, 4, 128, 132)
+    attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
 if hopper:
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
-    plans = ops.skinny_plans(6144, 4096, 132)
+    plans = skinny_plans(6144, 4096, 132)
     for plan in (plans[0], plans[-1]):
-        ops.skinny_linear(codes[:1], codes, one, one, plan)
-from torch_engine.kernels import sampling_ops
-tables = sampling_ops.Tables.empty(4, 128256, torch.device("cpu"))
-choice = sampling_ops.Choice.empty(4, "cpu")
+        skinny_linear(codes[:1], codes, one, one, plan)
+from flightline.torch_engine.kernels.gpu.sampling_ops import sample
+from flightline.torch_engine.kernels.gpu.sampling_tables import Choice, Tables
+tables = Tables.empty(4, 128256, torch.device("cpu"))
+choice = Choice.empty(4, "cpu")
 logits = torch.zeros(4, 128256, dtype=bf16)
-sampling_ops.sample(logits, None, None, None, ints, ints, tables, ints, choice)
-sampling_ops.sample(logits, torch.zeros(128256), 30.0, ints, ints, ints, tables, ints, choice)
+if hopper:
+    sample(logits, None, None, None, ints, ints, tables, ints, choice)
+sample(logits, torch.zeros(128256), 30.0, ints, ints, ints, tables, ints, choice)
 print(json.dumps(found))
 """
 

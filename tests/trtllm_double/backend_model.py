@@ -9,22 +9,33 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import words
-from model_repository.shared.responses import ResponseWriter
-from torch_engine.config import EngineConfig
-from torch_engine.engine import Engine
-from torch_engine.request import FinishReason, GenerationRequest, RequestOutput, SamplingParams
+from flightline.model_repository.shared import words
+from flightline.model_repository.shared.responses import ResponseWriter
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.request import (
+    FinishReason,
+    GenerationRequest,
+    PerfMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+from flightline.torch_engine.engine import Engine
 
 MODEL_DIR = "TRTLLM_DOUBLE_MODEL"
 LOG = "TRTLLM_DOUBLE_LOG"
 """Environment: a file that gets a line of JSON for each request, its tensors by name."""
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+CLOCK_NS = 10**15
+"""What the backend's clock is ahead of this process's: its times are right only among themselves."""
+TIMES = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
 
 
 @dataclass(eq=False)
@@ -121,7 +132,7 @@ class TritonPythonModel:
 
     def _start(self, request: Request) -> None:
         self._running.add(request)
-        self._engine.add(request, request.generation())
+        self._engine.add(request, request.generation(), time.monotonic_ns())
 
     def _stop(self, order: Request) -> None:
         if not order.id:
@@ -154,14 +165,21 @@ class TritonPythonModel:
             fresh = [([], [])]
         for place, (ids, log_probs) in enumerate(fresh):
             last = ended and place == len(fresh) - 1
-            request.sender.send(self._response(request, ids, log_probs), flags=FINAL if last else 0)
+            metrics = output.metrics if last and request.scalar("return_perf_metrics", False) else None
+            response = self._response(request, ids, log_probs, metrics)
+            request.sender.send(response, flags=FINAL if last else 0)
 
-    def _response(self, request: Request, ids: list[int], log_probs: list[float]) -> Any:
+    def _response(
+        self, request: Request, ids: list[int], log_probs: list[float], metrics: PerfMetrics | None
+    ) -> Any:
         made = {
             "output_ids": lambda: np.array(ids, np.int32).reshape(1, 1, -1),
             "sequence_length": lambda: np.array([[len(ids)]], np.int32),
             "output_log_probs": lambda: np.array(log_probs, np.float32).reshape(1, 1, -1),
         }
+        if metrics:
+            times = {name: np.array([[getattr(metrics, name) + CLOCK_NS]], np.int64) for name in TIMES}
+            made |= {name: partial(times.get, name) for name in TIMES}
         return self._writer.write(request.wanted, made)
 
 

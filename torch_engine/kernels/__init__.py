@@ -1,53 +1,5 @@
-"""The kernel interface: what the model asks of a device, in several implementations chosen once at load.
+"""Implementations of the kernel interface (``model/kernel_interface.py``), of which one is chosen at load.
 
-``pytorch`` runs anywhere and is the reference that every other implementation is tested against. An
-implementation is a class with the methods of :class:`torch_engine.kernels.pytorch.PyTorchKernels`.
+``reference`` is plain PyTorch: it runs anywhere, and all others are tested against it. ``cpu`` is compiled
+C++, ``gpu`` Triton's language around cuBLASLt. Importing this package imports no torch.
 """
-
-from __future__ import annotations
-
-import os
-
-import torch
-
-from torch_engine.config import ConfigError, EngineConfig
-from torch_engine.kernels.native import NativeKernels
-from torch_engine.kernels.pytorch import PyTorchKernels
-
-IMPLEMENTATIONS = ("pytorch", "native", "cuda")
-
-
-def default_threads() -> int:
-    """The cores that this process may use, less one from four up: Triton's processes need room to run."""
-    cores = len(os.sched_getaffinity(0))
-    return cores - 1 if cores >= 4 else cores
-
-
-def choose(config: EngineConfig) -> PyTorchKernels:
-    """The implementation that ``config.kernels`` names.
-
-    ``auto`` is ``cuda`` on a CUDA device, ``native`` on a CPU if the build compiled it, else ``pytorch``.
-
-    Raises:
-        ConfigError: there is no such implementation, or it cannot run here.
-    """
-    name = config.kernels
-    if name == "auto":
-        name = "cuda" if config.device.startswith("cuda") else "native" if config.kernel_dir else "pytorch"
-    device, dtype = torch.device(config.device), getattr(torch, config.compute_dtype)
-    threads = config.num_threads or default_threads()
-    if name == "pytorch":
-        if device.type == "cpu":
-            torch.set_num_threads(threads)
-        return PyTorchKernels(device, dtype, config.kv_dtype)
-    if name == "native":
-        return NativeKernels(config, device, dtype, threads)
-    if name == "cuda":
-        try:
-            from torch_engine.kernels.cuda import CudaKernels
-        except ImportError as error:
-            raise ConfigError(
-                f"kernels='cuda' needs Triton's language ({error}): pip install triton"
-            ) from None
-        return CudaKernels(config, device, dtype)
-    raise ConfigError(f"kernels={name!r} is not valid: use auto or one of {', '.join(IMPLEMENTATIONS)}")

@@ -6,14 +6,14 @@ import json
 
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import stub
-from model_repository.shared.contract import OURS
-from model_repository.shared.emitter import Emitter
-from model_repository.shared.front import Front, TextDoor
-from model_repository.shared.metrics import MemoryMetric
-from model_repository.shared.tensors import TORCH
-from model_repository.shared.transformers_engine import TransformersEngine
-from model_repository.shared.vocabulary import Vocabulary
+from flightline.model_repository.shared import stub
+from flightline.model_repository.shared.contract import OURS
+from flightline.model_repository.shared.emitter import Emitter
+from flightline.model_repository.shared.front import Front, TextDoor
+from flightline.model_repository.shared.metrics import MemoryMetric
+from flightline.model_repository.shared.tensors import TORCH
+from flightline.model_repository.shared.transformers_engine import TransformersEngine
+from flightline.model_repository.shared.vocabulary import Vocabulary
 
 
 class TritonPythonModel:

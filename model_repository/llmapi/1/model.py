@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import stub
-from model_repository.shared.emitter import Emitter
-from model_repository.shared.front import Front
-from model_repository.shared.llmapi import LlmapiDoor
-from model_repository.shared.metrics import EngineMetrics
-from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.replicas import Replicas
+from flightline.model_repository.shared import stub
+from flightline.model_repository.shared.emitter import Emitter
+from flightline.model_repository.shared.front import Front
+from flightline.model_repository.shared.llmapi import LlmapiDoor
+from flightline.model_repository.shared.metrics import EngineMetrics
+from flightline.model_repository.shared.vocabulary import Vocabulary
+from flightline.torch_engine.process.routing import Replicas
 
 
 class TritonPythonModel:
@@ -39,6 +39,6 @@ class TritonPythonModel:
         self._front.execute(requests)
 
     def finalize(self) -> None:
-        stub.close(self._emitter, self._engine)
+        stub.close(self._front, self._emitter, self._engine)
         if self._metrics is not None:
             self._metrics.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import stub
-from torch_engine.request import Code, RequestError
-from torch_engine.text import TokenBytes
+from flightline.model_repository.shared import stub
+from flightline.torch_engine.core.request import Code, RequestError
+from flightline.torch_engine.text.stream import TokenBytes
 
 
 class TritonPythonModel:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import stub, words
-from model_repository.shared.contract import NVIDIA
-from model_repository.shared.gate import Gate
-from model_repository.shared.tensors import ENGINE, Inputs
-from model_repository.shared.vocabulary import Vocabulary
-from torch_engine.request import Code, RequestError
+from flightline.model_repository.shared import stub, words
+from flightline.model_repository.shared.contract import NVIDIA
+from flightline.model_repository.shared.gate import Gate
+from flightline.model_repository.shared.tensors import ENGINE, Inputs
+from flightline.model_repository.shared.vocabulary import Vocabulary
+from flightline.torch_engine.core.request import Code, RequestError
 
 
 class TritonPythonModel:

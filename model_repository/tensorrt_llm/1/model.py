@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import stub
-from model_repository.shared.emitter import Emitter
-from model_repository.shared.front import Front, TokenDoor
-from model_repository.shared.metrics import EngineMetrics
-from model_repository.shared.vocabulary import Vocabulary
+from flightline.model_repository.shared import stub
+from flightline.model_repository.shared.emitter import Emitter
+from flightline.model_repository.shared.front import Front, TokenDoor
+from flightline.model_repository.shared.metrics import EngineMetrics
+from flightline.model_repository.shared.vocabulary import Vocabulary
 
 
 class TritonPythonModel:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import triton_python_backend_utils as pb_utils
 
-from model_repository.shared import stub
-from model_repository.shared.contract import NVIDIA
-from model_repository.shared.emitter import Emitter
-from model_repository.shared.front import Front, TextDoor
-from model_repository.shared.vocabulary import Vocabulary
+from flightline.model_repository.shared import stub
+from flightline.model_repository.shared.contract import NVIDIA
+from flightline.model_repository.shared.emitter import Emitter
+from flightline.model_repository.shared.front import Front, TextDoor
+from flightline.model_repository.shared.vocabulary import Vocabulary
 
 
 class TritonPythonModel:

@@ -7,16 +7,21 @@ import datetime
 import os
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from torch_engine.config import EngineConfig
-from torch_engine.request import FinishReason, GenerationRequest, RequestOutput
-from torch_engine.request import SamplingParams as OurSampling
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.request import FinishReason, GenerationRequest, RequestOutput
+from flightline.torch_engine.core.request import SamplingParams as OurSampling
 
+from .executor.request import LoRARequest
+from .llmapi import KvCacheRetentionConfig
 from .sampling import SamplingParams
 from .surface import SURFACE
+
+if TYPE_CHECKING:
+    import torch
 
 FAIL_ON = "TRTLLM_DOUBLE_FAIL_ON"
 REFUSE = "TRTLLM_DOUBLE_REFUSE"
@@ -28,7 +33,9 @@ ABORT_FAILS = "TRTLLM_DOUBLE_ABORT_FAILS"
 
 class LLM:
     def __init__(self, model: str, **arguments: Any) -> None:
-        from torch_engine.engine import Engine  # imports torch, which a look at the surface does not need
+        from flightline.torch_engine.engine import (
+            Engine,  # imports torch, which a look at the surface does not need
+        )
 
         from . import __version__
 
@@ -45,6 +52,9 @@ class LLM:
                 num_kv_blocks=pool // 16,
             )
         )
+        self._folder, self._model = model, None
+        self._known: set[tuple[str | None, tuple[int, ...]]] = set()
+        """Salts and prompts of which there are KV blocks."""
         self._tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         self._results: dict[int, Result] = {}
         self._fail_on = int(os.environ.get(FAIL_ON, "-1"))
@@ -52,6 +62,7 @@ class LLM:
         self._raise = int(os.environ.get(RAISE, "-1"))
         self._abort_fails = ABORT_FAILS in os.environ
         self._guided = arguments.get("guided_decoding_backend")
+        self._adapters = arguments.get("lora_config") is not None
         self._commands: list[tuple[str, Any]] = []
         self._records: list[dict] = []
         self._collect = arguments.get("enable_iter_perf_stats", False)
@@ -64,11 +75,17 @@ class LLM:
         self,
         inputs: list[int],
         sampling_params: SamplingParams | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         prompt_adapter_request: None = None,
         streaming: bool = False,
+        kv_cache_retention_config: KvCacheRetentionConfig | None = None,
+        cache_salt: str | None = None,
     ) -> Result:
+        from . import __version__
+
         params = sampling_params or SamplingParams()
+        if cache_salt is not None and __version__ in SURFACE["without_cache_salt"]:
+            raise TypeError("generate_async() got an unexpected keyword argument 'cache_salt'")
         if self._refuse in inputs:
             raise ValueError("this sampler has no such thing")
         if self._raise in inputs:
@@ -78,9 +95,28 @@ class LLM:
         if params.end_id is None:
             eos_id = self._engine.info.end_ids[0]
             params.setup(eos_id, lambda word: self._tokenizer.encode(word, add_special_tokens=False).ids)
+        if lora_request is not None and not self._adapters:
+            raise ValueError("lora_request needs a lora_config")
         result = Result(self, inputs, params, streaming)
+        result.reused = self._reused(inputs, cache_salt)
         self._command("add", result)
         return result
+
+    def _reused(self, prompt: list[int], cache_salt: str | None) -> int:
+        """Tokens of a prompt that need not be computed: all but the last of one that was here under this salt."""
+        known = (cache_salt, tuple(prompt)) in self._known
+        self._known.add((cache_salt, tuple(prompt)))
+        return len(prompt) - 1 if known else 0
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Of each token, by Transformers."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if self._model is None:
+            self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
+        with torch.inference_mode():
+            return self._model(torch.tensor([ids])).logits[0]
 
     def get_stats_async(self, timeout: float | None = 2) -> Any:
         async def records() -> Any:
@@ -156,8 +192,17 @@ class Result:
 
     def __init__(self, llm: LLM, prompt: list[int], params: SamplingParams, streaming: bool) -> None:
         self.prompt_token_ids, self.finished = prompt, False
+        self.reused = 0
+        self.context_logits = None
         self.outputs = [
-            SimpleNamespace(token_ids=[], logprobs=[], cumulative_logprob=None, finish_reason=None, text="")
+            SimpleNamespace(
+                token_ids=[],
+                logprobs=[],
+                cumulative_logprob=None,
+                finish_reason=None,
+                text="",
+                generation_logits=None,
+            )
         ]
         self._llm, self._params, self._streaming = llm, params, streaming
         self._loop = asyncio.get_running_loop()  # upstream needs one, too
@@ -177,11 +222,13 @@ class Result:
                 presence_penalty=params.presence_penalty or 0.0,
                 frequency_penalty=params.frequency_penalty or 0.0,
                 seed=params.seed,
+                min_p=None if greedy else params.min_p,
             ),
             end_id=-1 if params.ignore_eos else None if params.stop_token_ids else params.end_id,
             bad_ids=tuple(tuple(word) for word in params.bad_words()),
             min_tokens=params.min_tokens or 0,
             return_log_probs=self._tells_log_probs(params),
+            top_log_probs=params.logprobs or 0,
         )
 
     @staticmethod
@@ -217,17 +264,29 @@ class Result:
     def _add(self, received: RequestOutput) -> None:
         (output,) = self.outputs
         output.token_ids = output.token_ids + received.token_ids
+        tops = received.top_log_probs or [[]] * len(received.log_probs)
         output.logprobs = output.logprobs + [
-            {token: SimpleNamespace(logprob=value, rank=1)}
-            for token, value in zip(received.token_ids, received.log_probs, strict=bool(received.log_probs))
+            {each: SimpleNamespace(logprob=value, rank=1) for each, value in [(token, chosen), *top]}
+            for token, chosen, top in zip(received.token_ids, received.log_probs, tops, strict=False)
         ]
         if received.finish_reason is None:
             return
         self.finished = True
+        if self._params.return_context_logits or self._params.return_generation_logits:
+            self._add_logits(output)
         reasons = {FinishReason.LENGTH: "length", FinishReason.CANCELLED: "cancelled"}
         output.finish_reason = reasons.get(received.finish_reason, "stop")
         if self._params.return_perf_metrics and received.metrics is not None:
             output.request_perf_metrics = _perf(received.metrics)
+
+    def _add_logits(self, output: SimpleNamespace) -> None:
+        prompt = len(self.prompt_token_ids)
+        logits = self._llm.logits(self.prompt_token_ids + output.token_ids)
+        if self._params.return_context_logits:
+            self.context_logits = logits[self.reused : prompt]
+        if self._params.return_generation_logits:
+            first = prompt - 1 if not self._streaming else prompt - 2 + len(output.token_ids)
+            output.generation_logits = logits[first : prompt - 1 + len(output.token_ids)]
 
 
 def _perf(metrics: Any) -> SimpleNamespace:

@@ -7,7 +7,10 @@
 // request's tokens do not depend on its batch.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -58,6 +61,50 @@ int64_t row_bytes(const Linear& linear) {
 }  // namespace
 
 extern "C" {
+
+// The structs that native.py mirrors, in the order of its STRUCTS: of each a line with its size, its fields' names and
+// their offsets, which it compares at load.
+const char* fl_layout() {
+#define AT(field) {#field, offsetof(Struct, field)}
+    static std::string layout;
+    layout.clear();
+    const auto add = [](size_t size, std::initializer_list<std::pair<const char*, size_t>> fields) {
+        layout += std::to_string(size);
+        for (const auto& [name, offset] : fields) layout.append(" ").append(name).append(" ") += std::to_string(offset);
+        layout += "\n";
+    };
+    {
+        using Struct = AttentionLayer;
+        add(sizeof(Struct), {AT(cache), AT(scales), AT(rope), AT(q_norm), AT(k_norm), AT(element_bytes), AT(heads),
+                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(eps), AT(scale), AT(softcap)});
+    }
+    {
+        using Struct = AttentionStep;
+        add(sizeof(Struct), {AT(rows), AT(chunks), AT(positions), AT(slots), AT(spans), AT(tables)});
+    }
+    {
+        using Struct = SamplingRow;
+        add(sizeof(Struct), {AT(allowed), AT(seen), AT(generated), AT(amounts), AT(num_generated), AT(bias_ids),
+                             AT(biases), AT(num_biases), AT(banned), AT(num_banned), AT(matched), AT(num_matched), AT(ends),
+                             AT(num_ends), AT(ends_from), AT(seed), AT(top_k), AT(num_top), AT(temperature), AT(top_p),
+                             AT(least), AT(repetition)});
+    }
+    {
+        using Struct = Linear;
+        add(sizeof(Struct), {AT(weights), AT(bias), AT(bits), AT(inputs), AT(outputs)});
+    }
+    {
+        using Struct = Layer;
+        add(sizeof(Struct), {AT(qkv), AT(out), AT(gate_up), AT(down), AT(input_norm), AT(attention_post), AT(mlp_norm),
+                             AT(mlp_post), AT(attention)});
+    }
+    {
+        using Struct = Decoder;
+        add(sizeof(Struct), {AT(layers), AT(count), AT(head), AT(norm), AT(gelu), AT(eps)});
+    }
+#undef AT
+    return layout.c_str();
+}
 
 int64_t fl_panel() { return kPanel; }
 

@@ -1,5 +1,5 @@
 // Chooses a row's next token from its logits: what is asked of it is applied, the tokens that may be drawn are cut out
-// without sorting the vocabulary, and one is drawn. torch_engine/sampling.py has the definition and the same in PyTorch.
+// without sorting the vocabulary, and one is drawn. torch_engine/core/sampling.py has the definition and the same in PyTorch.
 //
 // Tokens have the order (value descending, id ascending), which is that of their keys: 64-bit numbers, the value's
 // order-preserving bits above the id's complement. A cut is a key: what is not below it may be drawn.
@@ -26,6 +26,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity(), kMost = std:
 
 // What is asked of one token, and what the sequence has said before. Mirrored in native.py.
 struct SamplingRow {
+    const uint32_t* allowed;  // a bit for each token that may come next; null = all may
     const uint8_t* seen;  // a bit for each token of prompt and output; null = no repetition penalty
     const int32_t* generated;
     const float* amounts;  // subtracted from the logits of `generated`
@@ -472,10 +473,23 @@ inline void ban(float* x, int64_t n, const int32_t* ids, int64_t count) {
 
 bool adjusts(const SamplingRow& row, int64_t position) {
     return row.num_biases || row.seen || row.num_generated || row.num_banned || row.num_matched ||
-           (row.num_ends && position < row.ends_from);
+           (row.num_ends && position < row.ends_from) || row.allowed;
 }
 
-// Bias, penalties and bans, in place.
+// Leaves only what a grammar allows.
+void mask(float* x, int64_t n, const uint32_t* allowed) {
+    for (int64_t from = 0; from < n; from += 32) {
+        const uint32_t bits = allowed[from / 32];
+        const int64_t end = std::min(n, from + 32);
+        if (bits == 0) {
+            std::fill(x + from, x + end, -kInfinity);
+        } else if (bits != 0xffffffffu) {
+            for (int64_t i = from; i < end; i++) x[i] = bits >> (i - from) & 1 ? x[i] : -kInfinity;
+        }
+    }
+}
+
+// Bias, penalties, bans and the mask, in place.
 void adjust(float* x, int64_t n, const SamplingRow& row, int64_t position) {
     for (int64_t i = 0; i < row.num_biases; i++) {
         if (row.bias_ids[i] < n) x[row.bias_ids[i]] += row.biases[i];
@@ -495,6 +509,7 @@ void adjust(float* x, int64_t n, const SamplingRow& row, int64_t position) {
     ban(x, n, row.banned, row.num_banned);
     ban(x, n, row.matched, row.num_matched);
     if (position < row.ends_from) ban(x, n, row.ends, row.num_ends);
+    if (row.allowed) mask(x, n, row.allowed);
 }
 
 // The lowest value that is not more than -least below max, in double precision; 0 and not -0.

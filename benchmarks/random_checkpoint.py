@@ -1,0 +1,71 @@
+"""A checkpoint that exists on the device only: the shape of a large model, random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
+from flightline.torch_engine.model.weights import Checkpoint
+
+LLAMA_ROPE = Rope(
+    500000.0,
+    (
+        ("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
+        ("original_max_position_embeddings", 8192), ("rope_type", "llama3"),
+    ),
+)  # fmt: skip
+LLAMA_8B = ModelSpec(
+    architecture="LlamaForCausalLM", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32,
+    num_kv_heads=8, head_dim=128, norm_eps=1e-5, layers=(LayerSpec(LLAMA_ROPE, None),) * 32, tie_embeddings=False,
+    max_position_embeddings=131072, activation="silu", attention_scale=128**-0.5, end_ids=(), fp8=True,
+)  # fmt: skip
+
+
+class RandomCheckpoint(Checkpoint):
+    """Random weights of a given shape, made on the device when asked for: FP8 linears, the rest in bf16."""
+
+    def __init__(self, spec: ModelSpec, fp8: bool, device: str = "cuda") -> None:
+        self.spec, self.fp8, self.device, self.folder = spec, fp8, device, Path("random")
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def __contains__(self, name: str) -> bool:
+        return name.endswith(("norm.weight", "layernorm.weight")) or name in (
+            "model.embed_tokens.weight", "lm_head.weight",
+        )  # fmt: skip
+
+    def _random(self, *shape: int, spread: float) -> torch.Tensor:
+        values = torch.randn(*shape, generator=self._generator, device=self.device, dtype=torch.bfloat16)
+        return values * spread
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        spec = self.spec
+        hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
+        keys = spec.num_kv_heads * spec.head_dim
+        return {
+            "q_proj": (query, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, query),
+            "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+            "lm_head": (spec.vocab_size, hidden), "embed_tokens": (spec.vocab_size, hidden),
+        }[module.rsplit(".", 1)[-1]]  # fmt: skip
+
+    def raw(self, name: str) -> torch.Tensor:
+        if "norm" in name:
+            return 1.0 + self._random(self.spec.hidden_size, spread=0.1)
+        return self.weight(name.removesuffix(".weight"), torch.bfloat16)
+
+    def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
+        return self._random(*self._shape(module), spread=0.02).to(dtype)
+
+    def bias(self, module: str, dtype: torch.dtype) -> None:
+        return None
+
+    def fused_fp8(self, modules: list[str], device: torch.device) -> tuple | None:
+        if not self.fp8:
+            return None
+        codes = [
+            self._random(*self._shape(module), spread=64.0).clamp_(-448, 448).to(torch.float8_e4m3fn)
+            for module in modules
+        ]
+        scale = torch.tensor(0.02 / 64, device=device)
+        return torch.cat(codes), scale, torch.tensor(8.0 / 448, device=device), None

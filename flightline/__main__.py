@@ -1,0 +1,5 @@
+import sys
+
+from flightline.cli import main
+
+sys.exit(main())

@@ -1,0 +1,54 @@
+"""``docs/SETTINGS.md``, made from the dataclasses that the commands read: ``python -m flightline.settings_page``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flightline import settings
+from flightline.engine_build.settings import Settings as BuildSettings
+from flightline.gateway.settings import GatewaySettings
+from flightline.supervisor.settings import ServeSettings
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/SETTINGS.md"
+HEAD = f"""# Settings
+
+Made from the dataclasses that the commands read, by `python -m flightline.settings_page`; a test holds the two
+together.
+
+A setting comes from the command line, else from the environment, else from its default. In the environment its name
+begins with `{settings.PREFIX}`. The short name without it is what `make` takes (`make serve HTTP_PORT=9000`); it is
+read where the long one is not set. An empty value counts as unset. A switch is `0` or `1`, and its flag may stand
+alone.
+"""
+COMMANDS: dict[str, type] = {
+    "flightline build": BuildSettings,
+    "flightline serve": ServeSettings,
+    "flightline serve: the gateway": GatewaySettings,
+}
+"""``flightline preflight`` reads the first, and the ports of the second."""
+
+
+def page() -> str:
+    """The whole text."""
+    return "\n".join([HEAD, *(section(command, cls) for command, cls in COMMANDS.items())])
+
+
+def section(command: str, cls: type) -> str:
+    rows = "".join(_row(field) for field in settings.fields(cls))
+    return f"## {command}\n\n{cls.__doc__}\n\n| flag | environment | default | what for |\n|---|---|---|---|\n{rows}"
+
+
+def _row(field: dataclasses.Field[Any]) -> str:
+    flag = f"`{settings.off_flag(field) if field.default is True else settings.flag(field)}`"
+    names = settings.variables(field)
+    where = f"`{names[0]}`" if names else ""
+    if len(names) == 1 and field.metadata.get("short") is False:
+        where += " (no short name)"
+    cells = (flag, where, settings.shown_default(field), field.metadata["help"])
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

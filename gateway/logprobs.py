@@ -1,0 +1,86 @@
+"""Log-probabilities of generated tokens in OpenAI's two shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flightline.gateway.upstream import Piece
+from flightline.torch_engine.text.stream import TokenBytes
+
+FLOOR = -9999.0
+"""Stands for -inf, which is not JSON; vLLM has the same."""
+
+
+class TokenNames:
+    """What tokens are called in an answer."""
+
+    def __init__(self, tokens: TokenBytes, as_ids: bool) -> None:
+        self._tokens = tokens.with_special
+        self._as_ids = as_ids
+
+    def of(self, token: int) -> tuple[str, bytes]:
+        """Its text, or its bytes spelled out where they are no text by themselves, and its bytes."""
+        data = self._tokens[token]
+        if self._as_ids:
+            return f"token_id:{token}", data
+        try:
+            return data.decode(), data
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+
+def _places(piece: Piece, count: int) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+    """(token, its log-probability, the most likely ones there) of each new token."""
+    for place, (token, value) in enumerate(zip(piece.token_ids, piece.log_probs, strict=True)):
+        part = slice(place * count, (place + 1) * count)
+        top = zip(piece.top_ids[part], piece.top_log_probs[part], strict=True)
+        yield token, max(value, FLOOR), [(other, max(weight, FLOOR)) for other, weight in top if other >= 0]
+
+
+def chat_entries(piece: Piece, count: int, names: TokenNames) -> list[dict[str, Any]]:
+    """``logprobs.content`` of the piece's tokens."""
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        text, data = names.of(token)
+        return {"token": text, "logprob": value, "bytes": list(data)}
+
+    return [
+        entry(token, value) | {"top_logprobs": [entry(*other) for other in top]}
+        for token, value, top in _places(piece, count)
+    ]
+
+
+class CompletionLogprobs:
+    """The parallel arrays of a completion, of one choice; offsets are characters of its text so far."""
+
+    def __init__(self, count: int, names: TokenNames, offset: int = 0) -> None:
+        self._count = count
+        self._names = names
+        self._offset = offset
+
+    def entries(self, piece: Piece) -> dict[str, list[Any]]:
+        made: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token, value, top in _places(piece, self._count):
+            text, data = self._names.of(token)
+            made["tokens"].append(text)
+            made["token_logprobs"].append(value)
+            most = {self._names.of(other)[0]: weight for other, weight in top}
+            made["top_logprobs"].append({**most, text: value})
+            made["text_offset"].append(self._offset)
+            self._offset += sum((byte & 0xC0) != 0x80 for byte in data)
+        return made
+
+
+def joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Of a whole answer."""
+    made: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for part in parts:
+        for name, values in part.items():
+            made[name] += values
+    return made

@@ -1,0 +1,71 @@
+"""The table of parameters in ``docs/GATEWAY.md``, made from the one that requests are checked with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flightline.gateway.params import BOTH, CHAT, TABLE, Parameter, Rule
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/GATEWAY.md"
+BEGIN, END = (
+    "<!-- parameters: made by python -m flightline.gateway.params_page -->",
+    "<!-- end of parameters -->",
+)
+HEADS = {
+    Rule.HONOURED: "| field | where | value | tensor | |\n|---|---|---|---|---|\n",
+    Rule.REFUSED: "| field | where | values that pass | why |\n|---|---|---|---|\n",
+}
+
+
+def table() -> str:
+    """The Markdown between the marks."""
+    inert = ", ".join(f"`{each.name}`" for each in TABLE if each.rule is Rule.INERT)
+    return "\n".join(
+        [
+            BEGIN,
+            "",
+            HEADS[Rule.HONOURED] + "\n".join(_honoured(each) for each in TABLE if each.rule is Rule.HONOURED),
+            "",
+            f"Accepted, and nothing follows from them: {inert}.",
+            "",
+            "Refused with a 400 that names the field, unless the value asks for nothing:",
+            "",
+            HEADS[Rule.REFUSED] + "\n".join(_refused(each) for each in TABLE if each.rule is Rule.REFUSED),
+            "",
+            END,
+        ]
+    )
+
+
+def _where(parameter: Parameter) -> str:
+    if parameter.endpoints == BOTH:
+        return "both"
+    return "chat" if CHAT in parameter.endpoints else "completions"
+
+
+def _honoured(parameter: Parameter) -> str:
+    limits = f", {parameter.low} to {parameter.high}" if parameter.low is not None else ""
+    if parameter.low is None and parameter.high is not None:
+        limits = f", at most {parameter.high}"
+    tensor = ", ".join(f"`{name}`" for name in parameter.tensor.split(", ") if name)
+    cells = [f"`{parameter.name}`", _where(parameter), f"{parameter.kind}{limits}", tensor, parameter.what]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _refused(parameter: Parameter) -> str:
+    passing = ", ".join(f"`{_json(value)}`" for value in parameter.neutral)
+    return f"| `{parameter.name}` | {_where(parameter)} | {passing} | {parameter.what} |"
+
+
+def _json(value: object) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else f"{value!r}"
+
+
+def with_table(page: str) -> str:
+    """``page`` with the table as it is now."""
+    before, _, rest = page.partition(BEGIN)
+    return before + table() + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What ``make serve`` runs: the engine processes and one Triton, watched, restarted and stopped."""

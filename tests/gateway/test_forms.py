@@ -1,0 +1,101 @@
+"""Parameters and forms that need no server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flightline.gateway import errors, params_page
+from flightline.gateway.logprobs import FLOOR, CompletionLogprobs, TokenNames, chat_entries
+from flightline.gateway.params import CHAT, COMPLETIONS, TABLE, Rule, parse
+from flightline.gateway.upstream import Piece
+from flightline.torch_engine.text.stream import TokenBytes
+
+TOKENS = TokenBytes([b"ab", "é".encode(), b"\xf0\x9f", b"\x99\x82", b""], special={4: b"<end>"})
+
+
+def test_the_page_of_parameters_is_up_to_date() -> None:
+    text = params_page.PAGE.read_text(encoding="utf-8")
+    assert text == params_page.with_table(text), "run python -m flightline.gateway.params_page"
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS])
+def test_every_parameter_is_handled(endpoint: str) -> None:
+    """Neutral values pass, others of refused fields do not, null is nothing; what is in no table is refused."""
+    for parameter in TABLE:
+        if endpoint not in parameter.endpoints:
+            continue
+        assert parse({parameter.name: None}, endpoint).get(parameter.name) == parameter.default
+        if parameter.rule is Rule.REFUSED:
+            for value in parameter.neutral:
+                parse({parameter.name: value}, endpoint)
+            with pytest.raises(errors.ApiError, match=f"^{parameter.name} is not supported") as refused:
+                parse({parameter.name: "nonsense"}, endpoint)
+            assert (refused.value.status, refused.value.param) == (400, parameter.name)
+    with pytest.raises(errors.ApiError, match="nonsense is not a parameter"):
+        parse({"nonsense": 1}, endpoint)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"temperature": True},
+        {"temperature": float("nan")},
+        {"top_p": 1.1},
+        {"n": 129},
+        {"n": 1.0},
+        {"stop": [1]},
+        {"stop": ["a"] * 65},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": "1"},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"9" * 5000: 1}},
+        {"logit_bias": {"²": 1}},
+        {"best_of": True},
+        {"stream": 1},
+        {"seed": 2**64},
+        {"model": 5},
+        {"stream_options": []},
+    ],
+)
+def test_wrong_values(body: dict[str, Any]) -> None:
+    (name,) = body
+    with pytest.raises(errors.ApiError) as refused:
+        parse(body, COMPLETIONS)
+    assert (refused.value.status, refused.value.param) == (400, name)
+    assert len(refused.value.message) <= errors.MOST_SHOWN
+
+
+def test_a_models_own_defaults_come_before_ours() -> None:
+    assert parse({}, CHAT, {"temperature": 0.6})["temperature"] == 0.6
+    assert parse({"temperature": 0.1}, CHAT, {"temperature": 0.6})["temperature"] == 0.1
+
+
+def test_log_probabilities_have_the_bytes_of_their_tokens() -> None:
+    piece = Piece(0, "abé🙂", 4, "stop", [0, 1, 2, 3, 4], [-0.5, -1.0, -2.0, float("-inf"), 0.0])
+    entries = chat_entries(piece, 0, TokenNames(TOKENS, as_ids=False))
+    assert [entry["token"] for entry in entries] == ["ab", "é", r"bytes:\xf0\x9f", r"bytes:\x99\x82", "<end>"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries[:4]).decode() == piece.text
+    assert entries[3]["logprob"] == FLOOR
+    logprobs = CompletionLogprobs(0, TokenNames(TOKENS, as_ids=True))
+    made = logprobs.entries(piece)
+    assert made["text_offset"] == [0, 2, 3, 4, 4] and made["tokens"][1] == "token_id:1"
+    assert logprobs.entries(Piece(0, token_ids=[0], log_probs=[-1.0]))["text_offset"] == [9]
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("the queue is full: 256 requests are waiting", 429),
+        ("sequence_index 1: the engine process ended while this request was in flight", 503),
+        ("the server is stopping and takes no new requests", 503),
+        ("temperature is 9: it must be finite", 400),
+        ("something broke\nTraceback: secret", 500),
+        ("Request timeout expired", 504),
+    ],
+)
+def test_tritons_texts_get_a_status(text: str, status: int) -> None:
+    error = errors.of_triton(text)
+    assert error.status == status and "Traceback" not in error.message

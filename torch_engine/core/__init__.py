@@ -1,0 +1,1 @@
+"""A request on its way: sequences, KV blocks, the scheduler's plan of a step, what sampling must know. No kernels."""

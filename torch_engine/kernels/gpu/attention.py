@@ -1,0 +1,323 @@
+"""Attention of a step's queries to the KV cache: one token of each sequence, and tiles of prompt chunks.
+
+Shapes as in ``kv_cache.py``; G = H / V query heads share a key/value head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from flightline.torch_engine.kernels.gpu.activation import FP8_STATIC, Form, new_output, to_fp8
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, begin_kernel
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+_BYTES = "prmt.b32 t, $1, $1, 0x3120; "  # of two words: both low bytes, then both high bytes
+_FROM_FP8 = (
+    "{ .reg .b32 t; .reg .b16 low, high; " + _BYTES + "mov.b32 {low, high}, t; cvt.rn.f16x2.e4m3x2 $0, %s; }"
+)
+# The byte + 128 becomes the mantissa of 1024 + byte + 128, from which 1152 is taken.
+_FROM_INT8 = (
+    "{ .reg .b32 t, c; " + _BYTES + "xor.b32 t, t, 0x80808080; mov.b32 c, 0x64806480; "
+    "prmt.b32 t, t, 0x64646464, %s; sub.f16x2 $0, t, c; }"
+)
+_EVEN_FP8, _ODD_FP8 = tl.constexpr(_FROM_FP8 % "low"), tl.constexpr(_FROM_FP8 % "high")
+_EVEN_INT8, _ODD_INT8 = tl.constexpr(_FROM_INT8 % "0x4140"), tl.constexpr(_FROM_INT8 % "0x4342")
+
+
+@triton.jit
+def _pick(words, CODE: tl.constexpr):
+    """One byte of each 16-bit word, an int8 or e4m3 code, as fp16; which one is in the PTX."""
+    return tl.inline_asm_elementwise(CODE, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _load_pairs(
+    values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr
+):
+    """Even and odd dimensions of the 8-bit rows at ``place``: two of [BLOCK_N, BLOCK_D / 2].
+
+    ``mma``'s product with the values wants them transposed. The loads of the tensor cores transpose 16-bit words but
+    not bytes, which would be fetched one by one: so words of two codes travel and are taken apart in registers.
+    """
+    pair = tl.arange(0, BLOCK_D // 2)
+    mask = known[:, None] & (pair < D // 2)[None, :]
+    if _INTERPRETED:
+        codes = values + place[:, None] * D + 2 * pair[None, :]
+        even = tl.load(codes, mask=mask, other=0.0)
+        odd = tl.load(codes + 1, mask=mask, other=0.0)
+    else:
+        words = values.to(tl.pointer_type(tl.int16)) + place[:, None] * (D // 2) + pair[None, :]
+        words = tl.load(words, mask=mask, other=0)
+        even = _pick(words, _EVEN_INT8 if INT8 else _EVEN_FP8)
+        odd = _pick(words, _ODD_INT8 if INT8 else _ODD_FP8)
+    return even.to(DOT), odd.to(DOT)
+
+
+@triton.jit
+def _attend(
+    q, begin, end, positions, table, values, scales, head, scale, softcap,
+    V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr,
+    PAIRS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of ``q`` [ROWS, BLOCK_D] over keys ``begin:end``; a row sees keys up to its position.
+
+    Returns the weighted sum of values (not normalised), the row maxima and the row sums.
+    """
+    d = tl.arange(0, BLOCK_D)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if PAIRS:
+        even = tl.zeros([ROWS, BLOCK_D // 2], tl.float32)
+        odd = tl.zeros([ROWS, BLOCK_D // 2], tl.float32)
+    else:
+        out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        known = n < end
+        block = tl.load(table + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+        place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
+        mask = known[:, None] & (d < D)[None, :]
+        k = tl.load(values + place[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if KV_INT8:
+            scores *= tl.load(scales + place, mask=known, other=0.0)[None, :]
+        if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        seen = known[None, :] & (n[None, :] <= positions[:, None])
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        p = tl.exp(scores - base[:, None])
+        fade = tl.exp(top - base)
+        total = total * fade + tl.sum(p, 1)
+        place += V * BLOCK_SIZE
+        if KV_INT8:
+            p *= tl.load(scales + place, mask=known, other=0.0)[None, :]
+        if PAIRS:
+            v_even, v_odd = _load_pairs(values, place, known, D, BLOCK_D, KV_INT8, DOT)
+            even = even * fade[:, None] + tl.dot(p.to(DOT), v_even, input_precision="ieee")
+            odd = odd * fade[:, None] + tl.dot(p.to(DOT), v_odd, input_precision="ieee")
+        else:
+            v = tl.load(values + place[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
+            out = out * fade[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
+        top = higher
+    if PAIRS:
+        out = tl.join(even, odd).reshape(ROWS, BLOCK_D)
+    return out, top, total
+
+
+@triton.jit
+def _store_heads(out, in_scale, target, result, mask, FORM: tl.constexpr):
+    if FORM == FP8_STATIC:
+        result = to_fp8(result / tl.load(in_scale))
+    tl.store(out + target, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _span(length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """First key that a decode sees, and how many keys each split takes."""
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
+    each = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    return first, each
+
+
+@triton.jit
+def _decode_kernel(
+    qkv, slots, positions, tables, width, values, scales, out, in_scale, parts, sums, scale, v_scale, softcap,
+    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    head, split = tl.program_id(1), tl.program_id(2)
+    G: tl.constexpr = H // V
+    position = tl.load(positions + row)
+    length = position + 1
+    first, each = _span(length, SPLITS, BLOCK_N, WINDOW)
+    begin = first + split * each
+    if begin < length:
+        slot = tl.load(slots + row).to(tl.int64)
+        g, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        mask = (g < G)[:, None] & (d < D)[None, :]
+        heads = (head * G + g)[:, None] * D + d[None, :]
+        q = tl.load(qkv + row * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
+        result, top, total = _attend(
+            q, begin, tl.minimum(begin + each, length), position + g * 0, tables + slot * width,
+            values, scales, head, scale, softcap,
+            V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
+        )  # fmt: skip
+        result = result / total[:, None] * v_scale
+        if SPLITS == 1:
+            _store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
+        else:
+            part = (row * H + head * G + g) * SPLITS + split
+            tl.store(parts + part[:, None] * D + d[None, :], result, mask=mask)
+            tl.store(sums + part, top + tl.log(total), mask=g < G)
+
+
+@triton.jit
+def _merge_kernel(
+    positions, out, in_scale, parts, sums,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(positions + row) + 1
+    first, each = _span(length, SPLITS, BLOCK_N, WINDOW)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    used = first + split * each < length
+    part = (row * H + head) * SPLITS + split
+    logs = tl.load(sums + part, mask=used, other=float("-inf"))
+    weights = tl.exp(logs - tl.max(logs, 0))
+    mask = used[:, None] & (d < D)[None, :]
+    values = tl.load(parts + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+    result = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
+    _store_heads(out, in_scale, (row * H + head) * D + d, result, d < D, FORM)
+
+
+@triton.jit
+def _prefill_kernel(
+    qkv, tiles, tables, width, values, scales, out, in_scale, scale, v_scale, softcap,
+    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    tile = tiles + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    G: tl.constexpr = H // V
+    start, count, first = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    slot = tl.load(tile + 3).to(tl.int64)
+    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    token = r // G
+    mask = (token < count)[:, None] & (d < D)[None, :]
+    row = start + token
+    heads = (head * G + r % G)[:, None] * D + d[None, :]
+    q = tl.load(qkv + row[:, None] * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(first - WINDOW + 1, 0)
+    result, _, total = _attend(
+        q, begin, first + count, first + token, tables + slot * width,
+        values, scales, head, scale, softcap,
+        V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
+    )  # fmt: skip
+    result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
+    _store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
+
+
+def prefill_rows(dtype: torch.dtype) -> int:
+    """Query rows (tokens times heads of a group) of one tile."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def tile_tokens(dtype: torch.dtype, group: int) -> int:
+    """Tokens of one tile of :func:`attend`."""
+    return prefill_rows(dtype) // group
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How the decode attention is cut up."""
+
+    splits: int
+    """Pieces of a sequence's keys, each a program of its own."""
+    block: int
+    """Keys of one iteration."""
+    warps: int
+
+
+def decode_plan(rows: int, kv_heads: int, heads: int, size: int, multiprocessors: int) -> DecodePlan:
+    """Programs of one warp when there are plenty of them (nothing to synchronise: an H200 then reads 75 to 90 % of
+    what its memory can); wider ones, and the keys split, when the device would not be full otherwise.
+
+    ``heads`` is the query heads of a key/value head, of ``size`` dimensions.
+    """
+    programs = rows * kv_heads
+    splits = max(splits for splits in (1, 4, 16, 64) if splits <= max(4 * multiprocessors // programs, 1))
+    accumulators = max(16, triton.next_power_of_2(heads)) * triton.next_power_of_2(size)
+    least = triton.next_power_of_2(triton.cdiv(accumulators, 2048))
+    if splits > 1:
+        return DecodePlan(splits, 64, max(2, least))
+    if programs < 8 * multiprocessors:
+        return DecodePlan(1, 128 if size <= 128 else 64, max(4, least))
+    return DecodePlan(1, 32, least)
+
+
+def attend(
+    qkv: torch.Tensor,
+    cache: KVCache,
+    step: AttentionInput,
+    num_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    plan: DecodePlan,
+    form: Form = Form.PLAIN,
+    in_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3."""
+    _, _, kv_heads, block_size, size = cache.values.shape
+    rows, group = qkv.shape[0], num_heads // kv_heads
+    out, _ = new_output(rows, num_heads * size, form, qkv)
+    in_scale = out if in_scale is None else in_scale
+    scales = cache.values if cache.scales is None else cache.scales
+    dot = _dot_type(qkv.dtype, cache.values.dtype)
+    block_d = max(32, triton.next_power_of_2(size))
+    shared = {
+        "BLOCK_SIZE": block_size, "WINDOW": window or 0, "SOFTCAP": softcap is not None,
+        "KV_INT8": cache.scales is not None, "DOT": dot, "FORM": int(form),
+    }  # fmt: skip
+    softcap = softcap or 1.0
+    decodes, splits = step.num_decodes, plan.splits
+    if decodes:
+        parts, sums = out, out
+        if splits > 1:
+            parts = torch.empty(decodes, num_heads, splits, size, dtype=torch.float32, device=qkv.device)
+            sums = torch.empty(decodes, num_heads, splits, dtype=torch.float32, device=qkv.device)
+        _decode_kernel[(decodes, kv_heads, splits)](
+            qkv, step.slots, step.positions, step.tables, step.tables.shape[1], cache.values, scales,
+            out, in_scale, parts, sums, scale * cache.k_scale, cache.v_scale, softcap,
+            num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
+            SPLITS=splits, PAIRS=cache.values.element_size() == 1, **shared,
+            num_warps=plan.warps, num_stages=3, **LAUNCH,
+        )  # fmt: skip
+        if splits > 1:
+            _merge_kernel[(decodes, num_heads)](
+                step.positions, out, in_scale, parts, sums, num_heads, size, block_d, plan.block,
+                splits, window or 0, int(form), **LAUNCH,
+            )  # fmt: skip
+    if step.tiles is not None:
+        block = 128 if step.longest > 256 else 32  # of 32, 64 and 128 keys the fastest on an H200
+        if qkv.dtype == torch.float32 or block_d > 128:
+            block = 32
+        _prefill_kernel[(step.tiles.shape[0], kv_heads)](
+            qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales,
+            out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
+            num_heads, kv_heads, size, block_d, prefill_rows(qkv.dtype), block,
+            PAIRS=False, **shared, num_warps=4, num_stages=1, **LAUNCH,
+        )  # fmt: skip
+    return out
+
+
+def _dot_type(dtype: torch.dtype, cache: torch.dtype) -> tl.dtype:
+    """Operands of the products: fp16 holds 8-bit codes exactly. The interpreter cannot multiply bf16."""
+    if INTERPRETED or dtype == torch.float32:
+        return tl.float32
+    if cache in (torch.int8, torch.float8_e4m3fn) or dtype == torch.float16:
+        return tl.float16
+    return tl.bfloat16

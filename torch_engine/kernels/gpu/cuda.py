@@ -1,0 +1,236 @@
+"""The kernel interface on NVIDIA GPUs: Triton-language kernels around cuBLASLt's matrix products.
+
+A layer of a decode step is ten launches: add + norm + quantise, qkv product, rotate + cache write, attention,
+merge of its splits, output product, add + norm + quantise, gate and up product, gate + quantise, down product.
+Every kernel writes its result in the form that the linear reading it wants (:class:`Form`), so
+that nothing is quantised in a pass of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
+from flightline.torch_engine.core.steps import SequenceSteps
+from flightline.torch_engine.kernels.gpu import attention, norm, tokens
+from flightline.torch_engine.kernels.gpu.activation import Activation, Form
+from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
+from flightline.torch_engine.kernels.gpu.linear import (
+    CudaLinear,
+    Fp8Head,
+    Fp8Linear,
+    Int8Linear,
+    PlainLinear,
+    SkinnyPlan,
+    quantise,
+    skinny_plans,
+)
+from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
+from flightline.torch_engine.kernels.operations import Operations, name_of
+from flightline.torch_engine.model.families import ModelSpec
+from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.weights import Checkpoint
+
+NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
+
+
+class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
+    """Triton-language kernels; activations travel as :class:`Activation`, in the form their reader asks for.
+
+    Runs on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+    """
+
+    name = "cuda"
+
+    def __init__(self, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        if device.type != "cuda" and not INTERPRETED:
+            raise ConfigError(f"kernels='cuda' needs a CUDA device, not {device}: use device='cuda'")
+        self.has_fp8 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+        self.multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        )
+        self.weights = config.weight_precision
+        self.head = config.lm_head_precision
+        self.kv = name_of(dtype) if config.kv_dtype == "auto" else config.kv_dtype
+        for name, value in (("kv_dtype", self.kv), ("lm_head_precision", self.head)):
+            if value == "fp8" and not self.has_fp8:
+                raise ConfigError(f"{name}='fp8' needs {NEEDED}: use another value on this GPU")
+        self._used: dict[str, int] = {}
+        self._tuning = ""
+        self.tuned: dict[str, dict[str, float]] = {}
+        """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
+
+    def describe(self, spec: ModelSpec) -> str:
+        stored = f"{'FP8' if spec.fp8 else 'unquantised'} checkpoint, {name_of(self.dtype)} activations"
+        used = ", ".join(f"{count} {kind}" for kind, count in self._used.items())
+        return f"{stored}, Triton-language kernels (linears: {used}{self._tuning}; {self.kv} KV cache)"
+
+    # Weights ---------------------------------------------------------------------------------------
+
+    def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> CudaLinear:
+        head = modules == ["lm_head"]
+        if not head and self.weights == "auto":
+            stored = checkpoint.fused_fp8(modules, self.device)
+            if stored is not None and not self.has_fp8:
+                raise ConfigError(
+                    f"weight_precision='auto' follows the checkpoint, whose FP8 needs {NEEDED}: use 'dequantised' on "
+                    "this GPU"
+                )
+            if stored is not None and all(size % 16 == 0 for size in stored[0].shape):
+                self._count("FP8 W8A8")
+                codes, scale, input_scale, bias = stored
+                bias = None if bias is None else bias.to(self.dtype)
+                return Fp8Linear(codes, scale, input_scale, bias, self.dtype)
+            if stored is not None:
+                self._count("FP8 dequantised (shape is no multiple of 16)")
+        return self._linear(*checkpoint.fused(modules, self.dtype), head)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaLinear:
+        """The output head, or a linear whose weights are not FP8 codes."""
+        return self._linear(weight, bias, head=True)
+
+    def _linear(self, weight: torch.Tensor, bias: torch.Tensor | None, head: bool) -> CudaLinear:
+        weight = weight.to(self.device, self.dtype)
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        fits = all(size % 16 == 0 for size in weight.shape)
+        if head and self.head == "fp8" and bias is None and fits:
+            self._count("FP8 head")
+            return Fp8Head(weight, self.dtype)
+        if not head and self.weights == "int8" and fits:
+            self._count("int8 W8A8")
+            return Int8Linear(weight, bias, self.dtype)
+        self._count(f"{name_of(self.dtype)}{' head' if head else ''}")
+        return PlainLinear(weight, bias)
+
+    def _count(self, kind: str) -> None:
+        self._used[kind] = self._used.get(kind, 0) + 1
+
+    # The step --------------------------------------------------------------------------------------
+
+    def embed(self, step: CudaStep, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return tokens.embed(step.ids, step.attention.slots, step.last, table, float(factor))
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        reader: CudaLinear,
+    ) -> tuple[Activation, torch.Tensor]:
+        """In place in ``x``."""
+        return norm.add_norm(x, delta, post, weight, eps, reader.form, reader.input_scale), x
+
+    def gate(self, gate_up: torch.Tensor, activation: str, reader: CudaLinear) -> Activation:
+        return norm.gate(gate_up, activation, self.dtype, reader.form, reader.input_scale)
+
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+    ) -> KVCache:
+        kinds = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+        dtype = kinds.get(self.kv) or getattr(torch, self.kv)
+        shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
+        scales = None
+        if dtype == torch.int8:
+            scales = torch.zeros(shape[:-1], dtype=torch.float32, device=self.device)
+        values = torch.zeros(shape, dtype=dtype, device=self.device)
+        return KVCache(values, scales, *kv_scales) if self.kv == "fp8" else KVCache(values, scales)
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        layer: Layer[CudaLinear],
+        spec: ModelSpec,
+        rope: torch.Tensor,
+        cache: KVCache,
+        step: CudaStep,
+    ) -> Activation:
+        where = step.attention
+        qkv = rotate_write(
+            qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps, self.dtype
+        )
+        plan = attention.decode_plan(
+            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors
+        )
+        reader = layer.out
+        form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
+        out = attention.attend(
+            qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
+            plan, form, reader.input_scale,
+        )  # fmt: skip
+        # A scale for each token spans heads that different programs compute: a pass of its own.
+        return Activation(out) if form == reader.form else quantise(out, reader.form)
+
+    def float_logits(self, logits: torch.Tensor, head: CudaLinear) -> torch.Tensor:
+        """The column scales of an e4m3 head are left to whoever reads the logits."""
+        logits = logits.float()
+        return logits if head.column_scales is None else logits * head.column_scales
+
+    def sequence_steps(
+        self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
+    ) -> SequenceSteps[CudaStep]:
+        return CudaSequence.of(blocks, self.dtype, spec.num_groups)
+
+    # Tuning ----------------------------------------------------------------------------------------
+
+    def tune(self, layers: list[Layer[CudaLinear]]) -> None:
+        """Chooses for each FP8 linear between the library and our product for few rows, by timing both.
+
+        Each candidate runs through all layers in a graph, so that weights come from memory and not from a cache.
+        """
+        chosen = []
+        for kind in ("qkv", "out", "gate_up", "down"):
+            linears = [getattr(layer, kind) for layer in layers]
+            if not all(isinstance(linear, Fp8Linear) and linear.bias is None for linear in linears):
+                continue
+            outputs, inputs = linears[0].weight.shape
+            x = Activation(torch.ones(8, inputs, device=self.device).to(torch.float8_e4m3fn))
+            times: dict[SkinnyPlan | None, float] = {None: _time_all(linears, x, None)}
+            for plan in skinny_plans(outputs, inputs, self.multiprocessors):
+                times[plan] = _time_all(linears, x, plan)
+            ours = [plan for plan in times if plan is not None]
+            best = min(ours, key=lambda plan: times[plan], default=None)
+            # Our partial sums cost their reader a little, but ours starts while the kernel before it ends: where that
+            # is possible a close race goes to it, otherwise to the library.
+            if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
+                best = None
+            for linear in linears:
+                linear.plan = best
+            each = len(linears)
+            chosen.append(f"{kind} {times[None] / each:.1f} -> {times[best] / each:.1f} us")
+            self.tuned[kind] = {str(plan): round(time / each, 2) for plan, time in times.items()}
+        if chosen:
+            self._tuning = f"; few rows: {', '.join(chosen)}"
+
+
+def _time_all(linears: list[Fp8Linear], x: Activation, plan: SkinnyPlan | None) -> float:
+    """Microseconds to run ``x`` through all of them; infinite if the plan does not fit this device."""
+    for linear in linears:
+        linear.plan = plan
+    try:
+        linears[0](x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for linear in linears:
+                linear(x)
+        times: list[float] = []
+        for _ in range(5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return sorted(times)[2]
+    except OutOfResources:
+        return float("inf")

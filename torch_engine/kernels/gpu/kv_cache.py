@@ -1,0 +1,156 @@
+"""The KV cache, and what is written to it: rotated keys, and values.
+
+Shapes: T rows (tokens of a step), H query heads, V key/value heads, D head size. The cache of a layer is
+[blocks, 2, V, block_size, D], so that one head's keys of a block are one contiguous piece. A sequence is named by its
+slot, a row of the block tables [slots, width]; lengths, slots and tables are read from device memory, so that every
+launch may live in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from flightline.torch_engine.kernels.gpu.activation import parts_of, sum_parts, to_fp8
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+
+HEADS_A_PROGRAM = 8
+
+
+@dataclass
+class KVCache:
+    """One layer's keys and values: bf16/fp16/fp32, e4m3, or int8 with a scale per token and head."""
+
+    values: torch.Tensor
+    """[blocks, 2, V, block_size, D]."""
+    scales: torch.Tensor | None
+    """[blocks, 2, V, block_size] float32; only of int8."""
+    k_scale: float = 1.0
+    """Of e4m3: a key is its code times this, as the checkpoint's calibration found it."""
+    v_scale: float = 1.0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.values, self.scales) if t is not None)
+
+
+@dataclass
+class AttentionInput:
+    """Where the rows of a step belong; all int32 on the device."""
+
+    slots: torch.Tensor
+    """[T]: the sequence of each row."""
+    positions: torch.Tensor
+    """[T]: its position in the sequence."""
+    tables: torch.Tensor
+    """[slots, width]: blocks of each sequence."""
+    num_decodes: int
+    """The first rows, one of each sequence."""
+    tiles: torch.Tensor | None
+    """[tiles, 4]: first row, rows, first position, slot, of pieces of the prompt chunks that follow."""
+    longest: int = 0
+    """Tokens, with those before the chunk, of the longest prompt."""
+
+
+@triton.jit(do_not_specialize=["step"])
+def _rotate_write_kernel(
+    qkv, step, out, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, k_scale, v_scale, eps,
+    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, KV_INT8: tl.constexpr,
+    KV_FP8: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    d = tl.arange(0, HALF)
+    inside = d < D // 2
+    mask = (head < H + 2 * V)[:, None] & inside[None, :]
+    at = row * (H + 2 * V) * D + head[:, None] * D + d[None, :]
+    first = sum_parts(qkv + at, step, mask, PARTS)
+    second = sum_parts(qkv + at + D // 2, step, mask, PARTS)
+    rotates = (head < H + V)[:, None]
+    if NORM:
+        size = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D
+        factor = tl.rsqrt(size + eps)[:, None]
+        is_q = (head < H)[:, None]
+        q_first = tl.load(q_norm + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        k_first = tl.load(k_norm + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        q_second = tl.load(q_norm + D // 2 + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        k_second = tl.load(k_norm + D // 2 + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        first = tl.where(rotates, first * factor * tl.where(is_q, q_first, k_first), first)
+        second = tl.where(rotates, second * factor * tl.where(is_q, q_second, k_second), second)
+    position = tl.load(positions + row)
+    angle = rope + position.to(tl.int64) * D + d
+    cos = tl.load(angle, mask=inside, other=0.0)[None, :]
+    sin = tl.load(angle + D // 2, mask=inside, other=0.0)[None, :]
+    turned_first = tl.where(rotates, first * cos - second * sin, first)
+    turned_second = tl.where(rotates, second * cos + first * sin, second)
+    is_q = mask & (head < H)[:, None]
+    tl.store(out + at, turned_first.to(out.dtype.element_ty), mask=is_q)
+    tl.store(out + at + D // 2, turned_second.to(out.dtype.element_ty), mask=is_q)
+
+    slot = tl.load(slots + row).to(tl.int64)
+    block = tl.load(tables + slot * width + position // BLOCK_SIZE).to(tl.int64)
+    # Key heads come before value heads in qkv and in the cache: one index counts both.
+    place = (block * 2 * V + head - H) * BLOCK_SIZE + position % BLOCK_SIZE
+    is_kv = mask & (head >= H)[:, None]
+    if KV_INT8:
+        amax = tl.maximum(tl.max(tl.abs(turned_first), 1), tl.max(tl.abs(turned_second), 1))
+        scale = tl.maximum(amax, 1e-12) / 127.0
+        tl.store(scales + place, scale, mask=(head >= H) & (head < H + 2 * V))
+        turned_first = tl.floor(turned_first / scale[:, None] + 0.5)
+        turned_second = tl.floor(turned_second / scale[:, None] + 0.5)
+    if KV_FP8:
+        unit = tl.where(rotates, k_scale, v_scale)
+        turned_first = to_fp8(turned_first / unit)
+        turned_second = to_fp8(turned_second / unit)
+    target = values + place[:, None] * D + d[None, :]
+    tl.store(target, turned_first.to(values.dtype.element_ty), mask=is_kv)
+    tl.store(target + D // 2, turned_second.to(values.dtype.element_ty), mask=is_kv)
+
+
+def rotate_write(
+    qkv: torch.Tensor,
+    cache: KVCache,
+    step: AttentionInput,
+    rope: torch.Tensor,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Norms (if given) and rotates queries and keys of ``qkv`` [T, (H + 2 V) D]; writes the cache.
+
+    Returns a tensor of that shape whose queries are rotated: ``qkv`` itself, or one in ``dtype`` if those were partial
+    sums. ``rope`` [P, 2, D / 2] float32: cosines, sines.
+    """
+    _, _, kv_heads, block_size, size = cache.values.shape
+    parts, apart = parts_of(qkv)
+    out = qkv if qkv.dim() == 2 else torch.empty(qkv.shape[1:], dtype=dtype, device=qkv.device)
+    grid = (out.shape[0], triton.cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
+    kind = cache.values.dtype
+    _rotate_write_kernel[grid](
+        qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
+        step.slots, step.positions, step.tables, step.tables.shape[1],
+        cache.values, cache.values if cache.scales is None else cache.scales, cache.k_scale, cache.v_scale, eps,
+        num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
+        block_size, parts, q_norm is not None, kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scatter_kernel(target, updates, count, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < count
+    tl.store(target + tl.load(updates + n, mask=mask), tl.load(updates + count + n, mask=mask), mask=mask)
+
+
+def scatter(target: torch.Tensor, updates: torch.Tensor) -> None:
+    """``target.view(-1)[updates[0]] = updates[1]``; ``updates`` [2, count] int32."""
+    count = updates.shape[1]
+    _scatter_kernel[(triton.cdiv(count, 256),)](target, updates, count, 256)

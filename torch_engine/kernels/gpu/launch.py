@@ -1,0 +1,31 @@
+"""How every Triton-language kernel starts: the switches of this process, and the overlap with its neighbours.
+
+A kernel runs on a CPU too, under ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OVERLAPS = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+"""Whether a kernel may start while the one before it ends (programmatic dependent launch, CUDA's guide §"PDL")."""
+LAUNCH = {"launch_pdl": True} if OVERLAPS else {}
+
+_OVERLAPS = tl.constexpr(OVERLAPS)
+
+
+@triton.jit
+def begin_kernel():
+    """Waits until the kernels before this one have ended, then lets the next one of the stream start its own wait.
+
+    Every kernel calls it, or its two halves, before it reads or writes anything that another one writes.
+    """
+    if _OVERLAPS:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()

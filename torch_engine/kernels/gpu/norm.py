@@ -1,0 +1,113 @@
+"""What lies between the linears of a layer: residual sum and norm, and the gate of the MLP.
+
+A linear may leave its result as partial sums [S, T, N] in float32 (``linear.skinny_linear``): these kernels add
+them up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from flightline.torch_engine.kernels.gpu.activation import (
+    Activation,
+    Form,
+    emit,
+    new_output,
+    parts_of,
+    sum_parts,
+    warps_of,
+)
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+
+
+@triton.jit(do_not_specialize=["step"])
+def _add_norm_kernel(
+    x, delta, step, post, weight, out, scales, in_scale, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    h = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        d = sum_parts(delta + row * N + columns, step, mask, PARTS)
+        if HAS_POST:
+            d = d * tl.rsqrt(tl.sum(d * d, 0) / N + eps)
+            d *= tl.load(post + columns, mask=mask, other=0.0).to(tl.float32)
+        rounded = (h + d).to(x.dtype.element_ty)
+        tl.store(x + row * N + columns, rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    h = h * tl.rsqrt(tl.sum(h * h, 0) / N + eps)
+    h *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    emit(h, out, scales, in_scale, row, columns, mask, N, FORM)
+
+
+def add_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    post: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    form: Form = Form.PLAIN,
+    in_scale: torch.Tensor | None = None,
+) -> Activation:
+    """``x += norm(delta, post)`` in place (``delta`` itself without ``post``), then the norm of ``x`` [T, N].
+
+    ``delta`` is [T, N] or partial sums.
+    """
+    rows, size = x.shape
+    out, scales = new_output(rows, size, form, x)
+    block = triton.next_power_of_2(size)
+    parts, step = (0, 0) if delta is None else parts_of(delta)
+    _add_norm_kernel[(rows,)](
+        x, x if delta is None else delta, step, weight if post is None else post, weight,
+        out, scales, out if in_scale is None else in_scale, eps,
+        size, block, parts, post is not None, int(form), num_warps=warps_of(block, parts), **LAUNCH,
+    )  # fmt: skip
+    return Activation(out, scales)
+
+
+@triton.jit(do_not_specialize=["step"])
+def _gate_kernel(
+    gate_up, step, out, scales, in_scale,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < N
+    gate = sum_parts(gate_up + row * 2 * N + columns, step, mask, PARTS)
+    up = sum_parts(gate_up + row * 2 * N + N + columns, step, mask, PARTS)
+    if SILU:
+        gate = gate * tl.sigmoid(gate)
+    else:  # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
+        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    emit(gate * up, out, scales, in_scale, row, columns, mask, N, FORM)
+
+
+def gate(
+    gate_up: torch.Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    form: Form = Form.PLAIN,
+    in_scale: torch.Tensor | None = None,
+) -> Activation:
+    """``[T, 2 N] -> [T, N]``: activation (``silu`` or ``gelu_tanh``) of the first half times the second.
+
+    ``gate_up`` may be partial sums; ``dtype`` is that of the plain form.
+    """
+    rows, size = gate_up.shape[-2], gate_up.shape[-1] // 2
+    out, scales = new_output(rows, size, form, gate_up, dtype)
+    parts, step = parts_of(gate_up)
+    block = triton.next_power_of_2(size)
+    if scales is None:
+        block = min(block, 1024)
+    grid = (rows, triton.cdiv(size, block))
+    _gate_kernel[grid](
+        gate_up, step, out, scales, out if in_scale is None else in_scale,
+        size, block, parts, activation == "silu", int(form), num_warps=warps_of(block), **LAUNCH,
+    )  # fmt: skip
+    return Activation(out, scales)

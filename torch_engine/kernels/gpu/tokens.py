@@ -1,0 +1,105 @@
+"""Token ids on the device: the embeddings of those that go in, and the likeliest ones that come out."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+
+
+@triton.jit
+def _embed_kernel(ids, slots, last, table, out, factor, N: tl.constexpr, BLOCK: tl.constexpr):
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(ids + row)
+    if token < 0:
+        token = tl.load(last + tl.load(slots + row))
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < N
+    values = tl.load(table + token.to(tl.int64) * N + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * N + columns, (values * factor).to(out.dtype.element_ty), mask=mask)
+
+
+def embed(
+    ids: torch.Tensor, slots: torch.Tensor, last: torch.Tensor, table: torch.Tensor, factor: float
+) -> torch.Tensor:
+    """Embeddings [T, N] of ``ids`` [T]; a negative id means the token last sampled for the row's slot."""
+    size = table.shape[1]
+    out = torch.empty(ids.shape[0], size, dtype=table.dtype, device=table.device)
+    block = min(triton.next_power_of_2(size), 1024)
+    grid = (ids.shape[0], triton.cdiv(size, block))
+    _embed_kernel[grid](ids, slots, last, table, out, factor, size, block, **LAUNCH)
+    return out
+
+
+@triton.jit
+def _argmax_part_kernel(
+    logits, column_scales, holds, ends, tops, places, N: tl.constexpr, PARTS: tl.constexpr,
+    EACH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    goes_on = False
+    if ENDS > 0:
+        goes_on = tl.load(holds + row) != 0
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(part * EACH, part * EACH + EACH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < N
+        values = tl.load(logits + row * N + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        if SCALED:
+            values *= tl.load(column_scales + columns, mask=mask, other=1.0)
+        if goes_on:
+            for number in tl.static_range(ENDS):
+                values = tl.where(columns == tl.load(ends + number), float("-inf"), values)
+        place = tl.where(values > best, columns, place)
+        best = tl.maximum(best, values)
+    top = tl.max(best, 0)
+    tl.store(tops + row * PARTS + part, top)
+    tl.store(places + row * PARTS + part, tl.min(tl.where(best == top, place, 2147483647), 0))
+
+
+@triton.jit
+def _argmax_merge_kernel(tops, places, slots, last, tokens, PARTS: tl.constexpr):
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    values = tl.load(tops + row * PARTS + part)
+    place = tl.load(places + row * PARTS + part)
+    top = tl.max(values, 0)
+    token = tl.min(tl.where(values == top, place, 2147483647), 0)
+    none = top == float("-inf")  # NaN is never the highest either
+    tl.store(tokens + row, tl.where(none, -1, token))
+    tl.store(last + tl.load(slots + row), tl.where(none, 0, token))
+
+
+def argmax(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    last: torch.Tensor,
+    tokens: torch.Tensor,
+    column_scales: torch.Tensor | None = None,
+    holds: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+) -> None:
+    """Most likely token of each row of ``logits`` [R, N], the first of equals; none of ``ends`` where ``holds`` is set.
+
+    ``holds`` is [R] int32, ``ends`` [E] int32; without one of them every token may be chosen. Writes the token to
+    ``tokens`` [R] int32, -1 where no logit is finite, and to ``last[slots[row]]``, where :func:`embed` finds it.
+    """
+    rows, size = logits.shape
+    block = 1024
+    parts = max(4, min(64, triton.next_power_of_2(triton.cdiv(size, block))))
+    each = triton.cdiv(triton.cdiv(size, parts), block) * block
+    tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    scales = tops if column_scales is None else column_scales
+    _argmax_part_kernel[(rows, parts)](
+        logits, scales, places if holds is None else holds, places if ends is None else ends, tops, places,
+        size, parts, each, block, column_scales is not None,
+        0 if holds is None or ends is None else len(ends), **LAUNCH,
+    )  # fmt: skip
+    _argmax_merge_kernel[(rows,)](tops, places, slots, last, tokens, parts, num_warps=1, **LAUNCH)

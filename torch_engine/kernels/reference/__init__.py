@@ -1,0 +1,1 @@
+"""The kernel interface in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""A checkpoint as a model: which families run, their tensors, and the decoder's forward pass."""

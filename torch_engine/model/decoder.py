@@ -1,0 +1,102 @@
+"""The decoder: one forward pass for all supported families, over the kernel interface."""
+
+from __future__ import annotations
+
+from typing import Generic
+
+import torch
+
+from flightline.torch_engine.model.kernel_interface import CacheT, Kernels, Layer, LinearT, StepT
+from flightline.torch_engine.model.rope import rope_table
+from flightline.torch_engine.model.weights import Checkpoint
+
+
+class Model(Generic[LinearT, CacheT, StepT]):
+    """Weights of a checkpoint, prepared for one implementation of the kernels."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, kernels: Kernels[LinearT, CacheT, StepT], max_seq_len: int
+    ) -> None:
+        spec = checkpoint.spec
+        self.spec = spec
+        self.kernels = kernels
+        dtype, device = kernels.dtype, kernels.device
+        self.embedding = checkpoint.weight("model.embed_tokens", dtype).to(device)
+        # Rounded to the compute dtype, as the checkpoints' own code does; read on the host.
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype)
+        self.layers = [self._load_layer(checkpoint, index) for index in range(spec.num_layers)]
+        self.norm = self._norm(checkpoint, "model.norm")
+        tied = spec.tie_embeddings and "lm_head.weight" not in checkpoint
+        if tied:
+            self.lm_head = kernels.linear(self.embedding, checkpoint.bias("lm_head", dtype))
+        else:
+            self.lm_head = kernels.load_linear(checkpoint, ["lm_head"])
+        self.ropes = {
+            rope: rope_table(rope, spec.head_dim, max_seq_len, spec.max_position_embeddings).to(device)
+            for rope in {layer.rope for layer in spec.layers}
+        }
+
+    def _norm(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        return self.kernels.norm_weight(checkpoint.raw(f"{name}.weight"), self.spec.norm_plus_one)
+
+    def _load_layer(self, checkpoint: Checkpoint, index: int) -> Layer[LinearT]:
+        spec = self.spec
+        name = f"model.layers.{index}"
+
+        def linear(*modules: str) -> LinearT:
+            return self.kernels.load_linear(checkpoint, [f"{name}.{module}" for module in modules])
+
+        def norm(module: str) -> torch.Tensor:
+            return self._norm(checkpoint, f"{name}.{module}")
+
+        layer = Layer(
+            spec=spec.layers[index],
+            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            out=linear("self_attn.o_proj"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            down=linear("mlp.down_proj"),
+            input_norm=norm("input_layernorm"),
+            kv_scales=checkpoint.kv_scales(f"{name}.self_attn"),
+            mlp_norm=norm("pre_feedforward_layernorm" if spec.sandwich_norm else "post_attention_layernorm"),
+        )
+        if spec.sandwich_norm:
+            layer.attention_out_norm = norm("post_attention_layernorm")
+            layer.mlp_out_norm = norm("post_feedforward_layernorm")
+        if spec.qk_norm:
+            layer.q_norm, layer.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
+        return layer
+
+    def new_caches(self, num_blocks: int, block_size: int) -> list[CacheT]:
+        """A KV cache for each layer.
+
+        Raises MemoryError if they do not fit the device.
+        """
+        spec = self.spec
+        try:
+            return [
+                self.kernels.new_cache(
+                    num_blocks, block_size, spec.num_kv_heads, spec.head_dim, layer.kv_scales
+                )
+                for layer in self.layers
+            ]
+        except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
+            if "memory" not in str(error) and "overflow" not in str(error):
+                raise
+            raise MemoryError(
+                f"num_kv_blocks={num_blocks} blocks of {block_size} tokens for {len(self.layers)} layers do not fit "
+                f"the memory of {self.kernels.device}: lower num_kv_blocks, or build with a smaller MAX_SEQ_LEN"
+            ) from None
+
+    def forward(self, step: StepT, caches: list[CacheT]) -> torch.Tensor:
+        """Runs one step; fills the caches and returns logits [sampled, vocab] in float32."""
+        return self.finished(self.raw_logits(step, caches))
+
+    def raw_logits(self, step: StepT, caches: list[CacheT]) -> torch.Tensor:
+        """Logits as the output head gives them: their order is right, their values are before the soft cap."""
+        x = self.kernels.embed(step, self.embedding, self.embedding_scale)
+        return self.kernels.decode(self, x, caches, step)
+
+    def finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """Raw logits in float32, soft-capped where the model asks for it."""
+        logits, cap = self.kernels.float_logits(logits, self.lm_head), self.spec.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,154 @@
+"""Reads a checkpoint folder's safetensors, dequantising FP8 where the device computes in another dtype."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flightline.torch_engine.model.families import ModelSpec, UnsupportedModel
+from flightline.torch_engine.model.layout import Stored, check_tensors
+
+
+class Checkpoint:
+    """Tensors by their Hugging Face names, read when asked for.
+
+    Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
+    """
+
+    def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
+        self.folder = Path(model_dir)
+        self.spec = spec
+        self._open: dict[str, Any] = {}
+        self._files = self._locate()
+        check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
+
+    def _locate(self) -> dict[str, str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {str(name): str(file) for name, file in files.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UnsupportedModel(
+                    f"{index} is damaged ({error!r}): fetch the checkpoint again"
+                ) from None
+        single = self.folder / "model.safetensors"
+        if not single.exists():
+            raise UnsupportedModel(
+                f"{self.folder} has no model.safetensors (nor its index): convert it to safetensors"
+            )
+        return dict.fromkeys(self._file(single.name).keys(), single.name)
+
+    def _file(self, name: str) -> Any:
+        """The open file, with every failure in one line."""
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(name, error) from None
+        return self._open[name]
+
+    def _damaged(self, name: str, error: Exception) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.folder / name} is missing or damaged ({error}): fetch the checkpoint again"
+        )
+
+    def _stored(self, name: str) -> Stored:
+        file = self._files[name]
+        try:
+            entry = self._file(file).get_slice(name)
+            return Stored(entry.get_dtype(), tuple(entry.get_shape()))
+        except SafetensorError as error:
+            raise self._damaged(file, error) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def raw(self, name: str) -> torch.Tensor:
+        """Raises UnsupportedModel if the checkpoint lacks the tensor."""
+        if name not in self._files:
+            raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
+        tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
+        return tensor
+
+    def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
+        """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
+
+        Loaders that ignore the scales run garbage without an error (Transformers does), so an FP8 tensor
+        without a scale is refused.
+        """
+        weight = self.raw(f"{module}.weight")
+        if weight.dtype != torch.float8_e4m3fn:
+            return weight.to(dtype)
+        if f"{module}.weight_scale" not in self._files:
+            raise UnsupportedModel(
+                f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
+            )
+        return (weight.float() * self.raw(f"{module}.weight_scale").float()).to(dtype)
+
+    def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
+        name = f"{module}.bias"
+        return self.raw(name).to(dtype) if name in self._files else None
+
+    def kv_scales(self, attention: str) -> tuple[float, float]:
+        """What keys and values of the module ``attention`` are divided by in an e4m3 cache; 1 where nobody calibrated.
+
+        Names of ModelOpt (``k_proj.k_scale``) and of compressed-tensors (``k_scale``).
+        """
+        scales = []
+        for module, name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
+            stored = next(
+                (n for n in (f"{attention}.{module}.{name}", f"{attention}.{name}") if n in self), None
+            )
+            scale = float(self.raw(stored).float()) if stored else 1.0
+            if not 0 < scale < math.inf:
+                raise UnsupportedModel(
+                    f"{self.folder}: {stored} is {scale}: it must be positive, fetch the checkpoint again"
+                )
+            scales.append(scale)
+        return scales[0], scales[1]
+
+    def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights of several linears stacked along the output, and their biases if they have any."""
+        weight = torch.cat([self.weight(module, dtype) for module in modules])
+        biases = [self.bias(module, dtype) for module in modules]
+        present = [bias for bias in biases if bias is not None]
+        if not present:
+            return weight, None
+        if len(present) != len(biases):
+            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
+        return weight, torch.cat(present)
+
+    def fused_fp8(
+        self, modules: list[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Stacked e4m3 codes, their one weight scale, the input scale and the bias, on ``device``.
+
+        None if the modules are not FP8 with a static input scale. Where their scales differ, the codes are
+        requantised to the largest (our own checkpoints have equal ones: nothing changes).
+        """
+        scaled = [f"{module}.{kind}" for module in modules for kind in ("weight_scale", "input_scale")]
+        if any(name not in self for name in scaled):
+            return None
+        codes = [self.raw(f"{module}.weight").to(device) for module in modules]
+        if any(part.dtype != torch.float8_e4m3fn for part in codes):
+            return None
+        scales = [self.raw(f"{module}.weight_scale").float().to(device) for module in modules]
+        largest = torch.stack(scales).amax()
+        codes = [
+            part
+            if torch.equal(scale, largest)
+            else (part.float() * (scale / largest)).clamp_(-448, 448).to(torch.float8_e4m3fn)
+            for part, scale in zip(codes, scales, strict=True)
+        ]
+        inputs = torch.stack([self.raw(f"{module}.input_scale").float().to(device) for module in modules])
+        biases = [self.raw(f"{module}.bias") for module in modules if f"{module}.bias" in self]
+        if biases and len(biases) != len(modules):
+            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
+        bias = torch.cat(biases).to(device) if biases else None
+        return torch.cat(codes), largest, inputs.amax(), bias

@@ -197,14 +197,13 @@ def answers(url: str) -> Callable[[], str]:
         need(_answers(f"{url}/v2/health/ready"), f"no server answers at {url}: make up (or make serve) first")
         prompt = "The capital of France is"
         body = {"text_input": prompt, "max_tokens": 16, "exclude_input_in_output": True}
-        texts = {
-            model: _generate(url, model, body) for model in ("ensemble", "text_generation", "hf_baseline")
-        }
-        assert texts["ensemble"].strip(), "the ensemble's answer is empty"
-        assert not texts["ensemble"].startswith(prompt), "the prompt is in the answer"
-        assert texts["ensemble"] == texts["text_generation"], f"the two doors differ: {texts}"
-        same = _shared_prefix(texts["ensemble"], texts["hf_baseline"])
-        return f"{texts['ensemble']!r}; {same:.0%} of it as in Transformers"
+        text = _same_text(
+            lambda: _generate(url, "ensemble", body), lambda: _generate(url, "text_generation", body)
+        )
+        assert text.strip(), "the ensemble's answer is empty"
+        assert not text.startswith(prompt), "the prompt is in the answer"
+        same = _shared_prefix(text, _generate(url, "hf_baseline", body))
+        return f"{text!r}; {same:.0%} of it as in Transformers"
 
     return check
 
@@ -213,9 +212,14 @@ def streaming(url: str) -> Callable[[], str]:
     def check() -> str:
         need(_answers(f"{url}/v2/health/ready"), f"no server answers at {url}")
         body = {"text_input": "Write three emoji and the word 日本:", "max_tokens": 48, "stream": True}
-        pieces = _stream(url, "text_generation", body)
-        whole = _generate(url, "text_generation", {**body, "stream": False})
-        assert len(pieces) > 1 and "".join(pieces) == whole, "streamed text is not the whole text"
+        pieces: list[str] = []
+
+        def streamed() -> str:
+            pieces[:] = _stream(url, "text_generation", body)
+            return "".join(pieces)
+
+        _same_text(streamed, lambda: _generate(url, "text_generation", {**body, "stream": False}))
+        assert len(pieces) > 1, "the whole text came in one piece"
         return f"{len(pieces)} pieces add up"
 
     return check
@@ -252,6 +256,18 @@ def _stream(url: str, model: str, body: dict[str, Any]) -> list[str]:
     with urllib.request.urlopen(request, timeout=300) as response:
         lines = [line.decode() for line in response if line.strip()]
     return [json.loads(line.removeprefix("data: "))["text_output"] for line in lines]
+
+
+def _same_text(one: Callable[[], str], other: Callable[[], str], tries: int = 3) -> str:
+    """The text that both give, in one of ``tries``: beside other requests (the supervisor's probe is one) the sums
+    of a step are added up in another order, which decides between two tokens that are equally likely.
+    """
+    texts = []
+    for _ in range(tries):
+        texts.append((one(), other()))
+        if texts[-1][0] == texts[-1][1]:
+            return texts[-1][0]
+    raise AssertionError(f"the same request gave two texts, {tries} times: {texts[-1]}")
 
 
 def _shared_prefix(ours: str, theirs: str) -> float:

@@ -483,7 +483,7 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 
 
 def verify(**variables: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and check to outcome."""
+    """Exit code, and check to outcome; what it printed is shown if the test fails."""
     done = subprocess.run(
         [str(DOCKER / "verify.sh"), sys.executable],
         capture_output=True,
@@ -491,6 +491,7 @@ def verify(**variables: str) -> tuple[int, dict[str, str]]:
         timeout=120,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **variables},
     )
+    print(done.stdout, done.stderr)
     lines = [line for line in done.stdout.splitlines() if line[:4] in ("PASS", "FAIL", "SKIP")]
     return done.returncode, {line[6:30].strip(): line[:4] for line in lines}
 

@@ -30,6 +30,9 @@ _FAMILIES: dict[str, str] = {
     "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen2_moe": "Qwen2Moe",
+    "mixtral": "Mixtral",
 }
 FAMILIES = tuple(_FAMILIES)
 
@@ -48,6 +51,24 @@ _FAMILY_SHAPE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 32},
     "gemma3": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+    # Dense layers beside routed ones, and sizes that are all different.
+    "qwen3_moe": {
+        "num_hidden_layers": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "qwen2_moe": {
+        "num_hidden_layers": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 80,
+        "decoder_sparse_step": 2,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 32},
 }
 
 
@@ -154,7 +175,7 @@ def tiny_checkpoint(
                     # Gemma multiplies by sqrt(hidden size); wider ones would make it echo its input.
                     weight.copy_(torch.randn_like(weight) * 0.03)
                 else:
-                    weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[1] ** 0.5)
+                    weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(words, path)
     return path

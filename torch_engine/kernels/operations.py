@@ -8,7 +8,13 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from flightline.torch_engine.model.families import ModelSpec
-from flightline.torch_engine.model.kernel_interface import CacheT, Decoder, Layer, LinearT
+from flightline.torch_engine.model.kernel_interface import (
+    CacheT,
+    Decoder,
+    GatedMlp,
+    Layer,
+    LinearT,
+)
 
 
 class Rows(Protocol):
@@ -76,9 +82,14 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
             h, x = self.add_norm(x, delta, post, layer.input_norm, eps, layer.qkv)
             h = self.attention(layer.qkv(h), layer, model.spec, model.ropes[layer.spec.rope], cache, step)
             delta = layer.out(h)
-            h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, layer.gate_up)
-            h = self.gate(layer.gate_up(h), model.spec.activation, layer.down)
-            delta, post = layer.down(h), layer.mlp_out_norm
+            mlp = layer.mlp
+            reader = mlp.gate_up if isinstance(mlp, GatedMlp) else mlp.router
+            h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, reader)
+            if isinstance(mlp, GatedMlp):
+                delta = mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down))
+            else:
+                delta = mlp(h, step)
+            post = layer.mlp_out_norm
         if step.logit_rows is not None:
             x = x.index_select(0, step.logit_rows)
             delta = None if delta is None else delta.index_select(-2, step.logit_rows)

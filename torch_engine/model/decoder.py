@@ -6,7 +6,15 @@ from typing import Generic
 
 import torch
 
-from flightline.torch_engine.model.kernel_interface import CacheT, Kernels, Layer, LinearT, StepT
+from flightline.torch_engine.model.kernel_interface import (
+    CacheT,
+    GatedMlp,
+    Kernels,
+    Layer,
+    LinearT,
+    RoutedMlp,
+    StepT,
+)
 from flightline.torch_engine.model.rope import rope_table
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -49,12 +57,17 @@ class Model(Generic[LinearT, CacheT, StepT]):
         def norm(module: str) -> torch.Tensor:
             return self._norm(checkpoint, f"{name}.{module}")
 
+        def mlp() -> GatedMlp[LinearT] | RoutedMlp[LinearT]:
+            mixture = spec.layers[index].mixture
+            if mixture is not None:
+                return self.kernels.load_mixture(checkpoint, mixture, name, spec.activation)
+            return GatedMlp(linear("mlp.gate_proj", "mlp.up_proj"), linear("mlp.down_proj"))
+
         layer = Layer(
             spec=spec.layers[index],
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             out=linear("self_attn.o_proj"),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-            down=linear("mlp.down_proj"),
+            mlp=mlp(),
             input_norm=norm("input_layernorm"),
             kv_scales=checkpoint.kv_scales(f"{name}.self_attn"),
             mlp_norm=norm("pre_feedforward_layernorm" if spec.sandwich_norm else "post_attention_layernorm"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flightline.torch_engine.model import mixture
 from flightline.torch_engine.model.fields import (
     ROPE_NEEDED,
     ROPE_SETTINGS,
@@ -15,6 +16,7 @@ from flightline.torch_engine.model.fields import (
     UnsupportedModel,
     check_keys,
 )
+from flightline.torch_engine.model.mixture import MixtureSpec
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "LayerSpec", "ModelSpec", "Rope", "UnsupportedModel", "load_spec"]
 
@@ -26,6 +28,7 @@ SUPPORTED_ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    *mixture.ARCHITECTURES,
 )
 
 
@@ -45,6 +48,8 @@ class LayerSpec:
     rope: Rope
     window: int | None
     """Sliding attention window in tokens; None = full attention."""
+    mixture: MixtureSpec | None = None
+    """How its MLP is routed; None: it is dense."""
 
 
 @dataclass(frozen=True)
@@ -137,17 +142,26 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         activation=_activation(fields, architecture),
         attention_scale=1.0 / math.sqrt(scalar),
         end_ids=_end_ids(folder, fields),
-        qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"),
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"),
         norm_plus_one=gemma,
         sandwich_norm=sandwich,
         embedding_scale=hidden**0.5 if gemma else 1.0,
         attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping", 50.0),
         logit_softcap=_softcap(fields, architecture, "final_logit_softcapping", 30.0),
         fp8=fp8,
-        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
-        out_bias=attention_bias and architecture != "Qwen2ForCausalLM",
+        qkv_bias=_qkv_bias(fields, architecture, attention_bias),
+        out_bias=attention_bias and architecture not in QWEN2,
         mlp_bias=fields.flag("mlp_bias", False),
     )
+
+
+QWEN2 = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
+
+
+def _qkv_bias(fields: Fields, architecture: str, attention_bias: bool) -> bool:
+    if architecture == "Qwen2MoeForCausalLM":
+        return fields.flag("qkv_bias", True)
+    return attention_bias or architecture == "Qwen2ForCausalLM"
 
 
 def _activation(fields: Fields, architecture: str) -> str:
@@ -196,7 +210,11 @@ def _layers(fields: Fields, architecture: str) -> tuple[LayerSpec, ...]:
             "sliding_window", "layer_types has sliding_attention, so it must be a whole number"
         )
     ropes = {kind: _rope(fields, kind) for kind in set(kinds)}
-    return tuple(LayerSpec(ropes[kind], window if kind == "sliding_attention" else None) for kind in kinds)
+    mixtures = mixture.load_mixtures(fields, architecture, count)
+    return tuple(
+        LayerSpec(ropes[kind], window if kind == "sliding_attention" else None, routed)
+        for kind, routed in zip(kinds, mixtures, strict=True)
+    )
 
 
 WINDOWED = ("MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
@@ -221,7 +239,13 @@ def _layer_kinds(fields: Fields, architecture: str, count: int, window: int | No
     if architecture == "Gemma3ForCausalLM":
         pattern = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
         return ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(count)]
-    if architecture.startswith("Qwen"):
+    if architecture == "Qwen2MoeForCausalLM":
+        windows = fields.whole("max_window_layers", 28, least=0)
+        return [
+            "sliding_attention" if index % 2 == 0 and index < windows else "full_attention"
+            for index in range(count)
+        ]
+    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         first = fields.whole("max_window_layers", 28, least=0)
         return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
     return ["sliding_attention"] * count

@@ -14,6 +14,7 @@ import torch
 from flightline.torch_engine.core.sampling import Sampler
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder
 from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 
@@ -30,14 +31,31 @@ StepT = TypeVar("StepT")
 
 
 @dataclass
+class GatedMlp(Generic[LinearT]):
+    """A dense MLP."""
+
+    gate_up: LinearT
+    down: LinearT
+
+
+class RoutedMlp(Protocol[LinearT]):
+    """A mixture of experts, as an implementation prepared it from a ``MixtureSpec``."""
+
+    router: LinearT
+    """What the norm before it writes for; the experts take the same."""
+
+    def __call__(self, x: Any, step: Any, /) -> torch.Tensor:
+        """``[T, N] -> [T, N]``; rows of ``step`` that belong to nobody may have any result that is finite."""
+
+
+@dataclass
 class Layer(Generic[LinearT]):
     """One layer's weights, as an implementation prepared them."""
 
     spec: LayerSpec
     qkv: LinearT
     out: LinearT
-    gate_up: LinearT
-    down: LinearT
+    mlp: GatedMlp[LinearT] | RoutedMlp[LinearT]
     input_norm: torch.Tensor
     mlp_norm: torch.Tensor
     attention_out_norm: torch.Tensor | None = None
@@ -76,6 +94,11 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
 
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> LinearT:
         """The linear of one or several modules of a checkpoint, stacked along the output."""
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> RoutedMlp[LinearT]:
+        """The routed MLP of ``layer``, which is a module's name like ``model.layers.0``."""
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight; Gemma's is applied as ``1 + weight``."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.mixture import mixture_linears, mixture_sizes
 
 PLAIN = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
@@ -79,7 +80,9 @@ def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) ->
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
+    mixture = next((layer.mixture for layer in spec.layers if layer.mixture), None)
     return {
+        **(mixture_sizes(mixture) if mixture else {}),
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
@@ -98,6 +101,8 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
         "self_attn.k_proj": (keys, hidden, spec.qkv_bias),
         "self_attn.v_proj": (keys, hidden, spec.qkv_bias),
         "self_attn.o_proj": (hidden, queries, spec.out_bias),
+    }
+    dense = {
         "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
         "mlp.up_proj": (inner, hidden, spec.mlp_bias),
         "mlp.down_proj": (hidden, inner, spec.mlp_bias),
@@ -108,9 +113,14 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     if spec.qk_norm:
         norms |= {"self_attn.q_norm": "head_dim", "self_attn.k_norm": "head_dim"}
     wanted: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("vocab_size", hidden)}
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}"
-        for name, (outputs, inputs, biased) in linears.items():
+    for index, layer in enumerate(spec.layers):
+        prefix = f"model.layers.{index}"
+        mlp = dense
+        if layer.mixture:
+            mlp = {name: (*shape, False) for name, shape in mixture_linears(layer.mixture).items()}
+            if layer.mixture.correction:
+                wanted[f"{prefix}.{layer.mixture.names.correction}"] = ("experts",)
+        for name, (outputs, inputs, biased) in (linears | mlp).items():
             wanted[f"{prefix}.{name}.weight"] = (outputs, inputs)
             if biased:
                 wanted[f"{prefix}.{name}.bias"] = (outputs,)

@@ -27,10 +27,12 @@ from flightline.torch_engine.kernels.gpu.linear import (
     quantise,
     skinny_plans,
 )
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.families import ModelSpec
-from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.kernel_interface import GatedMlp, Layer
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
@@ -87,6 +89,71 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if stored is not None:
                 self._count("FP8 dequantised (shape is no multiple of 16)")
         return self._linear(*checkpoint.fused(modules, self.dtype), head)
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> CudaMixture:
+        if self.weights == "int8":
+            raise ConfigError(
+                "weight_precision='int8' is not for mixtures of experts on a GPU: use 'auto' or 'dequantised' "
+                "(PRECISION=bf16 of the build)"
+            )
+        names = mixture.names
+
+        def named(module: str) -> torch.Tensor:
+            return checkpoint.raw(f"{layer}.{module}").to(self.device)
+
+        experts = [[f"{layer}.{name}" for name in names.expert(number)] for number in range(mixture.experts)]
+        shared = None
+        if mixture.shared_inner:
+            up_gate, up, down = (f"{layer}.{name}" for name in names.shared_expert())
+            shared = Shared(
+                self.load_linear(checkpoint, [up_gate, up]),
+                self.load_linear(checkpoint, [down]),
+                named(f"{names.shared_gate}.weight").float().flatten() if mixture.shared_gate else None,
+            )
+        router = named(f"{names.router}.weight")
+        narrow = router.to(self.dtype)
+        return CudaMixture(
+            mixture,
+            narrow if torch.equal(narrow.float(), router.float()) else router.float(),
+            named(names.correction).float() if mixture.correction else None,
+            self._experts(checkpoint, [modules[:2] for modules in experts]),
+            self._experts(checkpoint, [modules[2:] for modules in experts]),
+            shared,
+            activation,
+            self.dtype,
+        )
+
+    def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
+        """One linear of every expert, out of its modules stacked along the output; read expert by expert."""
+        weight: torch.Tensor | None = None
+        scales, input_scales = [], []
+        for number, modules in enumerate(experts):
+            stored = checkpoint.fused_fp8(modules, self.device) if self.weights == "auto" else None
+            if stored is not None and not self.has_fp8:
+                raise ConfigError(
+                    f"weight_precision='auto' follows the checkpoint, whose FP8 needs {NEEDED}: use 'dequantised' on "
+                    "this GPU"
+                )
+            if stored is not None and all(size % 16 == 0 for size in stored[0].shape):
+                part, scale, input_scale, _ = stored
+                scales.append(scale)
+                input_scales.append(input_scale)
+            else:
+                part = checkpoint.fused(modules, self.dtype)[0].to(self.device)
+            if weight is None:
+                weight = torch.empty(len(experts), *part.shape, dtype=part.dtype, device=self.device)
+            if weight.dtype != part.dtype:
+                raise ConfigError(
+                    f"only some experts beside {modules[0]} are FP8: use weight_precision='dequantised'"
+                )
+            weight[number] = part
+        assert weight is not None
+        self._count("FP8 W8A8 of experts" if scales else f"{name_of(self.dtype)} of experts")
+        if not scales:
+            return Experts(weight)
+        return Experts(weight, torch.stack(scales), torch.stack(input_scales).amax())
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaLinear:
         """The output head, or a linear whose weights are not FP8 codes."""
@@ -188,9 +255,17 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         Each candidate runs through all layers in a graph, so that weights come from memory and not from a cache.
         """
         chosen = []
-        for kind in ("qkv", "out", "gate_up", "down"):
-            linears = [getattr(layer, kind) for layer in layers]
-            if not all(isinstance(linear, Fp8Linear) and linear.bias is None for linear in linears):
+        dense = [layer.mlp for layer in layers if isinstance(layer.mlp, GatedMlp)]
+        kinds: dict[str, list[CudaLinear]] = {
+            "qkv": [layer.qkv for layer in layers],
+            "out": [layer.out for layer in layers],
+            "gate_up": [mlp.gate_up for mlp in dense],
+            "down": [mlp.down for mlp in dense],
+        }
+        for kind, linears in kinds.items():
+            if not linears or not all(
+                isinstance(linear, Fp8Linear) and linear.bias is None for linear in linears
+            ):
                 continue
             outputs, inputs = linears[0].weight.shape
             x = Activation(torch.ones(8, inputs, device=self.device).to(torch.float8_e4m3fn))

@@ -308,17 +308,12 @@ def time_prompts(options: argparse.Namespace) -> None:
 
     lengths, chance, following = options.prompts, random.Random(1), 16
     longest = max(lengths) + following + 1
-    folders = {"these kernels": None, "the other ones": options.against}
-    engines = {}
-    for name, folder in folders.items():
-        if name == "these kernels" or folder:
-            own = {"kernel_dir": str(folder.absolute())} if folder else {}
-            room = {
-                "max_seq_len": longest,
-                "num_kv_blocks": longest // 16 + 2,
-                "enable_kv_cache_reuse": False,
-            }
-            engines[name] = load_engine(options, **room, **own)
+    folders = {"of the build": None} | ({str(options.against): options.against} if options.against else {})
+    room = {"max_seq_len": longest, "num_kv_blocks": longest // 16 + 2, "enable_kv_cache_reuse": False}
+    engines = {
+        name: load_engine(options, **room, **({"kernel_dir": str(folder.absolute())} if folder else {}))
+        for name, folder in folders.items()
+    }
     parts = {name: AttentionTime(engine) for name, engine in engines.items()}
 
     def once(name: str, length: int, tokens: int) -> tuple[float, float]:

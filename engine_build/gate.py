@@ -205,13 +205,21 @@ def _decoded(model: Any, window: list[int]) -> Decoded:
 
 
 def become_w8a8(model: Any, quantized: Path) -> Any:
-    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it."""
+    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it.
+
+    Raises BuildError for a mixture of experts, whose linears are no modules of the source model.
+    """
     tensors = dict(read_tensors(quantized))
     modules = dict(model.named_modules())
     for name in tensors:
         if not name.endswith(".weight_scale"):
             continue
         layer = name.removesuffix(".weight_scale")
+        if layer not in modules:
+            raise BuildError(
+                f"the gate of this backend cannot run FP8 mixtures of experts ({layer}): "
+                "use ENGINE=torch or PRECISION=bf16"
+            )
         with torch.no_grad():
             modules[layer].weight.copy_(tensors[f"{layer}.weight"].float() * tensors[name])
         modules[layer].register_forward_pre_hook(_rounding(float(tensors[f"{layer}.input_scale"])))

@@ -35,6 +35,7 @@ _FAMILIES: dict[str, str] = {
     "mixtral": "Mixtral",
 }
 FAMILIES = tuple(_FAMILIES)
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral")
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,

@@ -430,13 +430,16 @@ class Channel:
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
-        tls = {} if self._tls is None else {"ssl": self._tls, "server_hostname": self._name}
         scheme = "http" if self._tls is None else "https"
         failure = ""
         try:
             async with asyncio.timeout(CONNECT_S):
                 _, self._connection = await loop.create_connection(
-                    lambda: _Connection(self._authority, scheme), self._host, self._port, **tls
+                    lambda: _Connection(self._authority, scheme),
+                    self._host,
+                    self._port,
+                    ssl=self._tls,
+                    server_hostname=None if self._tls is None else self._name,
                 )
         except (OSError, TimeoutError) as error:
             failure = f"cannot connect to {self._host}:{self._port}: {error or 'no answer'}"

@@ -270,16 +270,16 @@ class CudaRunner:
         """A step of ``size`` rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
         ids, slots, positions, holds, asking = self._places([size] * 5)
         where = AttentionInput(slots, positions, self.tables, size, None)
-        return self._forward(CudaStep(ids, where, self.last, None, asking, holds, self.spare))
+        return self._forward(CudaStep(ids, where, self.last, None, asking, holds, idle=self.spare))
 
     def _mixed_forward(self, shape: MixedShape) -> Computed:
         """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
         rows, samples = shape.rows, shape.samples
-        ids, slots, positions, tiles, *sampled = self._places(
+        ids, slots, positions, tiles, sampled, sampled_slots, holds = self._places(
             [rows, rows, rows, 4 * shape.tiles, samples, samples, samples]
         )
         where = AttentionInput(slots, positions, self.tables, 0, tiles.view(-1, 4), rows)
-        return self._forward(CudaStep(ids, where, self.last, *sampled, self.spare))
+        return self._forward(CudaStep(ids, where, self.last, sampled, sampled_slots, holds, self.spare))
 
     def _padded(
         self,
@@ -532,10 +532,10 @@ class CudaRunner:
             sampled = [(0, self.spare, 0)]
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
         parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
-        ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
+        ids, slots, positions, tile_table, rows, row_slots, holds = self._upload(staging, parts, updates)
         longest = max((first + count for _, count, first, _ in tiles), default=0)
         where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4), longest)
-        return self._forward(CudaStep(ids, where, self.last, *logits, self.spare))
+        return self._forward(CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare))
 
     def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int, int]:
         """Token id, slot, position and hold of a sequence's next token; notes what its row of the table lacks."""

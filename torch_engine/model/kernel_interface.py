@@ -26,6 +26,7 @@ class Linear(Protocol):
 
 
 LinearT = TypeVar("LinearT", bound=Linear)
+LinearT_co = TypeVar("LinearT_co", bound=Linear, covariant=True)
 CacheT = TypeVar("CacheT")
 StepT = TypeVar("StepT")
 
@@ -38,11 +39,12 @@ class GatedMlp(Generic[LinearT]):
     down: LinearT
 
 
-class RoutedMlp(Protocol[LinearT]):
+class RoutedMlp(Protocol[LinearT_co]):
     """A mixture of experts, as an implementation prepared it from a ``MixtureSpec``."""
 
-    router: LinearT
-    """What the norm before it writes for; the experts take the same."""
+    @property
+    def router(self) -> LinearT_co:
+        """What the norm before it writes for; the experts take the same."""
 
     def __call__(self, x: Any, step: Any, /) -> torch.Tensor:
         """``[T, N] -> [T, N]``; rows of ``step`` that belong to nobody may have any result that is finite."""

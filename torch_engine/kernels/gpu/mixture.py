@@ -288,9 +288,9 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
     capacity = pairs + min(experts + 1, pairs) * (size - 1)
     blocks = triton.cdiv(capacity, size)
     bins = triton.next_power_of_2(experts + 2)
-    integers = {"dtype": torch.int32, "device": ids.device}
-    order, owners = torch.empty(blocks * size, **integers), torch.empty(blocks, **integers)
-    cursors = torch.empty(bins, **integers)
+    order, owners, cursors = (
+        torch.empty(count, dtype=torch.int32, device=ids.device) for count in (blocks * size, blocks, bins)
+    )
     _count_kernel[(1,)](
         ids,
         cursors,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from flightline.loadtest import calibrate, commands, ui, worker
+from flightline.settings import SettingsError
 
 COMMANDS = {
     "bench": ("both endpoints of the built server against each other, as 'make bench' does", None),
@@ -25,7 +26,11 @@ def main() -> int:
         print("\n".join(["usage: python -m flightline.loadtest COMMAND [options]", *lines]), file=sys.stderr)
         return 2
     own = COMMANDS[name][1]
-    return own(arguments) if own else commands.main(name, arguments)
+    try:
+        return own(arguments) if own else commands.main(name, arguments)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

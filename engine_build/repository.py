@@ -10,6 +10,7 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
+from flightline.client.params import DECLARED
 from flightline.engine_build.errors import BuildError
 from flightline.engine_build.plan import Plan
 from flightline.engine_build.workspace import new_folder
@@ -88,10 +89,21 @@ def values_for(
         "text_generation_engine": engine_model if in_triton else "process",
         "end_ids_as_stop_words": "true" if in_triton else "false",
         "max_seq_len": str(plan.max_seq_len),
+        "added_inputs": added_inputs(),
         "baseline_model_dir": str(source_dir),
         "baseline_dtype": baseline_dtype,
         "baseline_max_batch_size": str(baseline_max_batch_size),
     }
+
+
+def added_inputs() -> str:
+    """What ``text_generation`` takes beside NVIDIA's inputs, one a line."""
+    return ",\n".join(
+        f'  {{ name: "{name}" data_type: TYPE_{parameter.wire_type.replace("BYTES", "STRING")} '
+        f"dims: [ {-1 if parameter.many else 1} ] optional: true }}"
+        for name, parameter in DECLARED.items()
+        if parameter.ours
+    )
 
 
 LLM_API_PARAMETERS: dict[str, tuple[str, ...]] = {

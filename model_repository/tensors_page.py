@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flightline.client.params import DECLARED, MOST_SEQUENCES, Declaration
 from flightline.model_repository.shared import words
 from flightline.model_repository.shared.responses import NO_TOKEN
-from flightline.model_repository.shared.tensors import LANES, MOST_SEQUENCES, TABLE, Tensor
-from flightline.torch_engine.core.request import MOST_TOP_LOG_PROBS
+from flightline.model_repository.shared.tensors import LANES, TABLE, Tensor
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/TENSORS.md"
 HEAD = """# Which input works in which lane
 
-Made from `TABLE` in `model_repository/shared/tensors.py` by
-`python -m flightline.model_repository.tensors_page`; a test holds the two together. Names are those of
+Made from `client/params.py` and `TABLE` in `model_repository/shared/tensors.py` by
+`python -m flightline.model_repository.tensors_page`; a test holds the page to them. Names are those of
 NVIDIA's `ensemble`, with the other names of `preprocessing` and `tensorrt_llm`.
 
 * **yes**: served.
@@ -43,6 +43,17 @@ all that have been generated up to the response. The times of `return_perf_metri
 |---|---|---|{rules}|
 """
 
+
+def _added(name: str, parameter: Declaration) -> str:
+    kind = f"{parameter.wire_type} [{'n' if parameter.many else 1}]"
+    if parameter.limits:
+        kind += f", {parameter.limits[0]} to {parameter.limits[1]}"
+    if parameter.default is True:
+        kind += ", true"
+    return f"| `{name}` | {kind} | {parameter.what} |"
+
+
+ADDED = "\n".join(_added(name, parameter) for name, parameter in DECLARED.items() if parameter.ours)
 TAIL = f"""
 ## What `text_generation` adds
 
@@ -52,15 +63,7 @@ tensor, the value and the range.
 | input | type | |
 |---|---|---|
 | `input_ids` | INT32 [n] | the prompt as token ids, in place of `text_input` and as it is: no BOS is added |
-| `min_p` | FP32 [1], 0 to 1 | tokens less likely than this times the most likely one are never drawn |
-| `logit_bias_ids` | INT32 [n] | tokens whose logits are changed |
-| `logit_bias_weights` | FP32 [n] | what is added to them; -inf bans a token |
-| `stop_token_ids` | INT32 [n] | end the answer and are not part of it, beside the end token |
-| `ignore_eos` | BOOL [1] | no end token ends the answer (`end_id` -1); stop words and stop tokens still do |
-| `skip_special_tokens` | BOOL [1], true | false: special tokens stand in the text as they are called |
-| `top_logprobs` | INT32 [1], 0 to {MOST_TOP_LOG_PROBS} | tell so many of the most likely tokens in each token's place |
-| `return_token_ids` | BOOL [1] | tell the tokens of the text |
-| `return_finish_reason` | BOOL [1] | tell why the answer has ended |
+{ADDED}
 
 | output | type | |
 |---|---|---|

@@ -88,7 +88,7 @@ def test_the_page_is_made_of_the_settings() -> None:
 
 
 def test_no_name_means_two_things() -> None:
-    """``make`` gives a variable to every command: in one it is one field, and two commands share none but the folder."""
+    """``make`` gives a variable to every command: it is one field in one of them; all share the folder."""
     meanings: dict[str, set[tuple[str, str]]] = {}
     for command, cls in settings_page.COMMANDS.items():
         for field in settings_page.settings.fields(cls):

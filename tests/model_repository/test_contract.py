@@ -48,6 +48,7 @@ VALUES = {
     "lane": "torch",
     "engine_model": "tensorrt_llm",
     "accumulate_tokens": "false",
+    "added_inputs": repository.added_inputs(),
 }
 DTYPE = model_config_pb2.DataType.Name
 
@@ -90,15 +91,15 @@ def expected(tensors: list[dict], optional: tuple[str, ...] = ()) -> list[tuple]
 ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
     "input": [
         ("input_ids", "TYPE_INT32", [-1]),
+        ("stop_token_ids", "TYPE_INT32", [-1]),
+        ("ignore_eos", "TYPE_BOOL", [1]),
         ("min_p", "TYPE_FP32", [1]),
         ("logit_bias_ids", "TYPE_INT32", [-1]),
         ("logit_bias_weights", "TYPE_FP32", [-1]),
-        ("stop_token_ids", "TYPE_INT32", [-1]),
-        ("ignore_eos", "TYPE_BOOL", [1]),
         ("skip_special_tokens", "TYPE_BOOL", [1]),
-        ("return_finish_reason", "TYPE_BOOL", [1]),
-        ("return_token_ids", "TYPE_BOOL", [1]),
         ("top_logprobs", "TYPE_INT32", [1]),
+        ("return_token_ids", "TYPE_BOOL", [1]),
+        ("return_finish_reason", "TYPE_BOOL", [1]),
     ],
     "output": [
         ("finish_reason", "TYPE_STRING", [1]),

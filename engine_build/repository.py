@@ -58,7 +58,7 @@ def values_for(
         contract: one of ``CONTRACTS``.
 
     Raises:
-        BuildError: a parameter is unknown or of the wrong type, or the lane has none.
+        BuildError: a parameter is unknown or of the wrong type, or the backend has none.
     """
     in_triton = plan.lane == "trtllm-engine"
     if parameters and not in_triton:
@@ -110,12 +110,14 @@ LLM_API_PARAMETERS: dict[str, tuple[str, ...]] = {
     "guided_decoding_backend": ("xgrammar", "llguidance"),
     "lora_dir": (),
 }
-"""What of ``TRTLLM_PARAMETERS`` lane trtllm-pytorch has, and its values; () = any text."""
+"""What of ``TRTLLM_PARAMETERS`` backend trtllm-pytorch has, and its values; () = any text."""
 
 
 def _require_llm_api(lane: str, parameters: Mapping[str, str]) -> None:
     if lane != "trtllm-pytorch":
-        raise BuildError(f"TRTLLM_PARAMETERS is for the TensorRT-LLM lanes, and this is {lane}: leave it out")
+        raise BuildError(
+            f"TRTLLM_PARAMETERS is for the TensorRT-LLM backends, and this is {lane}: leave it out"
+        )
     for name, value in parameters.items():
         values = LLM_API_PARAMETERS.get(name)
         if not value or values is None or (values and value not in values):

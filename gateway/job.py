@@ -97,7 +97,7 @@ def of_chat(body: Any, model: ServedModel, request_id: str) -> Job:
 
 
 def _chat_guide(body: Any, plan: ToolPlan, reasoning: Reasoning, model: ServedModel) -> Guide | None:
-    """What the answer is kept to; calls that may come only as far as this lane can."""
+    """What the answer is kept to; calls that may come only as far as this backend can."""
     guide = plan.guide or response_format(body)
     if guide is None:
         return None

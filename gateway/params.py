@@ -112,7 +112,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("stream_options", Kind.OBJECT,
               what="`include_usage`, `continuous_usage_stats`, `include_obfuscation` (false); with `stream` only"),
     Parameter("logprobs", Kind.BOOLEAN, endpoints=_C, default=False, tensor="return_log_probs",
-              what="of the model's distribution before temperature, penalties and masks where the lane has it"),
+              what="of the model's distribution before temperature, penalties and masks where the backend has it"),
     Parameter("top_logprobs", Kind.INTEGER, low=0, high=MOST_TOP_LOG_PROBS, endpoints=_C, tensor="top_logprobs",
               what="needs `logprobs`"),
     Parameter("logprobs", Kind.INTEGER, low=0, high=MOST_TOP_LOG_PROBS, endpoints=_T, tensor="top_logprobs"),

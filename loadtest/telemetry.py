@@ -18,7 +18,7 @@ from flightline.loadtest.metrics import Window
 
 INTERVAL_S = 0.5
 ENGINE_MODEL = "tensorrt_llm"
-"""The wire contract's name, whatever the lane."""
+"""The wire contract's name, whatever the backend."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Utilisation:
     """Most GPU memory of each Triton model, by its own account (the driver's context comes on top)."""
 
     def memory_mib_of(self, endpoint: str) -> float | None:
-        """GPU memory of the model behind an endpoint: its own, or else the engine's, to which it is a door."""
+        """GPU memory of the model behind an endpoint: its own, or else the engine's, to which it is an endpoint."""
         return self.model_memory_mib.get(endpoint, self.model_memory_mib.get(ENGINE_MODEL))
 
 

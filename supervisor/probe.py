@@ -137,7 +137,7 @@ def listens(host: str, port: int) -> bool:
     return True
 
 
-class Doorbell:
+class EndpointCheck:
     """Asks one model for a token, again and again, and remembers what was not answered in time.
 
     Of several instances of a model one may be stuck while the others answer. Requests are served in the order in which

@@ -51,11 +51,11 @@ class Tensor:
     ours: bool = False
     """Whether it is not NVIDIA's: ``text_generation`` alone has it."""
     feature: str = ""
-    """What it is for, if not every lane has it; "" = all do."""
+    """What it is for, if not every backend has it; "" = all do."""
     lanes: tuple[str, ...] = LANES
     """Whose engine has the feature."""
     ensemble_only: bool = False
-    """Whether it changes what an answer consists of: then our text models refuse it, in each lane."""
+    """Whether it changes what an answer consists of: then our text models refuse it, in each backend."""
     ignored: bool = False
     """Whether NVIDIA's own models send it along without a need."""
     neutral: tuple = (0, False, b"")
@@ -169,7 +169,7 @@ GUIDES = {
     "lark": (TORCH,),
     "structural_tag": (TORCH, PYTORCH),
 }
-"""What ``guided_decoding_guide_type`` may be, and in which lanes. NVIDIA's backend knows the first four, and answers
+"""What ``guided_decoding_guide_type`` may be, and in which backends. NVIDIA's backend knows the first four, and answers
 unguided where it does not know one."""
 BY_NAME: dict[str, Tensor] = {name: tensor for tensor in TABLE for name in (tensor.name, *tensor.aliases)}
 
@@ -202,7 +202,7 @@ class Inputs:
     def __init__(
         self, tensors: Mapping[str, np.ndarray], lane: str = TORCH, contract: Contract = OURS
     ) -> None:
-        """Raises RequestError for an unknown tensor or a feature that the lane does not have."""
+        """Raises RequestError for an unknown tensor or a feature that the backend does not have."""
         self.lane = lane
         self.contract = contract
         self._values: dict[str, np.ndarray] = {}
@@ -242,7 +242,7 @@ class Inputs:
         if self.lane in tensor.lanes:
             return f"by this model; leave {label} out, or ask the model ensemble"
         others = " or ".join(f"ENGINE={lane}" for lane in tensor.lanes)
-        return f"by lane {self.lane}; leave {label} out" + (f", or build with {others}" if others else "")
+        return f"by backend {self.lane}; leave {label} out" + (f", or build with {others}" if others else "")
 
     def require_one_text(self) -> None:
         """Raises RequestError where more is asked for than a model that answers with one text can show."""
@@ -460,7 +460,7 @@ class Inputs:
         if self.lane not in lanes:
             self.refuse(
                 "guided_decoding_guide_type",
-                f"is {kind!r}, which lane {self.lane} does not have: use another type",
+                f"is {kind!r}, which backend {self.lane} does not have: use another type",
             )
         guide = Guide(kind, text)
         try:

@@ -10,13 +10,13 @@ import pytest
 
 from flightline.supervisor.serve import Server
 from flightline.torch_engine.text.stream import TokenBytes
-from tests.model_repository.doors import Answer, Call, ask, idle, in_pieces, post, stop, wait_until
+from tests.model_repository.endpoints import Answer, Call, ask, idle, in_pieces, post, stop, wait_until
 from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
 
 DOOR, PROMPT = "text_generation", "the dog"
-DOORS = ["ensemble", DOOR, "tensorrt_llm_bls"]
+ENDPOINTS = ["ensemble", DOOR, "tensorrt_llm_bls"]
 WARM: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 EOS = 1
 
@@ -146,18 +146,20 @@ def texts_of(answer: Answer, count: int) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_seeded_answers_are_those_of_single_requests(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_seeded_answers_are_those_of_single_requests(served: Server, endpoint: str) -> None:
     seed = 2**64 - 2
-    single = [ask(served, door, PROMPT, 16, seed=(seed + index) % 2**64, **WARM).text for index in range(4)]
+    single = [
+        ask(served, endpoint, PROMPT, 16, seed=(seed + index) % 2**64, **WARM).text for index in range(4)
+    ]
     assert len(set(single)) == 4
     for stream in (False, True):
-        answer = ask(served, door, PROMPT, 16, stream=stream, seed=seed, num_return_sequences=4, **WARM)
+        answer = ask(served, endpoint, PROMPT, 16, stream=stream, seed=seed, num_return_sequences=4, **WARM)
         assert texts_of(answer, 4) == single
         assert stream or len(answer.responses) == 4
 
 
-def test_token_door_answers_several_times(served: Server) -> None:
+def test_token_endpoint_answers_several_times(served: Server) -> None:
     inputs = {"input_ids": np.array([[5, 6, 7]], np.int32), "input_lengths": 3, "request_output_len": 6}
     answer = Call(served, "tensorrt_llm", {**inputs, "num_return_sequences": 3, "end_id": -1}).read()
     assert sorted(array.item() for array in answer.column("sequence_index")) == [0, 1, 2]
@@ -212,16 +214,16 @@ def test_rows_and_answers(served: Server) -> None:
     ]
 
 
-@pytest.mark.parametrize("door", ["ensemble", DOOR])
-def test_going_away_ends_all_answers(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", DOOR])
+def test_going_away_ends_all_answers(served: Server, endpoint: str) -> None:
     wait_until(lambda: idle(served))
     long = {"max_tokens": CONTEXT - 100, "end_id": -1, "stream": True, "num_return_sequences": 3}
     before = served.engine.stats.generated_tokens
-    call = Call(served, door, {"text_input": PROMPT, **long}, request_id=f"several-{door}")
+    call = Call(served, endpoint, {"text_input": PROMPT, **long}, request_id=f"several-{endpoint}")
     call.next()
     wait_until(lambda: served.engine.stats.active_requests == 3)
-    if door == "ensemble":
-        stop(served, f"several-{door}")
+    if endpoint == "ensemble":
+        stop(served, f"several-{endpoint}")
         call.read()
     else:
         call.close()

@@ -1,4 +1,4 @@
-"""What one request may cost the others at a door that all share."""
+"""What one request may cost the others at an endpoint that all share."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Request:
             value[:] = 0
 
 
-class Door:
+class Endpoint:
     """Tokenises as long as it is told to, and counts what it has read."""
 
     contract = OURS
@@ -87,7 +87,7 @@ def front():
     pb_utils = triton()
     pb_utils.InferenceResponse = lambda tensors=None, error=None: error or "text"
     emitter = Emitter(pb_utils, Answering())
-    made = Front(pb_utils, Door(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG, lane="torch")
+    made = Front(pb_utils, Endpoint(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG, lane="torch")
     yield made
     made.close()
     emitter.close()
@@ -111,14 +111,14 @@ def test_a_long_prompt_is_tokenised_aside(front: Front) -> None:
         threading.Event(),
     )
     done: list[GenerationRequest] = []
-    front._door.go_on.set()
+    front._endpoint.go_on.set()
     assert started.wait(30)
     assert done[0].max_tokens == 5 and done[0].request_id == "text_generation/one"
 
 
 @pytest.mark.parametrize("text", [b"x", b"x" * (LONG_PROMPT + 1)])
 def test_whatever_fails_is_that_requests_answer(front: Front, text: bytes) -> None:
-    front._door.go_on.set()
+    front._endpoint.go_on.set()
     bad, answer = request(text, max_tokens=13)
     front.execute([bad])
     assert answer.ended.wait(30)
@@ -154,7 +154,7 @@ def test_long_prompts_that_wait_at_the_end_are_answered(front: Front) -> None:
     """More than are tokenised at once, so that some have not begun when the model is closed."""
     requests, answers = zip(*(request(b"x" * (LONG_PROMPT + 1)) for _ in range(5)), strict=True)
     front.execute(list(requests))
-    threading.Timer(0.1, front._door.go_on.set).start()
+    threading.Timer(0.1, front._endpoint.go_on.set).start()
     front.close()
     front._emitter.close()
     assert all(answer.ended.wait(5) for answer in answers)

@@ -88,7 +88,9 @@ def test_what_text_generation_adds_arrives() -> None:
 def test_what_nvidias_backend_has_no_tensor_for(name: str) -> None:
     value = {"min_p": number(0.5, np.float32), "top_logprobs": number(2)}[name]
     assert Inputs({name: value}, "trtllm-pytorch").lane_inputs(0) == {}
-    with pytest.raises(RequestError, match=f"{name} is .* by lane trtllm-engine; leave {name} out, or build"):
+    with pytest.raises(
+        RequestError, match=f"{name} is .* by backend trtllm-engine; leave {name} out, or build"
+    ):
         Inputs({name: value}, "trtllm-engine")
 
 
@@ -275,19 +277,19 @@ def test_a_lane_passes_on_what_its_engine_can_do() -> None:
             "torch",
             "retention_decode_priority",
             number(50),
-            "by lane torch; leave retention_decode_priority out, or build with ENGINE=trtllm-pytorch or ENGINE=trtl",
+            "by backend torch; leave retention_decode_priority out, or build with ENGINE=trtllm-pytorch or ENGINE=trtl",
         ),
         (
             "trtllm-pytorch",
             "lora_task_id",
             number(3, np.uint64),
-            "by lane trtllm-pytorch; leave lora_task_id out, or build with ENGINE=trtllm-engine",
+            "by backend trtllm-pytorch; leave lora_task_id out, or build with ENGINE=trtllm-engine",
         ),
         (
             "trtllm-engine",
             "num_draft_tokens",
             number(3),
-            "by lane trtllm-engine; leave num_draft_tokens out$",
+            "by backend trtllm-engine; leave num_draft_tokens out$",
         ),
     ],
 )
@@ -396,7 +398,7 @@ def test_a_guide_is_one_that_the_lane_has(lane: str, kind: bytes, served: bool) 
         assert inputs.guide(0) == Guide(kind.decode(), texts[kind].decode())
         return
     with pytest.raises(
-        RequestError, match=f"guide_type is '{kind.decode()}', which lane {lane} does not have"
+        RequestError, match=f"guide_type is '{kind.decode()}', which backend {lane} does not have"
     ):
         inputs.guide(0)
 

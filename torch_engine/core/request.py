@@ -166,7 +166,7 @@ class GenerationRequest:
     """What the answer keeps to. It ends where the grammar ends, before ``min_tokens`` and without an end token too."""
     lane_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Tensors of NVIDIA's ``tensorrt_llm`` that only TensorRT-LLM understands (LoRA, ...), [1, ...] each.
-    Our own engine gets none: its doors refuse them."""
+    Our own engine gets none: its endpoints refuse them."""
     group: str = ""
     """Names the requests of :meth:`siblings`; empty = it has none."""
     sequence_index: int = 0

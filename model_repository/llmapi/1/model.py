@@ -1,4 +1,4 @@
-"""NVIDIA's ``llmapi`` contract in front of the engine of any lane."""
+"""NVIDIA's ``llmapi`` contract in front of the engine of any backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton_python_backend_utils as pb_utils
 from flightline.model_repository.shared import stub
 from flightline.model_repository.shared.emitter import Emitter
 from flightline.model_repository.shared.front import Front
-from flightline.model_repository.shared.llmapi import LlmapiDoor
+from flightline.model_repository.shared.llmapi import LlmapiEndpoint
 from flightline.model_repository.shared.metrics import EngineMetrics
 from flightline.model_repository.shared.vocabulary import Vocabulary
 from flightline.torch_engine.process.routing import Replicas
@@ -27,7 +27,7 @@ class TritonPythonModel:
         self._emitter = Emitter(pb_utils, engine, period_s, **hooks)
         self._front = Front(
             pb_utils,
-            LlmapiDoor(vocabulary),
+            LlmapiEndpoint(vocabulary),
             self._emitter,
             lambda: engine.info,
             args["model_config"],

@@ -6,7 +6,7 @@ import triton_python_backend_utils as pb_utils
 
 from flightline.model_repository.shared import stub
 from flightline.model_repository.shared.emitter import Emitter
-from flightline.model_repository.shared.front import Front, TokenDoor
+from flightline.model_repository.shared.front import Front, TokenEndpoint
 from flightline.model_repository.shared.metrics import EngineMetrics
 from flightline.model_repository.shared.vocabulary import Vocabulary
 
@@ -14,7 +14,7 @@ from flightline.model_repository.shared.vocabulary import Vocabulary
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
-        door = TokenDoor(Vocabulary(values["tokenizer_dir"]))
+        endpoint = TokenEndpoint(Vocabulary(values["tokenizer_dir"]))
         self._engine = stub.connect_engine()
         self._metrics = EngineMetrics(pb_utils, args["model_name"], args["model_version"])
         self._emitter = Emitter(
@@ -26,7 +26,7 @@ class TritonPythonModel:
         )
         self._front = Front(
             pb_utils,
-            door,
+            endpoint,
             self._emitter,
             lambda: self._engine.info,
             args["model_config"],

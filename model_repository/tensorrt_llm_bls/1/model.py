@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 from flightline.model_repository.shared import stub
 from flightline.model_repository.shared.contract import NVIDIA
 from flightline.model_repository.shared.emitter import Emitter
-from flightline.model_repository.shared.front import Front, TextDoor
+from flightline.model_repository.shared.front import Front, TextEndpoint
 from flightline.model_repository.shared.vocabulary import Vocabulary
 
 
@@ -18,12 +18,12 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         values = stub.parameters(args)
         vocabulary = Vocabulary(values["tokenizer_dir"], stub.flag(values, "add_special_tokens"))
-        door = TextDoor(vocabulary, NVIDIA)
+        endpoint = TextEndpoint(vocabulary, NVIDIA)
         self._engine = stub.engine(pb_utils, values, vocabulary)
         self._emitter = Emitter(pb_utils, self._engine, stub.period_s(values, "cancellation_check_period_ms"))
         self._front = Front(
             pb_utils,
-            door,
+            endpoint,
             self._emitter,
             lambda: self._engine.info,
             args["model_config"],

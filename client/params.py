@@ -87,107 +87,66 @@ class GenerateParams:
     """
 
     max_tokens: int = _parameter(
-        "INT32",
-        128,
-        "most tokens to generate",
-        nvidia=("REQUEST_OUTPUT_LEN", "request_output_len"),
+        "INT32", 128, "most tokens to generate", nvidia=("REQUEST_OUTPUT_LEN", "request_output_len"),
         openai=OpenAiField(low=1, high=INT32_MOST, what="chat: the rest of the context; completions: 16"),
-    )
+    )  # fmt: skip
     min_tokens: int | None = _parameter(
-        "INT32",
-        what="the end token and the stop words do not count before this many tokens",
+        "INT32", what="the end token and the stop words do not count before this many tokens",
         openai=OpenAiField(low=0, high=INT32_MOST, default=0),
-    )
+    )  # fmt: skip
     stop_words: Sequence[str] = _parameter(
-        "BYTES",
-        what="the output ends before the first of these",
-        many=True,
+        "BYTES", what="the output ends before the first of these", many=True,
         nvidia=("STOP_WORDS_DICT", "stop_words_list"),
         openai=OpenAiField("stop", high=64, what="not part of the answer"),
-    )
+    )  # fmt: skip
     bad_words: Sequence[str] = _parameter(
-        "BYTES",
-        what="never generated",
-        many=True,
-        nvidia=("BAD_WORDS_DICT", "bad_words_list"),
+        "BYTES", what="never generated", many=True, nvidia=("BAD_WORDS_DICT", "bad_words_list"),
         openai=OpenAiField(high=1024, what="never generated"),
-    )
+    )  # fmt: skip
     end_id: int | None = _parameter(
         "INT32", what="token that ends the output; none given: the model's own", nvidia=("END_ID",)
     )
     stop_token_ids: Sequence[int] = _parameter(
-        "INT32",
-        what="end the answer and are not part of it, beside the end token",
-        many=True,
-        ours=True,
+        "INT32", what="end the answer and are not part of it, beside the end token", many=True, ours=True,
         openai=OpenAiField(high=1024),
-    )
+    )  # fmt: skip
     ignore_eos: bool = _parameter(
-        "BOOL",
-        False,
-        "no end token ends the answer (`end_id` -1); stop words and stop tokens still do",
-        silent=True,
-        ours=True,
-        openai=OpenAiField(default=False),
-    )
+        "BOOL", False, "no end token ends the answer (`end_id` -1); stop words and stop tokens still do",
+        silent=True, ours=True, openai=OpenAiField(default=False),
+    )  # fmt: skip
     pad_id: int | None = _parameter("INT32", nvidia=("PAD_ID",))
     temperature: float | None = _parameter(
-        "FP32",
-        what="0 is greedy",
-        openai=OpenAiField(
-            low=0,
-            high=2,
-            default=1.0,
-            of_model=True,
-            what="0: greedy; default of the model's generation_config.json, else 1",
-        ),
-    )
+        "FP32", what="0 is greedy",
+        openai=OpenAiField(low=0, high=2, default=1.0, of_model=True,
+                           what="0: greedy; default of the model's generation_config.json, else 1"),
+    )  # fmt: skip
     top_k: int | None = _parameter(
-        "INT32",
-        what="draw from so many of the likeliest tokens",
-        nvidia=("runtime_top_k",),
-        openai=OpenAiField(
-            low=-1,
-            high=INT32_MOST,
-            default=0,
-            of_model=True,
-            what="0, -1: no limit; default as of `temperature`",
-        ),
-    )
+        "INT32", what="draw from so many of the likeliest tokens", nvidia=("runtime_top_k",),
+        openai=OpenAiField(low=-1, high=INT32_MOST, default=0, of_model=True,
+                           what="0, -1: no limit; default as of `temperature`"),
+    )  # fmt: skip
     top_p: float | None = _parameter(
-        "FP32",
-        what="draw from the likeliest tokens that have this much of the probability together",
-        limits=(0, 1),
-        nvidia=("runtime_top_p",),
-        openai=OpenAiField(
-            low=0, high=1, default=1.0, of_model=True, what="default as of `temperature`; 0: greedy"
-        ),
-    )
+        "FP32", what="draw from the likeliest tokens that have this much of the probability together",
+        limits=(0, 1), nvidia=("runtime_top_p",),
+        openai=OpenAiField(low=0, high=1, default=1.0, of_model=True, what="default as of `temperature`; 0: greedy"),
+    )  # fmt: skip
     min_p: float | None = _parameter(
-        "FP32",
-        what="tokens less likely than this times the most likely one are never drawn",
-        limits=(0, 1),
-        ours=True,
-        backends=(TORCH, PYTORCH),
+        "FP32", what="tokens less likely than this times the most likely one are never drawn", limits=(0, 1),
+        ours=True, backends=(TORCH, PYTORCH),
         openai=OpenAiField(low=0, high=1, default=0.0, of_model=True, what="default as of `temperature`"),
-    )
+    )  # fmt: skip
     repetition_penalty: float | None = _parameter(
-        "FP32",
-        what="above 1: tokens of prompt and answer become less likely",
-        openai=OpenAiField(
-            low=0.01, high=100, default=1.0, of_model=True, what="default as of `temperature`"
-        ),
-    )
+        "FP32", what="above 1: tokens of prompt and answer become less likely",
+        openai=OpenAiField(low=0.01, high=100, default=1.0, of_model=True, what="default as of `temperature`"),
+    )  # fmt: skip
     presence_penalty: float | None = _parameter(
-        "FP32",
-        what="above 0: tokens that the answer has become less likely",
+        "FP32", what="above 0: tokens that the answer has become less likely",
         openai=OpenAiField(low=-2, high=2, default=0.0),
-    )
+    )  # fmt: skip
     frequency_penalty: float | None = _parameter(
-        "FP32",
-        what="the same for each time that the answer has them",
+        "FP32", what="the same for each time that the answer has them",
         openai=OpenAiField(low=-2, high=2, default=0.0),
-    )
+    )  # fmt: skip
     logit_bias_ids: Sequence[int] = _parameter(
         "INT32", what="tokens whose logits are changed", many=True, ours=True
     )
@@ -201,35 +160,24 @@ class GenerateParams:
         "FP32", what="what is added to them, one each", many=True, nvidia=("EMBEDDING_BIAS_WEIGHTS",)
     )
     seed: int | None = _parameter(
-        "UINT64",
-        what="the same seed and request give the same output",
-        openai=OpenAiField(
-            low=-(2**63), high=2**64 - 1, what="choice i has the seed + i; negative ones count from 2^64"
-        ),
-    )
+        "UINT64", what="the same seed and request give the same output",
+        openai=OpenAiField(low=-(2**63), high=2**64 - 1,
+                           what="choice i has the seed + i; negative ones count from 2^64"),
+    )  # fmt: skip
     num_return_sequences: int | None = _parameter(
-        "INT32",
-        what="answers to the prompt",
-        limits=(1, MOST_SEQUENCES),
+        "INT32", what="answers to the prompt", limits=(1, MOST_SEQUENCES),
         openai=OpenAiField("n", low=1, high=MOST_SEQUENCES, default=1),
-    )
+    )  # fmt: skip
     """More than one is for ``generate_all`` and ``generate_stream`` only."""
     skip_special_tokens: bool = _parameter(
-        "BOOL",
-        True,
-        "false: special tokens stand in the text as they are called",
-        silent=True,
-        ours=True,
-        openai=OpenAiField(default=True),
-    )
+        "BOOL", True, "false: special tokens stand in the text as they are called",
+        silent=True, ours=True, openai=OpenAiField(default=True),
+    )  # fmt: skip
     return_log_probs: bool = _parameter("BOOL", False, "tell each token's log-probability")
     top_logprobs: int | None = _parameter(
-        "INT32",
-        what="tell so many of the most likely tokens in each token's place",
-        limits=(0, MOST_TOP_LOG_PROBS),
-        ours=True,
-        backends=(TORCH, PYTORCH),
-    )
+        "INT32", what="tell so many of the most likely tokens in each token's place",
+        limits=(0, MOST_TOP_LOG_PROBS), ours=True, backends=(TORCH, PYTORCH),
+    )  # fmt: skip
     return_token_ids: bool = _parameter("BOOL", False, "tell the tokens of the text", silent=True, ours=True)
     return_finish_reason: bool = _parameter(
         "BOOL", False, "tell why the answer has ended", silent=True, ours=True

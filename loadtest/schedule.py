@@ -88,20 +88,6 @@ class Profile:
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
 
-    def requests_by(self, seconds: float) -> float:
-        """Expected number of requests until then."""
-        total = 0.0
-        for stage in self.stages:
-            part = min(seconds, stage.seconds)
-            end = stage.start + (stage.end - stage.start) * (
-                part / stage.seconds if part < stage.seconds else 1
-            )
-            total += (stage.start + end) / 2 * part
-            seconds -= part
-            if seconds <= 0:
-                break
-        return total
-
     def times(self, unit_times: Iterator[float]) -> Iterator[float]:
         """Seconds since the start, until the profile ends."""
         done, before_s = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""``python -m flightline.loadtest COMMAND [options]``; each command says its own with ``--help``."""
+"""``flightline loadtest COMMAND [options]``; each command says its own with ``--help``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> int:
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name not in COMMANDS:
         lines = [f"  {command:<10} {about}" for command, (about, _) in COMMANDS.items()]
-        print("\n".join(["usage: python -m flightline.loadtest COMMAND [options]", *lines]), file=sys.stderr)
+        print("\n".join(["usage: flightline loadtest COMMAND [options]", *lines]), file=sys.stderr)
         return 2
     own = COMMANDS[name][1]
     try:

@@ -152,7 +152,7 @@ class EndpointCheck:
         self._answered = 0.0
         """When the youngest question that was answered had been asked."""
 
-    def ring(self) -> Probe:
+    def ask(self) -> Probe:
         """Waits up to ``timeout_s`` for the answer; a question without one stays open."""
         question = Question(self._port, self._model, _PATIENCE * self._timeout_s)
         answer = question.answer(self._timeout_s)

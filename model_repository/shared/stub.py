@@ -85,21 +85,23 @@ class Served:
         if metrics is not None:
             hooks = {"on_tick": lambda: metrics.update(engine.stats), "on_finish": metrics.observe}
         period_s = int(values["cancellation_check_period_ms"]) / 1000
-        emitter = Emitter(pb_utils, engine, period_s, **hooks)
+        self._engine, self._metrics = engine, metrics
+        self._emitter = Emitter(pb_utils, engine, period_s, **hooks)
         self._front = Front(
             pb_utils,
             endpoint,
-            emitter,
+            self._emitter,
             lambda: engine.info,
             args["model_config"],
             lane=values.get("lane", TORCH),
             accumulate=accumulate,
         )
-        self._parts = [self._front, emitter, engine, *filter(None, [metrics])]
 
     def execute(self, requests: list[Any]) -> None:
         self._front.execute(requests)
 
     def finalize(self) -> None:
-        for part in self._parts:
-            part.close()
+        """The prompts that wait in the front need an emitter, and that one an engine."""
+        for part in (self._front, self._emitter, self._engine, self._metrics):
+            if part is not None:
+                part.close()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from flightline.model_repository.shared import stub
 from flightline.model_repository.shared.contract import OURS
 from flightline.model_repository.shared.emitter import Emitter
 from flightline.model_repository.shared.front import LONG_PROMPT, Front
@@ -161,18 +159,9 @@ def test_long_prompts_that_wait_at_the_end_are_answered(front: Front) -> None:
     assert {answer.sent[-1][0].code for answer in answers} == {Code.UNAVAILABLE.value}
 
 
-@pytest.mark.parametrize(
-    "name", ["text_generation", "tensorrt_llm", "tensorrt_llm_bls", "llmapi", "hf_baseline"]
-)
-def test_a_model_closes_its_front_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompts that wait there need an emitter, and that one an engine."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton())
-    path = Path(__file__).parents[2] / "model_repository" / name / "1/model.py"
-    spec = importlib.util.spec_from_file_location(f"model_of_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model, closed = object.__new__(module.TritonPythonModel), []
-    for part in ("_front", "_emitter", "_engine", "_metrics", "_memory"):
+def test_a_model_closes_its_front_first() -> None:
+    model, closed = stub.Served(), []
+    for part in ("_metrics", "_engine", "_emitter", "_front"):
         setattr(model, part, SimpleNamespace(close=lambda part=part: closed.append(part)))
     model.finalize()
-    assert closed[:3] == ["_front", "_emitter", "_engine"]
+    assert closed == ["_front", "_emitter", "_engine", "_metrics"]

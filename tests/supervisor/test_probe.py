@@ -69,13 +69,13 @@ def test_a_question_that_later_ones_overtake(endpoint: tuple[str, threading.Even
 
 
 @pytest.mark.parametrize("endpoint", [0], indirect=True)
-def test_a_endpoint_that_answers(endpoint: tuple[str, threading.Event]) -> None:
+def test_an_endpoint_that_answers(endpoint: tuple[str, threading.Event]) -> None:
     check = EndpointCheck(HttpPort(endpoint[0]), "m", 30)
     assert all(check.ask().served and not check.overtaken() for _ in range(3))
 
 
 @pytest.mark.parametrize("port", [HttpPort("http://127.0.0.1:9"), GrpcPort("127.0.0.1:9")])
-def test_a_endpoint_that_is_not_there(port: Port) -> None:
+def test_an_endpoint_that_is_not_there(port: Port) -> None:
     """That is not silence, which may be the engine's."""
     check = EndpointCheck(port, "m", 30)
     assert check.ask().verdict is Verdict.DEAD and not check.overtaken()

@@ -168,7 +168,7 @@ def test_what_dies_again_while_it_starts_is_a_failed_restart(
     assert parts.events.count("engine starts") == 1
 
 
-def test_a_endpoint_is_not_blamed_for_its_engine(server: Server, parts: Parts) -> None:
+def test_an_endpoint_is_not_blamed_for_its_engine(server: Server, parts: Parts) -> None:
     """Whose steps take longer than the patience of a probe, with or without progress meanwhile."""
     server._engines = [SimpleNamespace(answers=lambda timeout_s: False)]  # type: ignore[list-item]
     parts.triton_code = None
@@ -178,7 +178,7 @@ def test_a_endpoint_is_not_blamed_for_its_engine(server: Server, parts: Parts) -
         assert server._triton_problem() is None
 
 
-def test_a_endpoint_whose_engine_answers_later_questions_is(server: Server, parts: Parts) -> None:
+def test_an_endpoint_whose_engine_answers_later_questions_is(server: Server, parts: Parts) -> None:
     server._engines = [SimpleNamespace(answers=lambda timeout_s: True)]  # type: ignore[list-item]
     parts.triton_code = None
     server._triton = parts.triton()  # type: ignore[assignment]

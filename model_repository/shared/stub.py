@@ -81,7 +81,7 @@ class Served:
             accumulate: each text of a stream is the whole text so far.
         """
         values = parameters(args)
-        hooks = {}
+        hooks: dict[str, Any] = {}
         if metrics is not None:
             hooks = {"on_tick": lambda: metrics.update(engine.stats), "on_finish": metrics.observe}
         period_s = int(values["cancellation_check_period_ms"]) / 1000

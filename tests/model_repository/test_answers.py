@@ -15,14 +15,16 @@ from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
 
-DOOR, PROMPT = "text_generation", "the dog"
-ENDPOINTS = ["ensemble", DOOR, "tensorrt_llm_bls"]
+ENDPOINT, PROMPT = "text_generation", "the dog"
+ENDPOINTS = ["ensemble", ENDPOINT, "tensorrt_llm_bls"]
 WARM: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 EOS = 1
 
 
 def told(served: Server, max_tokens: int = 12, **inputs: Any) -> Answer:
-    return ask(served, DOOR, PROMPT, max_tokens, return_token_ids=True, return_finish_reason=True, **inputs)
+    return ask(
+        served, ENDPOINT, PROMPT, max_tokens, return_token_ids=True, return_finish_reason=True, **inputs
+    )
 
 
 def ids_of(answer: Answer) -> list[int]:
@@ -43,7 +45,7 @@ def test_tokens_are_those_of_the_text(served: Server) -> None:
     whole = told(served, seed=3, **WARM)
     streamed = in_pieces(
         served,
-        DOOR,
+        ENDPOINT,
         3,
         prompt=PROMPT,
         max_tokens=12,
@@ -131,7 +133,7 @@ def test_min_p_keeps_what_is_likely_enough(served: Server) -> None:
 def test_what_was_not_asked_for(served: Server) -> None:
     """An output that is named but not asked for has nothing in it."""
     names = ["text_output", "finish_reason", "token_ids", "top_token_ids", "sequence_index"]
-    answer = Call(served, DOOR, {"text_input": PROMPT, "max_tokens": 3}, outputs=names).read()
+    answer = Call(served, ENDPOINT, {"text_input": PROMPT, "max_tokens": 3}, outputs=names).read()
     assert {output.name for output in answer.responses[-1].get_response().outputs} == set(names)
     assert answer.column("finish_reason")[-1].tolist() == [[b""]] and answer.last("sequence_index") == 0
 
@@ -167,7 +169,7 @@ def test_token_endpoint_answers_several_times(served: Server) -> None:
 
 
 def test_answers_without_a_seed_differ(served: Server) -> None:
-    answer = ask(served, DOOR, PROMPT, 16, num_return_sequences=4, **WARM)
+    answer = ask(served, ENDPOINT, PROMPT, 16, num_return_sequences=4, **WARM)
     assert len(set(texts_of(answer, 4))) == 4
 
 
@@ -182,7 +184,7 @@ def test_answers_share_the_prompts_blocks(served: Server) -> None:
         "return_num_input_tokens": True,
         "end_id": -1,
     }
-    answer = ask(served, DOOR, prompt, 4, seed=1, **asked)
+    answer = ask(served, ENDPOINT, prompt, 4, seed=1, **asked)
     shared = (answer.last("num_input_tokens") - 1) // size
     reused = dict(
         zip(
@@ -203,7 +205,7 @@ def test_rows_and_answers(served: Server) -> None:
         "num_return_sequences": np.array([[2], [3]], np.int32),
     }
     names = ["text_output", "batch_index", "sequence_index"]
-    answer = Call(served, DOOR, inputs, outputs=names).read()
+    answer = Call(served, ENDPOINT, inputs, outputs=names).read()
     where = zip(answer.column("batch_index"), answer.column("sequence_index"), strict=True)
     assert sorted((row.item(), index.item()) for row, index in where) == [
         (0, 0),
@@ -214,7 +216,7 @@ def test_rows_and_answers(served: Server) -> None:
     ]
 
 
-@pytest.mark.parametrize("endpoint", ["ensemble", DOOR])
+@pytest.mark.parametrize("endpoint", ["ensemble", ENDPOINT])
 def test_going_away_ends_all_answers(served: Server, endpoint: str) -> None:
     wait_until(lambda: idle(served))
     long = {"max_tokens": CONTEXT - 100, "end_id": -1, "stream": True, "num_return_sequences": 3}
@@ -233,8 +235,8 @@ def test_going_away_ends_all_answers(served: Server, endpoint: str) -> None:
 
 def test_http_streams_several_answers(served: Server) -> None:
     body = {"text_input": PROMPT, "max_tokens": 8, "end_id": -1, "num_return_sequences": 2, "stream": True}
-    streamed = post(served, DOOR, body, stream=True)
+    streamed = post(served, ENDPOINT, body, stream=True)
     texts = ["", ""]
     for event in streamed.bodies:
         texts[event["sequence_index"]] += event["text_output"]
-    assert texts == [ask(served, DOOR, PROMPT, 8, end_id=-1).text] * 2
+    assert texts == [ask(served, ENDPOINT, PROMPT, 8, end_id=-1).text] * 2

@@ -289,7 +289,7 @@ def round_kernel(
                 if top_k == 0:
                     weights = _weights(values, top, inverse, True)
                 weights = tl.where(values < high, weights, 0.0)
-                # [backends, 8]: joined, each thread keeps its own eight sums, and there is one reduction
+                # [lanes, 8]: joined, each thread keeps its own eight sums, and there is one reduction
                 even = tl.join(
                     tl.join(_lanes(values, weights, floor), _lanes(values, weights, e4)),
                     tl.join(_lanes(values, weights, e2), _lanes(values, weights, e6)),

@@ -257,6 +257,7 @@ class NativeLinear:
         self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None, bits: int
     ) -> None:
         self.outputs, self.inputs = weight.shape
+        self.bits = bits
         self.integers = int(bits < 16)
         self._packed = kernels.room(bits, 1, *weight.shape)
         kernels.pack(bits, weight, self._packed)

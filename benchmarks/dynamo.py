@@ -65,9 +65,7 @@ class Fleet:
 
     def kill_worker(self, name: str) -> None:
         """With its engine, as if the machine had gone: neither says good-bye."""
-        root = psutil.Process(self.processes[name].pid)
-        for process in (*root.children(recursive=True), root):
-            process.kill()
+        _end(self.processes[name].pid)
 
 
 def free_port() -> int:
@@ -118,8 +116,8 @@ def fleet(build_dir: str, mode: str, discovery: str, folder: Path) -> Iterator[F
         _await_workers(running, folder)
         yield running
     finally:
-        for name in sorted(running.processes, key=lambda name: name == "etcd"):
-            _end(running.processes[name])
+        for process in running.processes.values():
+            _end(process.pid)
 
 
 def _await_workers(running: Fleet, folder: Path) -> None:
@@ -142,15 +140,13 @@ def _await_workers(running: Fleet, folder: Path) -> None:
     sys.exit("error: the frontend does not know both workers")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+def _end(pid: int) -> None:
+    """SIGKILL to a process and all that it has started."""
     try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        root = psutil.Process(pid)
+        for process in (*root.children(recursive=True), root):
+            process.kill()
+    except psutil.NoSuchProcess:
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flightline.supervisor import gateway as gateway_processes
 from flightline.supervisor import triton
 from flightline.supervisor.settings import ServeSettings
 from tests.deploy.chart import CHART, VALUES, environment, helm, one, pods, rendered, server
+from tests.docker.test_images import tool
 
 EVERY = pytest.mark.parametrize("name", VALUES)
 KUBERNETES = ("1.32", "1.36")
@@ -307,3 +309,71 @@ def test_defaults_are_the_schemas(tmp_path: Path) -> None:
 
     schema = json.loads((CHART / "values.schema.json").read_text())
     keys(schema, yaml.safe_load((CHART / "values.yaml").read_text()), "")
+
+
+def test_what_scales_fires_when_requests_wait_and_not_before(tmp_path: Path) -> None:
+    """The chart's own queries in Prometheus' own test: two busy replicas with 200 waiting, then the same with none.
+
+    The rule of NVIDIA's samples stands beside them: queue time over compute time, as Triton counts them.
+    """
+    try:
+        promtool = tool("promtool")
+    except AssertionError:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    objects = rendered("llama-70b")
+    triggers = {each["name"]: each["metadata"] for each in one(objects, "ScaledObject")["spec"]["triggers"]}
+    rules = [
+        {"record": f"{name}:fires", "expr": f"({each['query']}) / {scale} > bool {each['threshold']}"}
+        for name, each in triggers.items()
+        for scale in [2 if name == "in-flight" else 1]  # AverageValue: by the replicas
+    ]
+    rules = [{**rule, "record": rule["record"].replace("-", "_")} for rule in rules]
+    queue, work = (f"rate(nv_inference_{part}_duration_us[1m])" for part in ("queue", "compute_infer"))
+    sampled = f"{queue} / clamp_min({work}, 1)"
+    rules.append({"record": "sampled:fires", "expr": f"{sampled} > bool 1"})
+    alerts = one(objects, "PrometheusRule")["spec"]["groups"]
+    (tmp_path / "rules.yaml").write_text(
+        yaml.safe_dump({"groups": [*alerts, {"name": "scale", "rules": rules}]})
+    )
+
+    def series(name: str, values: str, labels: str = "") -> list[dict[str, str]]:
+        pods = ("demo-6d5f7b8c9d-x2x7k", "demo-6d5f7b8c9d-zzzzz", "other-6d5f7b8c9d-x2x7k")
+        return [
+            {"series": f'{name}{{namespace="llm",pod="{pod}"{labels}}}', "values": values} for pod in pods[:2]
+        ] + [{"series": f'{name}{{namespace="llm",pod="{pods[2]}"}}', "values": "9999x60"}]
+
+    made = [
+        *series("flightline_engine_requests_waiting", "100x19 0x40"),
+        *series("flightline_engine_requests_in_flight", "164x19 32x40"),
+        *series("flightline_engine_requests_finished_total", "0+75x59"),  # 5 a second each
+        *series("flightline_engine_kv_use", "0.95x19 0.4x40"),
+        {"series": 'nv_inference_queue_duration_us{pod="a"}', "values": "0+1293x59"},
+        {"series": 'nv_inference_compute_infer_duration_us{pod="a"}', "values": "0+369358274x59"},
+    ]
+    expected = {"in_flight:fires": (1, 0), "queue_wait:fires": (1, 0), "kv_use:fires": (1, 0)}
+    expected["sampled:fires"] = (0, 0)
+    tests = [
+        {"expr": f"sum({record})", "eval_time": when, "exp_samples": [{"labels": "{}", "value": value}]}
+        for record, values in expected.items()
+        for when, value in zip(("4m", "10m"), values, strict=True)
+    ]
+    late_alert = {"exp_labels": {"severity": "warn"}, "exp_annotations": alerts[0]["rules"][1]["annotations"]}
+    fires = [
+        {"eval_time": "4m", "alertname": "FlightlineQueue", "exp_alerts": []},
+        {"eval_time": "14m", "alertname": "FlightlineSilent", "exp_alerts": []},
+    ]
+    longer = [{**each, "values": each["values"].replace("x19 ", "x40 ")} for each in made]
+    late = [{"eval_time": "7m", "alertname": "FlightlineQueue", "exp_alerts": [late_alert]}]
+    document = {
+        "rule_files": ["rules.yaml"],
+        "evaluation_interval": "15s",
+        "tests": [
+            {"interval": "15s", "input_series": made, "promql_expr_test": tests, "alert_rule_test": fires},
+            {"interval": "15s", "input_series": longer, "alert_rule_test": late},
+        ],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(document))
+    done = subprocess.run(
+        [promtool, "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -5,8 +5,8 @@
 Run by the Python of the environment that has Dynamo (docs/SCALE.md), needs a build, and Debian's ``etcd-server`` unless
 ``--discovery file``.
 
-* migration: conversations of two turns, many at once, twice: undisturbed, and with one worker and its engine killed
-  (SIGKILL) in the middle. Every request of the second round must end with the text of the first.
+* migration: conversations of two turns, many at once, three times: undisturbed, with one worker and its engine killed
+  (SIGKILL) in the middle, and with one told to end (SIGTERM). Every request must end with the text of the first round.
 * routing: long conversations turn by turn, once with the router by KV cache and once round robin, each with fresh
   workers: output tokens/s of both.
 
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,10 @@ class Fleet:
 
     url: str
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def end_worker(self, name: str) -> None:
+        """As Kubernetes ends a pod."""
+        self.processes[name].terminate()
 
     def kill_worker(self, name: str) -> None:
         """With its engine, as if the machine had gone: neither says good-bye."""
@@ -225,45 +229,47 @@ async def converse(url: str, load: Load, killing: asyncio.Event | None = None) -
     return found
 
 
-async def disturbed(running: Fleet, load: Load) -> Outcome:
+async def disturbed(running: Fleet, load: Load, disturb: Callable[[str], None] | None) -> Outcome:
+    """The load, with ``disturb`` done to a worker in the middle."""
     now = asyncio.Event()
 
-    async def kill() -> None:
+    async def wait() -> None:
         await now.wait()
-        running.kill_worker("worker-0")
+        if disturb is not None:
+            disturb("worker-0")
 
-    killer = asyncio.create_task(kill())
+    waits = asyncio.create_task(wait())
     found = await converse(running.url, load, now)
-    await killer
+    now.set()
+    await waits
     return found
 
 
 def migration(options: argparse.Namespace, folder: Path) -> bool:
     load = Load(options.conversations, turns=2, at_once=16, message_words=24, output_tokens=32)
-    outcomes = []
-    for name, work in (("undisturbed", converse), ("killed", disturbed)):
+    asked = load.conversations * load.turns
+    print(
+        f"one of two workers goes ({options.discovery}): {load.conversations} conversations, {asked} requests"
+    )
+    right: dict[tuple[int, int], str] = {}
+    good = True
+    for name in ("undisturbed", "SIGKILL", "SIGTERM"):
         part = folder / name
         part.mkdir()
         with fleet(options.build_dir, "kv", options.discovery, part) as running:
-            outcomes.append(
-                asyncio.run(work(running.url if work is converse else running, load))  # type: ignore[arg-type]
-            )
-    before, after = outcomes
-    asked = load.conversations * load.turns
-    changed = [key for key, text in after.texts.items() if before.texts.get(key) != text]
-    print(
-        f"migration ({options.discovery}): {load.conversations} conversations, {asked} requests, one of two killed"
-    )
-    print(
-        f"  undisturbed: {len(before.texts)} answers, {len(before.errors)} lost, {before.tokens_per_s:.0f} tokens/s"
-    )
-    print(
-        f"  killed:      {len(after.texts)} answers, {len(after.errors)} lost, {after.tokens_per_s:.0f} tokens/s"
-    )
-    print(f"  texts unlike the undisturbed ones: {len(changed)}")
-    for line in (*before.errors[:3], *after.errors[:3]):
-        print(f"  {line}")
-    return not before.errors and not after.errors and len(after.texts) == asked and not changed
+            disturbs = {"SIGKILL": running.kill_worker, "SIGTERM": running.end_worker}
+            found = asyncio.run(disturbed(running, load, disturbs.get(name)))
+        right = right or found.texts
+        changed = sum(right.get(key) != text for key, text in found.texts.items())
+        print(
+            f"  {name:<12} {len(found.texts)} answers, {len(found.errors)} lost, {changed} unlike the first round's, "
+            f"{found.tokens_per_s:.0f} tokens/s",
+            flush=True,
+        )
+        for line in found.errors[:3]:
+            print(f"    {line}")
+        good &= len(found.texts) == asked and not changed
+    return good
 
 
 def routing(options: argparse.Namespace, folder: Path) -> bool:

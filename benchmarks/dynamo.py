@@ -205,7 +205,7 @@ async def converse(url: str, load: Load, killing: asyncio.Event | None = None) -
                             temperature=0,
                             stream=True,
                             stream_options={"include_usage": True},
-                            extra_body={"nvext": {"ignore_eos": True}},
+                            extra_body={"ignore_eos": True},
                         )
                         reason = None
                         async for event in events:

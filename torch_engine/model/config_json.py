@@ -121,7 +121,7 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
 
 def _unwrapped(fields: Fields, architecture: str) -> dict[str, Any]:
     text = fields.table("text_config")
-    kind = text.get("model_type")
+    kind = str(text.get("model_type"))
     if kind not in BY_MODEL_TYPE:
         raise UnsupportedModel(
             f"{fields.source}: text_config of {architecture} is a {kind!r}, which is not supported; supported are "

@@ -114,7 +114,7 @@ def fleet(build_dir: str, mode: str, discovery: str, folder: Path) -> Iterator[F
         for number in range(WORKERS):
             log = str(folder / f"engine-{number}.log")
             options = ["--build-dir", build_dir, "--log", log, *plane]
-            start(f"worker-{number}", sys.executable, "-m", "flightline.dynamo_door", *options)
+            start(f"worker-{number}", sys.executable, "-m", "flightline.dynamo_worker", *options)
         options = ["--http-port", str(http), "--router-mode", mode, "--migration-limit", "3", *plane]
         start("frontend", sys.executable, "-m", "dynamo.frontend", *options)
         _await_workers(running, folder)

@@ -47,7 +47,9 @@ def check(lane: str, engine_dir: Path, facts: Facts, rank_hosts: tuple[str, ...]
     here_too = world_size
     if rank_hosts:
         if lane != versions.ENGINE_LANE:
-            raise ServeError(f"MPI_HOSTS is for lane {versions.ENGINE_LANE} and this is {lane}: leave it out")
+            raise ServeError(
+                f"MPI_HOSTS is for backend {versions.ENGINE_LANE} and this is {lane}: leave it out"
+            )
         if len(rank_hosts) != world_size:
             raise ServeError(
                 f"MPI_HOSTS names {len(rank_hosts)} GPUs and the engine runs on {world_size}: name as many"

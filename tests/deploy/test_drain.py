@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from tests.deploy.chart import environment, rendered, server
-from tests.model_repository.doors import PATIENCE_S, wait_until
+from tests.model_repository.endpoints import PATIENCE_S, wait_until
 from tests.serving import free_ports
 from tests.supervisor.test_faults import private_copy
 

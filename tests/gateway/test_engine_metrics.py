@@ -12,7 +12,7 @@ from prometheus_client.samples import Sample
 
 from flightline.gateway import engine_metrics
 from flightline.supervisor.server import Server
-from tests.model_repository.doors import wait_until
+from tests.model_repository.endpoints import wait_until
 
 PROTOCOL = {
     "vllm": ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"),

@@ -355,7 +355,7 @@ def test_one_engine_over_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert guard.check("trtllm-engine", folder, HERE, settings.rank_hosts) == 2
     with pytest.raises(ServeError, match="MPI_HOSTS names 3 GPUs and the engine runs on 2: name as many"):
         guard.check("trtllm-engine", folder, HERE, (*settings.rank_hosts, "c"))
-    with pytest.raises(ServeError, match="MPI_HOSTS is for lane trtllm-engine"):
+    with pytest.raises(ServeError, match="MPI_HOSTS is for backend trtllm-engine"):
         guard.check("trtllm-pytorch", folder, HERE, settings.rank_hosts)
     monkeypatch.setenv("FLIGHTLINE_MPI_HOSTS", "a.group")
     with pytest.raises(ServeError, match=r"'a.group' is not host:GPUs: write for example node-0:8,node-1:8"):

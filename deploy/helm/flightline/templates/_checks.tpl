@@ -20,12 +20,12 @@
 {{- fail (printf "storage.%s.accessMode=ReadWriteOnce cannot be shared by several replicas: use ReadWriteMany, or engine.build=pod" $name) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (gt (int $v.engine.dp) 1) (hasPrefix "trtllm" $v.engine.lane) -}}
-{{- fail (printf "engine.dp=%d is for lane torch: with %s take more replicas" (int $v.engine.dp) $v.engine.lane) -}}
+{{- if and (gt (int $v.engine.dp) 1) (hasPrefix "trtllm" $v.engine.backend) -}}
+{{- fail (printf "engine.dp=%d is for backend torch: with %s take more replicas" (int $v.engine.dp) $v.engine.backend) -}}
 {{- end -}}
 {{- if gt (int $v.engine.nodes) 1 -}}
-{{- if ne $v.engine.lane "trtllm-engine" -}}
-{{- fail (printf "engine.nodes=%d needs engine.lane=trtllm-engine, the one whose engine runs over several nodes" (int $v.engine.nodes)) -}}
+{{- if ne $v.engine.backend "trtllm-engine" -}}
+{{- fail (printf "engine.nodes=%d needs engine.backend=trtllm-engine, the one whose engine runs over several nodes" (int $v.engine.nodes)) -}}
 {{- end -}}
 {{- if ne $v.engine.build "job" -}}
 {{- fail "engine.nodes above 1 needs engine.build=job: all nodes of an engine read the same files" -}}

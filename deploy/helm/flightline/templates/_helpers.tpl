@@ -85,7 +85,7 @@ limits:
 
 {{- define "flightline.buildEnv" -}}
 - {name: FLIGHTLINE_MODEL, value: {{ .Values.model | quote }}}
-- {name: FLIGHTLINE_ENGINE, value: {{ .Values.engine.lane | quote }}}
+- {name: FLIGHTLINE_ENGINE, value: {{ .Values.engine.backend | quote }}}
 - {name: FLIGHTLINE_PRECISION, value: {{ .Values.engine.precision | quote }}}
 {{- with .Values.engine.maxSeqLen }}
 - {name: FLIGHTLINE_MAX_SEQ_LEN, value: {{ . | int | quote }}}

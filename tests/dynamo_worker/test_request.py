@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flightline.dynamo_door.request import FINISH, chunk, request_of
+from flightline.dynamo_worker.request import FINISH, chunk, request_of
 from flightline.gateway.logprobs import FLOOR, TokenNames
 from flightline.torch_engine.core.request import FinishReason, RequestError, RequestOutput
 from flightline.torch_engine.text.stream import TokenBytes

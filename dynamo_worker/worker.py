@@ -31,7 +31,7 @@ from dynamo.llm import KvEventPublisher
 from dynamo.llm.exceptions import Cancelled, EngineShutdown, InvalidArgument, Unknown, WorkerUnavailable
 
 from flightline.deployment import Deployment
-from flightline.dynamo_door.request import chunk, request_of
+from flightline.dynamo_worker.request import chunk, request_of
 from flightline.gateway.logprobs import TokenNames
 from flightline.supervisor import engine_process
 from flightline.supervisor.engine_process import EngineProcess
@@ -221,7 +221,7 @@ def _told(error: RequestError) -> Exception:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m flightline.dynamo_door", description="An engine as a worker of NVIDIA Dynamo."
+        prog="python -m flightline.dynamo_worker", description="An engine as a worker of NVIDIA Dynamo."
     )
     parser.add_argument("--build-dir", default="build", help="folder of 'make build-engines'")
     parser.add_argument("--served-model-name", default="", help="default: the build's")

@@ -1,4 +1,4 @@
-"""``python -m flightline.dynamo_door --build-dir build``: runs until SIGTERM, which drains."""
+"""``python -m flightline.dynamo_worker --build-dir build``: runs until SIGTERM, which drains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> int:
     try:
         from dynamo.common.backend.run import run
 
-        from flightline.dynamo_door.worker import FlightlineEngine
+        from flightline.dynamo_worker.worker import FlightlineEngine
     except ImportError as error:
         print(f"error: {error}: install Dynamo as docs/SCALE.md says", file=sys.stderr)
         return 1

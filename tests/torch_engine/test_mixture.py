@@ -17,7 +17,8 @@ from flightline.torch_engine.kernels.cpu.native import NativeKernels
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
 from flightline.torch_engine.kernels.reference.mixture import route
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
-from flightline.torch_engine.model.families import UnsupportedModel, load_spec
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.mixture import MixtureSpec, mixture_linears, mixture_sizes
 from tests.tiny import tiny_checkpoint
 

@@ -6,11 +6,11 @@ routed MLP runs all of them; a layer without a :class:`MixtureSpec` has a dense 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from flightline.torch_engine.model.fields import Fields
 
-ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM", "MixtralForCausalLM")
 MOST_EXPERTS = 512
 
 
@@ -76,40 +76,62 @@ class MixtureSpec:
     names: MixtureNames = MixtureNames()
 
 
-def load_mixtures(fields: Fields, architecture: str, layers: int) -> tuple[MixtureSpec | None, ...]:
-    """For each layer its routed MLP; None: a dense one.
-
-    Raises:
-        UnsupportedModel: a field is not valid.
-    """
-    if architecture not in ARCHITECTURES:
-        return (None,) * layers
-    if architecture == "MixtralForCausalLM":
-        mixture = MixtureSpec(
-            *_counts(fields, "num_local_experts", 8, 2),
-            fields.whole("intermediate_size"),
-            normalise=True,
-            names=MixtureNames("block_sparse_moe", "w1", "w3", "w2"),
-        )
-        return (mixture,) * layers
-    return _qwen(fields, architecture, layers)
+Mixtures = Callable[[Fields, int], tuple[MixtureSpec | None, ...]]
+"""From a configuration and the number of its layers to the routed MLP of each; None: a dense one."""
 
 
-def _qwen(fields: Fields, architecture: str, layers: int) -> tuple[MixtureSpec | None, ...]:
-    older = architecture == "Qwen2MoeForCausalLM"
+def mixtral_mixtures(fields: Fields, layers: int) -> tuple[MixtureSpec | None, ...]:
     mixture = MixtureSpec(
-        *_counts(fields, "num_experts", *((60, 4) if older else (128, 8))),
-        fields.whole("moe_intermediate_size", 1408 if older else 768),
-        normalise=fields.flag("norm_topk_prob", False),
+        *_counts(fields, "num_local_experts", 8, 2),
+        fields.whole("intermediate_size"),
+        normalise=True,
+        names=MixtureNames("block_sparse_moe", "w1", "w3", "w2"),
     )
-    if older:
-        shared = fields.whole("shared_expert_intermediate_size", 5632)
-        mixture = replace(mixture, shared_inner=shared, shared_gate=True)
+    return (mixture,) * layers
+
+
+def qwen_mixtures(fields: Fields, layers: int) -> tuple[MixtureSpec | None, ...]:
+    """Of Qwen 2 and 3; OLMoE, whose layers are all alike, names its experts' size as a dense model does."""
+    shared = fields.whole("shared_expert_intermediate_size", 0, least=0)
+    olmoe = "OlmoeForCausalLM" in fields.words("architectures")
+    mixture = MixtureSpec(
+        *_counts(fields, "num_experts", 60 if shared else 128, 8),
+        fields.whole("intermediate_size") if olmoe else fields.whole("moe_intermediate_size", 768),
+        normalise=fields.flag("norm_topk_prob", False),
+        shared_inner=shared,
+        shared_gate=shared > 0,
+    )
     step = fields.whole("decoder_sparse_step", 1)
     dense = fields.ids("mlp_only_layers") or ()
     return tuple(
         mixture if index not in dense and (index + 1) % step == 0 else None for index in range(layers)
     )
+
+
+def glm_mixtures(fields: Fields, layers: int) -> tuple[MixtureSpec | None, ...]:
+    """Routing of DeepSeek-V3."""
+    experts, chosen = _counts(fields, "n_routed_experts", 128, 8)
+    groups, kept = fields.whole("n_group", 1), fields.whole("topk_group", 1)
+    if experts % groups:
+        raise fields.refuse("n_group", f"it must divide the number of experts, {experts}")
+    if kept > groups or kept * (experts // groups) < chosen:
+        raise fields.refuse("topk_group", f"of {groups} groups it must leave {chosen} experts to choose")
+    inner = fields.whole("moe_intermediate_size", 1408)
+    mixture = MixtureSpec(
+        experts,
+        chosen,
+        inner,
+        score="sigmoid",
+        correction=True,
+        groups=groups,
+        kept_groups=kept,
+        normalise=fields.flag("norm_topk_prob", True),
+        scale=fields.positive("routed_scaling_factor", 1.0),
+        shared_inner=inner * fields.whole("n_shared_experts", 1, least=0),
+        names=MixtureNames(shared="shared_experts"),
+    )
+    dense = fields.whole("first_k_dense_replace", 1, least=0)
+    return (None,) * min(dense, layers) + (mixture,) * max(0, layers - dense)
 
 
 OTHER_NAME = "num_local_experts"

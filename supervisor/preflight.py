@@ -265,7 +265,7 @@ def report(
     lines = [
         f"machine    {_machine(hardware, gpus)}",
         f"model      {model.name}: {shape.parameters / 1e6:,.0f}M parameters, context {shape.max_position_embeddings}"
-        + (", ModelOpt FP8 already" if shape.fp8 else ""),
+        + (f", {shape.stored} already" if shape.fp8 else ""),
     ]
     if gpus and not versions.installed():
         driver = gpus[0].driver

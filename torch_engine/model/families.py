@@ -15,6 +15,7 @@ from flightline.torch_engine.model.fields import (
     UnsupportedModel,
     check_keys,
 )
+from flightline.torch_engine.model.quantization import Quantization, read_quantization
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "LayerSpec", "ModelSpec", "Rope", "UnsupportedModel", "load_spec"]
 
@@ -74,11 +75,26 @@ class ModelSpec:
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    fp8: bool = False
-    """ModelOpt unified FP8: e4m3 weights with ``weight_scale`` and ``input_scale``."""
+    quantization: Quantization | None = None
+    """How the linears are stored; None = as plain numbers."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+
+    @property
+    def fp8(self) -> bool:
+        """Linears are stored as e4m3 codes."""
+        return self.quantization is not None and not self.quantization.int4
+
+    @property
+    def int4(self) -> bool:
+        """Linears are stored as codes of 4 bits."""
+        return self.quantization is not None and self.quantization.int4
+
+    @property
+    def stored(self) -> str:
+        """How the linears are stored, in words."""
+        return "bf16" if self.quantization is None else self.quantization.name
 
     @property
     def num_layers(self) -> int:
@@ -107,7 +123,9 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         raise UnsupportedModel(
             f"{folder}: architecture {architecture} is not supported; supported are {supported}"
         )
-    fp8 = _is_fp8(folder, fields)  # said first: what quantises a model often brings keys of its own
+    quantization = read_quantization(
+        folder, fields
+    )  # first: what quantises a model often brings keys of its own
     check_keys(fields.config, architecture, folder)
     gemma = architecture.startswith("Gemma")
     sandwich = architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
@@ -143,7 +161,7 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         embedding_scale=hidden**0.5 if gemma else 1.0,
         attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping", 50.0),
         logit_softcap=_softcap(fields, architecture, "final_logit_softcapping", 30.0),
-        fp8=fp8,
+        quantization=quantization,
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         out_bias=attention_bias and architecture != "Qwen2ForCausalLM",
         mlp_bias=fields.flag("mlp_bias", False),
@@ -274,19 +292,3 @@ def _end_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     declared = Fields(_read_json(path), path).ids("eos_token_id") if path.exists() else None
     return declared or own or ()
-
-
-def _is_fp8(folder: Path, fields: Fields) -> bool:
-    path = folder / "hf_quant_config.json"
-    quantization = fields.table("quantization_config")
-    if path.exists():
-        quantization = Fields(_read_json(path), path).table("quantization")
-    if not quantization:
-        return False
-    algorithm = quantization.get("quant_algo")
-    if algorithm != "FP8":
-        method = algorithm or quantization.get("quant_method")
-        raise UnsupportedModel(
-            f"{folder}: quantisation {method!r} is not supported; supported are bf16 checkpoints and ModelOpt FP8"
-        )
-    return True

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flightline.torch_engine.model.coded import Coded, stack
 from flightline.torch_engine.model.families import ModelSpec, UnsupportedModel
-from flightline.torch_engine.model.layout import Stored, check_tensors
+from flightline.torch_engine.model.int4 import read_int4
+from flightline.torch_engine.model.layout import check_tensors
+from flightline.torch_engine.model.quantization import (
+    BESIDE_CODES,
+    BESIDE_INT4,
+    BLOCK,
+    FP8,
+    INPUT_SCALES,
+    KV_SCALES,
+    WEIGHT_SCALES,
+    Stored,
+    codes_of,
+)
 
 
 class Checkpoint:
@@ -73,23 +87,73 @@ class Checkpoint:
         """Raises UnsupportedModel if the checkpoint lacks the tensor."""
         if name not in self._files:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
+        return self._tensor(name)
+
+    def _tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
         return tensor
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
-        """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
+        """``<module>.weight`` [N, K] in ``dtype``; codes times their scales."""
+        coded = self.coded(module)
+        return self.raw(f"{module}.weight").to(dtype) if coded is None else coded.values(dtype)
 
-        Loaders that ignore the scales run garbage without an error (Transformers does), so an FP8 tensor
-        without a scale is refused.
+    def coded(self, module: str) -> Coded | None:
+        """``<module>.weight`` as it is stored; None if that is in plain numbers."""
+        return self._codes(module)
+
+    def _codes(self, module: str) -> Coded | None:
+        """As :meth:`coded`, by the file's own name.
+
+        Loaders that ignore the scales run garbage without an error (Transformers does), so codes without a scale are
+        refused.
         """
-        weight = self.raw(f"{module}.weight")
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight.to(dtype)
-        if f"{module}.weight_scale" not in self._files:
+        quantization = self.spec.quantization
+        packed = codes_of(module, quantization)
+        if packed in self._files and quantization is not None:
+
+            def read(leaf: str) -> torch.Tensor | None:
+                return self._tensor(f"{module}.{leaf}") if f"{module}.{leaf}" in self._files else None
+
+            return read_int4(read, quantization, module)
+        if f"{module}.weight" not in self._files or self._stored(f"{module}.weight").dtype != FP8:
+            return None
+        scales = self._beside(module, WEIGHT_SCALES)
+        if scales is None or quantization is None:
             raise UnsupportedModel(
                 f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
             )
-        return (weight.float() * self.raw(f"{module}.weight_scale").float()).to(dtype)
+        codes, input_scale = self._tensor(f"{module}.weight"), None
+        rows, inputs = codes.shape
+        if quantization.blocks:
+            return Coded(codes, scales.repeat_interleave(BLOCK, 0)[:rows], BLOCK)
+        if quantization.static:
+            input_scale = self._beside(module, INPUT_SCALES)
+        scales = scales.reshape(-1, 1).expand(rows, 1).contiguous()
+        return Coded(codes, scales, inputs, None if input_scale is None else input_scale.reshape(()))
+
+    def _beside(self, module: str, leaves: tuple[str, ...]) -> torch.Tensor | None:
+        """The first of a module's tensors by these names, in float32."""
+        found = (f"{module}.{leaf}" for leaf in leaves if f"{module}.{leaf}" in self._files)
+        name = next(found, None)
+        return None if name is None else self._tensor(name).float()
+
+    def codes(self) -> Iterator[tuple[str, Coded]]:
+        """The modules that are stored as codes, by the file's names, one at a time."""
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in self._files):
+            if (coded := self._codes(module)) is not None:
+                yield module, coded
+
+    def plain_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """What an unquantised checkpoint would hold, by the file's names, one tensor at a time; codes in ``dtype``."""
+        packing = self.spec.quantization.packing if self.spec.quantization else ""
+        beside = (*BESIDE_INT4.get(packing, BESIDE_CODES), *KV_SCALES)
+        for module, coded in self.codes():
+            yield f"{module}.weight", coded.values(dtype)
+        for name in self._files:
+            module, _, leaf = name.rpartition(".")
+            if leaf not in beside and not (leaf == "weight" and self._stored(name).dtype == FP8):
+                yield name, self._tensor(name)
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
@@ -115,40 +179,22 @@ class Checkpoint:
 
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights of several linears stacked along the output, and their biases if they have any."""
-        weight = torch.cat([self.weight(module, dtype) for module in modules])
+        return torch.cat([self.weight(module, dtype) for module in modules]), self._biases(modules, dtype)
+
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, torch.Tensor | None] | None:
+        """As :meth:`fused`, with the weights as they are stored; None if they are not, or not alike."""
+        parts = [self.coded(module) for module in modules]
+        coded = [part.to(device) for part in parts if part is not None]
+        if len(coded) != len(parts) or (stacked := stack(coded)) is None:
+            return None
+        bias = self._biases(modules, dtype)
+        return stacked, None if bias is None else bias.to(device)
+
+    def _biases(self, modules: list[str], dtype: torch.dtype) -> torch.Tensor | None:
         biases = [self.bias(module, dtype) for module in modules]
         present = [bias for bias in biases if bias is not None]
-        if not present:
-            return weight, None
-        if len(present) != len(biases):
+        if present and len(present) != len(biases):
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
-        return weight, torch.cat(present)
-
-    def fused_fp8(
-        self, modules: list[str], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Stacked e4m3 codes, their one weight scale, the input scale and the bias, on ``device``.
-
-        None if the modules are not FP8 with a static input scale. Where their scales differ, the codes are
-        requantised to the largest (our own checkpoints have equal ones: nothing changes).
-        """
-        scaled = [f"{module}.{kind}" for module in modules for kind in ("weight_scale", "input_scale")]
-        if any(name not in self for name in scaled):
-            return None
-        codes = [self.raw(f"{module}.weight").to(device) for module in modules]
-        if any(part.dtype != torch.float8_e4m3fn for part in codes):
-            return None
-        scales = [self.raw(f"{module}.weight_scale").float().to(device) for module in modules]
-        largest = torch.stack(scales).amax()
-        codes = [
-            part
-            if torch.equal(scale, largest)
-            else (part.float() * (scale / largest)).clamp_(-448, 448).to(torch.float8_e4m3fn)
-            for part, scale in zip(codes, scales, strict=True)
-        ]
-        inputs = torch.stack([self.raw(f"{module}.input_scale").float().to(device) for module in modules])
-        biases = [self.raw(f"{module}.bias") for module in modules if f"{module}.bias" in self]
-        if biases and len(biases) != len(modules):
-            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
-        bias = torch.cat(biases).to(device) if biases else None
-        return torch.cat(codes), largest, inputs.amax(), bias
+        return torch.cat(present) if present else None

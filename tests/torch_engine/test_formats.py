@@ -1,0 +1,55 @@
+"""Quantised formats: what the engine makes of one against Transformers on the weights that the format's rule gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.model.families import UnsupportedModel, load_spec
+from flightline.torch_engine.model.weights import Checkpoint
+from tests.packing import FORMATS, rewrite
+from tests.tiny import tiny_checkpoint
+from tests.torch_engine.test_models import (
+    greedy,
+    logits_of,
+    needs_compiler,
+    reference,
+    reference_logits,
+)
+
+SHAPE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 48}
+"""Widths that are no multiple of 128: queries 1.5 blocks, keys 0.75, the MLP 2.5."""
+PROMPTS = ([5, 6, 7], list(range(20, 61)))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("source"), "qwen2", **SHAPE)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def folders(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    return rewrite(source, tmp_path_factory.mktemp(request.param), *FORMATS[request.param])
+
+
+def test_logits_and_tokens_equal_transformers(
+    folders: tuple[Path, Path], make_engine: Callable[..., Any]
+) -> None:
+    packed, plain = folders
+    engine, model = make_engine(packed), reference(plain, torch.float32)
+    for prompt in PROMPTS:
+        expected = reference_logits(model, prompt)
+        error = (logits_of(engine, prompt, 7) - expected).abs().max() / expected.std()
+        assert error < 2e-4, f"{len(prompt)} tokens: relative error {error:.2g}"
+    expected = [greedy(model, prompt) for prompt in PROMPTS]
+    outputs = engine.generate([GenerationRequest(prompt, 12, end_id=-1) for prompt in PROMPTS])
+    assert [output.token_ids for output in outputs] == expected

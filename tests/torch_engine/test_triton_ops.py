@@ -314,11 +314,20 @@ class TestKernels:
 
 def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
     """Random codes of every value that ``kind`` has, with scales and offsets that all differ."""
-    group = 128 if kind == "blocks" else int(kind.rsplit("-", 1)[1])
-    groups = -(-inputs // group)
+    name, offsets, group = kind.split("-")
+    groups = -(-inputs // int(group))
     scales = 0.01 + torch.rand(outputs, groups, device=DEVICE) / 50
-    codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return Coded(codes, scales, group)
+    if name == "fp8":
+        codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return Coded(codes, scales, int(group))
+    bits = int(name.removeprefix("int"))
+    codes, zeros = (
+        torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
+        for size in (inputs, groups)
+    )
+    minima = -torch.rand(outputs, groups, device=DEVICE) * 2 ** (bits - 6)
+    order = torch.randperm(inputs, device=DEVICE) if group == "64" else None
+    return Coded(codes, scales.half(), int(group), zeros if offsets == "zeros" else minima, bits, order)
 
 
 class TestLinears:
@@ -371,7 +380,15 @@ class TestLinears:
         expected = rounded @ (codes.float() * scales[:, None]).t() + (0 if plan else bias)
         self.error(linear, x, expected, 1e-2)
 
-    @pytest.mark.parametrize(("rows", "kind"), [(5, "blocks"), (70, "blocks"), (130, "blocks")])
+    @pytest.mark.parametrize(
+        ("rows", "kind"),
+        [
+            *((rows, "fp8-none-128") for rows in (5, 70, 130)),
+            *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
+            *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
+            *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+        ],
+    )
     def test_in_groups(self, rows: int, kind: str) -> None:
         """Few rows, several pieces of rows, and so many that the weight is written out."""
         coded = coded_weight(kind, 192, 384)

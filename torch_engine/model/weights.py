@@ -130,7 +130,8 @@ class Checkpoint:
         if quantization.static:
             input_scale = self._beside(module, INPUT_SCALES)
         scales = scales.reshape(-1, 1).expand(rows, 1).contiguous()
-        return Coded(codes, scales, inputs, None if input_scale is None else input_scale.reshape(()))
+        known = None if input_scale is None else input_scale.reshape(())
+        return Coded(codes, scales, inputs, input_scale=known)
 
     def _beside(self, module: str, leaves: tuple[str, ...]) -> torch.Tensor | None:
         """The first of a module's tensors by these names, in float32."""

@@ -117,7 +117,7 @@ def _product_kernel(
         cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for tile in range(split * TILES, (split + 1) * TILES):
-        byte = tl.load(codes + tile.to(tl.int64) * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+        byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
         for half in tl.static_range(HALVES):
             k = tile * TILE + half * WIDTH
             a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
@@ -151,7 +151,7 @@ def _write_out_kernel(
     WIDTH: tl.constexpr = TILE // HALVES
     tile = tl.program_id(0)
     n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
-    byte = tl.load(codes + tile.to(tl.int64) * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+    byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
     for half in tl.static_range(HALVES):
         k = tile * TILE + half * WIDTH
         values = _numbers(byte, half, KIND, tl.float32)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.quantization import Quantization
+from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 
 LLAMA_ROPE = Rope(

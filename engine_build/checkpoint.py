@@ -15,7 +15,8 @@ from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hf_format import TOKENIZER_FILES, read_json, stored_tensors, weight_files
 from flightline.engine_build.plan import ModelShape
 from flightline.engine_build.workspace import new_folder
-from flightline.torch_engine.model.families import UnsupportedModel, load_spec
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.layout import check_tensors, count
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"

@@ -20,7 +20,7 @@ from flightline.engine_build.errors import BuildError, GateRefused
 from flightline.engine_build.hf_format import read_tensors
 from flightline.engine_build.prompts import Sample
 from flightline.engine_build.quantize import E4M3_MAX
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
 
 MAX_PERPLEXITY_RISE = 0.04
@@ -148,7 +148,7 @@ def measure(
 
 def refer(source: Path, model: Any, tokenizer: Any, text: str, prompts: list[Sample]) -> Reference:
     """Runs the source; raises as :func:`measure`."""
-    window = min(WINDOW, model.config.max_position_embeddings)
+    window = min(WINDOW, model.config.get_text_config().max_position_embeddings)
     windows = _windows(source_model.encode(tokenizer, text), window)
     rows = [source_model.encode(tokenizer, sample.render(tokenizer)) for sample in prompts]
     surprisals = _surprisals(model, windows)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flightline.engine_build.__main__ import main
 from flightline.engine_build.cache import FileHashes
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
 from tests.tiny import FAMILIES, tiny_checkpoint
 

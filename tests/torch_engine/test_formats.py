@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from flightline.torch_engine.core.request import GenerationRequest
-from flightline.torch_engine.model.families import UnsupportedModel, load_spec
-from flightline.torch_engine.model.weights import Checkpoint
 from tests.packing import FORMATS, rewrite
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import (
     greedy,
     logits_of,
-    needs_compiler,
     reference,
     reference_logits,
 )

@@ -7,8 +7,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import CacheT, Decoder, Layer, LinearT
+from flightline.torch_engine.model.spec import ModelSpec
 
 
 class Rows(Protocol):

@@ -13,7 +13,7 @@ import torch
 
 from flightline.torch_engine.core.sampling import Sampler
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder
-from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
+from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 
 

@@ -318,6 +318,7 @@ def check_int4(
     def words(size: int) -> int:
         return -(-size // CODES_PER_WORD)
 
+    wanted: dict[str, tuple[int, ...]]
     if quantization.packing == "compressed":
         wanted = {"weight_packed": (outputs, words(inputs)), "weight_scale": (outputs, groups)}
         if not quantization.symmetric:

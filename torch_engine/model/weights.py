@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flightline.torch_engine.model.coded import Coded, stack
-from flightline.torch_engine.model.families import ModelSpec, UnsupportedModel
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.int4 import read_int4
-from flightline.torch_engine.model.layout import check_tensors
+from flightline.torch_engine.model.layout import Rows, check_tensors, plain_names, rows_of
 from flightline.torch_engine.model.quantization import (
     BESIDE_CODES,
     BESIDE_INT4,
@@ -26,10 +26,14 @@ from flightline.torch_engine.model.quantization import (
     Stored,
     codes_of,
 )
+from flightline.torch_engine.model.spec import ModelSpec
 
 
 class Checkpoint:
-    """Tensors by their Hugging Face names, read when asked for.
+    """Tensors by the names that Llama has for them, whatever the file calls them, read when asked for.
+
+    What the file stores together is taken apart, and the rows of queries and keys come in the order that the
+    kernels' rotary embedding wants (:func:`layout.head_order`).
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
@@ -39,6 +43,7 @@ class Checkpoint:
         self.spec = spec
         self._open: dict[str, Any] = {}
         self._files = self._locate()
+        self._names = plain_names(self._files, spec, self.folder)
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
 
     def _locate(self) -> dict[str, str]:
@@ -81,15 +86,32 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> str | None:
+        """The file's name of a tensor: its own, or that of the module which it is stored with."""
+        if name not in self._names:
+            module, _, leaf = name.rpartition(".")
+            rows = rows_of(self.spec, module)
+            name = name if rows is None else f"{rows.module}.{leaf}"
+        return self._names.get(name)
 
     def raw(self, name: str) -> torch.Tensor:
-        """Raises UnsupportedModel if the checkpoint lacks the tensor."""
-        if name not in self._files:
+        """A tensor in its stored dtype; of one with a row for each output, the rows of the module that was asked for.
+
+        Raises UnsupportedModel if the checkpoint lacks it.
+        """
+        stored = self._find(name)
+        if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        return self._tensor(name)
+        tensor = self._tensor(stored)
+        rows = rows_of(self.spec, name.rpartition(".")[0])
+        if rows is None or tensor.dim() == 0 or tensor.shape[0] != rows.total:
+            return tensor
+        return _own_rows(tensor, rows)
 
     def _tensor(self, name: str) -> torch.Tensor:
+        """By the file's own name."""
         tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
         return tensor
 
@@ -100,65 +122,62 @@ class Checkpoint:
 
     def coded(self, module: str) -> Coded | None:
         """``<module>.weight`` as it is stored; None if that is in plain numbers."""
-        return self._codes(module)
+        rows = rows_of(self.spec, module)
+        coded = self._codes(module if rows is None else rows.module)
+        return coded if coded is None or rows is None else coded.rows(_index(rows))
 
     def _codes(self, module: str) -> Coded | None:
-        """As :meth:`coded`, by the file's own name.
+        """Of a whole module as the file has it, by its name in a model without a wrapper.
 
         Loaders that ignore the scales run garbage without an error (Transformers does), so codes without a scale are
         refused.
         """
-        quantization = self.spec.quantization
-        packed = codes_of(module, quantization)
-        if packed in self._files and quantization is not None:
 
-            def read(leaf: str) -> torch.Tensor | None:
-                return self._tensor(f"{module}.{leaf}") if f"{module}.{leaf}" in self._files else None
+        def read(leaf: str) -> torch.Tensor | None:
+            name = self._names.get(f"{module}.{leaf}")
+            return None if name is None else self._tensor(name)
 
+        def first(leaves: tuple[str, ...]) -> torch.Tensor | None:
+            return next((tensor.float() for leaf in leaves if (tensor := read(leaf)) is not None), None)
+
+        quantization, weight = self.spec.quantization, self._names.get(f"{module}.weight")
+        if quantization is not None and codes_of(module, quantization) in self._names:
             return read_int4(read, quantization, module)
-        if f"{module}.weight" not in self._files or self._stored(f"{module}.weight").dtype != FP8:
+        if weight is None or self._stored(weight).dtype != FP8:
             return None
-        scales = self._beside(module, WEIGHT_SCALES)
+        scales = first(WEIGHT_SCALES)
         if scales is None or quantization is None:
             raise UnsupportedModel(
                 f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
             )
-        codes, input_scale = self._tensor(f"{module}.weight"), None
+        codes = self._tensor(weight)
         rows, inputs = codes.shape
         if quantization.blocks:
             return Coded(codes, scales.repeat_interleave(BLOCK, 0)[:rows], BLOCK)
-        if quantization.static:
-            input_scale = self._beside(module, INPUT_SCALES)
+        known = first(INPUT_SCALES) if quantization.static else None
         scales = scales.reshape(-1, 1).expand(rows, 1).contiguous()
-        known = None if input_scale is None else input_scale.reshape(())
-        return Coded(codes, scales, inputs, input_scale=known)
-
-    def _beside(self, module: str, leaves: tuple[str, ...]) -> torch.Tensor | None:
-        """The first of a module's tensors by these names, in float32."""
-        found = (f"{module}.{leaf}" for leaf in leaves if f"{module}.{leaf}" in self._files)
-        name = next(found, None)
-        return None if name is None else self._tensor(name).float()
+        return Coded(codes, scales, inputs, input_scale=None if known is None else known.reshape(()))
 
     def codes(self) -> Iterator[tuple[str, Coded]]:
-        """The modules that are stored as codes, by the file's names, one at a time."""
-        for module in dict.fromkeys(name.rpartition(".")[0] for name in self._files):
+        """The modules that are stored as codes, as the file has them, one at a time."""
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in self._names):
             if (coded := self._codes(module)) is not None:
                 yield module, coded
 
     def plain_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """What an unquantised checkpoint would hold, by the file's names, one tensor at a time; codes in ``dtype``."""
+        """What an unquantised checkpoint without a wrapper would hold, one tensor at a time; codes in ``dtype``."""
         packing = self.spec.quantization.packing if self.spec.quantization else ""
         beside = (*BESIDE_INT4.get(packing, BESIDE_CODES), *KV_SCALES)
         for module, coded in self.codes():
             yield f"{module}.weight", coded.values(dtype)
-        for name in self._files:
-            module, _, leaf = name.rpartition(".")
+        for plain, name in self._names.items():
+            leaf = plain.rpartition(".")[2]
             if leaf not in beside and not (leaf == "weight" and self._stored(name).dtype == FP8):
-                yield name, self._tensor(name)
+                yield plain, self._tensor(name)
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
-        return self.raw(name).to(dtype) if name in self._files else None
+        return self.raw(name).to(dtype) if name in self else None
 
     def kv_scales(self, attention: str) -> tuple[float, float]:
         """What keys and values of the module ``attention`` are divided by in an e4m3 cache; 1 where nobody calibrated.
@@ -199,3 +218,13 @@ class Checkpoint:
         if present and len(present) != len(biases):
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
         return torch.cat(present) if present else None
+
+
+def _index(rows: Rows) -> torch.Tensor:
+    """The stored rows, in the order in which they are wanted."""
+    own = torch.arange(rows.start, rows.stop)
+    return own if rows.order is None else own.view(-1, len(rows.order))[:, list(rows.order)].flatten()
+
+
+def _own_rows(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return tensor[rows.start : rows.stop] if rows.order is None else tensor[_index(rows)]

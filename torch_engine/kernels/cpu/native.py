@@ -24,8 +24,8 @@ from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepI
 from flightline.torch_engine.kernels.cpu.toolchain import available_isas, is_whole, library
 from flightline.torch_engine.kernels.operations import Operations, computed_in
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import Decoder, Layer
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

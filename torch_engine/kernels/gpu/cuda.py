@@ -34,8 +34,8 @@ from flightline.torch_engine.kernels.gpu.linear import (
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"

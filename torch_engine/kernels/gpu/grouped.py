@@ -68,7 +68,7 @@ class GroupedPlan:
 
 def grouped_plans(outputs: int, tiles: int, multiprocessors: int) -> list[GroupedPlan]:
     """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess."""
-    plans = []
+    plans: list[GroupedPlan] = []
     for block_n, warps, stages in ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4)):
         if outputs % block_n or (block_n < 64 and plans):
             continue

@@ -26,8 +26,8 @@ from flightline.torch_engine.core.steps import (
 )
 from flightline.torch_engine.kernels.operations import Operations, computed_in, name_of
 from flightline.torch_engine.kernels.reference import sampling
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 Linear = Callable[[torch.Tensor], torch.Tensor]

@@ -150,6 +150,11 @@ def check_small_files(folder: Path) -> None:
         raise BuildError(
             f"MODEL={folder} holds GGUF files ({gguf[0].name}), which are not read here: {SAFETENSORS_WANTED}"
         )
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise BuildError(
+            f"MODEL={folder} is a LoRA adapter: merge it into its base model (merge_and_unload, save_pretrained) and "
+            "give that folder"
+        )
     config = read_json(folder / "config.json")
     if not config.get("architectures"):
         raise BuildError(f"{folder}/config.json names no architecture: MODEL must be a decoder checkpoint")

@@ -36,6 +36,8 @@ _FAMILIES: dict[str, str] = {
     "glm": "Glm",
     "glm4": "Glm4",
     "ministral3": "Ministral3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
 }
 WRAPPED = {
     "gemma3-wrapped": ("Gemma3", "siglip_vision_model", "gemma3"),

@@ -8,6 +8,7 @@ each step, that passes tokens on and says which rows are done.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -18,8 +19,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -40,12 +41,26 @@ from flightline.torch_engine.core.request import (
     RequestOutput,
     SamplingParams,
 )
+from flightline.torch_engine.model.config_json import transformers_class
 from flightline.torch_engine.process.threads import vital
 from flightline.torch_engine.text.stream import TokenBytes
 
 THREADS_VARIABLE = "FLIGHTLINE_BASELINE_THREADS"
 _GATHER_S = 0.02
 """A static batch is only ever filled if the first request waits for others a little."""
+
+
+M_MMAP_THRESHOLD = -3
+"""Of glibc's ``mallopt``, from ``malloc.h``."""
+
+
+def keep_freed_tensors() -> None:
+    """A tensor's memory stays here when it is freed, up to 32 MiB, the most that glibc learns to keep by itself.
+
+    Triton's own limit (supervisor/triton.py) is in this process's environment, and new pages for each tensor would
+    make the baseline slower than it is alone.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 class TransformersEngine:
@@ -60,11 +75,11 @@ class TransformersEngine:
             max_batch_size: most waiting requests that are generated together (with equal sampling settings).
             max_queue_size: requests that may wait; one more is refused with UNAVAILABLE.
         """
+        keep_freed_tensors()
         torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE) or len(os.sched_getaffinity(0))))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=getattr(torch, dtype), local_files_only=True
-        )
+        auto_class: Any = getattr(transformers, transformers_class(model_dir))
+        model = auto_class.from_pretrained(model_dir, dtype=getattr(torch, dtype), local_files_only=True)
         self._model = model.to(self._device).eval()
         end = model.generation_config.eos_token_id
         end_ids = tuple(end) if isinstance(end, list) else () if end is None else (end,)

@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Break, str, str]] = {
     "rope without factor": (
         config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "lacks factor", FETCH,
     ),
-    "rope type": (config(rope_parameters={"rope_type": "longrope"}), "longrope", "supported are"),
+    "rope type": (config(rope_parameters={"rope_type": "dynamic"}), "dynamic", "supported are"),
     "partial rope": (
         config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
         "partial_rotary_factor",

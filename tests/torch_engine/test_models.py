@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.steps import TensorSteps
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
-from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.config_json import load_spec, transformers_class
 from flightline.torch_engine.model.fields import UnsupportedModel
 from tests.tiny import FAMILIES, tiny_checkpoint
 
@@ -45,10 +46,19 @@ VARIANTS = {
         "family": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
     "phi3-longrope": {
-        "family": "phi3", "original_max_position_embeddings": 64, "max_position_embeddings": 512,
+        "family": "phi3", "original_max_position_embeddings": 256, "max_position_embeddings": 512,
         "rope_parameters": {
             "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
             "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 3.0], "long_factor": [2.0, 2.5, 3.0, 4.0, 6.0, 9.0],
+        },
+    },
+    "olmo3-yarn": {
+        "family": "olmo3", "num_hidden_layers": 4, "sliding_window": 16,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+            },
         },
     },
     "yarn-rope": {
@@ -89,7 +99,7 @@ def reference(model_dir: Path, dtype: torch.dtype, **changes: object) -> PreTrai
     for name, value in changes.items():
         setattr(config.get_text_config(), name, value)
     options = {"dtype": dtype, "attn_implementation": "eager", "config": config}
-    return AutoModelForCausalLM.from_pretrained(model_dir, **options).eval()
+    return getattr(transformers, transformers_class(model_dir)).from_pretrained(model_dir, **options).eval()
 
 
 @torch.inference_mode()
@@ -181,6 +191,16 @@ def test_these_checkpoints_would_show_a_switch_that_is_ignored(
     right = reference_logits(reference(folder, torch.float32), prompt)
     wrong = reference_logits(reference(folder, torch.float32, **{name: value}), prompt)
     assert (right - wrong).abs().max() / right.std() > 100 * TOLERANCE
+
+
+def test_a_long_context_has_the_long_factors_from_the_first_token_on(tmp_path: Path, make_engine) -> None:
+    """As Transformers has them for a prompt that is longer than the context it was trained on."""
+    shape = VARIANTS["phi3-longrope"] | {"original_max_position_embeddings": 32}
+    folder = tiny_checkpoint(tmp_path, **shape)
+    model, prompt = reference(folder, torch.float32), prompts(300)[-1]
+    expected = reference_logits(model, prompt)
+    error = (logits_of(make_engine(folder), prompt, 7) - expected).abs().max() / expected.std()
+    assert error < TOLERANCE
 
 
 def test_every_variant_uses_what_it_varies(tmp_path: Path) -> None:

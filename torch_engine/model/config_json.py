@@ -100,6 +100,13 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**family.defaults, **fields.config}
 
 
+def transformers_class(model_dir: str | Path) -> str:
+    """The class of Transformers that loads the checkpoint; raises UnsupportedModel as :func:`load_spec`."""
+    path = Path(model_dir) / "config.json"
+    _, _, wrapper = _text_model(Fields(read_json(path), path))
+    return "AutoModelForImageTextToText" if wrapper else "AutoModelForCausalLM"
+
+
 def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
     """The family, its configuration, and the architecture that wraps it, if one does."""
     architecture = (fields.words("architectures") or ["?"])[0]
@@ -117,7 +124,7 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
 
 def _unwrapped(fields: Fields, architecture: str) -> dict[str, Any]:
     text = fields.table("text_config")
-    kind = text.get("model_type")
+    kind = str(text.get("model_type"))
     if kind not in BY_MODEL_TYPE:
         raise UnsupportedModel(
             f"{fields.source}: text_config of {architecture} is a {kind!r}, which is not supported; supported are "

@@ -59,13 +59,13 @@ class Model(Generic[LinearT, CacheT, StepT]):
             out=linear("self_attn.o_proj"),
             gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
             down=linear("mlp.down_proj"),
-            input_norm=norm(spec.norms.attention),
+            input_norm=norm_if(spec.norms.attention),
             attention_out_norm=norm_if(spec.norms.attention_out),
-            mlp_norm=norm(spec.norms.mlp),
+            mlp_norm=norm_if(spec.norms.mlp),
             mlp_out_norm=norm_if(spec.norms.mlp_out),
             kv_scales=checkpoint.kv_scales(f"{name}.self_attn"),
         )
-        if spec.qk_norm == "head":
+        if spec.qk_norm != "none":
             layer.q_norm, layer.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
         return layer
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from flightline.torch_engine.model.fields import Fields, names
-from flightline.torch_engine.model.spec import Fused, Norms
+from flightline.torch_engine.model.spec import Fused, Norms, QkNorm
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LayerKinds = Callable[[Fields, int], list[str]]
@@ -29,6 +29,10 @@ def _first_of_two_sliding(fields: Fields, count: int) -> list[str]:
 def _last_of_pattern_full(fields: Fields, count: int) -> list[str]:
     pattern = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
     return [SLIDING if (index + 1) % pattern else FULL for index in range(count)]
+
+
+def _last_of_four_full(fields: Fields, count: int) -> list[str]:
+    return [SLIDING if (index + 1) % 4 else FULL for index in range(count)]
 
 
 def _sliding_from_some_layer_on(fields: Fields, count: int) -> list[str]:
@@ -64,6 +68,8 @@ class Family:
     """As the configuration of a model that wraps it names it."""
     keys: frozenset[str] = frozenset()
     """Settings that its files may have besides :data:`fields.USED`."""
+    sliding_ropes_are_plain: bool = False
+    """``rope_scaling`` is of full attention alone."""
     rope_keys: frozenset[str] = frozenset()
     """Settings of its rotary embedding that do nothing within the context that is served."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +82,7 @@ class Family:
     """Layer kinds of a file with a window and without ``layer_types``."""
     norms: Norms = LLAMA_NORMS
     norm_plus_one: bool = False
-    qk_norm: Literal["none", "head"] = "none"
+    qk_norm: QkNorm = "none"
     qkv_bias: bool = False
     """Always; otherwise ``attention_bias`` says."""
     out_bias: bool = True
@@ -95,6 +101,12 @@ _GEMMA_CAPS = names("sliding_window query_pre_attn_scalar attn_logit_softcapping
 _GEMMA_NORMS = Norms(
     attention_out="post_attention_layernorm",
     mlp="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
+_OLMO_NORMS = Norms(
+    attention=None,
+    attention_out="post_attention_layernorm",
+    mlp=None,
     mlp_out="post_feedforward_layernorm",
 )
 _FUSED_GATE: Fused = (("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),)
@@ -175,6 +187,7 @@ _FAMILIES = (
         norms=_GEMMA_NORMS,
         norm_plus_one=True,
         qk_norm="head",
+        sliding_ropes_are_plain=True,
         scales_embedding=True,
     ),
     Family(
@@ -231,6 +244,17 @@ _FAMILIES = (
         ),
         interleaved=True,
         fused=_FUSED_GATE,
+    ),
+    Family("Olmo2ForCausalLM", "olmo2", defaults={"rms_norm_eps": 1e-5}, norms=_OLMO_NORMS, qk_norm="row"),
+    Family(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        keys=names("sliding_window"),
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+        windowed_layers=_last_of_four_full,
+        norms=_OLMO_NORMS,
+        qk_norm="row",
+        sliding_ropes_are_plain=True,
     ),
     Family(
         "Ministral3ForCausalLM",

@@ -38,8 +38,8 @@ class Layer(Generic[LinearT]):
     out: LinearT
     gate_up: LinearT
     down: LinearT
-    input_norm: torch.Tensor
-    mlp_norm: torch.Tensor
+    input_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
     attention_out_norm: torch.Tensor | None = None
     mlp_out_norm: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None

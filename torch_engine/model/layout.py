@@ -90,7 +90,9 @@ def rows_of(spec: ModelSpec, module: str) -> Rows | None:
             return Rows(prefix + whole, start, start + _outputs(spec, name), sum(sizes), order)
     if order is None:
         return None
-    size = spec.head_dim if name.endswith("_norm") else _outputs(spec, name)
+    size = _outputs(spec, name.replace("_norm", "_proj"))
+    if name.endswith("_norm") and spec.qk_norm == "head":
+        size = spec.head_dim
     return Rows(module, 0, size, size, order)
 
 
@@ -240,6 +242,8 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     norms = dict.fromkeys(spec.norms.modules, HIDDEN)
     if spec.qk_norm == "head":
         norms |= {"self_attn.q_norm": "head_dim", "self_attn.k_norm": "head_dim"}
+    if spec.qk_norm == "row":
+        norms |= {"self_attn.q_norm": QUERIES, "self_attn.k_norm": KEYS}
     wanted: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("vocab_size", HIDDEN)}
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}"

@@ -39,7 +39,7 @@ def read_rope(fields: Fields, family: Family, kind: str, head_dim: int) -> Rope:
     Raises:
         UnsupportedModel: its type is not implemented, or a setting is unknown, missing or of no sense.
     """
-    theta, scaling = _spelled(fields, kind)
+    theta, scaling = _spelled(fields, kind, kind == SLIDING and family.sliding_ropes_are_plain)
     scaling = {key: value for key, value in scaling.items() if key not in family.rope_keys}
     old_spelling = scaling.pop("type", None)
     rope_type = scaling.pop("rope_type", None) or old_spelling or "default"
@@ -64,18 +64,20 @@ def read_rope(fields: Fields, family: Family, kind: str, head_dim: int) -> Rope:
     return Rope(theta, (("rope_type", rope_type), *sorted(settings.items())), dims, family.interleaved)
 
 
-def _spelled(fields: Fields, kind: str) -> tuple[float, dict[str, Any]]:
-    """The base of layers of ``kind``, and what else is said of them; a null says nothing."""
+def _spelled(fields: Fields, kind: str, plain: bool) -> tuple[float, dict[str, Any]]:
+    """The base of layers of ``kind``, and what else is said of them; a null says nothing.
+
+    ``plain`` are those that ``rope_scaling`` does not mean.
+    """
     theta = fields.positive("rope_theta", 10000.0)
-    local = fields.config.get("rope_local_base_freq") if kind == SLIDING else None
-    if local is not None:
+    if plain and fields.config.get("rope_local_base_freq") is not None:
         theta = fields.positive("rope_local_base_freq")
     parameters = fields.table("rope_parameters")
     if kind in parameters:
         parameters = Fields(parameters, fields.source).table(kind)
     elif FULL in parameters or SLIDING in parameters:
         raise UnsupportedModel(f"{fields.source}: rope_parameters lack {kind}")
-    elif not parameters and local is None:
+    elif not parameters and not plain:
         parameters = fields.table("rope_scaling")
     scaling = {key: value for key, value in parameters.items() if value is not None}
     theta = Fields(parameters, fields.source).positive("rope_theta", theta)

@@ -34,11 +34,11 @@ class LayerSpec:
 class Norms:
     """The norms of a layer, by the names of their modules in the checkpoint; None = there is none."""
 
-    attention: str = "input_layernorm"
+    attention: str | None = "input_layernorm"
     """Of what attention reads."""
     attention_out: str | None = None
     """Of what attention adds to the residual."""
-    mlp: str = "post_attention_layernorm"
+    mlp: str | None = "post_attention_layernorm"
     mlp_out: str | None = None
 
     @property
@@ -49,6 +49,10 @@ class Norms:
 
 Fused = tuple[tuple[str, tuple[str, ...]], ...]
 """Modules of a layer that a checkpoint stores as one, with what they hold, in the order of their rows."""
+
+
+QkNorm = Literal["none", "head", "row"]
+"""What of queries and keys is normalised before the rotary embedding: nothing, each head, or all heads of a token."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class ModelSpec:
     attention_scale: float
     end_ids: tuple[int, ...]
     norms: Norms = Norms()
-    qk_norm: Literal["none", "head"] = "none"
-    """What of queries and keys is normalised before the rotary embedding: nothing, or each head."""
+    qk_norm: QkNorm = "none"
+
     norm_plus_one: bool = False
     """Gemma stores norm weights less one."""
     embedding_scale: float = 1.0

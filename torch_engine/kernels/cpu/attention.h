@@ -24,11 +24,12 @@ struct AttentionLayer {
     void* cache;
     float* scales;  // [blocks, kv_heads, 2, block_size]; null unless the cache is int8
     const float* rope;  // [positions, 2, d / 2]
-    const float* q_norm;  // [d]; null = none
+    const float* q_norm;  // [d], or [heads * d] of a norm over the row; null = none
     const float* k_norm;
     int64_t element_bytes;  // of the cache: 4 float32, 2 bfloat16, 1 int8
     int64_t heads, kv_heads, d, block_size;
     int64_t window;  // 0 = all
+    int64_t norms_row;  // all heads of a token together, not each
     float eps, scale, softcap;  // softcap 0 = none
 };
 
@@ -78,9 +79,14 @@ template <class Element>
 inline void prepare_row(const AttentionLayer& layer, const AttentionStep& step, int64_t row, float* x) {
     const int64_t d = layer.d, bs = layer.block_size, block = step.slots[row] / bs, offset = step.slots[row] % bs;
     const float* cos = layer.rope + step.positions[row] * d;
+    if (layer.norms_row) {
+        float* keys = x + layer.heads * d;
+        rms_norm(x, layer.heads * d, layer.q_norm, layer.eps, x);
+        rms_norm(keys, layer.kv_heads * d, layer.k_norm, layer.eps, keys);
+    }
     for (int64_t h = 0; h < layer.heads + layer.kv_heads; h++) {
         const float* norm = h < layer.heads ? layer.q_norm : layer.k_norm;
-        if (norm) rms_norm(x + h * d, d, norm, layer.eps, x + h * d);
+        if (norm && !layer.norms_row) rms_norm(x + h * d, d, norm, layer.eps, x + h * d);
         rotate(x + h * d, d, cos);
     }
     for (int64_t h = 0; h < layer.kv_heads; h++) {

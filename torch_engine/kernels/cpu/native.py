@@ -59,7 +59,10 @@ class AttentionLayer(ctypes.Structure):
 
     _fields_ = (
         *[(name, POINTER) for name in ("cache", "scales", "rope", "q_norm", "k_norm")],
-        *[(name, I64) for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window")],
+        *[
+            (name, I64)
+            for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
+        ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
     )
 
@@ -336,7 +339,7 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         x: torch.Tensor,
         delta: torch.Tensor | None,
         post: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         eps: float,
         reader: NativeLinear,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -347,7 +350,7 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
             x.data_ptr(),
             None if delta is None else delta.data_ptr(),
             None if post is None else post.data_ptr(),
-            *(weight.data_ptr(), eps, rows, size, reader.integers, out.data_ptr()),
+            *(_at(weight), eps, rows, size, reader.integers, out.data_ptr()),
         )
         return out, x
 
@@ -551,6 +554,7 @@ def _attention_layer(
         d=spec.head_dim,
         block_size=cache.block_size,
         window=layer.spec.window or 0,
+        norms_row=spec.qk_norm == "row",
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,

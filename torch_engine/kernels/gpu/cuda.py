@@ -139,7 +139,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         x: torch.Tensor,
         delta: torch.Tensor | None,
         post: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         eps: float,
         reader: CudaLinear,
     ) -> tuple[Activation, torch.Tensor]:
@@ -177,7 +177,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     ) -> Activation:
         where = step.attention
         qkv = rotate_write(
-            qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps, self.dtype
+            qkv,
+            cache,
+            where,
+            rope,
+            spec.num_heads,
+            layer.q_norm,
+            layer.k_norm,
+            spec.norm_eps,
+            self.dtype,
+            spec.qk_norm == "row",
         )
         plan = attention.decode_plan(
             max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors

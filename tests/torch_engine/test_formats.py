@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from flightline.torch_engine.core.request import GenerationRequest
-from tests.packing import FORMATS, rewrite
+from tests.packing import FORMATS, INT4_FORMATS, rewrite
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import (
     greedy,
     logits_of,
+    needs_compiler,
     reference,
     reference_logits,
 )
@@ -48,3 +49,22 @@ def test_logits_and_tokens_equal_transformers(
     expected = [greedy(model, prompt) for prompt in PROMPTS]
     outputs = engine.generate([GenerationRequest(prompt, 12, end_id=-1) for prompt in PROMPTS])
     assert [output.token_ids for output in outputs] == expected
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["gptq", "awq", "gptq-act-order"])
+def test_compiled_kernels_keep_codes_of_4_bits(
+    name: str, source: Path, tmp_path: Path, make_engine: Callable[..., Any], library: str
+) -> None:
+    """All that is left is what int8 activations round (and int8 weights, where groups do not fit)."""
+    packed, plain = rewrite(source, tmp_path, *INT4_FORMATS[name])
+    native = {"kernels": "native", "kernel_dir": library}
+    engine, wide = make_engine(packed, weight_precision="int4", **native), make_engine(plain)
+    again = make_engine(plain, weight_precision="int4", **native)
+    told = "14 linears whose groups do not fit" if "act-order" in name else "int4 weights"
+    assert told in engine.kernels.describe(engine.model.spec)
+    errors = []
+    for one in (engine, again):
+        pairs = [(logits_of(one, prompt, 7), logits_of(wide, prompt, 7)) for prompt in PROMPTS]
+        errors.append(max(float((ours - truth).norm() / truth.norm()) for ours, truth in pairs))
+    assert errors[0] < 0.04 and errors[0] < errors[1], errors

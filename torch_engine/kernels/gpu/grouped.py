@@ -169,15 +169,17 @@ class Scratch:
     """Memory for one written-out weight, shared by all linears: they run one after the other."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._memory = torch.empty(0, dtype=dtype, device=device)
+        self._dtype, self._device = dtype, device
+        self._memory: torch.Tensor | None = None
 
     def reserve(self, size: int) -> None:
         """At load: a captured graph must find the memory where it was."""
-        if size > self._memory.numel():
-            self._memory = torch.empty(0, dtype=self._memory.dtype, device=self._memory.device)
-            self._memory = torch.empty(size, dtype=self._memory.dtype, device=self._memory.device)
+        if self._memory is None or size > self._memory.numel():
+            self._memory = None
+            self._memory = torch.empty(size, dtype=self._dtype, device=self._device)
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
+        assert self._memory is not None
         return self._memory[: rows * columns].view(rows, columns)
 
 

@@ -61,10 +61,10 @@ def test_compiled_kernels_keep_codes_of_4_bits(
     native = {"kernels": "native", "kernel_dir": library}
     engine, wide = make_engine(packed, weight_precision="int4", **native), make_engine(plain)
     again = make_engine(plain, weight_precision="int4", **native)
-    told = "14 linears whose groups do not fit" if "act-order" in name else "int4 weights"
+    told = "8 linears whose groups do not fit" if "act-order" in name else "int4 weights"
     assert told in engine.kernels.describe(engine.model.spec)
     errors = []
     for one in (engine, again):
         pairs = [(logits_of(one, prompt, 7), logits_of(wide, prompt, 7)) for prompt in PROMPTS]
         errors.append(max(float((ours - truth).norm() / truth.norm()) for ours, truth in pairs))
-    assert errors[0] < 0.04 and errors[0] < errors[1], errors
+    assert errors[0] < 0.06 and errors[0] < errors[1], errors

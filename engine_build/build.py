@@ -87,7 +87,8 @@ class Build:
 
     def _stages(self) -> dict[str, Any]:
         with self._stage("checkpoint") as note:
-            source = obtain(self.settings.model, self.root, self.hashes, self.settings.force)
+            keep_codes = self.settings.precision in (AUTO, "int4")
+            source = obtain(self.settings.model, self.root, self.hashes, self.settings.force, keep_codes)
             note.cached = source.cached
             note.text = f"{source.name}, {source.shape.parameters / 1e6:.0f}M parameters"
         hardware = self._hardware()

@@ -5,6 +5,7 @@ Every form has its scales along the inputs, so that rows may be taken, moved and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -66,6 +67,15 @@ class Coded:
         wide = groups.float()
         return wide if wide.shape[1] == 1 else wide.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
 
+    def _unites(self) -> bool:
+        return self.codes.dtype == torch.uint8 and self.order is None
+
+    def _in_groups_of(self, group: int, bits: int) -> Coded:
+        """The same weight in codes of more bits with a minimum and a scale for ``group`` inputs, which divides its own."""
+        times = self.group // group
+        scales, minima = (each.float().repeat_interleave(times, 1) for each in (self.scales, self.minima()))
+        return Coded(self.codes, scales, group, minima, bits)
+
     def _kind(self) -> tuple[object, ...]:
         offsets = None if self.offsets is None else self.offsets.dtype
         return self.codes.dtype, self.bits, self.group, self.scales.dtype, offsets, self.input_scale is None
@@ -78,11 +88,15 @@ class Coded:
 
 
 def stack(parts: list[Coded]) -> Coded | None:
-    """Several weights of the same inputs above each other; None if they are not coded alike.
+    """Several weights of the same inputs above each other; None if they are not coded alike, and cannot be.
 
     The largest input scale holds for all: none of the values that they read is beyond it.
     """
     first = parts[0]
+    if len({part._kind() for part in parts}) > 1 and all(part._unites() for part in parts):
+        group, bits = math.gcd(*(part.group for part in parts)), max(5, *(part.bits for part in parts))
+        parts = [part._in_groups_of(group, bits) for part in parts]
+        first = parts[0]
     if any(part._kind() != first._kind() or not _same(part.order, first.order) for part in parts):
         return None
     inputs = [part.input_scale for part in parts if part.input_scale is not None]

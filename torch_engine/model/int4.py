@@ -5,7 +5,7 @@ A weight is (code - zero) * scale in all three; they differ in what lies beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,6 +25,8 @@ def read_int4(read: Read, quantization: Quantization, module: str) -> Coded:
 
     Raises UnsupportedModel if its inputs are spread over groups of different sizes.
     """
+    if quantization.packing == "flightline":
+        return _own(read)
     codes, scales, zeros = _READERS[quantization.packing](read, quantization)
     inputs = codes.shape[1]
     group = quantization.group or inputs
@@ -69,6 +71,28 @@ def _awq(read: Read, quantization: Quantization) -> tuple[torch.Tensor, torch.Te
 
 
 _READERS = {"compressed": _compressed, "gptq": _gptq, "awq": _awq}
+
+
+def write_codes(coded: Coded) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a module in our own layout, by their last names: for formats that are no safetensors files.
+
+    Two codes of 4 bits share a byte, the lower one first.
+    """
+    codes = coded.codes
+    yield "codes", codes[:, ::2] | codes[:, 1::2] << 4 if coded.bits == 4 else codes
+    yield "scales", coded.scales
+    yield "bits", torch.tensor([coded.bits], dtype=torch.int32)
+    if coded.offsets is not None:
+        yield "minima" if coded.offsets.is_floating_point() else "zeros", coded.offsets
+
+
+def _own(read: Read) -> Coded:
+    codes, scales, bits = _need(read, "codes"), _need(read, "scales"), int(_need(read, "bits"))
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    zeros = read("zeros")
+    offsets = read("minima") if zeros is None else zeros
+    return Coded(codes, scales, codes.shape[1] // scales.shape[1], offsets, bits)
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ BLOCK = 128
 """Rows and columns of a weight that share a scale in FP8 by blocks."""
 SUPPORTED = (
     "bf16 and fp16; FP8 of ModelOpt, compressed-tensors and Hugging Face (a scale for each tensor, output or block of "
-    "128x128); 4 bits of GPTQ, AWQ and compressed-tensors (W4A16)"
+    "128x128); 4 bits of GPTQ, AWQ and compressed-tensors (W4A16); GGUF files"
 )
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 INPUT_SCALES = ("input_scale", "activation_scale")
@@ -48,8 +48,8 @@ class Quantization:
     """Activations have one scale, known beforehand; else they are quantised as they come."""
     blocks: bool = False
     """A scale for each 128x128 weights."""
-    packing: Literal["", "compressed", "gptq", "awq"] = ""
-    """How codes of 4 bits lie in words of 32; empty for FP8."""
+    packing: Literal["", "compressed", "gptq", "awq", "flightline"] = ""
+    """How codes of 4 bits lie in words of 32, or integers of any format in our own layout; empty for FP8."""
     group: int = 0
     """Inputs that share a scale, of codes of 4 bits; 0 = all."""
     symmetric: bool = False
@@ -85,6 +85,8 @@ def read_quantization(folder: Path, fields: Fields) -> Quantization | None:
         return _hugging_face_fp8(folder, asked)
     if method == "compressed-tensors":
         return _compressed_tensors(folder, asked)
+    if method == "flightline":
+        return Quantization(str(asked.config.get("name")), static=False, packing="flightline")
     if method == "gptq":
         return _gptq(asked)
     if method == "awq":
@@ -288,6 +290,7 @@ BESIDE_INT4: dict[str, tuple[str, ...]] = {
     "compressed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "awq": ("qweight", "scales", "qzeros"),
+    "flightline": ("codes", "scales", "zeros", "minima", "bits"),
 }
 """The tensors of a module of 4-bit codes by their last names, the codes first."""
 CODES_PER_WORD = 8
@@ -319,11 +322,18 @@ def check_int4(
         return -(-size // CODES_PER_WORD)
 
     wanted: dict[str, tuple[int, ...]]
-    if quantization.packing == "compressed":
+    if quantization.packing == "flightline":
+        found = stored[f"{module}.codes"].shape
+        wanted = {
+            "codes": (outputs, inputs // 2 if found == (outputs, inputs // 2) else inputs),
+            "bits": (1,),
+        }
+        optional: dict[str, tuple[int, ...]] = {}
+    elif quantization.packing == "compressed":
         wanted = {"weight_packed": (outputs, words(inputs)), "weight_scale": (outputs, groups)}
         if not quantization.symmetric:
             wanted["weight_zero_point"] = (words(outputs), groups)
-        optional: dict[str, tuple[int, ...]] = {"weight_shape": (2,), "weight_g_idx": (inputs,)}
+        optional = {"weight_shape": (2,), "weight_g_idx": (inputs,)}
     else:
         gptq = quantization.packing == "gptq"
         wanted = {

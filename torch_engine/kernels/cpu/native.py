@@ -317,10 +317,10 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         return self.linear(weight, bias) if head else NativeLinear(self, weight, bias, self.bits)
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> NativeLinear:
-        """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of 4."""
-        fits = coded.group % GROUP == 0 or coded.scales.shape[1] == 1
-        if coded.bits == 4 and coded.order is None and fits:
-            return NativeLinear(self, coded, bias, 4)
+        """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of fewer."""
+        fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+        if fits and coded.bits < 8:
+            return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
         self.rounded += 1
         return NativeLinear(self, coded.values(self.dtype), bias, 8)
 

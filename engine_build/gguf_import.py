@@ -68,9 +68,22 @@ DIALECTS = {
     ),
 }
 KNOWN_KEYS = frozenset(
-    "block_count context_length embedding_length feed_forward_length vocab_size attention.head_count "
-    "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
-    "rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor".split()
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+    ]
 )
 KEYS_OF = {"gemma3": frozenset({"attention.sliding_window", "rope.freq_base_swa"})}
 LLAMA3_FACTORS = (8.0, 32.0)
@@ -113,15 +126,15 @@ def require_readable(file: GgufFile) -> tuple[Dialect, dict[str, Any]]:
     name = facts.get("general.architecture")
     if name not in DIALECTS:
         raise BuildError(
-            f"{file.path}: architecture {name!r} is not read from GGUF: it must be one of {', '.join(DIALECTS)}, or give "
-            "the Hugging Face folder"
+            f"{file.path}: architecture {name!r} is not read from GGUF: it must be one of {', '.join(DIALECTS)}, or "
+            "give the Hugging Face folder"
         )
     known = KNOWN_KEYS | KEYS_OF.get(name, frozenset())
     for key, value in facts.items():
         if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in known:
             raise BuildError(
-                f"{file.path}: {key}={value} is not known, and may change what the model computes: give the Hugging Face "
-                "folder"
+                f"{file.path}: {key}={value} is not known, and may change what the model computes: give the Hugging "
+                "Face folder"
             )
     for tensor, _, kind in file.entries:
         if kind not in CODED and kind not in PLAIN:

@@ -71,7 +71,7 @@ class Coded:
         return self.codes.dtype == torch.uint8 and self.order is None
 
     def _in_groups_of(self, group: int, bits: int) -> Coded:
-        """The same weight in codes of more bits with a minimum and a scale for ``group`` inputs, which divides its own."""
+        """The same weight in codes of more bits, with a minimum and a scale for ``group`` inputs, a part of its own."""
         times = self.group // group
         scales, minima = (each.float().repeat_interleave(times, 1) for each in (self.scales, self.minima()))
         return Coded(self.codes, scales, group, minima, bits)

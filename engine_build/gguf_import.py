@@ -68,7 +68,7 @@ DIALECTS = {
     ),
 }
 KNOWN_KEYS = frozenset(
-    [
+    {
         "block_count",
         "context_length",
         "embedding_length",
@@ -83,7 +83,7 @@ KNOWN_KEYS = frozenset(
         "rope.dimension_count",
         "rope.scaling.type",
         "rope.scaling.factor",
-    ]
+    }
 )
 KEYS_OF = {"gemma3": frozenset({"attention.sliding_window", "rope.freq_base_swa"})}
 LLAMA3_FACTORS = (8.0, 32.0)

@@ -28,7 +28,8 @@ SAFETENSORS_WANTED = (
     "give the Hugging Face folder that it was made from (config.json, model*.safetensors, tokenizer.json), or its hub "
     "id (owner/name)"
 )
-INPUT_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", *TOKENIZER_FILES)
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+INPUT_FILES = ("config.json", "generation_config.json", *QUANTIZATION_FILES, *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def obtain(
         folder, cached = _embedded(build_dir, hashes, force)
         return _inspect(EMBEDDED_MODEL, folder, hashes, cached)
     path = Path(model).expanduser()
-    if path.is_file() and _is_gguf(path):
+    if is_gguf(path):
         folder, cached = _from_gguf(path, slug(path.stem), build_dir, hashes, force, keep_codes)
         return _inspect(slug(path.stem), folder, hashes, cached)
     if path.is_dir():
@@ -89,7 +90,10 @@ def _not_a_folder(model: str) -> BuildError:
     return BuildError(f"MODEL={model} is a file: {SAFETENSORS_WANTED}")
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """A file that is one by its first bytes, or by its name."""
+    if not path.is_file():
+        return False
     if path.suffix.lower() == ".gguf":
         return True
     with path.open("rb") as file:

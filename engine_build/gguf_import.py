@@ -103,16 +103,27 @@ def convert(gguf_file: Path, folder: Path, keep_codes: bool = False) -> None:
     """
     file = GgufFile(gguf_file)
     _, facts = require_readable(file)
-    config = _config(facts, file)
-    if keep_codes:
-        kinds = Counter(kind for name, _, kind in file.entries if name.startswith("blk.") and _is_coded(kind))
-        if kinds:
-            name = f"GGUF {', '.join(kind for kind, _ in kinds.most_common())}"
-            config["quantization_config"] = {"quant_method": "flightline", "name": name}
+    config = _config_of_codes(file) if keep_codes else _config(facts, file)
     write_tensors(_tensors(file, "quantization_config" in config), folder)
     write_json(folder / "config.json", with_both_rope_spellings(config))
     write_json(folder / "generation_config.json", _ids(facts) | {"eos_token_id": _ends(facts)})
     write_tokenizer(gguf_file, facts, int(config["max_position_embeddings"]), folder)
+
+
+def write_configuration(gguf_file: Path, folder: Path) -> None:
+    """Writes the ``config.json`` alone that :func:`convert` with ``keep_codes`` writes; raises as it does."""
+    file = GgufFile(gguf_file)
+    require_readable(file)
+    write_json(folder / "config.json", with_both_rope_spellings(_config_of_codes(file)))
+
+
+def _config_of_codes(file: GgufFile) -> dict[str, Any]:
+    config = _config(file.facts, file)
+    kinds = Counter(kind for name, _, kind in file.entries if name.startswith("blk.") and _is_coded(kind))
+    if kinds:
+        name = f"GGUF {', '.join(kind for kind, _ in kinds.most_common())}"
+        config["quantization_config"] = {"quant_method": "flightline", "name": name}
+    return config
 
 
 def require_readable(file: GgufFile) -> tuple[Dialect, dict[str, Any]]:

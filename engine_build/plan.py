@@ -42,8 +42,8 @@ class ModelShape:
     """The checkpoint is FP8 already."""
     int4: bool = False
     """The checkpoint is of 4-bit codes already."""
-    stored: str = "ModelOpt FP8"
-    """What a quantised checkpoint is, in words."""
+    stored: str = "bf16"
+    """How the linears are stored, in words."""
 
 
 @dataclass(frozen=True)

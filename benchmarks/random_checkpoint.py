@@ -27,10 +27,12 @@ LLAMA_8B = ModelSpec(
 
 
 class RandomCheckpoint(Checkpoint):
-    """Random weights of a given shape, made on the device when asked for: FP8 linears, the rest in bf16."""
+    """Random weights of a given shape, made on the device when asked for: linears in FP8, or in 4 bits as of AWQ in
+    groups of 128; the rest in bf16."""
 
-    def __init__(self, spec: ModelSpec, fp8: bool, device: str = "cuda") -> None:
+    def __init__(self, spec: ModelSpec, fp8: bool, device: str = "cuda", int4: bool = False) -> None:
         self.spec, self.fp8, self.device, self.folder = spec, fp8, device, Path("random")
+        self.int4 = int4
         self._generator = torch.Generator(device).manual_seed(0)
 
     def __contains__(self, name: str) -> bool:
@@ -64,9 +66,15 @@ class RandomCheckpoint(Checkpoint):
         return None
 
     def coded(self, module: str) -> Coded | None:
+        rows, inputs = self._shape(module)
+        if self.int4:
+            make = {"generator": self._generator, "device": self.device, "dtype": torch.uint8}
+            codes = torch.randint(0, 16, (rows, inputs), **make)
+            zeros = torch.randint(6, 10, (rows, inputs // 128), **make)
+            scales = torch.full(zeros.shape, 0.02 / 4.6, device=self.device, dtype=torch.float16)
+            return Coded(codes, scales, 128, zeros, 4)
         if not self.fp8:
             return None
-        rows, inputs = self._shape(module)
         codes = self._random(rows, inputs, spread=64.0).clamp_(-448, 448).to(torch.float8_e4m3fn)
         scales = torch.full((rows, 1), 0.02 / 64, device=codes.device)
         return Coded(codes, scales, inputs, input_scale=torch.tensor(8.0 / 448, device=codes.device))

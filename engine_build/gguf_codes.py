@@ -13,7 +13,8 @@ import torch
 
 from flightline.torch_engine.model.coded import Coded
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Bytes = np.ndarray[Any, Any]
+"""uint8."""
 PLAIN = ("F32", "F16", "BF16")
 
 

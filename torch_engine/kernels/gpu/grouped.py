@@ -88,14 +88,29 @@ def grouped_plans(outputs: int, tiles: int, multiprocessors: int) -> list[Groupe
 
 @triton.jit
 def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
-    """Codes as numbers of the compute dtype, which holds each of them."""
+    """Codes as numbers of the compute dtype, which holds each of them; pairs are moved up by :func:`_moved`."""
     if KIND == E4M3:
         numbers = codes.to(tl.float32).to(like)
     elif KIND == PAIR:
-        numbers = ((codes >> (4 * half)) & 15).to(like)
+        numbers = (codes >> (4 * half)) & 15
+        # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
+        if like == tl.bfloat16:
+            numbers = (numbers.to(tl.int16) | 0x4300).to(like, bitcast=True)
+        elif like == tl.float16:
+            numbers = (numbers.to(tl.int16) | 0x6400).to(like, bitcast=True)
+        else:
+            numbers = numbers.to(like)
     else:
         numbers = codes.to(like)
     return numbers
+
+
+@triton.constexpr_function
+def _moved(kind: int, like: tl.dtype) -> int:
+    """What a code of a pair is more than it says."""
+    if kind != Kind.PAIR:
+        return 0
+    return 128 if like == tl.bfloat16 else 1024 if like == tl.float16 else 0
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -109,6 +124,7 @@ def _product_kernel(
     HALVES: tl.constexpr = 2 if KIND == PAIR else 1
     WIDTH: tl.constexpr = TILE // HALVES
     TILES: tl.constexpr = K // TILE // SPLITS
+    MOVED: tl.constexpr = _moved(KIND, x.dtype.element_ty)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -126,12 +142,14 @@ def _product_kernel(
             # A half lies in one group: its scale is applied to the sums, which are fewer than the weights.
             at = (k // GROUP) * N + n
             scale = tl.load(scales + at).to(tl.float32)[:, None]
-            if OFFSETS == ZEROS:
+            if OFFSETS > 0 or MOVED > 0:
                 sums = tl.sum(a.to(tl.float32), 1)[None, :]
-                part -= tl.load(offsets + at).to(tl.float32)[:, None] * sums
+            if OFFSETS == ZEROS:
+                part -= (tl.load(offsets + at).to(tl.float32) + MOVED)[:, None] * sums
+            elif MOVED > 0:
+                part -= MOVED * sums
             part *= scale
             if OFFSETS == MINIMA:
-                sums = tl.sum(a.to(tl.float32), 1)[None, :]
                 part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
             total += part
     if BIASED and split == 0:

@@ -305,7 +305,7 @@ def test_integer_attention_keeps_what_many_small_weights_add_up_to(make: Make, i
     size, tokens = 16, 2000
     spec = SimpleNamespace(
         num_heads=1, num_kv_heads=1, head_dim=size, norm_eps=1e-6, attention_scale=1.0,
-        attention_softcap=None,
+        attention_softcap=None, qk_norm="none",
     )  # fmt: skip
     layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=None), out=FLOATS)
     rope = torch.stack([torch.ones(tokens, size // 2), torch.zeros(tokens, size // 2)], dim=1)

@@ -83,6 +83,8 @@ class GenerateParams:
     return_token_ids: bool = _tensor("BOOL", False, "shown with --json", silent=True)
     return_finish_reason: bool = _tensor("BOOL", False, "the server's own, shown with --json", silent=True)
     """Whether the server says why the output ended; otherwise it is told from the number of tokens."""
+    return_num_cached_tokens: bool = _tensor("BOOL", False, "shown with --json", silent=True)
+    """Whether the server says how many tokens of the prompt it found computed."""
     exclude_input_in_output: bool = _tensor("BOOL", True)
     """False puts the prompt in front of a non-streamed text, which is NVIDIA's default."""
     return_num_input_tokens: bool = _tensor("BOOL", True)

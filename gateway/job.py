@@ -211,6 +211,8 @@ def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
         ("return_num_output_tokens", "BOOL", [True]),
         ("return_finish_reason", "BOOL", [True]),
     ]
+    if model.tells_cached_tokens:
+        made.append(("return_num_cached_tokens", "BOOL", [True]))
     if values["n"] > 1:
         made.append(("num_return_sequences", "INT32", [values["n"]]))
     if values["stop"]:

@@ -61,6 +61,7 @@ tensor, the value and the range.
 | `top_logprobs` | INT32 [1], 0 to {MOST_TOP_LOG_PROBS} | tell so many of the most likely tokens in each token's place |
 | `return_token_ids` | BOOL [1] | tell the tokens of the text |
 | `return_finish_reason` | BOOL [1] | tell why the answer has ended |
+| `return_num_cached_tokens` | BOOL [1] | tell how many tokens of the prompt were found computed |
 
 | output | type | |
 |---|---|---|
@@ -68,6 +69,7 @@ tensor, the value and the range.
 | `top_token_ids` | INT32 [n, `top_logprobs`] | in each one's place, the likeliest first; {NO_TOKEN} if fewer |
 | `top_log_probs` | FP32 [n, `top_logprobs`] | theirs |
 | `finish_reason` | STRING [1] | of the last response: `length`, `end_id`, `stop_words`, `cancelled` |
+| `num_cached_tokens` | INT32 [1] | of the last response; in backend torch alone |
 
 `end_id` is the reason where an end token or a stop token came; `cancelled` where nobody took the answer
 for half a minute.

@@ -127,6 +127,7 @@ TABLE: tuple[Tensor, ...] = (
     Tensor("skip_special_tokens", request="skip_special_tokens", ours=True),
     Tensor("return_finish_reason", option="finish_reason", ours=True),
     Tensor("return_token_ids", option="token_ids", ours=True),
+    Tensor("return_num_cached_tokens", option="num_cached_tokens", ours=True),
     *_only(
         _NEW,
         _TOP,
@@ -194,6 +195,7 @@ class Options:
     """Answers to each prompt."""
     finish_reason: bool = False
     token_ids: bool = False
+    num_cached_tokens: bool = False
     top_log_probs: int = 0
     """The most likely tokens in the place of each generated one: so many."""
 

@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-PARTS = ("build", "ours", "grpc", "peer")
+PARTS = ("build", "grpc", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
 """Temperature -> kind of ``kinds.py``."""
 START_S = 300.0
@@ -200,14 +200,14 @@ def main() -> None:
         "--folder", type=Path, required=True, help="for checkpoint and build; logs go there, too"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,grpc)")
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
     parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, without vLLM")
     options = parser.parse_args()
-    options.parts = ["build", "grpc"] if options.tiny else options.parts.split(",")
+    options.parts = options.parts.split(",") if options.parts else PARTS[: 2 if options.tiny else None]
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
     if not options.site and {"ours", "peer"} & set(options.parts):

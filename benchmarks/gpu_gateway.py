@@ -38,6 +38,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+# Not where it is used: client processes import this file at their start, and must not import that at their first load.
+from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts  # noqa: E402
+
 PARTS = ("build", "grpc", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
 """Temperature -> kind of ``kinds.py``."""
@@ -137,8 +140,6 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     """``text_generation``, streaming; it also warms the engine up."""
-    from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts
-
     prompts, clients = Prompts(TINY if options.tiny else LLAMA_8B), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):

@@ -60,7 +60,9 @@ def test_a_completion_is_what_triton_says(llm: openai.OpenAI, model: str, served
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == own.text
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-2:] == [None, own.finish_reason]
+    # Where the machine is busy, tokens travel together, all of them at worst.
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert reasons == [None] * (len(reasons) - 1) + [own.finish_reason]
     assert (chunks[-1].choices, totals(chunks[-1].usage)) == ([], counts)
     assert {(chunk.id, chunk.created, chunk.object) for chunk in chunks} == {
         (chunks[0].id, chunks[0].created, "text_completion")

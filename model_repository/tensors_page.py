@@ -17,7 +17,7 @@ def parts() -> dict[str, str]:
     }
 
 
-INPUT_IDS = "| `input_ids` | INT32 [n] | the prompt as token ids, in place of `text_input` and as it is: no BOS is added |"
+INPUT_IDS = "| `input_ids` | INT32 [n] | the prompt as token ids, as it is, in place of `text_input`: no BOS is added |"
 
 
 def _row(tensor: Tensor) -> str:

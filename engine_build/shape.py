@@ -12,8 +12,11 @@ from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hub import fetch_configuration
 from flightline.engine_build.plan import ModelShape
 from flightline.torch_engine.model.families import ModelSpec, load_spec
+from flightline.torch_engine.model.shard import refusal
 
 HUB_PATIENCE_S = 2.5
+MOST_GPUS = 16
+"""That share a model."""
 EMBEDDED_SHAPE = ModelShape(
     layers=30,
     kv_heads=3,
@@ -21,6 +24,7 @@ EMBEDDED_SHAPE = ModelShape(
     max_position_embeddings=8192,
     parameters=134_515_008,
     linear_parameters=106_168_320,
+    splits=(3,),
 )
 """So that preflight needs no package at all."""
 
@@ -84,4 +88,5 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         parameters=linear + norms + embeddings,
         linear_parameters=linear,
         fp8=spec.fp8,
+        splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )

@@ -120,7 +120,7 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
     if refusal:
         return Verdict(lane, precision, IMPOSSIBLE, refusal)
     sizes = (asked.max_seq_len, asked.max_batch_size)
-    parallel = (asked.tp, asked.pp) if lane != "torch" else (1, 1)
+    parallel = (asked.tp, asked.pp)
     engines = asked.dp if lane == "torch" else 1
     try:
         plan = make_plan(
@@ -328,7 +328,7 @@ def _variables(chosen: Verdict, asked: Settings) -> str:
     words = [f"ENGINE={chosen.lane}", f"PRECISION={chosen.precision}"]
     if asked.model:
         words.insert(0, f"MODEL={asked.model}")
-    parallel = {"DP": asked.dp} if chosen.lane == "torch" else {"TP": asked.tp, "PP": asked.pp}
+    parallel = {"TP": asked.tp, **({"DP": asked.dp} if chosen.lane == "torch" else {"PP": asked.pp})}
     words += [f"{name}={count}" for name, count in parallel.items() if count > 1]
     return " ".join(words)
 

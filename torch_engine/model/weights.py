@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,20 +13,37 @@ from safetensors import SafetensorError, safe_open
 
 from flightline.torch_engine.model.families import ModelSpec, UnsupportedModel
 from flightline.torch_engine.model.layout import Stored, check_tensors
+from flightline.torch_engine.model.shard import WHOLE, Part, Shard
 
 
 class Checkpoint:
-    """Tensors by their Hugging Face names, read when asked for.
+    """Tensors by their Hugging Face names, read when asked for; of a :meth:`part`, only what its rank has of them.
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
 
     def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
         self.folder = Path(model_dir)
-        self.spec = spec
+        self.spec = self.whole = spec
+        """``whole`` is the model's, ``spec`` that of the decoder whose part this is."""
+        self.shard = Shard()
         self._open: dict[str, Any] = {}
         self._files = self._locate()
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
+
+    def part(self, shard: Shard) -> Checkpoint:
+        """The same for one rank, with the spec of its decoder.
+
+        Raises:
+            UnsupportedModel: the model cannot be cut like that.
+        """
+        part = copy.copy(self)
+        part.shard, part.spec = shard, shard.of(self.whole)
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files itself."""
+        return {**self.__dict__, "_open": {}}
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
@@ -67,13 +85,24 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._files and not self._part(name).absent
+
+    def _part(self, name: str) -> Part:
+        if self.shard.size == 1:
+            return WHOLE
+        return self.shard.part(name, self._stored(name).shape, self.whole)
 
     def raw(self, name: str) -> torch.Tensor:
         """Raises UnsupportedModel if the checkpoint lacks the tensor."""
         if name not in self._files:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
+        file, part = self._file(self._files[name]), self._part(name)
+        if part == WHOLE:
+            whole: torch.Tensor = file.get_tensor(name)
+            return whole
+        stored = file.get_slice(name)
+        rows = slice(*(part.rows or (None,)))
+        tensor: torch.Tensor = stored[rows, slice(*part.columns)] if part.columns else stored[rows]
         return tensor
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,18 @@ PARTS = [
 ]
 """Folders and files of the package."""
 ENGINE = (
-    *("text", "core", "parallel", "model", "kernels", "runner", "cuda_runner", "loading", "engine", "process"),
+    *(
+        "text",
+        "core",
+        "parallel",
+        "model",
+        "kernels",
+        "runner",
+        "cuda_runner",
+        "loading",
+        "engine",
+        "process",
+    ),
 )
 """Folders and files of ``torch_engine``, the lowest first: each may import those before it."""
 KERNELS = ("reference", "cpu", "gpu")

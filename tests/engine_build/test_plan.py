@@ -240,7 +240,9 @@ def test_gpus_that_share_each_layer() -> None:
     assert any("2 GPUs share each layer" in reason for reason in pair.reasons)
     with pytest.raises(BuildError, match="TP=2 does not divide this model's heads .*: use TP=3"):
         make_plan(dataclasses.replace(llama, splits=(3,)), PAIR, tp=2)
-    tried = make_plan(llama, dataclasses.replace(CPU, compiler="/usr/bin/g++", cores=2, memory_free=64 * GIB), tp=2)
+    tried = make_plan(
+        llama, dataclasses.replace(CPU, compiler="/usr/bin/g++", cores=2, memory_free=64 * GIB), tp=2
+    )
     assert (tried.kernels, tried.tp) == ("pytorch", 2)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,3 +246,25 @@ def test_ranks_end_with_their_engine(folder: Path) -> None:
 def test_kernels_of_one_process_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not valid: the compiled CPU kernels"):
         small(folder, 2, kernels="native", kernel_dir="x")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's language")
+def test_the_gpus_way_in_the_interpreter() -> None:
+    """The runner that is a step ahead, on two ranks over gloo; on GPUs the same tests have graphs and NCCL."""
+    script = Path(__file__).with_name("test_tp_gpu.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "gpu",
+        "--noconftest",
+        "-k",
+        "llama",
+        str(script),
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and " 1 passed" in run.stdout, run.stdout[-3000:]

@@ -122,7 +122,7 @@ class Checkpoint:
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
-        return self.raw(name).to(dtype) if name in self._files else None
+        return self.raw(name).to(dtype) if name in self else None
 
     def kv_scales(self, attention: str) -> tuple[float, float]:
         """What keys and values of the module ``attention`` are divided by in an e4m3 cache; 1 where nobody calibrated.

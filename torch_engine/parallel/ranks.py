@@ -51,6 +51,8 @@ class Ranks(Protocol):
     """What the runner of one rank knows of the others."""
 
     group: Group
+    ends_process: bool
+    """Whether the loss of a rank ends this process also while it has nothing to do."""
 
     def meet(self, facts: dict[str, Any]) -> None:
         """Waits until all ranks are as far.
@@ -85,6 +87,7 @@ class Single:
     """One rank has the whole model."""
 
     group: Group = Alone()
+    ends_process = False
 
     def meet(self, facts: dict[str, Any]) -> None: ...
 
@@ -159,7 +162,6 @@ class Leader:
         """
         self._size = config.tensor_parallel_size
         self.ends_process = False
-        """Whether the loss of a rank ends this process also while it has nothing to do."""
         self._on_cpu = config.device == "cpu"
         if not self._on_cpu:
             _check_gpus(self._size)
@@ -372,7 +374,7 @@ class Follower:
         self._sending = threading.Lock()
         self._assignment = assignment
         self.group: Group = Alone()
-        self.beats = True
+        self.ends_process = True
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
     def join(self) -> None:

@@ -39,7 +39,7 @@ from flightline.torch_engine.text.stream import TokenBytes  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
 PARTS = ("throughput", "gaps", "profile")
-MORE_PARTS = ("speculation",)
+MORE_PARTS = ("speculation", "guided")
 BUDGETS = (8192, 4096, 2048, 1024, 512)
 """Tokens of one step (MAX_NUM_TOKENS of the build) to measure gaps at."""
 STREAMS = 32
@@ -51,7 +51,9 @@ def report(**result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
-def llama_engine(options: argparse.Namespace, guesses: int = 0) -> Engine:
+def llama_engine(
+    options: argparse.Namespace, guesses: int = 0, vocabulary: list[bytes] | None = None
+) -> Engine:
     spec = LLAMA_8B
     width = {"fp8": 1, "int8": 1 + 4 / spec.head_dim, "bfloat16": 2}[options.kv]
     a_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 16 * width
@@ -67,7 +69,7 @@ def llama_engine(options: argparse.Namespace, guesses: int = 0) -> Engine:
     )  # fmt: skip
     started = time.perf_counter()
     checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8")
-    engine = Engine(config, checkpoint, TokenBytes([b"a"] * spec.vocab_size))
+    engine = Engine(config, checkpoint, TokenBytes(vocabulary or [b"a"] * spec.vocab_size))
     freeze_garbage_collector()  # as the engine's server does
     report(
         part="engine", description=engine.info.description, load_s=round(time.perf_counter() - started, 1),
@@ -160,6 +162,19 @@ def guess(options: argparse.Namespace) -> None:
             ]
             turns = take_turns(engine, text, count, batches.__getitem__, options.repeats)
             report(part="speculation", case=sizes, row=turns.row(), **dataclasses.asdict(turns))
+
+
+def guided(options: argparse.Namespace) -> None:
+    """What guides cost: 64 rows with a JSON schema each against 64 without, and what plain rows lose beside them."""
+    from benchmarks.guided import compare
+    from benchmarks.words import pieces
+
+    engine = llama_engine(options, vocabulary=pieces(LLAMA_8B.vocab_size))
+    chance = random.Random(4)
+    prompts = [request.prompt_ids for request in requests(128, 128, 1, chance)]
+    for rows in (1, 64):
+        sizes = argparse.Namespace(rows=rows, rounds=options.repeats, tokens=128, greedy=False)
+        report(part="guided", rows=rows, rates=compare(engine, prompts[: 2 * rows], sizes))
 
 
 class Watch:
@@ -364,7 +379,7 @@ def main() -> int:
             else:
                 engine = None  # it wants its memory
                 gc.collect()
-                guess(options)
+                {"speculation": guess, "guided": guided}[part](options)
         except Exception as error:
             traceback.print_exc()
             report(part=part, failed=f"{type(error).__name__}: {error}"[:500])

@@ -8,8 +8,9 @@ has ended by itself with jsonschema; one that is wrong ends the command with sta
     python3 benchmarks/guided.py --cost --rows 16
 
 compares, in turns, output tokens/s of so many plain requests with as many guided ones, and of twice as many plain ones
-with half of them guided: what plain streams lose beside guided ones. All are drawn in the same way and have the same
-numbers of tokens; only the ratios of one run mean anything on a machine that others use.
+with half of them guided: what plain streams lose beside guided ones. (``benchmarks/gpu.py --parts guided`` does the
+same on a GPU, with an 8B model's shape and 128,256 tokens.) All are drawn in the same way and have the same numbers of
+tokens; only the ratios of one run mean anything on a machine that others use.
 """
 
 from __future__ import annotations
@@ -104,7 +105,16 @@ SIDES = {"plain": (1, 0), "guided": (0, 1), "twice plain": (2, 0), "both": (1, 1
 
 def cost(options: argparse.Namespace) -> None:
     engine = load_engine(options, enable_kv_cache_reuse=False)
-    prompts = tokenised(options, texts(2 * options.rows))
+    compare(engine, tokenised(options, texts(2 * options.rows)), options)
+
+
+def compare(engine: Engine, prompts: list[list[int]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Rates of all sides in turns, in output tokens/s, and two lines of ratios.
+
+    Args:
+        prompts: twice ``options.rows``.
+        options: ``rows``, ``rounds``, ``tokens`` and ``greedy`` of the command line.
+    """
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
     for name in SIDES:
         rate(engine, prompts, options, name, 4)  # compiles the grammar and warms up
@@ -123,6 +133,7 @@ def cost(options: argparse.Namespace) -> None:
             f"{what}: {statistics.median(ratios):.3f} of the rate without guides "
             f"({ratios[0]:.3f}-{ratios[-1]:.3f}); {statistics.median(rates[first]):.0f} tokens/s without"
         )
+    return rates
 
 
 def rate(

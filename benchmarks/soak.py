@@ -213,7 +213,10 @@ class Memory:
         samples = self.samples or [{}]
         quarter = max(1, len(samples) // 4)
         rows, grown = (
-            ["| process | first MiB | second quarter | last quarter | most |", "|---|---|---|---|---|"],
+            [
+                "| process | first MiB | second quarter | last quarter | most | each tenth |",
+                "|---|---|---|---|---|---|",
+            ],
             [],
         )
         for name in sorted(set().union(*samples)):
@@ -222,7 +225,14 @@ class Memory:
                 for part in (samples[:1], samples[quarter : 2 * quarter] or samples, samples[-quarter:])
             )
             most = max(sample.get(name, 0.0) for sample in samples)
-            rows.append(f"| {name} | {first:.0f} | {settled:.0f} | {last:.0f} | {most:.0f} |")
+            tenth = max(1, len(samples) // 10)
+            curve = [
+                f"{statistics.median([sample.get(name, 0.0) for sample in samples[start : start + tenth]]):.0f}"
+                for start in range(0, len(samples), tenth)
+            ]
+            rows.append(
+                f"| {name} | {first:.0f} | {settled:.0f} | {last:.0f} | {most:.0f} | {' '.join(curve)} |"
+            )
             if last > max(GROWTH * settled, settled + LITTLE_MIB):
                 grown.append(f"{name} from {settled:.0f} to {last:.0f} MiB")
         return rows, grown

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import string
 import sys
 from pathlib import Path
 
@@ -41,3 +43,40 @@ def write_tokenizer(folder: Path, size: int) -> None:
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def pieces(size: int) -> list[bytes]:
+    """A vocabulary made up as real ones are, for grammars to choose from: all bytes, JSON's marks, numbers, and parts
+    of words of 2 to 8 letters, half of them after a space.
+    """
+    chance = random.Random(0)
+    marks = (
+        '{"',
+        '"}',
+        '": "',
+        '", "',
+        '":',
+        '",',
+        "[]",
+        "{}",
+        '["',
+        '"]',
+        "}, {",
+        "},",
+        "],",
+        "  ",
+        "\n",
+        "\n\n",
+        "\n  ",
+    )
+    found = [bytes([value]) for value in range(256)]
+    found += [mark.encode() for mark in marks if len(mark) > 1]
+    found += [str(number).encode() for number in range(10, 1000)]
+    known = set(found)
+    while len(found) < size:
+        text = "".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 8)))
+        piece = chance.choice(("", " ")) + chance.choice((text, text, text.capitalize()))
+        if (coded := piece.encode()) not in known:
+            known.add(coded)
+            found.append(coded)
+    return found

@@ -1,4 +1,4 @@
-"""One model on one GPU and on several: ``python3 benchmarks/gpu_tp.py --shapes 8b --out X.json``, from the project's root.
+"""Models on one GPU and on several: ``python3 benchmarks/gpu_tp.py --shapes 8b --out X.json`` at the project's root.
 
 Random weights and prompts, FP8, greedy and drawn; wall clock with prefill; a case is CONCURRENCY:INPUT:OUTPUT. Each
 engine runs in a process of its own, one after the other in one call: one GPU, the ranks with NCCL alone, the ranks with

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -187,6 +188,7 @@ def join(
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         return Together(dist.ProcessGroupGloo(store, rank, size, options))
     torch.cuda.set_device(device)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     dist.init_process_group(
         "nccl", store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=device
     )

@@ -109,7 +109,9 @@ def make_plan(
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
     if hardware.device == "cpu" and tp > 1 and lane == "torch":
-        reasons.append(f"TP={tp} on a CPU is for trying it out: the compiled kernels run in one process, faster")
+        reasons.append(
+            f"TP={tp} on a CPU is for trying it out: the compiled kernels run in one process, faster"
+        )
         hardware = dataclasses.replace(hardware, compiler=None)
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
     _require_gpus(lane, tp, pp, shape, hardware)
@@ -319,9 +321,7 @@ def _require_engines(lane: str, wanted: int, tp: int, hardware: Hardware, reason
     if lane == "torch" and wanted * tp > there:
         what = "CPU core(s) are there" if on_cpu else "GPU(s) are visible"
         asked = f"DP={wanted}" if tp == 1 else f"DP={wanted} with TP={tp}"
-        raise BuildError(
-            f"{asked} wants a part of the machine for each engine, but {there} {what}: lower DP"
-        )
+        raise BuildError(f"{asked} wants a part of the machine for each engine, but {there} {what}: lower DP")
     if lane == "torch" and tp > 1 and not on_cpu:
         reasons.append(
             f"{tp} GPUs share each layer: each has its part of the weights and of the KV cache; over PCIe instead of "

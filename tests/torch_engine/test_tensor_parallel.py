@@ -112,9 +112,13 @@ def test_a_rank_reads_its_part_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "size", "said"),
     [
-        ({"num_attention_heads": 9, "num_key_value_heads": 3}, 2, r"2 does not divide the heads; use TP=3"),
         (
-            {"num_attention_heads": 12, "num_key_value_heads": 3},
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 384},
+            2,
+            r"2 does not divide the heads; use TP=3",
+        ),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 384},
             2,
             r"neither of 2 .* divides the other; use TP=3",
         ),
@@ -267,4 +271,4 @@ def test_the_gpus_way_in_the_interpreter() -> None:
         str(script),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0 and " 1 passed" in run.stdout, run.stdout[-3000:]
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout[-3000:]

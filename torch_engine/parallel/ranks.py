@@ -168,7 +168,9 @@ class Leader:
         store, port = meeting_place()
         self._lock = threading.Condition()
         self._closing = False
+        self._ending = False
         self._verdict = ""
+        """Why the engine has ended: set when no other rank runs any more."""
         self._noticed = threading.Event()
         self._told = self._fetched = 0
         self._loading = True
@@ -210,7 +212,7 @@ class Leader:
                         f"tensor_parallel_size={self._size}: rank {other.rank} has {name} {theirs[name]!r} and rank 0 "
                         f"{value!r}: give all ranks the same (CUDA_VISIBLE_DEVICES chooses the GPUs)"
                     )
-        self._loading = False
+        self._loading = not self._on_cpu  # until the first step GPUs compile and capture, together
 
     def _await(self, reached: Any) -> None:
         with self._lock:
@@ -219,6 +221,7 @@ class Leader:
 
     def tell(self, step: Any) -> None:
         self._raise_if_lost()
+        self._loading = False
         message = pickle.dumps(step, pickle.HIGHEST_PROTOCOL)
         self._told += 1
         try:
@@ -235,8 +238,8 @@ class Leader:
             self._end(f"rank 0 of {self._size} {cause_of(error)}")
         with self._lock:
             self._lock.wait_for(lambda: self._verdict, SILENT_S + STILL_S)
-            if not self._verdict:
-                self._verdict = f"rank 0 of {self._size} {cause_of(error)}"
+        if not self._verdict:
+            self._end(f"rank 0 of {self._size} {cause_of(error)}")
         self._raise_if_lost()
         raise AssertionError("unreachable")
 
@@ -341,15 +344,18 @@ class Leader:
 
     def _end(self, problem: str) -> None:
         with self._lock:
-            if self._verdict:
+            if self._ending:
                 return
-            self._verdict = problem
-            self._lock.notify_all()
+            self._ending = True
         logging.getLogger("engine").critical("%s: the engine ends", problem)
         for other in self._others:
             other.process.kill()
         for other in self._others:
-            other.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its GPU has not let it go yet
+                other.process.wait(LEAVE_S)
+        with self._lock:
+            self._verdict = problem
+            self._lock.notify_all()
         if threading.current_thread().name != "ranks":
             return
         stuck = self._loading or self._told != self._fetched

@@ -21,6 +21,11 @@ A peer is a command that prints one line of JSON for each concurrency:
 
     python3 benchmarks/cpu.py --guesses --tokens 128
 
+``--prompts`` gives the time of prompts by their length, in the engine alone, and of attention within it; ``--against``
+compares with the kernels of another commit in a folder (``compile_library`` of ``kernels/cpu/toolchain.py`` makes it):
+
+    python3 benchmarks/cpu.py --prompts 128,500,2000,8000 --against /tmp/kernels-before
+
 Of the engine's steps the table also gives the host's time: a step's without that in the compiled kernels. The side
 ``prefill`` compares the rate of long prompts with large products of our kernels and of PyTorch's on as many threads.
 """
@@ -274,6 +279,71 @@ def guess(options: argparse.Namespace) -> None:
                 engine, text, in_flight, partial(requests, prompts, kind, in_flight), options.rounds
             )
             print(turns.row(), flush=True)
+
+
+class AttentionTime:
+    """Seconds of attention in an engine whose layers are computed one by one, operation by operation."""
+
+    def __init__(self, engine: Engine) -> None:
+        from flightline.torch_engine.core.steps import TensorSteps
+        from flightline.torch_engine.kernels.operations import Operations
+
+        self.seconds = 0.0
+        kernels, attention = engine.kernels, engine.kernels.attention
+
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            out = attention(*arguments)
+            self.seconds += time.perf_counter() - start
+            return out
+
+        kernels.attention = timed
+        kernels.decode = partial(Operations.decode, kernels)  # the compiled decoder is one call
+        engine.runner.steps = TensorSteps(engine.config.block_size, kernels.device)
+
+
+def time_prompts(options: argparse.Namespace) -> None:
+    """Milliseconds of a prompt, of attention in it, and of a token after it; with other kernels in turns."""
+    from flightline.torch_engine.core.request import GenerationRequest
+
+    lengths, chance, following = options.prompts, random.Random(1), 16
+    longest = max(lengths) + following + 1
+    folders = {"of the build": None} | ({str(options.against): options.against} if options.against else {})
+    room = {"max_seq_len": longest, "num_kv_blocks": longest // 16 + 2, "enable_kv_cache_reuse": False}
+    engines = {
+        name: load_engine(options, **room, **({"kernel_dir": str(folder.absolute())} if folder else {}))
+        for name, folder in folders.items()
+    }
+    parts = {name: AttentionTime(engine) for name, engine in engines.items()}
+
+    def once(name: str, length: int, tokens: int) -> tuple[float, float]:
+        """Milliseconds in all, and of attention."""
+        engine, part = engines[name], parts[name]
+        ids = [chance.randrange(engine.info.vocab_size) for _ in range(length)]
+        part.seconds, start = 0.0, time.perf_counter()
+        engine.generate([GenerationRequest(ids, tokens, end_id=-1, stream=False)])
+        return 1000 * (time.perf_counter() - start), 1000 * part.seconds
+
+    print("| tokens | kernels | prompt | tokens/s | attention in it | attention of a token after it |")
+    print("|--:|---|--:|--:|--:|--:|")
+    results = []
+    for length in lengths:
+        times: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for number in range(options.rounds):
+            for name in turned(list(engines), number):
+                whole, attention = once(name, length, 1)
+                more = once(name, length, 1 + following)[1] - attention
+                times[name].append((whole, attention, more / following))
+        for name, rounds in times.items():
+            whole, attention, more = (min(column) for column in zip(*rounds, strict=True))
+            cells = (
+                f"{whole:.1f} ms | {1000 * length / whole:.0f} | {attention:.1f} ms | {max(more, 0):.2f} ms"
+            )
+            print(f"| {length} | {name} | {cells} |", flush=True)
+            results.append({"tokens": length, "kernels": name, "ms": rounds})
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\nThe least of {options.rounds} rounds.")
 
 
 def run_served(options: argparse.Namespace, models: list[str]) -> None:
@@ -577,6 +647,18 @@ def main() -> None:
     parser.add_argument(
         "--guesses", action="store_true", help="prompt lookup against none, in the engine alone"
     )
+    parser.add_argument(
+        "--prompts",
+        type=lambda text: [int(part) for part in text.split(",")],
+        metavar="LENGTHS",
+        help="time of prompts of so many tokens each, in the engine alone",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="of other compiled kernels that --prompts compares with",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="all rounds as JSON")
     parser.add_argument(
         "--only", metavar="SIDES", help="run these in this process: what each process is started with"
@@ -585,7 +667,9 @@ def main() -> None:
     options.build_dir = options.build_dir.absolute()
     alone = options.sampling or options.guesses
     options.concurrency = options.concurrency or ([1, 16] if alone else [1, 8, 32])
-    if options.guesses:
+    if options.prompts:
+        time_prompts(options)
+    elif options.guesses:
         guess(options)
     elif options.sampling:
         compare_kinds(options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import math
 import random
 import struct
 from collections.abc import Callable
@@ -290,6 +291,30 @@ def test_attention(make: Make, reference, heads: tuple, mask: tuple, kv: str) ->
         groups = native.attention(qkv.clone(), layer, spec, rope, caches[0], step)
         layer.out = FLOATS
         close(unpack(groups, heads * size), expected, tolerance + 0.51 / 127)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["auto", "portable"])
+def test_integer_attention_keeps_what_many_small_weights_add_up_to(make: Make, isa: str) -> None:
+    """A token that outweighs each of the others a thousand times, and all of them together not at all."""
+    native = make(kv_dtype="int8", cpu_isa=isa)
+    size, tokens = 16, 2000
+    spec = SimpleNamespace(
+        num_heads=1, num_kv_heads=1, head_dim=size, norm_eps=1e-6, attention_scale=1.0,
+        attention_softcap=None,
+    )  # fmt: skip
+    layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=None), out=FLOATS)
+    rope = torch.stack([torch.ones(tokens, size // 2), torch.zeros(tokens, size // 2)], dim=1)
+    qkv = torch.zeros(tokens, 3 * size)
+    qkv[:, 0] = 7.0
+    qkv[70, size] = 1.0  # its key: e^7 to 1
+    qkv[:, 2 * size] = 1.0
+    qkv[70, 2 * size :] = torch.eye(size)[1]
+    step = _step([list(range(-(-tokens // 16)))], [(0, tokens)], 16)
+    out = native.attention(qkv, layer, spec, rope, native.new_cache(128, 16, 1, size), step)
+    weight = math.exp(7) / (math.exp(7) + tokens - 1)
+    assert out[-1, :2].tolist() == pytest.approx([1 - weight, weight], rel=0.01)
+    assert out[69, :2].tolist() == pytest.approx([1, 0], rel=0.01)
 
 
 @needs_compiler

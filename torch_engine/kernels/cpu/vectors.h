@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(FL_LANES)  // tests: another width than the machine's
@@ -90,6 +94,53 @@ inline Floats fast_exp(Floats x) {
     p = p * r * r + r + 1.f;
     const Words power = ((Words)shifted << 23) + (127u << 23);
     return p * (Floats)power;
+}
+
+// The nearest integers; what is left of x is what they lose.
+inline Integers round_off(Floats& x) {
+#if defined(__AVX512DQ__) && !defined(FL_LANES)
+    const Integers nearest = (Integers)_mm512_cvtps_epi32((__m512)x);
+    x = _mm512_reduce_ps((__m512)x, 0);
+    return nearest;
+#else
+    constexpr float kRound = 12582912.f;  // 1.5 * 2^23, whose sum with an integer has that in its low bits
+    const Floats shifted = x + kRound;
+    x -= shifted - kRound;
+    return (Integers)(shifted) - 0x4b400000;
+#endif
+}
+
+// 2^x for x <= 0; below -125 it is next to nothing. The polynomial is a minimax over [0, 1], of 18 bits.
+inline Floats fast_exp2(Floats x) {
+#if defined(__AVX512DQ__) && !defined(FL_LANES)
+    const Floats r = _mm512_reduce_ps((__m512)x, 1);  // x - floor x
+#else
+    const Floats least = Floats{} - 125.f;
+    x = x < least ? least : x;
+    Floats r = x - 0.5f;
+    const Integers floor = round_off(r);
+    r += 0.5f;
+#endif
+    Floats p = Floats{} + 1.34266972e-2f;
+    p = p * r + 5.22424511e-2f;
+    p = p * r + 2.41280217e-1f;
+    p = p * r + 6.93044843e-1f;
+    p = p * r + 1.f;
+#if defined(__AVX512DQ__) && !defined(FL_LANES)
+    return _mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
+#else
+    return (Floats)((Integers)p + (floor << 23));
+#endif
+}
+
+inline float highest_of(Floats x) {
+#if defined(__AVX512F__) && !defined(FL_LANES)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float highest = x[0];
+    for (int i = 1; i < kLanes; i++) highest = x[i] > highest ? x[i] : highest;
+    return highest;
+#endif
 }
 
 // to [n] = body of a [n] and b [n].

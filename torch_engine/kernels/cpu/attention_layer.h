@@ -1,0 +1,33 @@
+// What attention is told: of a layer, and of a step.
+
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+constexpr int64_t kStretch = 64;  // keys that a tile meets at a time; stretches begin at its multiples
+
+// What stays the same from step to step. Mirrored in native.py.
+struct AttentionLayer {
+    void* cache;
+    float* scales;  // [blocks, kv_heads, 2, block_size]; null unless the cache is int8
+    const float* rope;  // [positions, 2, d / 2]
+    const float* q_norm;  // [d]; null = none
+    const float* k_norm;
+    int64_t element_bytes;  // of the cache: 4 float32, 2 bfloat16, 1 int8
+    int64_t heads, kv_heads, d, block_size;
+    int64_t window;  // 0 = all
+    float eps, scale, softcap;  // softcap 0 = none
+};
+
+// One step. Mirrored in native.py.
+struct AttentionStep {
+    int64_t rows, chunks;
+    const int64_t* positions;  // [rows]
+    const int64_t* slots;  // [rows]
+    const int64_t* spans;  // [chunks, 4]: first row, rows, context (its own rows included), where its table begins
+    const int64_t* tables;
+};
+
+}  // namespace

@@ -140,7 +140,7 @@ def test_a_tensor_that_nobody_knows_to_cut_is_refused(tmp_path: Path) -> None:
     """Norms over all heads, for one: a rank does not see them all."""
     spec = load_spec(tiny_checkpoint(tmp_path, "llama"))
     with pytest.raises(UnsupportedModel, match=r"q_norm.weight is cut up; use TP=1"):
-        Shard(0, 2).part("model.layers.0.self_attn.q_norm.weight", (3 * spec.head_dim,), spec)
+        Shard(0, 2).part("model.layers.0.self_attn.q_norm.weight", (spec.hidden_size,), spec)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------

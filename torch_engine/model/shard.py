@@ -15,9 +15,18 @@ from flightline.torch_engine.model.fields import UnsupportedModel
 
 HEAD_MULTIPLE = 16
 """Tokens of the vocabulary of which a rank has a multiple: FP8 products want that."""
-INTO_QUERIES, INTO_KEYS, INTO_INNER, OUT_OF_HEADS, OUT_OF_INNER, HEAD = (
-    ("q_proj",), ("k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",), ("lm_head",),
-)  # fmt: skip
+QUERIES, KEYS, INNER, VOCABULARY = "queries", "keys", "inner", "vocabulary"
+OUTPUTS_CUT = {
+    "self_attn.q_proj": QUERIES,
+    "self_attn.k_proj": KEYS,
+    "self_attn.v_proj": KEYS,
+    "mlp.gate_proj": INNER,
+    "mlp.up_proj": INNER,
+    "lm_head": VOCABULARY,
+}
+"""Modules of which a rank has some of the outputs."""
+INPUTS_CUT = {"self_attn.o_proj": QUERIES, "mlp.down_proj": INNER}
+"""Modules of which a rank has some of the inputs: what they give is added up."""
 SCALARS = ("weight_scale", "input_scale", "k_scale", "v_scale")
 """One for the whole tensor: the codes of all ranks are those of the whole."""
 Range = tuple[int, int]
@@ -69,31 +78,32 @@ class Shard:
         if self.size == 1:
             return WHOLE
         module, _, leaf = name.rpartition(".")
-        last = module.rpartition(".")[2]
+        kind = ".".join(module.split(".")[-2:])
         if leaf in SCALARS:
             return WHOLE
         if leaf in ("weight", "bias"):
-            if last in (*OUT_OF_HEADS, *OUT_OF_INNER):
-                if leaf == "bias":  # added once
-                    return Part(absent=self.rank > 0)
-                inputs = spec.num_heads * spec.head_dim if last in OUT_OF_HEADS else spec.intermediate_size
-                return Part(columns=self._even(inputs))
-            if last in INTO_QUERIES:
-                return Part(rows=self._even(spec.num_heads * spec.head_dim))
-            if last in INTO_KEYS:
-                return Part(rows=self._keys(spec))
-            if last in INTO_INNER:
-                return Part(rows=self._even(spec.intermediate_size))
-            if last in HEAD:
-                return Part(rows=self.vocabulary(spec.vocab_size)[:2])
-            if last == "embed_tokens":
+            if kind in INPUTS_CUT:
+                # A bias is added once.
+                cut = self._range(INPUTS_CUT[kind], spec)
+                return Part(columns=cut) if leaf == "weight" else Part(absent=self.rank > 0)
+            if kind in OUTPUTS_CUT:
+                return Part(rows=self._range(OUTPUTS_CUT[kind], spec))
+            if kind.endswith("embed_tokens"):
                 return WHOLE
-            if last.endswith("norm") and shape in ((spec.hidden_size,), (spec.head_dim,)):
+            of_heads = kind.endswith(("q_norm", "k_norm"))  # not those over all heads, of which a rank has some
+            if kind.endswith("norm") and shape == ((spec.head_dim,) if of_heads else (spec.hidden_size,)):
                 return WHOLE
         raise UnsupportedModel(
             f"{spec.architecture} cannot be shared by {self.size} GPUs: it is not known how its tensor {name} is cut "
             "up; use TP=1"
         )
+
+    def _range(self, what: str, spec: ModelSpec) -> Range:
+        if what == VOCABULARY:
+            return self.vocabulary(spec.vocab_size)[:2]
+        if what == KEYS:
+            return self._keys(spec)
+        return self._even(spec.num_heads * spec.head_dim if what == QUERIES else spec.intermediate_size)
 
     def vocabulary(self, size: int) -> tuple[int, int, int]:
         """The first token of this rank's part, the one after its last, and how many it has fewer than rank 0."""

@@ -200,10 +200,6 @@ def test_two_processes_are_one_engine(folder: Path, shared: Engine) -> None:
     assert "shared by 2 ranks" in shared.info.description
 
 
-def killed(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-
-
 def stopped(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
@@ -216,7 +212,6 @@ def starved(pid: int) -> None:
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
-        (killed, r"^rank 1 of 2 \(pid \d+\) was killed by SIGKILL"),
         (stopped, r"^rank 1 of 2 \(pid \d+\) hangs: no sign of life for 2 s"),
         (starved, r"^rank 1 of 2 \(pid \d+\) is out of memory"),
     ],
@@ -235,15 +230,6 @@ def test_a_lost_rank_ends_the_engine_with_its_name_and_the_cause(
     assert not psutil.pid_exists(pid)
     with pytest.raises(RankLost):
         engine.generate([GenerationRequest([3, 4], 2, end_id=-1)])
-    engine.close()
-
-
-def test_ranks_end_with_their_engine(folder: Path) -> None:
-    engine = small(folder, 2)
-    pid = engine.ranks.pids[0]
-    for other in engine.ranks._others:
-        other.line.close()  # as the death of this process would
-    psutil.Process(pid).wait(10)
     engine.close()
 
 

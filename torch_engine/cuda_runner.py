@@ -237,10 +237,12 @@ class CudaRunner:
         self.ranks.meet(
             {"blocks": config.num_kv_blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"}
         )
-        own = model.lm_head.column_scales
-        self._own_scales = own if own is None else F.pad(own, (0, model.padding), value=1.0)
-        self._scales = None if own is None else self._gathered(self._own_scales[None])[0]
+        self._own_scales: torch.Tensor | None = None
+        self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
+        if model.lm_head.column_scales is not None:
+            self._own_scales = F.pad(model.lm_head.column_scales, (0, model.padding), value=1.0)
+            self._scales = self._gathered(self._own_scales[None])[0]
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
         self._slots: dict[Sequence, int] = {}
         self._free = list(range(slots))[::-1]

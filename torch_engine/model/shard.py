@@ -90,7 +90,9 @@ class Shard:
                 return Part(rows=self._range(OUTPUTS_CUT[kind], spec))
             if kind.endswith("embed_tokens"):
                 return WHOLE
-            of_heads = kind.endswith(("q_norm", "k_norm"))  # not those over all heads, of which a rank has some
+            of_heads = kind.endswith(
+                ("q_norm", "k_norm")
+            )  # not those over all heads, of which a rank has some
             if kind.endswith("norm") and shape == ((spec.head_dim,) if of_heads else (spec.hidden_size,)):
                 return WHOLE
         raise UnsupportedModel(

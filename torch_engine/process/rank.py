@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 
@@ -21,21 +24,20 @@ def main() -> int:
         assignment: Assignment = line.recv()
     except EOFError:
         return 0
-    follower = Follower(assignment, line)
+    follower, status = Follower(assignment, line), 0
     try:
         _follow(assignment, follower)
     except EOFError:
-        return 0
+        pass
     except BaseException as error:
-        try:
+        status = 1
+        with contextlib.suppress(OSError):
             follower.failed(error)
-        except OSError:
-            return 0
-        return 1
+    os._exit(status)  # the libraries' own end would wait for the other ranks
 
 
 @torch.inference_mode()
-def _follow(assignment: Assignment, follower: Follower) -> None:
+def _follow(assignment: Assignment, follower: Follower) -> NoReturn:
     follower.join()
     config = assignment.config
     checkpoint = assignment.checkpoint.part(Shard(assignment.rank, config.tensor_parallel_size))

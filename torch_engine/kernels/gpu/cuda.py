@@ -230,7 +230,7 @@ def _time_all(linears: list[Fp8Linear], x: Activation, plan: SkinnyPlan | None) 
         linears[0](x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
             for linear in linears:
                 linear(x)
         times: list[float] = []

@@ -22,7 +22,7 @@ CPU_COMPILER = dataclasses.replace(CPU, compiler="/usr/bin/g++")
 CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
 
 SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
-LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856)
+LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, splits=(2, 4, 8, 16))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_cpu_with_a_compiler_gets_compiled_kernels_and_one_without_is_told() -
 
 def test_gpus_that_share_each_layer() -> None:
     """Half the linears and half of a token's keys on each; what does not divide is refused with what does."""
-    llama = dataclasses.replace(LLAMA_8B, splits=(2, 4, 8))
+    llama = LLAMA_8B
     alone, pair = make_plan(llama, PAIR, precision="fp8"), make_plan(llama, PAIR, precision="fp8", tp=2)
     per_token = [plan.kv_bytes // (plan.num_kv_blocks * plan.block_size) for plan in (alone, pair)]
     assert per_token == [64 * 1024, 32 * 1024] and pair.num_kv_blocks > 2 * alone.num_kv_blocks

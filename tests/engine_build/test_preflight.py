@@ -154,11 +154,11 @@ def test_more_gpus_than_there_are(report: Report) -> None:
     _, output = report(H200, H200, ENGINE="trtllm-engine", TP="2")
     assert "4.2 GiB" in row(output, "trtllm-engine", "fp8")
     assert " TP=2" in output.splitlines()[-1]
-    _, output = report(H200, ENGINE="torch", DP="2")
+    _, output = report(H200, ENGINE="torch", DP="2", TP="1")
     assert "DP=2 wants a part of the machine for each engine, but 1 GPU(s) are visible" in row(
         output, "torch", "fp8"
     )
-    _, output = report(H200, H200, ENGINE="torch", DP="2")
+    _, output = report(H200, H200, ENGINE="torch", DP="2", TP="1")
     assert output.splitlines()[-1] == "next       make bench ENGINE=torch PRECISION=fp8 DP=2"
 
 

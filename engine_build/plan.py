@@ -404,8 +404,10 @@ def _weights_bytes(
     shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
 ) -> int:
     wide = DTYPE_BYTES[dtype]
-    if precision in INTEGERS and not on_cpu:  # the head and the embedding are not quantised
-        return weight_bytes(shape.parameters, shape.linear_parameters, "int8_sq", wide, tp, pp)
+    if kernels == "cuda":  # each GPU has the whole embedding, and less than all of the head
+        stored = "int8_sq" if precision in INTEGERS else precision
+        shared = weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp)
+        return shared + (shape.parameters - shape.linear_parameters) * wide
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
         linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))

@@ -253,7 +253,7 @@ def test_the_gpus_way_in_the_interpreter() -> None:
         "gpu",
         "--noconftest",
         "-k",
-        "llama",
+        "llama-auto",
         str(script),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

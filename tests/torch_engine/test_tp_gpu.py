@@ -98,8 +98,9 @@ def _told(
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("all_reduce", ["nccl", "auto"] if ON_GPU else ["auto"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "all_reduce"), [("llama", "nccl"), ("llama", "auto"), ("qwen3", "auto"), ("gemma2", "auto")]
+)
 def test_ranks_together_say_what_one_says(family: str, all_reduce: str, ranks: int, tmp_path: Path) -> None:
     """In graphs and out of them (prompts in steps of 16 tokens), greedy and drawn, one step ahead."""
     folder = model(tmp_path, family)

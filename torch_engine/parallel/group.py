@@ -49,6 +49,9 @@ class Group(Protocol):
     def told(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's ``x``; on the others it is written into theirs."""
 
+    def leave(self) -> None:
+        """The last call."""
+
 
 class Alone:
     """The only rank."""
@@ -70,6 +73,8 @@ class Alone:
 
     def told(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def leave(self) -> None: ...
 
 
 class Together:
@@ -113,6 +118,10 @@ class Together:
         options.asyncOp = False
         self._do(lambda: self._processes.broadcast([x], options))
         return x
+
+    def leave(self) -> None:
+        """Ends the library's threads while this process is whole: at its end they would end it with SIGABRT."""
+        self._processes = None
 
     def _do(self, operation: Callable[[], Any]) -> None:
         self.begun += 1

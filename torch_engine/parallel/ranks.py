@@ -252,6 +252,7 @@ class Leader:
         self._closing = True
         for other in self._others:
             other.line.close()
+        self.group.leave()
         deadline = time.monotonic() + CLOSE_S
         for other in self._others:
             try:

@@ -487,6 +487,7 @@ class TestEngine:
 
         expected = told(make_engine(folder))
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        engine.guided.grammars.compile(guide)  # so that all four begin together
         order: list[str] = []
         watched = {
             "launch": engine.runner,

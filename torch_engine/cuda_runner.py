@@ -394,9 +394,9 @@ class CudaRunner:
         self._join()
         # A prompt's token that chooses nothing is no decode: what its row drew would count as said.
         if all(chunk.num_tokens == chunk.num_sampled for chunk in chunks):
-            order = self._decodes(chunks)
+            order = self._order_decodes(chunks)
         else:
-            order = self._with_prompts(chunks)
+            order = self._order_mixed(chunks)
         order = dataclasses.replace(order, plain=plain)
         self.ranks.tell(order)
         with self._together():
@@ -497,7 +497,7 @@ class CudaRunner:
             fill(list(grammars.values()), self.sampling.new_masks(len(grammars)), self._executor)
             self.sampling.allow(list(grammars))
 
-    def _decodes(self, chunks: list[Chunk]) -> Order:
+    def _order_decodes(self, chunks: list[Chunk]) -> Order:
         """The step of single tokens and guesses."""
         rows: list[tuple[int, int, int, int]] = []
         updates: list[tuple[int, int]] = []
@@ -568,7 +568,7 @@ class CudaRunner:
 
     # Prompts ---------------------------------------------------------------------------------------
 
-    def _with_prompts(self, chunks: list[Chunk]) -> Order:
+    def _order_mixed(self, chunks: list[Chunk]) -> Order:
         singles: list[tuple[int, int, int, int]] = []  # decodes come first
         columns: list[NDArray[Any]] = []
         tiles: list[tuple[int, int, int, int]] = []

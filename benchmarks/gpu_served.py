@@ -232,7 +232,7 @@ def mean(values: Any) -> float:
 
 
 async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
-    """The same text from both doors, streamed and whole.
+    """The same text from both endpoints, streamed and whole.
 
     Nothing else runs: the supervisor's own probes, which would share a step now and then, wait an hour. Each prompt is
     asked once before, and more often where there are several engines, since each that gets it computes the whole prompt
@@ -244,13 +244,13 @@ async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
     patterns = []
     for prompt in prompts:
         texts: list[str] = []
-        for model, stream in (*before * DOORS[:1], *DOORS):
+        for model, stream in (*before * ENDPOINTS[:1], *ENDPOINTS):
             async with AsyncClient(url, model, timeout_s=120) as client:
                 texts.append((await ask(client, prompt, stream)).text)
         same += len(set(texts[before:])) == 1
         first_too += len(set(texts)) == 1
         patterns.append("".join(str(texts.index(text)) for text in texts))
-    counts = {"same_from_all_doors": same, "same_without_prefix_cache_too": first_too}
+    counts = {"same_from_all_endpoints": same, "same_without_prefix_cache_too": first_too}
     return {"part": "text", "prompts": len(prompts), **counts, "patterns": " ".join(patterns)}
 
 
@@ -347,7 +347,7 @@ def table(results: list[dict[str, Any]]) -> None:
         print(layout.format(users, model or "engine", str(stream), rate, share, *parts))
 
 
-DOORS = tuple(itertools.product(("ensemble", "text_generation"), (False, True)))
+ENDPOINTS = tuple(itertools.product(("ensemble", "text_generation"), (False, True)))
 """Model, and whether it streams."""
 
 TIMES = ("ttft_ms", "tpot_ms", "tokens_a_response")
@@ -392,9 +392,9 @@ def main() -> int:
         options.out.write_text(json.dumps(results, indent=1))
     if results and not options.text_only:
         table(results)
-    different = [r for r in results if r["part"] == "text" and r["same_from_all_doors"] < r["prompts"]]
+    different = [r for r in results if r["part"] == "text" and r["same_from_all_endpoints"] < r["prompts"]]
     if different:
-        print(f"error: the doors gave different texts: {different}", file=sys.stderr)
+        print(f"error: the endpoints gave different texts: {different}", file=sys.stderr)
     return 1 if different else 0
 
 

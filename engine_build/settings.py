@@ -51,7 +51,7 @@ class Settings:
         None, "tokens of one step: fewer, and long prompts delay others less", least=1, most=MOST
     )
     tp: int = setting(1, "GPUs that share each layer", least=1, most=MOST)
-    pp: int = setting(1, "GPUs that share the layers (TensorRT-LLM lanes)", least=1, most=MOST)
+    pp: int = setting(1, "GPUs that share the layers (TensorRT-LLM backends)", least=1, most=MOST)
     dp: int = setting(1, "whole engines, each on GPUs of its own (ENGINE=torch)", least=1, most=MOST)
     parameters: dict[str, str] = setting(
         dict,

@@ -9,6 +9,7 @@ from typing import Any
 from flightline import settings
 from flightline.engine_build.settings import Settings as BuildSettings
 from flightline.gateway.settings import GatewaySettings
+from flightline.loadtest.options import OPTIONS, CalibrateOptions, LoadOptions, UiOptions, WorkerOptions
 from flightline.supervisor.settings import ServeSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/SETTINGS.md"
@@ -26,6 +27,11 @@ COMMANDS: dict[str, type] = {
     "flightline build": BuildSettings,
     "flightline serve": ServeSettings,
     "flightline serve: the gateway": GatewaySettings,
+    "flightline loadtest: all commands": LoadOptions,
+    **{f"flightline loadtest {name}": options for name, options in OPTIONS.items()},
+    "flightline loadtest calibrate": CalibrateOptions,
+    "flightline loadtest worker": WorkerOptions,
+    "flightline loadtest ui": UiOptions,
 }
 """``flightline preflight`` reads the first, and the ports of the second."""
 
@@ -36,7 +42,10 @@ def page() -> str:
 
 
 def section(command: str, cls: type) -> str:
-    rows = "".join(_row(field) for field in settings.fields(cls))
+    shared = (
+        set(settings.fields(LoadOptions)) if cls is not LoadOptions and issubclass(cls, LoadOptions) else ()
+    )
+    rows = "".join(_row(field) for field in settings.fields(cls) if field not in shared)
     return f"## {command}\n\n{cls.__doc__}\n\n| flag | environment | default | what for |\n|---|---|---|---|\n{rows}"
 
 

@@ -10,8 +10,6 @@ the raw records (``--records``), and ``/llm`` shows live figures with 1 % resolu
 
 from __future__ import annotations
 
-import os
-
 import gevent
 from locust import User, constant, events, task
 from locust.env import Environment
@@ -20,11 +18,11 @@ from locust.runners import MasterRunner, WorkerRunner
 from flightline.client import wire
 from flightline.loadtest import llm_page
 from flightline.loadtest.collector import Collector
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.openai_api import APIS, OPENAI
 from flightline.loadtest.schedule import PATTERNS
 from flightline.loadtest.session import Reporter, Session, plan_of
 from flightline.loadtest.workload import PRESETS
+from flightline.settings import SettingsError
 
 collector: Collector | None = None
 """Of this process, if it is the master or the only one."""
@@ -106,7 +104,7 @@ def start(environment: Environment, **_: object) -> None:
     if not isinstance(environment.runner, MasterRunner):
         try:
             Session.current = Session(environment, environment.host or EndpointUser.host, collector)
-        except ConfigError as error:
+        except SettingsError as error:
             environment.process_exit_code = 2
             # Not raised: Locust would only log it and go on without a session.
             print(f"error: {error}", flush=True)
@@ -144,7 +142,7 @@ class EndpointUser(User):
 
     abstract = True
     wait_time = constant(0)
-    host = os.environ.get("URL") or wire.default_url()
+    host = wire.variable("URL") or wire.default_url()
     endpoint = ""
 
     def on_start(self) -> None:

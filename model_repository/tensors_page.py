@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flightline.client.params import DECLARED, MOST_SEQUENCES, Declaration
 from flightline.model_repository.shared import words
 from flightline.model_repository.shared.responses import NO_TOKEN
-from flightline.model_repository.shared.tensors import LANES, MOST_SEQUENCES, TABLE, Tensor
-from flightline.torch_engine.core.request import MOST_TOP_LOG_PROBS
+from flightline.model_repository.shared.tensors import LANES, TABLE, Tensor
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/TENSORS.md"
-HEAD = """# Which input works in which lane
+HEAD = """# Which input works in which backend
 
-Made from `TABLE` in `model_repository/shared/tensors.py` by
-`python -m flightline.model_repository.tensors_page`; a test holds the two together. Names are those of
+Made from `client/params.py` and `TABLE` in `model_repository/shared/tensors.py` by
+`python -m flightline.model_repository.tensors_page`; a test holds the page to them. Names are those of
 NVIDIA's `ensemble`, with the other names of `preprocessing` and `tensorrt_llm`.
 
 * **yes**: served.
 * **ensemble**: by `ensemble` and `tensorrt_llm`, NVIDIA's own there; `text_generation` and `tensorrt_llm_bls`, whose
   answers are text, refuse it by name.
 * **text_generation**: by that model alone; NVIDIA has no such tensor.
-* **no**: refused with the name of the tensor and of the lane, unless its value asks for nothing (`beam_width` 1).
+* **no**: refused with the name of the tensor and of the backend, unless its value asks for nothing (`beam_width` 1).
 * **ignored**: NVIDIA's preprocessing sends it to every model, and one without a decoder apart does not look at it.
 
 What goes to TensorRT-LLM's C++ backend as it came also needs an engine, or parameters of it, for the feature: see
-`TRTLLM_PARAMETERS` in `make help`. In lane trtllm-pytorch KV cache retention needs TensorRT-LLM 1.2 or later, and
-top-p decay 1.3.0rc26 or later: the PyTorch flow of earlier ones drops them without a word, so the lane refuses them.
+`TRTLLM_PARAMETERS` in `make help`. In backend trtllm-pytorch KV cache retention needs TensorRT-LLM 1.2 or later, and
+top-p decay 1.3.0rc26 or later: the PyTorch flow of earlier ones drops them without a word, so the backend refuses them.
 Logits need 1.2 or later there, come with whole answers only (no `stream`), and are 128 MiB at most; the prompt is then
 computed anew, as of tokens in reused KV blocks there are none.
 
-Why this lane refuses what the LLM API has by other means: it loads LoRA adapters from folders, and not the weights that
-these tensors carry (with `MODEL_CONTRACT=llmapi` and `TRTLLM_PARAMETERS=lora_dir=FOLDER` a request names one by
+Why this backend refuses what the LLM API has by other means: it loads LoRA adapters from folders, and not the weights
+that these tensors carry (with `MODEL_CONTRACT=llmapi` and `TRTLLM_PARAMETERS=lora_dir=FOLDER` a request names one by
 `lora_id`, `lora_name` and `lora_path`, a folder in that one); draft tokens and lookahead belong to the compiled
 engines' decoder. Beam search is a setting of its whole engine there: with `max_beam_width` 4 it takes requests of
 exactly 4 beams and refuses all others, so that an engine which serves beams serves nothing else.
@@ -43,6 +43,17 @@ all that have been generated up to the response. The times of `return_perf_metri
 |---|---|---|{rules}|
 """
 
+
+def _added(name: str, parameter: Declaration) -> str:
+    kind = f"{parameter.wire_type} [{'n' if parameter.many else 1}]"
+    if parameter.limits:
+        kind += f", {parameter.limits[0]} to {parameter.limits[1]}"
+    if parameter.default is True:
+        kind += ", true"
+    return f"| `{name}` | {kind} | {parameter.what} |"
+
+
+ADDED = "\n".join(_added(name, parameter) for name, parameter in DECLARED.items() if parameter.ours)
 TAIL = f"""
 ## What `text_generation` adds
 
@@ -52,15 +63,7 @@ tensor, the value and the range.
 | input | type | |
 |---|---|---|
 | `input_ids` | INT32 [n] | the prompt as token ids, in place of `text_input` and as it is: no BOS is added |
-| `min_p` | FP32 [1], 0 to 1 | tokens less likely than this times the most likely one are never drawn |
-| `logit_bias_ids` | INT32 [n] | tokens whose logits are changed |
-| `logit_bias_weights` | FP32 [n] | what is added to them; -inf bans a token |
-| `stop_token_ids` | INT32 [n] | end the answer and are not part of it, beside the end token |
-| `ignore_eos` | BOOL [1] | no end token ends the answer (`end_id` -1); stop words and stop tokens still do |
-| `skip_special_tokens` | BOOL [1], true | false: special tokens stand in the text as they are called |
-| `top_logprobs` | INT32 [1], 0 to {MOST_TOP_LOG_PROBS} | tell so many of the most likely tokens in each token's place |
-| `return_token_ids` | BOOL [1] | tell the tokens of the text |
-| `return_finish_reason` | BOOL [1] | tell why the answer has ended |
+{ADDED}
 
 | output | type | |
 |---|---|---|
@@ -76,7 +79,7 @@ for half a minute.
 
 `guided_decoding_guide_type` says what `guided_decoding_guide` is:
 
-| type | guide | lanes |
+| type | guide | backends |
 |---|---|---|
 | `json` | none: an object or an array | all |
 | `json_schema` | a JSON schema, and not OpenAI's wrapper of one | all |
@@ -86,21 +89,21 @@ for half a minute.
 | `lark` | a Lark grammar, as llguidance has it | torch |
 
 Our models compile a guide before anything runs (llguidance), and refuse what cannot be enforced by name: `uniqueItems`,
-`not`, `if`, `contains`, unknown keywords and formats, look-arounds; also an unknown type. In lane trtllm-engine
+`not`, `if`, `contains`, unknown keywords and formats, look-arounds; also an unknown type. In backend trtllm-engine
 `ensemble` hands both tensors to NVIDIA's backend as they came, and a type that this does not know is not enforced:
 ask `text_generation` or `tensorrt_llm_bls` there. TensorRT-LLM needs
 `TRTLLM_PARAMETERS=guided_decoding_backend=xgrammar` for it (trtllm-engine also `xgrammar_tokenizer_info_path`), and
 xgrammar does not enforce all that llguidance does.
 
-In lane torch white space between JSON's tokens is bounded. An answer ends where its grammar does, with `finish_reason`
-`end_id`: before `min_tokens`, and with `ignore_eos` too. As long as the grammar goes on, both hold. Stop words and
-`max_tokens` may cut it. Where bans leave nothing of what the grammar allows, the request ends with an error.
-Log-probabilities are the model's own, as without a guide.
+In backend torch white space between JSON's tokens is bounded. An answer ends where its grammar does, with
+`finish_reason` `end_id`: before `min_tokens`, and with `ignore_eos` too. As long as the grammar goes on, both hold.
+Stop words and `max_tokens` may cut it. Where bans leave nothing of what the grammar allows, the request ends with an
+error. Log-probabilities are the model's own, as without a guide.
 
 ## Several answers to one prompt
 
-`num_return_sequences` (1 to {MOST_SEQUENCES}) is served by every model that is decoupled. In lane torch the prompt is
-computed once, and the answers share its KV blocks. Each response says in `sequence_index`, from 0, which answer it
+`num_return_sequences` (1 to {MOST_SEQUENCES}) is served by every model that is decoupled. In backend torch the prompt
+is computed once, and the answers share its KV blocks. Each response says in `sequence_index`, from 0, which answer it
 belongs to; without `stream` each answer is one response. They come in any order, and the last response of all has the
 final flag. Over HTTP that takes `generate_stream`: `generate` is for one response.
 

@@ -34,7 +34,7 @@ class ServeSettings:
     start_timeout_s: float = setting(300.0, "seconds until a start is given up", least=1)
     drain_s: float = setting(10.0, "seconds that running requests get at a stop", least=1)
     probe_period_s: float = setting(
-        10.0, "how often each door is asked for a token, to see whether it still answers", least=1
+        10.0, "how often each endpoint is asked for a token, to see whether it still answers", least=1
     )
     probe_timeout_s: float = setting(
         20.0, "who has not answered by then is looked into; an engine that works is left alone, however slow",

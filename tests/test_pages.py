@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -33,3 +34,41 @@ def test_files_of_the_architecture_exist() -> None:
     assert len(named) > 30
     missing = [name for name in named if not any((ROOT / folder / name).is_file() for folder in WHERE)]
     assert not missing
+
+
+QUESTIONS = (
+    *(
+        "KV block freed",
+        "FP8 refused",
+        "TTFT",
+        "stop word held back",
+        "vanished client",
+        "stuck stub",
+        "int4 kernel",
+    ),
+    *("INVALID", "family added", "request parameter declared"),
+)
+"""What a newcomer asks, and finds answered in the second file that is opened."""
+
+
+def names(tree: ast.AST) -> set[str]:
+    """Classes, functions and constants of a module, and the methods as ``Class.method``."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{name}" for name in names(node)}
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_a_newcomers_questions_lead_to_what_answers_them() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## Where is")[2]
+    rows = re.findall(r"^\| (.+?) \| `(.+?)` \| `(.+?)` \|$", text, re.MULTILINE)
+    assert [question for question in QUESTIONS if not any(question in row[0] for row in rows)] == []
+    for question, file, name in rows:
+        assert name in names(ast.parse((ROOT / file).read_text(encoding="utf-8"))), (
+            f"{question}: {name} in {file}"
+        )

@@ -51,7 +51,7 @@ def details(output: RequestOutput, options: Options, row: int, num_output_tokens
     """Everything about a generation but its tokens: what the request asked for.
 
     Args:
-        num_output_tokens: what the door takes that to be, see ``Contract.counts_so_far``.
+        num_output_tokens: what the endpoint takes that to be, see ``Contract.counts_so_far``.
     """
     made: dict[str, Make] = {}
     if options.log_probs:
@@ -81,7 +81,7 @@ def details(output: RequestOutput, options: Options, row: int, num_output_tokens
 
 
 def of_lane(output: RequestOutput) -> dict[str, Make]:
-    """What only the engine of some lane gives, as it came."""
+    """What only the engine of some backend gives, as it came."""
     return {name: functools.partial(np.asarray, value) for name, value in output.lane_outputs.items()}
 
 

@@ -33,6 +33,7 @@ from flightline.torch_engine.core.memory import reserved_gpu_memory
 from flightline.torch_engine.core.output import end_ids_of
 from flightline.torch_engine.core.request import (
     Code,
+    EngineStats,
     FinishReason,
     GenerationRequest,
     ModelInfo,
@@ -143,9 +144,9 @@ class TransformersEngine:
                 self.cancel(handle)
 
     @property
-    def gpu_memory_bytes(self) -> int:
-        """Kept by this process; the weights and the largest batch's cache, after a while."""
-        return reserved_gpu_memory()
+    def stats(self) -> EngineStats:
+        """The GPU memory alone: what this process keeps, the weights and the largest batch's cache after a while."""
+        return EngineStats(gpu_memory_bytes=reserved_gpu_memory())
 
     def close(self) -> None:
         with self._changed:

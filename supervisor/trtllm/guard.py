@@ -1,4 +1,4 @@
-"""Before a TensorRT-LLM lane starts: does what was built fit what is here? One clear line instead of a crash."""
+"""Before a TensorRT-LLM backend starts: does what was built fit what is here? One clear line instead of a crash."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check(lane: str, engine_dir: Path, facts: Facts) -> int:
         raise ServeError(refusal)
     if not facts.gpus:
         raise ServeError(
-            f"lane {lane} needs an NVIDIA GPU and none is visible: start the container with --gpus"
+            f"backend {lane} needs an NVIDIA GPU and none is visible: start the container with --gpus"
         )
     if len(facts.gpus) < world_size:
         raise ServeError(

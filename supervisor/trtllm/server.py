@@ -1,4 +1,4 @@
-"""The engine process of lane trtllm-pytorch.
+"""The engine process of backend trtllm-pytorch.
 
 python -m flightline.supervisor.trtllm.server --engine-dir DIR --socket PATH
 

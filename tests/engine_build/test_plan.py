@@ -1,4 +1,4 @@
-"""The planner as a table: hardware and wish to lane, precision, dtype, memory, or a refusal that names the way out."""
+"""The planner as a table: hardware and wish to backend, precision, dtype, memory, or a refusal with the way out."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
         (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, nvfp4, int8, int4, int8_sq, int4_awq, bf16"]),
         (A100, {"lane": "trtllm-engine", "precision": "nvfp4"}, ["nvfp4", "A100", "int8_sq, int4_awq, bf16"]),
         (H200, {"tp": 2}, ["TP times PP is 2, but 1 GPU(s) are visible"]),
-        (PAIR, {"pp": 2}, ["PP=2 is for the TensorRT-LLM lanes", "(TP=2)", "(DP=2)"]),
+        (PAIR, {"pp": 2}, ["PP=2 is for the TensorRT-LLM backends", "(TP=2)", "(DP=2)"]),
         (PAIR, {"tp": 2, "dp": 2}, ["DP=2 with TP=2 wants a part of the machine", "2 GPU(s) are visible"]),
         (H200, {"dp": 2}, ["DP=2", "1 GPU(s) are visible", "lower DP"]),
         (PAIR, {"dp": 2, "lane": "trtllm-pytorch"}, ["DP=2 is for ENGINE=torch", "use TP"]),
@@ -152,7 +152,7 @@ def test_integers_on_a_cpu() -> None:
 
 
 def test_int8_on_a_gpu() -> None:
-    """Also where FP8 is better, so that it can be tried; not on data-centre Blackwell, and in lane torch only."""
+    """Also where FP8 is better, so that it can be tried; not on data-centre Blackwell, and in backend torch only."""
     for hardware in (A100, H200):
         plan = make_plan(SMALL, hardware, precision="int8")
         assert (plan.precision, plan.kv_dtype, plan.kernels) == ("int8", "int8", "cuda")

@@ -25,7 +25,7 @@ import pytest
 from flightline.gateway.settings import GatewaySettings
 from flightline.supervisor.gateway import _certified_name
 from flightline.supervisor.serve import ServeError, Server
-from tests.model_repository.doors import PATIENCE_S, wait_until
+from tests.model_repository.endpoints import PATIENCE_S, wait_until
 from tests.serving import CONTEXT, settings_for
 from tests.supervisor.test_faults import private_copy
 

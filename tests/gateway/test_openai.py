@@ -13,7 +13,7 @@ import pytest
 from flightline.client import Client
 from flightline.supervisor.server import Server
 from tests.gateway.agreement import disagreements
-from tests.model_repository.doors import idle, wait_until
+from tests.model_repository.endpoints import idle, wait_until
 from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow

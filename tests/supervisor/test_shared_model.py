@@ -13,7 +13,7 @@ import pytest
 from flightline.deployment import FILE, Deployment
 from flightline.supervisor.serve import Server
 from flightline.torch_engine.core.config import EngineConfig
-from tests.model_repository.doors import Call, GrpcError, ask, wait_until
+from tests.model_repository.endpoints import Call, GrpcError, ask, wait_until
 from tests.serving import CONTEXT, settings_for
 
 LONG = {"text_input": "the dog", "max_tokens": CONTEXT - 100, "end_id": -1, "stream": True}

@@ -51,11 +51,6 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self._free)
 
-    @property
-    def num_cached(self) -> int:
-        """Free blocks whose content may still be reused."""
-        return sum(self._blocks[index].identity is not None for index in self._free)
-
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

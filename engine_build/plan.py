@@ -293,8 +293,8 @@ def _choose_precision(
 def _require_gpus(lane: str, tp: int, pp: int, shape: ModelShape, hardware: Hardware) -> None:
     if lane == "torch" and pp > 1:
         raise BuildError(
-            f"PP={pp} is for the TensorRT-LLM backends: with ENGINE=torch GPUs share each layer (TP={pp}), or have whole "
-            f"engines (DP={pp})"
+            f"PP={pp} is for the TensorRT-LLM backends: with ENGINE=torch GPUs share each layer (TP={pp}), or have "
+            f"whole engines (DP={pp})"
         )
     if lane == "torch" and tp > 1 and shape.splits is not None and tp not in shape.splits:
         fitting = " or ".join(f"TP={number}" for number in shape.splits if number <= 16) or "DP"

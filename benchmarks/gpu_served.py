@@ -48,7 +48,7 @@ from flightline.model_repository.shared.vocabulary import Vocabulary  # noqa: E4
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest  # noqa: E402
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector  # noqa: E402
-from flightline.torch_engine.model.families import ModelSpec  # noqa: E402
+from flightline.torch_engine.model.spec import ModelSpec  # noqa: E402
 
 LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

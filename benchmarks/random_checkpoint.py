@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.shard import Shard
+from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 
 LLAMA_ROPE = Rope(

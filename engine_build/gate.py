@@ -146,7 +146,7 @@ def measure(
 
 def refer(source: Path, model: Any, tokenizer: Any, text: str, prompts: list[Sample]) -> Reference:
     """Runs the source; raises as :func:`measure`."""
-    window = min(WINDOW, model.config.max_position_embeddings)
+    window = min(WINDOW, model.config.get_text_config().max_position_embeddings)
     windows = _windows(source_model.encode(tokenizer, text), window)
     rows = [source_model.encode(tokenizer, sample.render(tokenizer)) for sample in prompts]
     surprisals = _surprisals(model, windows)

@@ -42,7 +42,7 @@ from flightline.torch_engine.core.scheduler import Chunk, Scheduler
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.siblings import Siblings
 from flightline.torch_engine.loading import gather_ranks, load_runner
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel.ranks import RankLost
 from flightline.torch_engine.runner import SamplingFailed, Ticket

@@ -16,7 +16,7 @@ import numpy as np
 from flightline.engine_build.trtllm import versions
 from flightline.supervisor.trtllm.engine import LlmEngine
 from flightline.supervisor.trtllm.llm_api import LlmConfig, LlmConfigError
-from flightline.torch_engine.model.families import UnsupportedModel
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.process.server import run
 from flightline.torch_engine.text.stream import UnsupportedTokenizer
 

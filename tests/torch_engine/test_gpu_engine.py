@@ -27,7 +27,7 @@ from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.speculation import Speculation
 from flightline.torch_engine.engine import Engine
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS

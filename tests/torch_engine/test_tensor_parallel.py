@@ -23,14 +23,15 @@ from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.core.request import FinishReason, GenerationRequest, SamplingParams
 from flightline.torch_engine.engine import Engine
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.decoder import Model
-from flightline.torch_engine.model.families import UnsupportedModel, load_spec
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.shard import Shard, refusal
 from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel import ranks as watch
 from flightline.torch_engine.parallel.group import Together
 from flightline.torch_engine.parallel.ranks import RankLost
-from tests.tiny import tiny_checkpoint
+from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS, prompts
 
 
@@ -58,7 +59,10 @@ def at_once(size: int, work: Callable[[Together], Any]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SHARED = [name for name in (*FAMILIES, "llama-bias", "llama-tied") if not name.startswith("olmo")]
+
+
+@pytest.mark.parametrize("variant", SHARED)
 def test_ranks_together_have_the_logits_of_one(variant: str, tmp_path: Path, make_engine) -> None:
     """Every step of a ragged batch with prompts in pieces; four ranks share two key/value heads."""
     folder = tiny_checkpoint(tmp_path, **VARIANTS[variant])
@@ -136,11 +140,17 @@ def test_what_does_not_divide_is_refused(
     assert not refusal(spec, 4)
 
 
+def test_norms_over_all_heads_are_refused(tmp_path: Path) -> None:
+    """A rank does not see them all."""
+    spec = load_spec(tiny_checkpoint(tmp_path, "olmo2"))
+    with pytest.raises(UnsupportedModel, match=r"its norms go over all heads.*use TP=1"):
+        Shard(0, 2).of(spec)
+
+
 def test_a_tensor_that_nobody_knows_to_cut_is_refused(tmp_path: Path) -> None:
-    """Norms over all heads, for one: a rank does not see them all."""
     spec = load_spec(tiny_checkpoint(tmp_path, "llama"))
-    with pytest.raises(UnsupportedModel, match=r"q_norm.weight is cut up; use TP=1"):
-        Shard(0, 2).part("model.layers.0.self_attn.q_norm.weight", (spec.hidden_size,), spec)
+    with pytest.raises(UnsupportedModel, match=r"sinks is cut up; use TP=1"):
+        Shard(0, 2).part("model.layers.0.self_attn.sinks", (spec.num_heads,), spec)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.spec import ModelSpec
 
 HEAD_MULTIPLE = 16
 """Tokens of the vocabulary of which a rank has a multiple: FP8 products want that."""
@@ -142,6 +142,8 @@ def refusal(spec: ModelSpec, size: int) -> str:
 
 
 def _misfit(spec: ModelSpec, size: int) -> str:
+    if spec.qk_norm == "row":
+        return "its norms go over all heads, of which a rank has some"
     if spec.num_heads % size:
         return f"{size} does not divide the heads"
     if spec.num_kv_heads % size and size % spec.num_kv_heads:

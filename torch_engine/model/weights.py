@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flightline.torch_engine.model.families import ModelSpec, UnsupportedModel
-from flightline.torch_engine.model.layout import Stored, check_tensors
+from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.layout import Stored, check_tensors, plain_names, rows_of
 from flightline.torch_engine.model.shard import WHOLE, Part, Shard
+from flightline.torch_engine.model.spec import ModelSpec
 
 
 class Checkpoint:
-    """Tensors by their Hugging Face names, read when asked for; of a :meth:`part`, only what its rank has of them.
+    """Tensors by the names that Llama has for them, whatever the file calls them, read when asked for.
+
+    What the file stores together is taken apart, and the rows of queries and keys come in the order that the
+    kernels' rotary embedding wants (:func:`layout.head_order`). Of a :meth:`part`, what its rank has of them.
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
@@ -29,6 +33,7 @@ class Checkpoint:
         self.shard = Shard()
         self._open: dict[str, Any] = {}
         self._files = self._locate()
+        self._names = plain_names(self._files, spec, self.folder)
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
 
     def part(self, shard: Shard) -> Checkpoint:
@@ -85,25 +90,44 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files and not self._part(name).absent
+        return self._find(name) is not None and not self._part(name).absent
+
+    def _find(self, name: str) -> str | None:
+        """The file's name of a tensor: its own, or that of the module which it is stored with."""
+        if name not in self._names:
+            module, _, leaf = name.rpartition(".")
+            rows = rows_of(self.whole, module)
+            name = name if rows is None else f"{rows.module}.{leaf}"
+        return self._names.get(name)
 
     def _part(self, name: str) -> Part:
-        if self.shard.size == 1:
+        """What this rank has of a tensor that is there."""
+        stored = self._find(name)
+        if self.shard.size == 1 or stored is None:
             return WHOLE
-        return self.shard.part(name, self._stored(name).shape, self.whole)
+        return self.shard.part(name, self._stored(stored).shape, self.whole)
 
     def raw(self, name: str) -> torch.Tensor:
-        """Raises UnsupportedModel if the checkpoint lacks the tensor."""
-        if name not in self._files:
+        """A tensor in its stored dtype; of one with a row for each output, the rows of the module that was asked for.
+
+        Raises UnsupportedModel if the checkpoint lacks it.
+        """
+        stored = self._find(name)
+        if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        file, part = self._file(self._files[name]), self._part(name)
-        if part == WHOLE:
-            whole: torch.Tensor = file.get_tensor(name)
+        file, part = self._file(self._files[stored]), self._part(name)
+        shape = self._stored(stored).shape
+        where = rows_of(self.whole, name.rpartition(".")[0])
+        if where is not None and (not shape or shape[0] != where.total):
+            where = None  # a scale of the whole
+        if where is None and part == WHOLE:
+            whole: torch.Tensor = file.get_tensor(stored)
             return whole
-        stored = file.get_slice(name)
-        rows = slice(*(part.rows or (None,)))
-        tensor: torch.Tensor = stored[rows, slice(*part.columns)] if part.columns else stored[rows]
-        return tensor
+        start, stop = (0, shape[0]) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows, entry = slice(start + begin, start + end), file.get_slice(stored)
+        own: torch.Tensor = entry[rows, slice(*part.columns)] if part.columns else entry[rows]
+        return own if where is None or where.order is None else _ordered(own, where.order)
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
         """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
@@ -114,7 +138,7 @@ class Checkpoint:
         weight = self.raw(f"{module}.weight")
         if weight.dtype != torch.float8_e4m3fn:
             return weight.to(dtype)
-        if f"{module}.weight_scale" not in self._files:
+        if f"{module}.weight_scale" not in self:
             raise UnsupportedModel(
                 f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
             )
@@ -181,3 +205,11 @@ class Checkpoint:
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
         bias = torch.cat(biases).to(device) if biases else None
         return torch.cat(codes), largest, inputs.amax(), bias
+
+
+def _ordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Rows of whole heads with the dimensions of each in this order."""
+    heads = rows.view(-1, len(order), *rows.shape[1:])
+    if rows.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
+        return heads.view(torch.uint8)[:, list(order)].view(rows.dtype).flatten(0, 1)
+    return heads[:, list(order)].flatten(0, 1)

@@ -31,7 +31,7 @@ from flightline.torch_engine.core.request import (
     RequestOutput,
 )
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector
-from flightline.torch_engine.model.families import UnsupportedModel
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.parallel.ranks import RankLost
 from flightline.torch_engine.process.client import hang_up
 from flightline.torch_engine.process.interface import ServedEngine

@@ -1,9 +1,8 @@
 """Stage 3: FP8 post-training quantisation with NVIDIA ModelOpt, and the pass that makes the result unambiguous.
 
-The result is one Hugging Face folder in ModelOpt's unified FP8 format, which every backend loads (of a model for
-images, its language part alone): e4m3 weights
-with a scalar ``weight_scale`` and ``input_scale`` for each linear layer, a ``k_scale`` and a ``v_scale`` for an e4m3 KV
-cache, embeddings and norms in bf16.
+The result is one Hugging Face folder in ModelOpt's unified FP8 format, which every backend loads: e4m3 weights with a
+scalar ``weight_scale`` and ``input_scale`` for each linear layer, a ``k_scale`` and a ``v_scale`` for an e4m3 KV cache,
+embeddings and norms in bf16. Of a model for images it is the language part alone.
 """
 
 from __future__ import annotations

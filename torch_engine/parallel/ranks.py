@@ -133,7 +133,7 @@ class _Other:
     heard: float = field(default_factory=time.monotonic)
     """When it last gave a sign of life."""
     progress: tuple[int, float] = (0, 0.0)
-    """Operations with others begun, and seconds of processor time."""
+    """Steps and operations with others begun, and seconds of processor time."""
     met: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
     """What it said itself."""
@@ -305,7 +305,8 @@ class Leader:
         return self._told, self._fetched, self._begun(), *(other.progress for other in self._others)
 
     def _begun(self) -> int:
-        return int(getattr(self.group, "begun", 0))
+        """As a rank counts what it has begun."""
+        return int(getattr(self.group, "begun", 0)) + self._told
 
     def _failure(self) -> str:
         if not any(other.failure or other.ended() for other in self._others):
@@ -382,6 +383,7 @@ class Follower:
         self._assignment = assignment
         self.group: Group = Alone()
         self.ends_process = True
+        self._steps = 0
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
     def join(self) -> None:
@@ -393,11 +395,13 @@ class Follower:
 
     def meet(self, facts: dict[str, Any]) -> None:
         self._say("met", facts)
-        self.next()
+        self._line.recv_bytes()
 
     def next(self) -> Any:
         """What rank 0 tells next. Raises EOFError when it has closed the line or has ended."""
-        return pickle.loads(self._line.recv_bytes())
+        step = pickle.loads(self._line.recv_bytes())
+        self._steps += 1
+        return step
 
     def tell(self, step: Any) -> None: ...
 
@@ -416,7 +420,8 @@ class Follower:
         """Ends the process with rank 0's: whatever this one's other threads are waiting for will never come."""
         while True:
             try:
-                self._say("alive", int(getattr(self.group, "begun", 0)), time.process_time())
+                done = int(getattr(self.group, "begun", 0)) + self._steps
+                self._say("alive", done, time.process_time())
             except OSError:
                 os._exit(0)
             time.sleep(BEAT_S)

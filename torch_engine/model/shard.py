@@ -11,22 +11,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.layout import HIDDEN, INNER, KEYS, LAYER, LINEARS, QUERIES
 from flightline.torch_engine.model.spec import ModelSpec
 
 HEAD_MULTIPLE = 16
 """Tokens of the vocabulary of which a rank has a multiple: FP8 products want that."""
-QUERIES, KEYS, INNER, VOCABULARY = "queries", "keys", "inner", "vocabulary"
-OUTPUTS_CUT = {
-    "self_attn.q_proj": QUERIES,
-    "self_attn.k_proj": KEYS,
-    "self_attn.v_proj": KEYS,
-    "mlp.gate_proj": INNER,
-    "mlp.up_proj": INNER,
-    "lm_head": VOCABULARY,
-}
-"""Modules of which a rank has some of the outputs."""
-INPUTS_CUT = {"self_attn.o_proj": QUERIES, "mlp.down_proj": INNER}
-"""Modules of which a rank has some of the inputs: what they give is added up."""
+VOCABULARY = "vocab_size"
 SCALARS = ("weight_scale", "input_scale", "k_scale", "v_scale")
 """One for the whole tensor: the codes of all ranks are those of the whole."""
 Range = tuple[int, int]
@@ -78,34 +68,33 @@ class Shard:
         if self.size == 1:
             return WHOLE
         module, _, leaf = name.rpartition(".")
-        kind = ".".join(module.split(".")[-2:])
         if leaf in SCALARS:
             return WHOLE
-        if leaf in ("weight", "bias"):
-            if kind in INPUTS_CUT:
-                # A bias is added once.
-                cut = self._range(INPUTS_CUT[kind], spec)
-                return Part(columns=cut) if leaf == "weight" else Part(absent=self.rank > 0)
-            if kind in OUTPUTS_CUT:
-                return Part(rows=self._range(OUTPUTS_CUT[kind], spec))
-            if kind.endswith("embed_tokens"):
-                return WHOLE
-            of_heads = kind.endswith(
-                ("q_norm", "k_norm")
-            )  # not those over all heads, of which a rank has some
-            if kind.endswith("norm") and shape == ((spec.head_dim,) if of_heads else (spec.hidden_size,)):
-                return WHOLE
+        extents = _extents(module)
+        if extents is not None and leaf in ("weight", "bias"):
+            outputs, inputs = (self._range(extent, spec) for extent in extents)
+            if leaf == "weight":
+                return Part(outputs, inputs)
+            return Part(outputs, absent=inputs is not None and self.rank > 0)  # what is added up has one bias
+        if leaf == "weight" and module.endswith("embed_tokens"):
+            return WHOLE
+        of_heads = module.endswith(("q_norm", "k_norm"))  # not those over all heads, of which a rank has some
+        if module.endswith("norm") and shape == ((spec.head_dim,) if of_heads else (spec.hidden_size,)):
+            return WHOLE
         raise UnsupportedModel(
             f"{spec.architecture} cannot be shared by {self.size} GPUs: it is not known how its tensor {name} is cut "
             "up; use TP=1"
         )
 
-    def _range(self, what: str, spec: ModelSpec) -> Range:
-        if what == VOCABULARY:
+    def _range(self, extent: str, spec: ModelSpec) -> Range | None:
+        """What a rank has of an extent, by its name in ``layout.py``; None = all."""
+        if extent == VOCABULARY:
             return self.vocabulary(spec.vocab_size)[:2]
-        if what == KEYS:
+        if extent == KEYS:
             return self._keys(spec)
-        return self._even(spec.num_heads * spec.head_dim if what == QUERIES else spec.intermediate_size)
+        if extent == QUERIES:
+            return self._even(spec.num_heads * spec.head_dim)
+        return self._even(spec.intermediate_size) if extent == INNER else None
 
     def vocabulary(self, size: int) -> tuple[int, int, int]:
         """The first token of this rank's part, the one after its last, and how many it has fewer than rank 0."""
@@ -126,6 +115,14 @@ class Shard:
         each = max(1, spec.num_kv_heads // self.size)
         first = self.rank * spec.num_kv_heads // self.size
         return first * spec.head_dim, (first + each) * spec.head_dim
+
+
+def _extents(module: str) -> tuple[str, str] | None:
+    """The names of a linear's outputs and inputs; None if it is none."""
+    if module == "lm_head":
+        return VOCABULARY, HIDDEN
+    layer = LAYER.match(module)
+    return None if layer is None else LINEARS.get(module[layer.end() :])
 
 
 def refusal(spec: ModelSpec, size: int) -> str:

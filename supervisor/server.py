@@ -148,7 +148,9 @@ class Server:
             self._say("no baseline: it runs on one GPU, and the engine has the memory of all of its own")
             self.settings = replace(self.settings, baseline=False)
         if self.deployment.lane != "torch":
-            self._world_size = guard.check(self.deployment.lane, self.deployment.engine_dir, guard.observe())
+            self._world_size = guard.check(
+                self.deployment.lane, self.deployment.engine_dir, guard.observe(), self.settings.rank_hosts
+            )
         try:
             self._lock()
             self._check_ports()
@@ -205,6 +207,9 @@ class Server:
         if self._gate is None:
             return
         self._gate.close()
+        for process in self._gateways:
+            if process.child is not None:
+                process.child.signal(gateway.REFUSE)
         deadline = time.monotonic() + self.settings.drain_s
         empty_since: float | None = None
         while (now := time.monotonic()) < deadline and not self._hurry.wait(0.05):

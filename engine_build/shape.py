@@ -20,9 +20,12 @@ from flightline.engine_build.hub import fetch_configuration
 from flightline.engine_build.plan import ModelShape
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.shard import refusal
 from flightline.torch_engine.model.spec import ModelSpec
 
 HUB_PATIENCE_S = 2.5
+MOST_GPUS = 16
+"""That share a model."""
 EMBEDDED_SHAPE = ModelShape(
     layers=30,
     kv_heads=3,
@@ -30,6 +33,7 @@ EMBEDDED_SHAPE = ModelShape(
     max_position_embeddings=8192,
     parameters=134_515_008,
     linear_parameters=106_168_320,
+    splits=(3,),
 )
 """So that preflight needs no package at all."""
 
@@ -111,4 +115,5 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         fp8=spec.fp8,
         int4=spec.int4,
         stored=spec.stored,
+        splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )

@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.shard import Shard
+from flightline.torch_engine.model.weights import Checkpoint
 from tests.packing import FORMATS, INT4_FORMATS, rewrite
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import (
@@ -68,3 +72,20 @@ def test_compiled_kernels_keep_codes_of_4_bits(
         pairs = [(logits_of(one, prompt, 7), logits_of(wide, prompt, 7)) for prompt in PROMPTS]
         errors.append(max(float((ours - truth).norm() / truth.norm()) for ours, truth in pairs))
     assert errors[0] < 0.06 and errors[0] < errors[1], errors
+
+
+@pytest.mark.parametrize("name", ["compressed-dynamic", "modelopt", "gptq", "w4a16-asymmetric", "hf-blocks"])
+def test_ranks_have_parts_of_codes(name: str, source: Path, tmp_path: Path) -> None:
+    """Put together they are the whole; a part that would cut a group is refused by name."""
+    packed, _ = rewrite(source, tmp_path, *FORMATS[name])
+    whole = Checkpoint(packed, load_spec(packed))
+    parts = [whole.part(Shard(rank, 2)) for rank in range(2)]
+    for module, along in (("self_attn.q_proj", 0), ("self_attn.o_proj", 1), ("mlp.down_proj", 1)):
+        module = f"model.layers.1.{module}"
+        expected = whole.weight(module, torch.float32)
+        if along and name == "hf-blocks":
+            with pytest.raises(UnsupportedModel, match=rf"{module} cannot be shared by 2 GPUs.*use TP=1"):
+                parts[0].weight(module, torch.float32)
+            continue
+        found = torch.cat([part.weight(module, torch.float32) for part in parts], along)
+        assert torch.equal(found, expected)

@@ -33,6 +33,18 @@ class Coded:
         """The outputs of ``index``, in its order."""
         return self._each(lambda tensor: _bytes(tensor)[index].view(tensor.dtype))
 
+    def columns(self, begin: int, end: int) -> Coded | None:
+        """The inputs from ``begin`` to before ``end``; None if that would cut a group."""
+        inputs = self.codes.shape[1]
+        if self.scales.shape[1] == 1 and self.order is None:
+            return replace(self, codes=self.codes[:, begin:end].contiguous(), group=end - begin)
+        if self.order is not None or begin % self.group or (end % self.group and end != inputs):
+            return None
+        groups = slice(begin // self.group, -(-end // self.group))
+        offsets = None if self.offsets is None else self.offsets[:, groups].contiguous()
+        codes, scales = self.codes[:, begin:end].contiguous(), self.scales[:, groups].contiguous()
+        return replace(self, codes=codes, scales=scales, offsets=offsets)
+
     def to(self, device: torch.device) -> Coded:
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from flightline.torch_engine.model.coded import Coded, stack
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.int4 import read_int4
-from flightline.torch_engine.model.layout import Rows, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.layout import check_tensors, plain_names, rows_of
 from flightline.torch_engine.model.quantization import (
     BESIDE_CODES,
     BESIDE_INT4,
@@ -26,6 +27,7 @@ from flightline.torch_engine.model.quantization import (
     Stored,
     codes_of,
 )
+from flightline.torch_engine.model.shard import WHOLE, Part, Shard
 from flightline.torch_engine.model.spec import ModelSpec
 
 
@@ -33,18 +35,34 @@ class Checkpoint:
     """Tensors by the names that Llama has for them, whatever the file calls them, read when asked for.
 
     What the file stores together is taken apart, and the rows of queries and keys come in the order that the
-    kernels' rotary embedding wants (:func:`layout.head_order`).
+    kernels' rotary embedding wants (:func:`layout.head_order`). Of a :meth:`part`, what its rank has of them.
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
 
     def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
         self.folder = Path(model_dir)
-        self.spec = spec
+        self.spec = self.whole = spec
+        """``whole`` is the model's, ``spec`` that of the decoder whose part this is."""
+        self.shard = Shard()
         self._open: dict[str, Any] = {}
         self._files = self._locate()
         self._names = plain_names(self._files, spec, self.folder)
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
+
+    def part(self, shard: Shard) -> Checkpoint:
+        """The same for one rank, with the spec of its decoder.
+
+        Raises:
+            UnsupportedModel: the model cannot be cut like that.
+        """
+        part = copy.copy(self)
+        part.shard, part.spec = shard, shard.of(self.whole)
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files itself."""
+        return {**self.__dict__, "_open": {}}
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
@@ -86,15 +104,22 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+        return self._find(name) is not None and not self._part(name).absent
 
     def _find(self, name: str) -> str | None:
         """The file's name of a tensor: its own, or that of the module which it is stored with."""
         if name not in self._names:
             module, _, leaf = name.rpartition(".")
-            rows = rows_of(self.spec, module)
+            rows = rows_of(self.whole, module)
             name = name if rows is None else f"{rows.module}.{leaf}"
         return self._names.get(name)
+
+    def _part(self, name: str) -> Part:
+        """What this rank has of a tensor that is there."""
+        stored = self._find(name)
+        if self.shard.size == 1 or stored is None:
+            return WHOLE
+        return self.shard.part(name, self._stored(stored).shape, self.whole)
 
     def raw(self, name: str) -> torch.Tensor:
         """A tensor in its stored dtype; of one with a row for each output, the rows of the module that was asked for.
@@ -104,11 +129,19 @@ class Checkpoint:
         stored = self._find(name)
         if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        tensor = self._tensor(stored)
-        rows = rows_of(self.spec, name.rpartition(".")[0])
-        if rows is None or tensor.dim() == 0 or tensor.shape[0] != rows.total:
-            return tensor
-        return _own_rows(tensor, rows)
+        file, part = self._file(self._files[stored]), self._part(name)
+        shape = self._stored(stored).shape
+        where = rows_of(self.whole, name.rpartition(".")[0])
+        if where is not None and (not shape or shape[0] != where.total):
+            where = None  # a scale of the whole
+        if where is None and part == WHOLE:
+            whole: torch.Tensor = file.get_tensor(stored)
+            return whole
+        start, stop = (0, shape[0]) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows, entry = slice(start + begin, start + end), file.get_slice(stored)
+        own: torch.Tensor = entry[rows, slice(*part.columns)] if part.columns else entry[rows]
+        return own if where is None or where.order is None else _ordered(own, where.order)
 
     def _tensor(self, name: str) -> torch.Tensor:
         """By the file's own name."""
@@ -122,9 +155,26 @@ class Checkpoint:
 
     def coded(self, module: str) -> Coded | None:
         """``<module>.weight`` as it is stored; None if that is in plain numbers."""
-        rows = rows_of(self.spec, module)
-        coded = self._codes(module if rows is None else rows.module)
-        return coded if coded is None or rows is None else coded.rows(_index(rows))
+        where = rows_of(self.whole, module)
+        coded = self._codes(module if where is None else where.module)
+        if coded is None:
+            return None
+        part = self.shard.part(f"{module}.weight", tuple(coded.codes.shape), self.whole)
+        if where is None and part == WHOLE:
+            return coded
+        start, stop = (0, len(coded.codes)) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows = torch.arange(start + begin, start + end)
+        own = coded.rows(rows if where is None or where.order is None else _ordered(rows, where.order))
+        if part.columns is None:
+            return own
+        cut = own.columns(*part.columns)
+        if cut is None:
+            raise UnsupportedModel(
+                f"{self.folder}: {module} cannot be shared by {self.shard.size} GPUs: inputs of one scale would lie on "
+                "two; use TP=1"
+            )
+        return cut
 
     def _codes(self, module: str) -> Coded | None:
         """Of a whole module as the file has it, by its name in a model without a wrapper.
@@ -220,11 +270,9 @@ class Checkpoint:
         return torch.cat(present) if present else None
 
 
-def _index(rows: Rows) -> torch.Tensor:
-    """The stored rows, in the order in which they are wanted."""
-    own = torch.arange(rows.start, rows.stop)
-    return own if rows.order is None else own.view(-1, len(rows.order))[:, list(rows.order)].flatten()
-
-
-def _own_rows(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return tensor[rows.start : rows.stop] if rows.order is None else tensor[_index(rows)]
+def _ordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Rows of whole heads with the dimensions of each in this order."""
+    heads = rows.view(-1, len(order), *rows.shape[1:])
+    if rows.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
+        return heads.view(torch.uint8)[:, list(order)].view(rows.dtype).flatten(0, 1)
+    return heads[:, list(order)].flatten(0, 1)

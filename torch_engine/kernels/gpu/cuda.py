@@ -131,6 +131,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
 
     # The step --------------------------------------------------------------------------------------
 
+    def summed(self, delta: torch.Tensor) -> torch.Tensor:
+        """Partial sums of this rank's own product are added up first: between GPUs every byte counts."""
+        if self.group.size > 1 and delta.dim() == 3:
+            shape = (delta.shape[1], delta.shape[2])
+            room = self.group.room(shape, self.dtype)
+            if room is None:
+                room = torch.empty(shape, dtype=self.dtype, device=delta.device)
+            delta = norm.add_up(delta, room)
+        return self.group.sum(delta)
+
     def embed(self, step: CudaStep, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return tokens.embed(step.ids, step.attention.slots, step.last, table, float(factor))
 
@@ -267,7 +277,7 @@ def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan 
         linears[0](x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
             for linear in linears:
                 linear(x)
         times: list[float] = []

@@ -107,9 +107,11 @@ def layers(source: RandomCheckpoint, spec: ModelSpec, device: str) -> Iterator[d
             tensors[f"model.layers.{index}.{kind}.weight"] = source.raw("norm.weight")
         for linear in LINEARS:
             name = f"model.layers.{index}.{linear}"
-            codes, scale, input_scale, _ = source.fused_fp8([name], torch.device(device))
-            tensors[f"{name}.weight"] = codes
-            tensors[f"{name}.weight_scale"], tensors[f"{name}.input_scale"] = scale, input_scale
+            coded = source.coded(name)
+            assert coded is not None and coded.input_scale is not None
+            tensors[f"{name}.weight"] = coded.codes
+            tensors[f"{name}.weight_scale"] = coded.scales[0, 0].clone()
+            tensors[f"{name}.input_scale"] = coded.input_scale
         yield tensors
 
 
@@ -171,7 +173,7 @@ class Clients:
         all_there = spawn.Barrier(most + 1)
         self._pool = ProcessPoolExecutor(most, spawn, all_there.wait)
         for _ in range(most):
-            self._pool.submit(freeze_garbage_collector)  # an executor starts a process for each
+            self._pool.submit(settle)  # an executor starts a process for each
         all_there.wait(timeout=120)
 
     def load(
@@ -188,6 +190,11 @@ class Clients:
         ]
         answers = [answer for part in parts for answer in part.result()]
         return figures(answers, max(answer.ended for answer in answers) - start, len(prompts), stream)
+
+
+def settle() -> None:
+    """A client process has this module, with all that it imports, before the first load."""
+    freeze_garbage_collector()
 
 
 def put(

@@ -20,6 +20,7 @@ from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.mixture import MixtureSpec, mixture_linears, mixture_sizes
+from flightline.torch_engine.model.shard import refusal
 from tests.tiny import tiny_checkpoint
 
 needs_compiler = pytest.mark.skipif(
@@ -60,7 +61,7 @@ class Drawn:
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, None]:
         return torch.cat([self.weight(module, dtype) for module in modules]), None
 
-    def fused_fp8(self, modules: list[str], device: torch.device) -> None:
+    def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> None:
         return None
 
 
@@ -191,6 +192,17 @@ def test_a_wrong_mixture_is_refused_by_name(tmp_path: Path, make_engine, fields:
 
 
 def test_dense_layers_stand_where_the_family_puts_them(tmp_path: Path) -> None:
-    for family, routed in (("qwen3_moe", [0, 2]), ("qwen2_moe", [1, 3]), ("mixtral", [0, 1])):
+    for family, routed in (
+        ("qwen3_moe", [0, 2]),
+        ("qwen2_moe", [1, 3]),
+        ("mixtral", [0, 1]),
+        ("glm4_moe", [1, 2]),
+    ):
         layers = load_spec(tiny_checkpoint(tmp_path / family, family)).layers
         assert [index for index, layer in enumerate(layers) if layer.mixture] == routed
+
+
+def test_several_gpus_are_refused_by_name(tmp_path: Path) -> None:
+    assert "a mixture of experts stays on one GPU" in refusal(
+        load_spec(tiny_checkpoint(tmp_path, "olmoe")), 2
+    )

@@ -14,6 +14,7 @@ from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.kernels.reference import mixture as reference
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
+from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.mixture import MixtureSpec
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_mixture import GROUPED, HIDDEN, PLAIN, SHARED, Drawn, rows
@@ -54,15 +55,11 @@ class Coded(Drawn):
                 # One scale for all experts, the largest, since a row is rounded once.
                 self.input_scales[name] = torch.tensor(INPUT_SCALE / (4 if "experts.0." in name else 1))
 
-    def fused_fp8(self, modules: list[str], device: torch.device) -> tuple | None:
-        weight = torch.cat([self.raw(f"{module}.weight") for module in modules]).to(device)
+    def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> tuple[Coded, None]:
+        codes = torch.cat([self.raw(f"{module}.weight") for module in modules]) / WEIGHT_SCALE
+        scales = torch.full((len(codes), 1), WEIGHT_SCALE)
         inputs = torch.stack([self.input_scales[f"{module}.weight"] for module in modules]).amax()
-        return (
-            (weight / WEIGHT_SCALE).to(E4M3),
-            torch.tensor(WEIGHT_SCALE, device=device),
-            inputs.to(device),
-            None,
-        )
+        return Coded(codes.to(E4M3), scales, codes.shape[1], input_scale=inputs).to(device), None
 
 
 class Rounding(PyTorchKernels):

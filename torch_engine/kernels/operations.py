@@ -15,6 +15,7 @@ from flightline.torch_engine.model.kernel_interface import (
     LinearT,
 )
 from flightline.torch_engine.model.spec import ModelSpec
+from flightline.torch_engine.parallel.group import Alone, Group
 
 
 class Rows(Protocol):
@@ -36,9 +37,15 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
     H query heads, V key/value heads, D head size.
     """
 
+    group: Group = Alone()
+
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
+
+    def summed(self, delta: torch.Tensor) -> torch.Tensor:
+        """All ranks' ``delta`` together: what a linear gives of which each rank has some of the inputs."""
+        return self.group.sum(delta)
 
     @abstractmethod
     def add_norm(
@@ -76,19 +83,19 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
     def decode(
         self, model: Decoder[LinearT], x: torch.Tensor, caches: list[CacheT], step: RowsT
     ) -> torch.Tensor:
-        """From embeddings to the output head's logits [sampled, vocab]."""
+        """From embeddings to the output head's logits [sampled, vocab], of this rank's part of the vocabulary."""
         eps = model.spec.norm_eps
         delta: torch.Tensor | None = None
         post: torch.Tensor | None = None
         for layer, cache in zip(model.layers, caches, strict=True):
             h, x = self.add_norm(x, delta, post, layer.input_norm, eps, layer.qkv)
             h = self.attention(layer.qkv(h), layer, model.spec, model.ropes[layer.spec.rope], cache, step)
-            delta = layer.out(h)
+            delta = self.summed(layer.out(h))
             mlp = layer.mlp
             reader = mlp.gate_up if isinstance(mlp, GatedMlp) else mlp.router
             h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, reader)
             if isinstance(mlp, GatedMlp):
-                delta = mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down))
+                delta = self.summed(mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down)))
             else:
                 delta = mlp(h, step)
             post = layer.mlp_out_norm
@@ -115,4 +122,4 @@ def name_of(dtype: torch.dtype) -> str:
 
 def computed_in(spec: ModelSpec, dtype: torch.dtype) -> str:
     """How a device without FP8 computes a checkpoint's weights, for the log."""
-    return f"FP8 weights, computed in {name_of(dtype)}" if spec.fp8 else name_of(dtype)
+    return f"{spec.stored} weights, computed in {name_of(dtype)}" if spec.quantization else name_of(dtype)

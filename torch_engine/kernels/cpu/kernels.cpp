@@ -129,6 +129,12 @@ void fl_pack_ints(int64_t bits, const float* w, int64_t n, int64_t k_size, uint8
     with_bits(bits, [&](auto kind) { pack_ints<decltype(kind)>(pool, w, n, k_size, packed); });
 }
 
+// Codes [n, k] that are given -> panels of integers; as pack_codes says.
+void fl_pack_codes(int64_t bits, const uint8_t* w, const float* scales, const float* minima, int64_t n, int64_t k_size,
+                   int64_t group, uint8_t* packed) {
+    with_bits(bits, [&](auto kind) { pack_codes<decltype(kind)>(pool, w, scales, minima, n, k_size, group, packed); });
+}
+
 // y [rows, outputs] for x [rows], which is what the linear reads.
 void fl_linear(const Linear* linear, const void* x, int64_t rows, float* y) { run_linear(pool, *linear, x, rows, y); }
 

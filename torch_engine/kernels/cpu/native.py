@@ -25,6 +25,7 @@ from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepInput, TensorSequence
 from flightline.torch_engine.kernels.cpu.toolchain import available_isas, is_whole, library
 from flightline.torch_engine.kernels.operations import Operations, computed_in
+from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.kernel_interface import (
     Decoder,
     GatedMlp,
@@ -43,6 +44,7 @@ SIGNATURES = {
     "fl_pack_ints": (I64, POINTER, I64, I64, POINTER),
     "fl_linear": (POINTER, POINTER, I64, POINTER),
     "fl_mixture": (POINTER, POINTER, I64, POINTER),
+    "fl_pack_codes": (I64, POINTER, POINTER, POINTER, I64, I64, I64, POINTER),
     "fl_add_norm": (POINTER, POINTER, POINTER, POINTER, F32, I64, I64, I64, POINTER),
     "fl_gate": (POINTER, I64, I64, I64, I64, POINTER),
     "fl_attention": (POINTER, POINTER, POINTER, I64, POINTER),
@@ -257,12 +259,14 @@ class NativeLinear:
     """``x -> [T, N]``; x is [T, K] float32, or the groups that the other kernels write for this reader."""
 
     def __init__(
-        self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None, bits: int
+        self, kernels: NativeKernels, weight: torch.Tensor | Coded, bias: torch.Tensor | None, bits: int
     ) -> None:
-        self.outputs, self.inputs = weight.shape
+        """``weight`` [N, K] is rounded to ``bits``; codes of so many bits stay what they are."""
+        codes = weight.codes if isinstance(weight, Coded) else weight
+        self.outputs, self.inputs = codes.shape
         self.bits = bits
         self.integers = int(bits < 16)
-        self._packed = kernels.room(bits, 1, *weight.shape)
+        self._packed = kernels.room(bits, 1, self.outputs, self.inputs)
         kernels.pack(bits, weight, self._packed)
         self._bias = None if bias is None else bias.float().contiguous()
         self._run = kernels.library.fl_linear
@@ -380,20 +384,33 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         self.library.fl_set_threads(threads)
         torch.set_num_threads(1)
         self.panel = self.library.fl_panel()
+        self.rounded = 0
+        """Linears of 4-bit codes that are kept in 8 bits."""
         self.group_bytes = self.library.fl_group_bytes()
 
     def describe(self, spec: ModelSpec) -> str:
         weights = "bfloat16 weights" if self.bits == 16 else f"int{self.bits} weights, int8 activations"
+        if self.rounded:
+            weights += f"; {self.rounded} linears whose groups do not fit have int8 weights"
         computed = computed_in(spec, self.dtype)
         return f"{computed}, compiled CPU kernels ({weights}, {self.kv} KV cache, {self.isa})"
 
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> NativeLinear:
+        head = modules == ["lm_head"]
+        if self.bits == 4 and not head:
+            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
+            if stored is not None and stored[0].codes.dtype == torch.uint8:
+                return self._coded(*stored)
         weight, bias = checkpoint.fused(modules, self.dtype)
-        return (
-            self.linear(weight, bias)
-            if modules == ["lm_head"]
-            else NativeLinear(self, weight, bias, self.bits)
-        )
+        return self.linear(weight, bias) if head else NativeLinear(self, weight, bias, self.bits)
+
+    def _coded(self, coded: Coded, bias: torch.Tensor | None) -> NativeLinear:
+        """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of fewer."""
+        fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+        if fits and coded.bits < 8:
+            return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
+        self.rounded += 1
+        return NativeLinear(self, coded.values(self.dtype), bias, 8)
 
     def load_mixture(
         self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
@@ -407,8 +424,16 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         dtype = torch.bfloat16 if bits == 16 else torch.float32
         return torch.zeros(count, -(-outputs // self.panel) * self.panel * inputs, dtype=dtype)
 
-    def pack(self, bits: int, weight: torch.Tensor, into: torch.Tensor) -> None:
-        """``weight`` [N, K] in ``bits`` bits into a row of :meth:`room`."""
+    def pack(self, bits: int, weight: torch.Tensor | Coded, into: torch.Tensor) -> None:
+        """``weight`` [N, K] in ``bits`` bits into a row of :meth:`room`; codes of so many bits stay what they are."""
+        if isinstance(weight, Coded):
+            codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
+            minima = weight.minima().contiguous()
+            self.library.fl_pack_codes(
+                *(bits, codes.data_ptr(), scales.data_ptr(), minima.data_ptr()),
+                *(*codes.shape, weight.group, into.data_ptr()),
+            )
+            return
         weight = weight.float().contiguous()
         outputs, inputs = weight.shape
         if bits < 16:

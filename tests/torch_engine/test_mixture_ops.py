@@ -42,7 +42,7 @@ def test_mixtures_in_the_interpreter() -> None:
     assert " passed" in run.stdout
 
 
-class Coded(Drawn):
+class Quantised(Drawn):
     """The same weights as e4m3 codes, as a quantised checkpoint has them; routers are as before."""
 
     def __init__(self, mixture: MixtureSpec, hidden: int) -> None:
@@ -119,7 +119,7 @@ class TestExperts:
             mixture = MixtureSpec(
                 **{**vars(mixture), "inner": 48, "shared_inner": 32 * bool(mixture.shared_inner)}
             )
-        checkpoint = Coded(mixture, hidden) if coded else Drawn(mixture, hidden)
+        checkpoint = Quantised(mixture, hidden) if coded else Drawn(mixture, hidden)
         plain = (Rounding if coded else PyTorchKernels)(torch.device("cpu"), torch.float32)
         expected = plain.load_mixture(checkpoint, mixture, "layer", "silu")(rows(count, hidden), None)
         x = torch.cat([rows(count, hidden), torch.full((2, hidden), torch.nan)])

@@ -198,6 +198,13 @@ def test_kv_bytes_of_llama_8b() -> None:
     assert kv_bytes_per_token(32, 8, 128, 1, tp=16) == kv_bytes_per_token(32, 8, 128, 1, tp=8)  # copies
 
 
+def test_the_gap_of_streams_is_bounded_by_our_engine_alone() -> None:
+    assert make_plan(SMALL, CPU).max_gap_ms == 0
+    assert make_plan(SMALL, CPU, max_gap_ms=50).max_gap_ms == 50
+    with pytest.raises(BuildError, match="MAX_GAP_MS=50 is for ENGINE=torch, not trtllm-pytorch"):
+        make_plan(SMALL, H200, "trtllm-pytorch", max_gap_ms=50)
+
+
 def test_cpu_pool() -> None:
     plan = make_plan(SMALL, CPU)
     assert (plan.max_seq_len, plan.max_batch_size, plan.max_num_tokens, plan.block_size) == (

@@ -20,7 +20,7 @@ ENV PATH=/opt/venv-tritonserver/bin:${PATH} \
 RUN python3 -m pip install --no-cache-dir --no-deps \
         tritonclient==2.73.0 protobuf==6.33.6 ml-dtypes==0.5.4 python-rapidjson==1.25 grpcio==1.85.1 \
         psutil==7.2.2 gguf==0.19.0 llguidance==1.9.1 uvicorn==0.54.0 httptools==0.9.0 uvloop==0.23.0 \
-        orjson==3.13.0 prometheus_client==0.26.0 \
+        orjson==3.13.0 prometheus_client==0.26.0 h2==4.4.1 hpack==4.2.0 hyperframe==6.1.0 \
     && python3 -c "from tritonclient.grpc import model_config_pb2" \
     && mkdir -p /engines /cache/huggingface /cache/home \
     && chown -R 1000:1000 /engines /cache

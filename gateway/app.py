@@ -249,6 +249,8 @@ class Gateway:
                     self._ready_until = 0.0
             else:
                 await _whole(exchange, answers, form, self.proved)
+        except ApiError as error:
+            raise errors.renamed(error, made.names) from None
         finally:
             self._live.discard(answers)
             answers.close()

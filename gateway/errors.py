@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import grpc
 import orjson
@@ -22,13 +23,6 @@ MOST_SHOWN = 400
 """Characters of a message; what a client has sent may stand in it."""
 _FULL = ("queue is full", "maximum queue size")
 _LATE = ("timeout expired",)
-_CALLED = {
-    "guided_decoding_guide_type": "the guide's type",
-    "guided_decoding_guide": "the guide (of response_format, structured_outputs or tools)",
-    "logit_bias_ids": "logit_bias",
-    "stop_words": "stop",
-}
-"""Tensors, and what they are here."""
 _SEQUENCE = re.compile(r"^sequence_index \d+: ")
 _FIELD = re.compile(r"^(?!the )[a-z][a-z0-9_]*(\.[a-z0-9_]+|\[\d+\])*(?=[ :]|$)")
 
@@ -79,6 +73,18 @@ def shown(message: str) -> str:
     return line if len(line) <= MOST_SHOWN else line[: MOST_SHOWN - 1] + "…"
 
 
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The same error about the fields that its client has sent; ``names``: what they were called on the way."""
+    if not names:
+        return error
+    found = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?!\w)")
+
+    def say(text: str) -> str:
+        return found.sub(lambda match: names[match[0]], text)
+
+    return replace(error, message=say(error.message), param=error.param and say(error.param))
+
+
 def of_request(error: RequestError) -> ApiError:
     """What was found wrong on this side of Triton; such texts begin with the field."""
     if error.code in (Code.INVALID_ARG, Code.UNSUPPORTED):
@@ -92,8 +98,6 @@ def of_request(error: RequestError) -> ApiError:
 def of_triton(text: str) -> ApiError:
     """The error on a stream, where Triton sends a text and no code."""
     text = _SEQUENCE.sub("", text)
-    for tensor, words in _CALLED.items():
-        text = text.replace(tensor, words)
     lowered = text.lower()
     if any(sign in lowered for sign in _FULL):
         return busy(shown(text))
@@ -102,13 +106,8 @@ def of_triton(text: str) -> ApiError:
     return _of_class(type(from_stream_error(text)), text)
 
 
-def of_rpc(error: grpc.RpcError) -> ApiError:
-    """A call that has failed as a whole."""
-    return of_status(error.code(), error.details() or "")
-
-
 def of_status(status: grpc.StatusCode, details: str) -> ApiError:
-    """The same, of a status and its text."""
+    """A call that has failed as a whole."""
     text = details or status.name
     if status is grpc.StatusCode.UNAVAILABLE:
         return unavailable(

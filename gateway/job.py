@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flightline.gateway import params
 from flightline.gateway.chat.guides import Guide, Reasoning, response_format
 from flightline.gateway.chat.messages import parse_messages
 from flightline.gateway.chat.tools import ToolPlan, parse_tools
@@ -44,6 +45,8 @@ class Job:
     plan: ToolPlan | None = None
     reasoning: Reasoning = Reasoning.NONE
     include_reasoning: bool = True
+    names: dict[str, str] = field(default_factory=dict)
+    """Tensors, and the fields of the request that they have their values from."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -69,7 +72,8 @@ def of_completions(body: Any, model: ServedModel, request_id: str) -> Job:
     values["top_logprobs"] = values["logprobs"]
     values["max_tokens"] = values["max_tokens"] or COMPLETION_TOKENS
     guide = response_format(body)
-    job = _job(name, prompts, values, model, guide, "prompt", request_id)
+    names = params.names(body, COMPLETIONS) | {"input_ids": "prompt"}
+    job = _job(name, prompts, values, model, guide, names, request_id)
     if values["echo"]:
         job.echoed = [
             prompt if isinstance(prompt, str) else model.vocabulary.bytes.decode(prompt) for prompt in given
@@ -90,7 +94,10 @@ def of_chat(body: Any, model: ServedModel, request_id: str) -> Job:
     if plan.keep_special_tokens:
         values["skip_special_tokens"] = False
     ids = model.encode(prompt, bool(values["add_special_tokens"]), "messages")
-    job = _job(name, [ids], values, model, guide, "messages", request_id)
+    names = params.names(body, CHAT) | {"input_ids": "messages"}
+    if plan.guide is not None:
+        names |= dict.fromkeys(("guided_decoding_guide", "guided_decoding_guide_type"), "tools")
+    job = _job(name, [ids], values, model, guide, names, request_id)
     job.plan, job.reasoning, job.include_reasoning = plan, reasoning, values["include_reasoning"]
     return job
 
@@ -154,13 +161,13 @@ def _job(
     values: dict[str, Any],
     model: ServedModel,
     guide: Guide | None,
-    param: str,
+    names: dict[str, str],
     request_id: str,
 ) -> Job:
     tensors = [*_tensors(values, model), *_guide(guide)]
     requests = []
     for number, ids in enumerate(prompts):
-        max_tokens = model.room(len(ids), values["max_tokens"], param)
+        max_tokens = model.room(len(ids), values["max_tokens"], names)
         if (least := values["min_tokens"]) is not None and least > max_tokens:
             raise invalid(f"min_tokens is {least}: it must be at most max_tokens={max_tokens}", "min_tokens")
         own = [("input_ids", "INT32", ids), ("max_tokens", "INT32", [max_tokens])]
@@ -178,6 +185,7 @@ def _job(
         top_logprobs=values["top_logprobs"],
         ids_as_tokens=values["return_tokens_as_token_ids"],
         return_token_ids=values["return_token_ids"],
+        names=names,
     )
 
 

@@ -75,6 +75,7 @@ def _refused(name: str, *neutral: Any, what: str, endpoints: tuple[str, ...] = B
 
 
 _C, _T = (CHAT,), (COMPLETIONS,)
+_GUIDE = "guided_decoding_guide, guided_decoding_guide_type"
 _NO_BEAMS = "there is no beam search"
 _ONE_SCHEDULE = "requests are served in the order in which they came"
 
@@ -122,14 +123,14 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("return_tokens_as_token_ids", Kind.BOOLEAN, default=False, what="log-probabilities name `token_id:N`"),
     Parameter("add_special_tokens", Kind.BOOLEAN,
               what="BOS before the prompt; completions: true, chat: false, since the template writes it"),
-    Parameter("response_format", Kind.ANY, endpoints=BOTH, tensor="guided_decoding_guide",
+    Parameter("response_format", Kind.ANY, endpoints=BOTH, tensor=_GUIDE,
               what="`text`, `json_object`, `json_schema`, `structural_tag`"),
-    Parameter("structured_outputs", Kind.ANY, tensor="guided_decoding_guide",
+    Parameter("structured_outputs", Kind.ANY, tensor=_GUIDE,
               what="`json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`"),
-    Parameter("guided_json", Kind.ANY, tensor="guided_decoding_guide"),
-    Parameter("guided_regex", Kind.ANY, tensor="guided_decoding_guide"),
-    Parameter("guided_choice", Kind.ANY, tensor="guided_decoding_guide"),
-    Parameter("guided_grammar", Kind.ANY, tensor="guided_decoding_guide"),
+    Parameter("guided_json", Kind.ANY, tensor=_GUIDE),
+    Parameter("guided_regex", Kind.ANY, tensor=_GUIDE),
+    Parameter("guided_choice", Kind.ANY, tensor=_GUIDE),
+    Parameter("guided_grammar", Kind.ANY, tensor=_GUIDE),
     Parameter("tools", Kind.ANY, endpoints=_C),
     Parameter("tool_choice", Kind.ANY, endpoints=_C, what="`none`, `auto`, `required` or a name"),
     Parameter("parallel_tool_calls", Kind.BOOLEAN, endpoints=_C, default=True),
@@ -207,6 +208,16 @@ def parse(body: Any, endpoint: str, defaults: Mapping[str, Any] = MappingProxyTy
             continue
         values[name] = _CHECKS[parameter.kind](parameter, value)
     return values
+
+
+def names(body: Mapping[str, Any], endpoint: str) -> dict[str, str]:
+    """Tensor -> the field of this request that it has its value from: what an error of Triton is about."""
+    sent = (
+        each
+        for each in TABLE
+        if endpoint in each.endpoints and each.tensor and body.get(each.name) is not None
+    )
+    return {tensor: parameter.name for parameter in sent for tensor in parameter.tensor.split(", ")}
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
 
 from flightline.gateway import job
 from flightline.gateway.chat.responses import Event, ResponseStream, to_chat
-from flightline.gateway.errors import ApiError
+from flightline.gateway.errors import ApiError, of_request, renamed
 from flightline.gateway.forms import ChatChoice, Counts
 from flightline.gateway.job import Job
 from flightline.gateway.logprobs import TokenNames
 from flightline.gateway.served import ServedModel
 from flightline.gateway.upstream import Piece
+from flightline.torch_engine.core.request import RequestError
+
+NAMES = {
+    "messages": "input",
+    "response_format.json_schema": "text.format",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+"""Fields of a chat, and what they are called here."""
 
 
 def prepare(body: Any, model: ServedModel, request_id: str) -> Job:
     """Raises ApiError or RequestError; called off the event loop."""
-    return job.of_chat(to_chat(body), model, request_id)
+    chat = to_chat(body)
+    try:
+        made = job.of_chat(chat, model, request_id)
+    except (ApiError, RequestError) as error:
+        raise _told(error) from None
+    made.names = {tensor: NAMES.get(name, name) for tensor, name in made.names.items()}
+    return made
+
+
+def _told(error: ApiError | RequestError) -> ApiError:
+    """In the words of this endpoint; which item has become which message is not told."""
+    error = of_request(error) if isinstance(error, RequestError) else error
+    anywhere = replace(
+        error,
+        message=_MESSAGE.sub("messages", error.message),
+        param=error.param and _MESSAGE.sub("messages", error.param),
+    )
+    return renamed(anywhere, NAMES)
+
+
+_MESSAGE = re.compile(r"messages\[\d+\]")
 
 
 class _Told:

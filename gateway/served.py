@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,21 @@ class ServedModel:
                 raise invalid(f"{param} holds {str(token)[:40]}: ids of this model are 0 to {most}", param)
         return ids
 
-    def room(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+    def room(self, num_prompt_tokens: int, max_tokens: int | None, names: Mapping[str, str]) -> int:
         """How many tokens an answer may have: ``max_tokens``, or None = all that fit.
+
+        ``names``: of the fields that ``input_ids`` and ``max_tokens`` come from.
 
         Raises:
             ApiError: 400 ``context_length_exceeded``.
         """
-        room = self.max_seq_len - num_prompt_tokens
+        room, param = self.max_seq_len - num_prompt_tokens, names["input_ids"]
         if room < 1:
             raise self._too_long(f"{param} has {num_prompt_tokens} tokens", param)
         if max_tokens is not None and max_tokens > room:
             raise self._too_long(
-                f"{param} has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: with this prompt it must be "
+                f"{param} has {num_prompt_tokens} tokens and {names.get('max_tokens', 'max_tokens')} is {max_tokens}: "
+                "with this prompt it must be "
                 f"at most {room}; together",
                 param,
             )

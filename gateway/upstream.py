@@ -1,4 +1,4 @@
-"""Requests to Triton's ``text_generation`` over one gRPC channel, and their answers as they come."""
+"""Requests to Triton's ``text_generation``, and their answers as they come."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 import struct
 from array import array
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import grpc
 from tritonclient.grpc import service_pb2
 
-from flightline.client.wire import CHANNEL_OPTIONS, STREAM_INFER, TEXT_GENERATION
+from flightline.client.wire import STREAM_INFER, TEXT_GENERATION
 from flightline.gateway import errors
+from flightline.gateway.channel import Call, CallFailed, Channel
 from flightline.gateway.errors import ApiError
 from flightline.gateway.settings import Upstream
 
@@ -24,11 +24,6 @@ MOST_WAITING = 64
 END_S = 5.0
 """So soon after the last piece of an answer its call must end."""
 PACK = {"INT32": "i", "FP32": "f", "UINT64": "Q", "BOOL": "?"}
-RECONNECT = [
-    (f"grpc.{name}_reconnect_backoff_ms", ms) for name, ms in (("initial", 100), ("min", 100), ("max", 1000))
-]
-"""A Triton that is back must be found at once; gRPC's own patience grows to two minutes."""
-KEEPALIVE: list[tuple[str, Any]] = [("grpc.keepalive_time_ms", 60_000), ("grpc.keepalive_timeout_ms", 20_000)]
 
 
 def infer_request(
@@ -107,16 +102,7 @@ class Triton:
     """The channel of one process; create it inside the running event loop."""
 
     def __init__(self, url: str, tls_cert: bytes | None = None, tls_name: str = "") -> None:
-        options: list[tuple[str, Any]] = [*CHANNEL_OPTIONS, *KEEPALIVE, *RECONNECT]
-        if tls_cert is None:
-            self._channel = grpc.aio.insecure_channel(url, options=options)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates=tls_cert)
-            options += [("grpc.ssl_target_name_override", tls_name)] if tls_name else []
-            self._channel = grpc.aio.secure_channel(url, credentials, options=options)
-        self._call = self._channel.unary_stream(
-            STREAM_INFER, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
-        )
+        self._channel = Channel(url, tls_cert, tls_name)
 
     @classmethod
     def of(cls, upstream: Upstream) -> Triton:
@@ -128,7 +114,7 @@ class Triton:
 
     def ask(self, requests: Sequence[bytes], choices: int, timeout_s: float) -> Answers:
         """One call for each of ``requests``, each of ``choices`` answers; to be closed."""
-        calls = [self._call(request, timeout=timeout_s) for request in requests]
+        calls = [self._channel.call(STREAM_INFER, request, timeout_s) for request in requests]
         return OneCall(calls[0], choices) if len(calls) == 1 else SeveralCalls(calls, choices)
 
     async def answers(self, timeout_s: float) -> bool:
@@ -176,55 +162,63 @@ class Answers(Protocol):
 class OneCall:
     """The usual case: whoever waits for the next piece reads the call itself."""
 
-    def __init__(self, call: Any, choices: int) -> None:
+    def __init__(self, call: Call, choices: int) -> None:
         self._call = call
         self._open_choices = choices
         self._failure: ApiError | None = None
 
     async def next(self) -> list[Piece]:
         while self._open_choices:
+            if self._failure is not None:
+                raise self._failure
             try:
-                message = await self._call.read()
-            except asyncio.CancelledError:
-                if self._failure is None:
-                    raise
-                raise self._failure from None
-            except grpc.RpcError as error:
-                raise errors.of_rpc(error) from None
-            if message is grpc.aio.EOF:
-                raise self._failure or await _early_end(self._call)
-            piece = read(message, 0)
-            if piece is not None:
-                self._open_choices -= piece.finish_reason is not None
-                return [piece]
+                messages = await self._call.take()
+            except CallFailed as failed:
+                raise errors.of_status(failed.status, failed.details) from None
+            if not messages:
+                raise errors.internal("the answer ended without a finish reason")
+            if pieces := self._read(messages):
+                return pieces
         return []
 
+    def _read(self, messages: Sequence[bytes]) -> list[Piece]:
+        """Those before the first error, which comes the next time."""
+        pieces = []
+        try:
+            for message in messages:
+                piece = read(service_pb2.ModelStreamInferResponse.FromString(message), 0)
+                if piece is not None:
+                    pieces.append(piece)
+                    self._open_choices -= piece.finish_reason is not None
+        except ApiError as error:
+            self._failure = error
+        return pieces
+
     def abort(self, error: ApiError) -> None:
-        self._failure = error
-        self._call.cancel()
+        self._call.cancel(error)
 
     def close(self) -> None:
         if self._open_choices:
             self._call.cancel()
         else:
-            _in_background(_read_to_its_end(self._call))
+            self._call.release(END_S)
 
 
 class SeveralCalls:
     """Of several prompts: the calls' pieces in the order in which they come."""
 
-    def __init__(self, calls: Sequence[Any], choices: int) -> None:
-        self._calls = calls
+    def __init__(self, calls: Sequence[Call], choices: int) -> None:
         self._choices = choices
         self._open_choices = len(calls) * choices
         self._waiting: deque[Piece] = deque()
         self._came = asyncio.Event()
         self._room = asyncio.Event()
         self._failure: ApiError | None = None
+        self._calls = [OneCall(call, choices) for call in calls]
         self._readers = [asyncio.create_task(self._read(number)) for number in range(len(calls))]
 
     async def _read(self, number: int) -> None:
-        reader = OneCall(self._calls[number], self._choices)
+        reader = self._calls[number]
         try:
             while pieces := await reader.next():
                 for piece in pieces:
@@ -236,8 +230,6 @@ class SeveralCalls:
                     await self._room.wait()
         except ApiError as error:
             self.abort(error)
-        finally:
-            reader.close()
 
     def abort(self, error: ApiError) -> None:
         self._failure = self._failure or error
@@ -259,33 +251,8 @@ class SeveralCalls:
     def close(self) -> None:
         for reader in self._readers:
             reader.cancel()
-
-
-async def _early_end(call: Any) -> ApiError:
-    """Why a call has ended without a finish reason."""
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
-        return errors.internal("the answer ended without a finish reason")
-    return errors.of_status(code, await call.details() or "")
-
-
-async def _read_to_its_end(call: Any) -> None:
-    """An answer that is whole need not be cancelled: its end is on the way."""
-    try:
-        async with asyncio.timeout(END_S):
-            while await call.read() is not grpc.aio.EOF:
-                pass
-    except (grpc.RpcError, TimeoutError):
-        call.cancel()
-
-
-_background: set[asyncio.Task] = set()
-
-
-def _in_background(work: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.create_task(work)
-    _background.add(task)  # the event loop holds its tasks weakly
-    task.add_done_callback(_background.discard)
+        for call in self._calls:
+            call.close()
 
 
 def bias_tensors(bias: Mapping[int, float]) -> list[tuple[str, str, Sequence[Any]]]:

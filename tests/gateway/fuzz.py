@@ -1,7 +1,8 @@
-"""Requests that nobody should send, from a seed: ``python -m tests.gateway.fuzz --requests 10000``.
+"""Requests that nobody should send, from a seed: ``python -m tests.gateway.fuzz --requests 10000 --idle 2000``.
 
 Each must be answered, or its connection ended where it broke HTTP or went away itself; no answer may be a 500, and the
-process must live and keep its memory. In front of a server that generates nothing.
+process must live and keep its memory. Beside so many idle connections, half of which have never sent anything and half
+of which have had an answer. In front of a server that generates nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import asyncio
 import copy
 import json
 import random
+import resource
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from flightline.loadtest.null_server import NullServer, Timing
 from tests.tiny import byte_level_tokenizer, save_tokenizer
 
 AT_ONCE = 32
+FLOOD = 1024
+"""Chunks of 64 KiB without a length."""
 PATIENCE_S = 60.0
 LIMITS = GatewaySettings(head_timeout_s=2.0, body_timeout_s=2.0, max_body_bytes=1 << 20)
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -119,8 +124,9 @@ def one(rng: random.Random) -> tuple[str, bytes, bool]:
             "half",
             "vanishes",
             "pipeline",
+            "flood",
         ],
-        [60, 10, 3, 1, 5, 3, 5, 4, 1, 4, 4],
+        [60, 10, 3, 1, 5, 3, 5, 4, 1, 4, 4, 0.1],
     )[0]
     if kind == "mutated":
         return kind, http_request(path, data), True
@@ -180,6 +186,14 @@ def one(rng: random.Random) -> tuple[str, bytes, bool]:
     if kind == "pipeline":
         good = http_request("/v1/models", b"", "GET").replace(b"Connection: close\r\n", b"")
         return kind, good * rng.randint(1, 5) + http_request(path, data), True
+    if kind == "flood":
+        chunk = b"10000\r\n" + b" " * (1 << 16) + b"\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        return (
+            kind,
+            head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * FLOOD + b"0\r\n\r\n",
+            True,
+        )
     whole = http_request(path, data)
     return kind, whole[: rng.randrange(len(whole))], False  # half: waits; vanishes: goes away
 
@@ -226,8 +240,35 @@ async def run(port: int, requests: int, seed: int) -> Counter[str]:
     return counts
 
 
-def fuzz(requests: int, seed: int) -> tuple[Counter[str], int]:
+@asynccontextmanager
+async def idle(port: int, count: int) -> AsyncIterator[list[asyncio.StreamReader]]:
+    """So many connections that say nothing (more), one half after an answer."""
+    made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+    try:
+        for reader, writer in made[::2]:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        yield [reader for reader, _ in made]
+    finally:
+        for _, writer in made:
+            writer.close()
+
+
+async def run_beside(port: int, requests: int, seed: int, idlers: int) -> Counter[str]:
+    """As ``run``; those that have had an answer stay, those that have not are dropped."""
+    async with idle(port, idlers) as readers:
+        counts = await run(port, requests, seed)
+        async with asyncio.timeout(PATIENCE_S):
+            assert [await reader.read() for reader in readers[1::2]] == [b""] * len(readers[1::2])
+        counts["idle dropped"] = sum(reader.at_eof() for reader in readers)
+        counts["idle open"] = idlers - counts["idle dropped"]
+        return counts
+
+
+def fuzz(requests: int, seed: int, idlers: int) -> tuple[Counter[str], int]:
     """(what was answered, MiB that the gateway has grown by after the first twentieth)."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file
     with tempfile.TemporaryDirectory() as folder, NullServer(Timing(ttft_s=0.0, tpot_s=0.0)) as triton:
         save_tokenizer(byte_level_tokenizer(), Path(folder))
         upstream = Upstream(triton.url, tokenizer_dir=folder, model="tiny", max_seq_len=4096)
@@ -235,7 +276,7 @@ def fuzz(requests: int, seed: int) -> tuple[Counter[str], int]:
             process = psutil.Process(gateway.process.pid)
             counts = asyncio.run(run(gateway.port, requests // 20, seed))
             before = process.memory_info().rss
-            counts += asyncio.run(run(gateway.port, requests - requests // 20, seed + 1))
+            counts += asyncio.run(run_beside(gateway.port, requests - requests // 20, seed + 1, idlers))
             assert gateway.process.poll() is None
             (fine,) = asyncio.run(
                 send(
@@ -252,9 +293,10 @@ def fuzz(requests: int, seed: int) -> tuple[Counter[str], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--idle", type=int, default=2000, help="connections that do nothing meanwhile")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    counts, grown = fuzz(args.requests, args.seed)
+    counts, grown = fuzz(args.requests, args.seed, args.idle)
     for name, count in sorted(counts.items()):
         print(f"{count:7d} {name}")
     print(f"the gateway lives, and has grown by {grown} MiB")

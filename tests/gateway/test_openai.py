@@ -12,6 +12,7 @@ import pytest
 
 from flightline.client import Client
 from flightline.supervisor.server import Server
+from tests.gateway.agreement import disagreements
 from tests.model_repository.doors import idle, wait_until
 from tests.serving import CONTEXT
 
@@ -94,6 +95,12 @@ def test_a_chat_whole_and_streamed(llm: openai.OpenAI, model: str, served: Serve
     assert events.count("content.done") == 1
     assert final.choices[0].message.content == choice.message.content.split(stop)[0]
     assert final.choices[0].finish_reason == "stop"
+
+
+def test_chat_says_what_triton_says(served: Server) -> None:
+    """Two hundred prompts are a command: ``python -m tests.gateway.agreement``."""
+    found, with_stops = disagreements(served.settings.http_url, served.settings.grpc_url, 12)
+    assert not found and with_stops > 6
 
 
 def word_of(text: str) -> str:
@@ -331,5 +338,38 @@ def test_answers_that_keep_to_a_schema(llm: openai.OpenAI, model: str) -> None:
 def test_a_schema_that_cannot_be_enforced_is_400(llm: openai.OpenAI, model: str, schema: dict) -> None:
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(openai.BadRequestError) as refused:
             llm.chat.completions.create(model=model, messages=HELLO, response_format=wanted, stream=stream)
+        assert (refused.value.param, refused.value.type) == ("response_format", "invalid_request_error")
+
+
+UNENFORCEABLE = {"type": "array", "uniqueItems": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/completions", {"prompt": "a", "guided_json": UNENFORCEABLE}, "guided_json"),
+        (
+            "/chat/completions",
+            {"messages": HELLO, "structured_outputs": {"regex": "(?=a)b"}},
+            "structured_outputs",
+        ),
+        ("/chat/completions", {"messages": HELLO, "max_completion_tokens": CONTEXT}, "max_completion_tokens"),
+        ("/responses", {"input": "a", "max_output_tokens": CONTEXT}, "max_output_tokens"),
+        ("/responses", {"input": "a", "text": {"format": {"type": "grammar"}}}, "text.format"),
+        (
+            "/responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema": UNENFORCEABLE}}},
+            "text.format",
+        ),
+        ("/responses", {"input": [{"role": "nobody", "content": "a"}]}, "input"),
+    ],
+)
+def test_an_error_is_about_what_was_sent(llm: openai.OpenAI, path: str, body: dict, param: str) -> None:
+    """In the words of the endpoint, whoever on the way has found it."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        llm.post(path, body=body, cast_to=object)
+    too_long = refused.value.code == "context_length_exceeded"  # then it is about the prompt, too
+    assert too_long or refused.value.param.startswith(param)
+    assert param in refused.value.message and "guided_decoding" not in refused.value.message

@@ -1,0 +1,228 @@
+"""The OpenAI endpoint on one GPU, beside vLLM's, both under vLLM's own client: ``python3 benchmarks/gpu_gateway.py``.
+
+    PYTHONPATH=/tmp/ours python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
+
+Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B) and builds from it, unless the folder
+has them; starts our server as ``make serve`` does and loads it with our own client through gRPC, then through the
+gateway (``peer_load.py``: vLLM's client); stops it; starts vLLM's server on the same shape (FP8 weights and KV cache,
+prefix cache off, random weights) and loads it in the same way. 128/128 tokens, streaming, 1, 32, 64 and 256 in flight,
+temperature 0 and 1. Prints a line of JSON a case, then a table of all with their ratios. ``--parts`` takes ``build``,
+``grpc``, ``ours`` and ``peer`` one by one; ``--out`` keeps what other parts have found. About 7 minutes on an H200:
+build 1.5, ours 2, vLLM's start 2, vLLM 1.5.
+
+``--site`` is a folder with vLLM and what it needs, in its own versions; only the peer and its client see it. Ours needs
+these wheels (Python 3.12), beside the machine's PyTorch 2.11, Triton 3.6, transformers, tokenizers, safetensors,
+grpcio, aiohttp, jinja2, click, h11, psutil and nvidia-ml-py: nvidia-pytriton==0.7.0 numpy==1.26.4 tritonclient==2.73.0
+python-rapidjson==1.25 protobuf==6.33.6 uvicorn==0.54.0 httptools==0.9.0 uvloop==0.23.0 orjson==3.13.0 h2==4.4.1
+hpack==4.2.0 hyperframe==6.1.0 llguidance==1.9.1 prometheus_client==0.26.0 gguf==0.19.0.
+
+``--tiny`` tries it without a GPU and without vLLM: a tiny shape, our gRPC client alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+PARTS = ("build", "ours", "grpc", "peer")
+KIND_OF = {"0": "greedy", "1": "temp1"}
+"""Temperature -> kind of ``kinds.py``."""
+START_S = 300.0
+PEER_PORT = 8009
+
+
+def say(line: dict[str, Any]) -> dict[str, Any]:
+    print(
+        json.dumps({name: round(v, 2) if isinstance(v, float) else v for name, v in line.items()}), flush=True
+    )
+    return line
+
+
+def model_folder(options: argparse.Namespace) -> Path:
+    """The checkpoint that ``gpu_served.py`` writes."""
+    return options.folder / ("tiny-shape" if options.tiny else "llama-3.1-8b-shape")
+
+
+def build(options: argparse.Namespace) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_served.py"), "--folder", str(options.folder)]
+    tiny = ["--tiny"] if options.tiny else []
+    subprocess.run([*command, *tiny, "--build-only"], cwd=ROOT, check=True)
+
+
+@contextmanager
+def running(command: list[str], url: str, log: Path, env: dict[str, str]) -> Iterator[None]:
+    """A server, from its first 200 at ``url`` to its end."""
+    began = time.monotonic()
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file) as server,
+    ):
+        try:
+            while not answers(url):
+                if server.poll() is not None or time.monotonic() - began > START_S:
+                    raise SystemExit(f"{command[2]} did not start: {log.read_text()[-3000:]}")
+                time.sleep(0.25)
+            print(f"{command[2]}: ready after {time.monotonic() - began:.0f} s", flush=True)
+            yield
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def load(options: argparse.Namespace, side: str, url: str, model: str) -> list[dict[str, Any]]:
+    """vLLM's client in its own environment."""
+    command = [sys.executable, str(ROOT / "benchmarks/peer_load.py"), "--url", url, "--model", model]
+    command += ["--tokenizer", str(model_folder(options)), "--levels", options.levels]
+    command += ["--temperatures", options.temperatures]
+    with subprocess.Popen(command, env=peers(options), stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        found = [say({"side": side} | json.loads(line)) for line in client.stdout if line.startswith("{")]
+    if client.returncode:
+        raise SystemExit(f"the client of {side} ended with status {client.returncode}")
+    return found
+
+
+def peers(options: argparse.Namespace) -> dict[str, str]:
+    """The environment of what is vLLM's."""
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    return os.environ | own | {"PYTHONPATH": str(options.site)}
+
+
+def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Our server under both clients."""
+    http, grpc = os.environ.get("HTTP_PORT") or "8000", os.environ.get("GRPC_PORT") or "8001"
+    serve = [
+        sys.executable,
+        "-m",
+        "flightline.supervisor.serve",
+        "--build-dir",
+        str(options.folder / "build"),
+    ]
+    quiet = os.environ | {"PROBE_PERIOD_S": "3600"}
+    url, found = f"http://127.0.0.1:{http}", []
+    with running([*serve, "--no-baseline"], f"{url}/ready", options.folder / "ours.log", quiet):
+        if "grpc" in options.parts:
+            found += over_grpc(options, f"127.0.0.1:{grpc}")
+        if "ours" in options.parts:
+            with urllib.request.urlopen(f"{url}/v1/models") as answer:
+                name = json.load(answer)["data"][0]["id"]
+            found += load(options, "ours", url, name)
+    return found
+
+
+def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
+    """``text_generation``, streaming; it also warms the engine up."""
+    from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts
+
+    prompts, clients = Prompts(TINY if options.tiny else LLAMA_8B), Clients(url, options.clients)
+    levels = [int(level) for level in options.levels.split(",")]
+    for count in sorted({*WARM_UP, *levels}):
+        clients.load("text_generation", prompts(count), count, True)
+    found = []
+    for temperature in options.temperatures.split(","):
+        for level in levels:
+            kind = KIND_OF[temperature]
+            case = clients.load("text_generation", prompts(max(4, WAVES * level)), level, True, kind)
+            line = {"side": "ours over gRPC", "level": level, "temperature": float(temperature)}
+            line |= {"output_throughput": case["tok_s"], "mean_ttft_ms": case["ttft_ms"]}
+            found.append(say(line | {"mean_tpot_ms": case["tpot_ms"]}))
+    return found
+
+
+def peer(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """vLLM's server."""
+    from peer_vllm import SHAPE
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for file in model_folder(options).glob("tokenizer*.json"):
+            shutil.copy(file, folder)
+        (folder / "config.json").write_text(json.dumps(SHAPE))
+        serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch]
+        serve += ["--load-format", "dummy", "--quantization", "fp8", "--kv-cache-dtype", "fp8"]
+        serve += ["--max-model-len", "4096", "--max-num-seqs", "512", "--gpu-memory-utilization", "0.85"]
+        serve += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(PEER_PORT)]
+        url = f"http://127.0.0.1:{PEER_PORT}"
+        with running(serve, f"{url}/health", options.folder / "peer.log", peers(options)):
+            return load(options, "vLLM", url, scratch)
+
+
+def table(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown; ratios of ours to the others in brackets."""
+    yield "| temperature, in flight | | tok/s | TTFT ms, mean / p99 | TPOT ms, mean / p99 |"
+    yield "|---|---|--:|--:|--:|"
+    cases = dict.fromkeys((line["temperature"], line["level"]) for line in found)
+    for temperature, level in cases:
+        same = {
+            line["side"]: line
+            for line in found
+            if (line["temperature"], line["level"]) == (temperature, level)
+        }
+        own = same.get("ours", {}).get("output_throughput")
+        for side, line in same.items():
+            rate = line["output_throughput"]
+            ratio = f" (ours: {own / rate:.2f})" if own and side != "ours" else ""
+            times = (
+                f"{line[f'mean_{name}_ms']:.2f} / {line.get(f'p99_{name}_ms') or float('nan'):.2f}"
+                for name in ("ttft", "tpot")
+            )
+            yield f"| {temperature:g}, {level} | {side} | {rate:,.0f}{ratio} | {' | '.join(times)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="for checkpoint and build; logs go there, too"
+    )
+    parser.add_argument("--site", type=Path, help="folder with vLLM")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--levels", default="1,32,64,256")
+    parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
+    parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, without vLLM")
+    options = parser.parse_args()
+    options.parts = ["build", "grpc"] if options.tiny else options.parts.split(",")
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
+    if not options.site and {"ours", "peer"} & set(options.parts):
+        parser.error("--site is missing: give the folder with vLLM, whose client puts the load on")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if "build" in options.parts:
+        build(options)
+    found = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
+    for sides, part in ((("ours", "ours over gRPC"), ours), (("vLLM",), peer)):
+        if {"ours", "grpc"} & set(options.parts) if part is ours else "peer" in options.parts:
+            found = [line for line in found if line["side"] not in sides] + part(options)
+            if options.out:
+                options.out.write_text(json.dumps(found, indent=1))
+    print("\n".join(table(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

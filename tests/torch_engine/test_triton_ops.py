@@ -35,7 +35,7 @@ if RUNS:
     from flightline.engine_build.engine_model import EngineModel
     from flightline.torch_engine.cuda_runner import MixedShape
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, attend, tile_tokens
+    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, Shares, attend, tile_tokens
     from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
     from flightline.torch_engine.kernels.gpu.linear import (
         Fp8Head,
@@ -299,14 +299,39 @@ class TestKernels:
             block = tables[slot][position // block_size]
             close(got[block, :, :, position % block_size], writes[row], tolerance)
         scale = torch.tensor(0.01, device=DEVICE)
-        kinds = [(4, Form.PLAIN), (4, Form.FP8_STATIC), (1, Form.PLAIN)]
+        kinds = [(3, Form.PLAIN), (3, Form.FP8_STATIC), (0, Form.PLAIN)]
         if INTERPRETED:  # either, by the case
             del kinds[1 + heads % 2]
-        for splits, form in kinds:
-            plan = DecodePlan(splits, 32, 2)
+        for extra, form in kinds:
+            plan = DecodePlan(extra, 32, 32, 2)
             out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
+
+    def test_the_longest_rows_are_cut(self) -> None:
+        """Whatever else is in the batch, and never into more pieces than there are programs."""
+        chance = random.Random(5)
+        for lengths, extra, keys, window in (
+            ([1], 4, 32, None), ([5000], 65, 64, None), ([30] * 255 + [100_000], 33, 4096, None),
+            ([70, 70, 70], 8, 32, None), ([20_000, 3, 9_000, 1], 16, 64, 500),
+            ([chance.randrange(1, 9000) for _ in range(77)], 33, 128, None),
+        ):  # fmt: skip
+            rows = len(lengths)
+            integers = {"dtype": torch.int32, "device": DEVICE}
+            positions, nothing = torch.tensor(lengths, **integers) - 1, torch.zeros(rows, **integers)
+            step = AttentionInput(nothing, positions, nothing[:, None], rows, None)
+            table = Shares.of(step, DecodePlan(extra, keys, 32, 2), window).table.tolist()
+            each, count, cut = table[:3]
+            assert Shares.of(step, DecodePlan(extra, keys, 32, 2), window).table.tolist()[:3] == table[:3]
+            pieces = [-(-min(length, window or length) // each) for length in lengths]
+            assert each >= keys and each % 32 == 0 and count == sum(pieces) - rows <= extra
+            owners = [row for row, many in enumerate(pieces) for _ in range(many - 1)]
+            assert table[3 : 3 + count] == owners
+            assert table[3 + extra : 3 + extra + cut] == sorted(set(owners))
+            firsts = table[3 + 2 * extra :]
+            assert firsts == [sum(many - 1 for many in pieces[:row]) for row in range(rows)]
+            if max(lengths) == 100_000:
+                assert pieces[-1] == 25 and sum(pieces) == rows + 24
 
 
 class TestLinears:

@@ -159,8 +159,9 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps, self.dtype
         )
         plan = attention.decode_plan(
-            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors
-        )
+            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
+            layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
+        )  # fmt: skip
         reader = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(

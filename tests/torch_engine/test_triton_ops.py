@@ -35,7 +35,7 @@ if RUNS:
     from flightline.engine_build.engine_model import EngineModel
     from flightline.torch_engine.cuda_runner import MixedShape
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, Shares, attend, tile_tokens
+    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
     from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
     from flightline.torch_engine.kernels.gpu.linear import (
         Fp8Head,
@@ -261,6 +261,7 @@ class TestKernels:
         chance = random.Random(heads * size)
         torch.manual_seed(size)
         block_size, width = 16, 16
+        prefill = PrefillPlan(32, 32, 4, 2) if heads % 2 else PrefillPlan(64, 16, 4, 1)
         slots, positions, tiles, tables, known = [], [], [], [], []
         free = chance.sample(range(1, 100), 99)
         lengths = [(1, 1), (130, 1), (65, 1), (17, 17), (150, 37), (90, 2)]
@@ -271,7 +272,7 @@ class TestKernels:
             tables.append([free.pop() for _ in range(-(-context // block_size))] + [0] * width)
             tables[-1] = tables[-1][:width]
             if count > 1:
-                each = tile_tokens(dtype, heads // kv_heads)
+                each = prefill.tokens(heads // kv_heads)
                 for begin in range(0, count, each):
                     rows = min(each, count - begin)
                     tiles.append([step_rows + begin, rows, context - count + begin, slot])
@@ -304,7 +305,7 @@ class TestKernels:
             del kinds[1 + heads % 2]
         for extra, form in kinds:
             plan = DecodePlan(extra, 32, 32, 2)
-            out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale).float()
+            out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
 
@@ -531,7 +532,7 @@ class TestEngine:
         assert told(engine) == expected
         assert all(re.fullmatch(guide.text, text) for _, text, _ in expected[::2])
         steady = ["launch", "_fetch", "finish", "allow"]
-        assert sum(order[at : at + 4] == steady for at in range(len(order))) >= 3
+        assert sum(order[at : at + 4] == steady for at in range(len(order))) >= 2
         assert order.count("allow") < order.count("launch"), "steps of plain rows alone need no masks"
         engine.audit()
 

@@ -3,7 +3,7 @@
 Requests join and leave at every step. Running decodes come first, one token each; what is left of the
 budget goes to prompts, in chunks, so that a long prompt delays the running streams by at most one budget, or
 by ``max_gap_ms`` where that is set. The oldest prompt comes first and has half of it at the least; the rest is
-left to those behind that need less: a question does not wait for a book, and the book goes on.
+left to those behind that need much less: a question does not wait for a book, and the book goes on.
 
 The policies are TensorRT-LLM's:
 
@@ -30,6 +30,8 @@ LEAST = 16
 """Tokens that the first prompt of a step has at the least, however long the step takes: it must come to its end."""
 ROOM = 0.9
 """Share of the gap that a step is planned to fill: some take longer than expected."""
+MUCH = 4
+"""A prompt leaves room for those that need so many times less."""
 SEEN = 8
 """Waiting requests for which a prompt leaves something, at most: there may be thousands."""
 
@@ -176,10 +178,17 @@ class Scheduler:
 
     @staticmethod
     def _fair(begin: int, needs: list[int], budget: Budget) -> int:
-        """Tokens of a prompt that needs ``needs[0]``: what the others that need less leave, and half for the oldest."""
+        """Tokens of a prompt that needs ``needs[0]``: all but what is for those that need much less.
+
+        The oldest keeps half. Others have something left for them where it is enough: pieces cost more than a whole.
+        """
         own, *others = needs
         most = budget.most(begin)
-        left = min(most if budget.prompts else most // 2, sum(other for other in others if other < own))
+        spare, left = most if budget.prompts else most // 2, 0
+        for other in sorted(other for other in others if other <= own // MUCH):
+            if left + other > spare:
+                break
+            left += other
         return min(own, most - left)
 
     def _extend(self, sequence: Sequence, count: int, chunks: dict[Sequence, Chunk], budget: Budget) -> None:

@@ -240,12 +240,78 @@ def _merge_kernel(
         _store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _meet(
+    q, out, top, total, begin, end, positions, table, values, scales, head, scale, softcap,
+    V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of ``q`` [rows, BLOCK_D] over the blocks of keys from ``begin`` to ``end``, on top of what
+    ``out``, ``top`` and ``total`` hold. Unless ``MASKED`` all rows see all of these keys.
+
+    Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
+    """
+    d = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            known = n < end
+            block = tl.load(table + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
+        place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
+        at = values + place[:, None] * D + d[None, :]
+        apart = V * BLOCK_SIZE
+        if MASKED:
+            mask = known[:, None] & (d < D)[None, :]
+            k = tl.load(at, mask=mask, other=0.0).to(DOT)
+            v = tl.load(at + apart * D, mask=mask, other=0.0).to(DOT)
+        elif D < BLOCK_D:
+            mask = (n >= 0)[:, None] & (d < D)[None, :]
+            k = tl.load(at, mask=mask, other=0.0).to(DOT)
+            v = tl.load(at + apart * D, mask=mask, other=0.0).to(DOT)
+        else:
+            k = tl.load(at).to(DOT)
+            v = tl.load(at + apart * D).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if KV_INT8:
+            unit = tl.load(scales + place, mask=n < end, other=0.0)
+            scores *= unit[None, :]
+        if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
+            factor = _LOG2_E
+        else:
+            factor = scale * _LOG2_E
+        if MASKED:
+            seen = known[None, :] & (n[None, :] <= positions[:, None])
+            if WINDOW > 0:
+                seen = seen & (n[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
+        base = higher
+        if MASKED:
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        p = tl.exp2(scores * factor - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        if KV_INT8:
+            unit = tl.load(scales + place + apart, mask=n < end, other=0.0)
+            p *= unit[None, :]
+        out = out * fade[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
+        top = higher
+    return out, top, total
+
+
 @triton.jit
 def _prefill_kernel(
     qkv, tiles, tables, width, values, scales, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr,
+    KV_INT8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
@@ -259,26 +325,75 @@ def _prefill_kernel(
     row = start + token
     heads = (head * G + r % G)[:, None] * D + d[None, :]
     q = tl.load(qkv + row[:, None] * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
-    begin = 0
+    table = tables + slot * width
+    result = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    # Every row sees the keys from `low` to `high`, whole blocks; masks are for the window's edge and the diagonal.
+    high = (first + 1) // BLOCK_N * BLOCK_N
+    low = high * 0
     if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0)
-    result, _, total = _attend(
-        q, begin, first + count, first + token, tables + slot * width,
-        values, scales, head, scale, softcap,
-        V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
+        begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        low = tl.maximum(first + count - WINDOW, 0)
+        low = tl.minimum(tl.cdiv(low, BLOCK_N) * BLOCK_N, high)
+        low = tl.maximum(low, begin)
+        result, top, total = _meet(
+            q, result, top, total, begin, low, first + token, table, values, scales, head, scale, softcap,
+            V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
+        )  # fmt: skip
+        high = tl.maximum(high, low)
+    result, top, total = _meet(
+        q, result, top, total, low, high, first + token, table, values, scales, head, scale, softcap,
+        V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, STAGES, False,
+    )  # fmt: skip
+    result, top, total = _meet(
+        q, result, top, total, high, first + count, first + token, table, values, scales, head, scale, softcap,
+        V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
     )  # fmt: skip
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
     _store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
 
-def prefill_rows(dtype: torch.dtype) -> int:
+@dataclass(frozen=True)
+class PrefillPlan:
+    """How the attention of prompts is cut up."""
+
+    rows: int
     """Query rows (tokens times heads of a group) of one tile."""
-    return 32 if dtype == torch.float32 else 64
+    block: int
+    """Keys of one iteration."""
+    warps: int
+    stages: int
+    """Iterations whose loads are under way together."""
+
+    def tokens(self, group: int) -> int:
+        """Of one tile."""
+        return self.rows // group
 
 
-def tile_tokens(dtype: torch.dtype, group: int) -> int:
-    """Tokens of one tile of :func:`attend`."""
-    return prefill_rows(dtype) // group
+def prefill_plan(dtype: torch.dtype, size: int, longest: int) -> PrefillPlan:
+    """For any step; ``longest`` is the most keys of a prompt in it, of heads of ``size`` dimensions."""
+    if dtype == torch.float32:
+        return PrefillPlan(32, 32, 4, 1)
+    # Of 32, 64 and 128 keys the fastest on an H200.
+    return PrefillPlan(64, 128 if longest > 256 and size <= 128 else 32, 4, 1)
+
+
+def long_prefill_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
+    """Candidates for steps of many tokens of long prompts, the first is what :func:`prefill_plan` says."""
+    plans = [prefill_plan(dtype, size, LONG)]
+    if dtype == torch.float32:
+        return plans
+    if size > 128:
+        return [*plans, PrefillPlan(64, 64, 8, 1), PrefillPlan(128, 32, 8, 2), PrefillPlan(128, 64, 8, 1)]
+    return [
+        *plans, PrefillPlan(64, 128, 4, 2), PrefillPlan(64, 64, 4, 3), PrefillPlan(128, 64, 8, 2),
+        PrefillPlan(128, 64, 8, 3), PrefillPlan(128, 128, 8, 1), PrefillPlan(128, 128, 8, 2),
+    ]  # fmt: skip
+
+
+LONG = 2048
+"""Tokens, with those before, from which on a prompt's attention is worth a plan of its own."""
 
 
 @dataclass(frozen=True)
@@ -354,8 +469,12 @@ def attend(
     plan: DecodePlan,
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
+    prefill: PrefillPlan | None = None,
 ) -> torch.Tensor:
-    """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3."""
+    """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3.
+
+    ``prefill`` is the plan that the step's tiles were made for; None: :func:`prefill_plan`.
+    """
     _, _, kv_heads, block_size, size = cache.values.shape
     rows, group = qkv.shape[0], num_heads // kv_heads
     out, _ = new_output(rows, num_heads * size, form, qkv)
@@ -388,14 +507,12 @@ def attend(
                 extra, 16, window or 0, int(form), **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None:
-        block = 128 if step.longest > 256 else 32  # of 32, 64 and 128 keys the fastest on an H200
-        if qkv.dtype == torch.float32 or block_d > 128:
-            block = 32
+        prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)
         _prefill_kernel[(step.tiles.shape[0], kv_heads)](
             qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales,
             out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
-            num_heads, kv_heads, size, block_d, prefill_rows(qkv.dtype), block,
-            PAIRS=False, **shared, num_warps=4, num_stages=1, **LAUNCH,
+            num_heads, kv_heads, size, block_d, prefill.rows, prefill.block, **shared,
+            STAGES=prefill.stages, num_warps=prefill.warps, num_stages=prefill.stages, **LAUNCH,
         )  # fmt: skip
     return out
 

@@ -55,6 +55,8 @@ class AttentionInput:
     """[tiles, 4]: first row, rows, first position, slot, of pieces of the prompt chunks that follow."""
     longest: int = 0
     """Tokens, with those before the chunk, of the longest prompt."""
+    long: bool = False
+    """The tiles are those of the plan for long prompts (``CudaKernels.long_prefill``)."""
 
     def __post_init__(self) -> None:
         self.shares: dict[Hashable, Any] = {}

@@ -59,8 +59,8 @@ TOPICS = (
     *("France", "rivers", "music", "bridges", "whales", "bread", "trains", "glass"),
     *("tides", "paper", "chess", "salt", "wind", "maps", "bees", "coins"),
 )
-DOORS = ("ensemble", "text_generation")
-SIDES = ("engine", "engine-reuse", *DOORS, "transformers")
+ENDPOINTS = ("ensemble", "text_generation")
+SIDES = ("engine", "engine-reuse", *ENDPOINTS, "transformers")
 PREFILL = "prefill"
 Generate = Callable[[list[str], int], dict[str, float]]
 """From prompts and how many are in flight together to what is told beside the rate."""
@@ -521,7 +521,7 @@ def compare(options: argparse.Namespace) -> None:
         raise SystemExit(
             f"cpu.py: error: --sides={unknown[0]} is unknown: use {', '.join((*SIDES, PREFILL))}"
         )
-    together = [side for side in sides if side in DOORS]  # one server has both doors
+    together = [side for side in sides if side in ENDPOINTS]  # one server has both endpoints
     with ExitStack() as stack:
         loaded = {}
         for group in ([side] for side in sides if side not in (*together, PREFILL)):

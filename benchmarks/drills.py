@@ -2,11 +2,11 @@
 
 ``python3 benchmarks/drills.py [--build-dir DIR] [--only NAME ...] [--out FILE.md]``
 
-For each fault a table row says what the requests in flight got (four streams on each door), after how many seconds
-both doors gave a right answer again, and what was left behind when the server was stopped then. Ends with status 1 if a
-stream hung or changed, no right answer came or not within its limit, or something was left. About a quarter of an hour;
-needs a build and a machine without other servers. Full /dev/shm and full disk need root: they happen on small file
-systems that only the server sees (``unshare --mount``).
+For each fault a table row says what the requests in flight got (four streams on each endpoint), after how many seconds
+both endpoints gave a right answer again, and what was left behind when the server was stopped then. Ends with status 1
+if a stream hung or changed, no right answer came or not within its limit, or something was left. About a quarter of an
+hour; needs a build and a machine without other servers. Full /dev/shm and full disk need root: they happen on small
+file systems that only the server sees (``unshare --mount``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from under_test import DOORS, PROMPTS, ROOT, StartFailed, Stream, Streams, UnderTest, ask, known_answers
+from under_test import ENDPOINTS, PROMPTS, ROOT, StartFailed, Stream, Streams, UnderTest, ask, known_answers
 
 SHORT, EACH = 8, 4
 PATIENCE_S = 180.0
@@ -145,7 +145,7 @@ class Drills:
         )
         clients = [
             subprocess.Popen(
-                [sys.executable, "-c", program, self.server.url, DOORS[number % 2]],
+                [sys.executable, "-c", program, self.server.url, ENDPOINTS[number % 2]],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
             )
@@ -165,16 +165,16 @@ class Drills:
     # -- the course of a drill -----------------------------------------------------------------------
 
     def until_right(self) -> float | None:
-        """Seconds until both doors have given a right answer; None if they never do."""
+        """Seconds until both endpoints have given a right answer; None if they never do."""
         begun = time.monotonic()
-        open_doors = list(DOORS)
-        while open_doors and time.monotonic() - begun < PATIENCE_S:
-            answer = ask(self.server.url, open_doors[0], PROMPTS[0], SHORT, timeout_s=10.0)
+        open_endpoints = list(ENDPOINTS)
+        while open_endpoints and time.monotonic() - begun < PATIENCE_S:
+            answer = ask(self.server.url, open_endpoints[0], PROMPTS[0], SHORT, timeout_s=10.0)
             if answer.text == self.short[PROMPTS[0]] and not answer.error:
-                open_doors.pop(0)
+                open_endpoints.pop(0)
             else:
                 time.sleep(0.1)
-        return None if open_doors else time.monotonic() - begun
+        return None if open_endpoints else time.monotonic() - begun
 
     def drill(self, name: str, fault: Callable[[], str]) -> Row:
         self.server.processes()  # whose names it learns
@@ -197,7 +197,7 @@ class Drills:
         self.server.process.send_signal(signal.SIGTERM)
         begun = time.monotonic()
         time.sleep(0.3)
-        late = ask(self.server.url, DOORS[0], PROMPTS[0], SHORT)
+        late = ask(self.server.url, ENDPOINTS[0], PROMPTS[0], SHORT)
         finished = streams.join()
         self.server.process.wait()
         took = time.monotonic() - begun
@@ -266,7 +266,7 @@ def confined(build_dir: Path, what: str, tokens: int) -> Row:
         begun = time.monotonic()
         right = None
         while right is None and time.monotonic() - begun < PATIENCE_S:
-            answers = [ask(server.url, door, PROMPTS[0], SHORT, timeout_s=10.0) for door in DOORS]
+            answers = [ask(server.url, endpoint, PROMPTS[0], SHORT, timeout_s=10.0) for endpoint in ENDPOINTS]
             if all(answer.text == short[PROMPTS[0]] for answer in answers):
                 right = time.monotonic() - begun
             time.sleep(0.1)

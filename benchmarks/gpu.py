@@ -166,7 +166,7 @@ def guess(options: argparse.Namespace) -> None:
 
 def guided(options: argparse.Namespace) -> None:
     """What guides cost: 64 rows with a JSON schema each against 64 without, and what plain rows lose beside them."""
-    from benchmarks.guided import compare
+    from benchmarks.guided import RECORDS, compare
     from benchmarks.words import pieces
 
     engine = llama_engine(options, vocabulary=pieces(LLAMA_8B.vocab_size))
@@ -175,6 +175,17 @@ def guided(options: argparse.Namespace) -> None:
     for rows in (1, 64):
         sizes = argparse.Namespace(rows=rows, rounds=options.repeats, tokens=128, greedy=False)
         report(part="guided", rows=rows, rates=compare(engine, prompts[: 2 * rows], sizes))
+    for name, guide in (("drawn", None), ("guided", RECORDS)):
+        for number, prompt in enumerate(prompts[:64]):
+            sampling = SamplingParams(0.8, top_p=0.95, seed=number)
+            engine.add(number, GenerationRequest(prompt, 200, sampling, end_id=-1, guide=guide))
+        while any(sequence.num_generated < 2 for sequence in engine.sequences.values()):
+            engine.step()
+        waited = Waiting(engine)
+        by_kernel(f"decode 64 {name}", engine.step, 20)
+        report(part="host waits", what=name, ms_of_24_steps=round(waited.stop() * 1e3, 1))
+        for key in list(engine.sequences):
+            engine.cancel(key)
 
 
 class Watch:

@@ -34,7 +34,7 @@ from flightline.engine_build.memory import fp8_build_cost  # noqa: E402
 from flightline.engine_build.prompts import read_prompts  # noqa: E402
 from flightline.engine_build.quantize import quantize  # noqa: E402
 from flightline.engine_build.shape import of_spec  # noqa: E402
-from flightline.torch_engine.model.families import load_spec  # noqa: E402
+from flightline.torch_engine.model.config_json import load_spec  # noqa: E402
 
 LLAMA_8B = {
     "hidden_size": 4096,

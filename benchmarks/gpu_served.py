@@ -48,7 +48,7 @@ from flightline.model_repository.shared.vocabulary import Vocabulary  # noqa: E4
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest  # noqa: E402
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector  # noqa: E402
-from flightline.torch_engine.model.families import ModelSpec  # noqa: E402
+from flightline.torch_engine.model.spec import ModelSpec  # noqa: E402
 
 LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -171,7 +171,7 @@ class Clients:
         all_there = spawn.Barrier(most + 1)
         self._pool = ProcessPoolExecutor(most, spawn, all_there.wait)
         for _ in range(most):
-            self._pool.submit(freeze_garbage_collector)  # an executor starts a process for each
+            self._pool.submit(settle)  # an executor starts a process for each
         all_there.wait(timeout=120)
 
     def load(
@@ -188,6 +188,11 @@ class Clients:
         ]
         answers = [answer for part in parts for answer in part.result()]
         return figures(answers, max(answer.ended for answer in answers) - start, len(prompts), stream)
+
+
+def settle() -> None:
+    """A client process has this module, with all that it imports, before the first load."""
+    freeze_garbage_collector()
 
 
 def put(
@@ -232,7 +237,7 @@ def mean(values: Any) -> float:
 
 
 async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
-    """The same text from both doors, streamed and whole.
+    """The same text from both endpoints, streamed and whole.
 
     Nothing else runs: the supervisor's own probes, which would share a step now and then, wait an hour. Each prompt is
     asked once before, and more often where there are several engines, since each that gets it computes the whole prompt
@@ -244,13 +249,13 @@ async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
     patterns = []
     for prompt in prompts:
         texts: list[str] = []
-        for model, stream in (*before * DOORS[:1], *DOORS):
+        for model, stream in (*before * ENDPOINTS[:1], *ENDPOINTS):
             async with AsyncClient(url, model, timeout_s=120) as client:
                 texts.append((await ask(client, prompt, stream)).text)
         same += len(set(texts[before:])) == 1
         first_too += len(set(texts)) == 1
         patterns.append("".join(str(texts.index(text)) for text in texts))
-    counts = {"same_from_all_doors": same, "same_without_prefix_cache_too": first_too}
+    counts = {"same_from_all_endpoints": same, "same_without_prefix_cache_too": first_too}
     return {"part": "text", "prompts": len(prompts), **counts, "patterns": " ".join(patterns)}
 
 
@@ -347,7 +352,7 @@ def table(results: list[dict[str, Any]]) -> None:
         print(layout.format(users, model or "engine", str(stream), rate, share, *parts))
 
 
-DOORS = tuple(itertools.product(("ensemble", "text_generation"), (False, True)))
+ENDPOINTS = tuple(itertools.product(("ensemble", "text_generation"), (False, True)))
 """Model, and whether it streams."""
 
 TIMES = ("ttft_ms", "tpot_ms", "tokens_a_response")
@@ -392,9 +397,9 @@ def main() -> int:
         options.out.write_text(json.dumps(results, indent=1))
     if results and not options.text_only:
         table(results)
-    different = [r for r in results if r["part"] == "text" and r["same_from_all_doors"] < r["prompts"]]
+    different = [r for r in results if r["part"] == "text" and r["same_from_all_endpoints"] < r["prompts"]]
     if different:
-        print(f"error: the doors gave different texts: {different}", file=sys.stderr)
+        print(f"error: the endpoints gave different texts: {different}", file=sys.stderr)
     return 1 if different else 0
 
 

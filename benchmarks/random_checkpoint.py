@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
+from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 
 LLAMA_ROPE = Rope(

@@ -2,11 +2,11 @@
 
 ``python3 benchmarks/soak.py [--minutes 20] [--streams 32] [--build-dir DIR] [--out FILE.md]``
 
-First the good streams alone (a tenth of the time), then with every bad request in a loop, through both doors, over gRPC
-and HTTP. Ends with a line for each criterion, ``PASS`` or ``FAIL``, and with status 1 if one fails: no good request
-lost, changed or refused; the worst gap between two messages of a good stream at most 3 times the quiet one; the memory
-of every process flat after the first quarter (5 of 20 minutes); all KV blocks back; nothing restarted. Bodies that end
-Triton 2.51 itself (``--deadly``) are left out: nothing behind its HTTP port can help (SECURITY.md).
+First the good streams alone (a tenth of the time), then with every bad request in a loop, through both endpoints, over
+gRPC and HTTP. Ends with a line for each criterion, ``PASS`` or ``FAIL``, and with status 1 if one fails: no good
+request lost, changed or refused; the worst gap between two messages of a good stream at most 3 times the quiet one; the
+memory of every process flat after the first quarter (5 of 20 minutes); all KV blocks back; nothing restarted. Bodies
+that end Triton 2.51 itself (``--deadly``) are left out: nothing behind its HTTP port can help (SECURITY.md).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from under_test import DOORS, PROMPTS, StartFailed, UnderTest, ask, known_answers
+from under_test import ENDPOINTS, PROMPTS, StartFailed, UnderTest, ask, known_answers
 
 TOKENS = 64
 SAMPLE_S = 5.0
@@ -65,7 +65,7 @@ class Good:
     def _run(self, number: int) -> None:
         while not self._stopped.is_set():
             stream = ask(
-                self._url, DOORS[number % 2], PROMPTS[number // 2 % len(PROMPTS)], TOKENS, BAD_TIMEOUT_S
+                self._url, ENDPOINTS[number % 2], PROMPTS[number // 2 % len(PROMPTS)], TOKENS, BAD_TIMEOUT_S
             )
             if stream.error:
                 outcome = "refused" if "queue is full" in stream.error else "lost"
@@ -77,7 +77,7 @@ class Good:
                     [self.worst, *itertools.pairwise(stream.times)], key=lambda gap: gap[1] - gap[0]
                 )
                 if outcome != "right":
-                    self.errors.append(f"{stream.door}: {outcome}: {stream.error or stream.text!r}"[:200])
+                    self.errors.append(f"{stream.endpoint}: {outcome}: {stream.error or stream.text!r}"[:200])
 
     @property
     def worst_gap_s(self) -> float:
@@ -115,12 +115,12 @@ WIRE = {"max_tokens": "INT32", "top_k": "INT32", "temperature": "FP32", "repetit
 WIRE |= {"text_input": "BYTES", "stop_words": "BYTES", "bad_words": "BYTES", "return_log_probs": "BOOL"}
 
 
-def over_grpc(url: str, door: str, changes: dict[str, object]) -> str:
+def over_grpc(url: str, endpoint: str, changes: dict[str, object]) -> str:
     """What came back, in a word."""
     import numpy as np
     from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
-    request = service_pb2.ModelInferRequest(model_name=door)
+    request = service_pb2.ModelInferRequest(model_name=endpoint)
     for name, value in {"text_input": ["The dog"], "max_tokens": [8], **changes}.items():
         kind = WIRE[name]
         count = 1 if isinstance(value, bytes) else len(value)  # type: ignore[arg-type]
@@ -143,8 +143,8 @@ def over_grpc(url: str, door: str, changes: dict[str, object]) -> str:
     return "refused" if any(answer.error_message for answer in answers) else "answered"
 
 
-def over_http(url: str, door: str, body: bytes, headers: dict[str, str]) -> str:
-    request = urllib.request.Request(f"{url}/v2/models/{door}/generate", data=body, headers=headers)
+def over_http(url: str, endpoint: str, body: bytes, headers: dict[str, str]) -> str:
+    request = urllib.request.Request(f"{url}/v2/models/{endpoint}/generate", data=body, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=BAD_TIMEOUT_S) as response:
             return "refused" if "error" in json.load(response) else "answered"
@@ -155,11 +155,14 @@ def over_http(url: str, door: str, body: bytes, headers: dict[str, str]) -> str:
 
 
 def bad_requests(server: UnderTest, deadly: bool) -> Iterator[tuple[str, Callable[[], str]]]:
-    """(name, what sends it), all of them once, each through both doors and over both protocols where it fits."""
+    """(name, what sends it), all of them once, each through both endpoints and over both protocols where it fits."""
     http = f"http://127.0.0.1:{server.http}"
-    for door in DOORS:
+    for endpoint in ENDPOINTS:
         for name, changes in bad_inputs().items():
-            yield f"gRPC {name}", lambda door=door, changes=changes: over_grpc(server.url, door, changes)
+            yield (
+                f"gRPC {name}",
+                lambda endpoint=endpoint, changes=changes: over_grpc(server.url, endpoint, changes),
+            )
             if any(isinstance(value, bytes) for value in changes.values()):
                 continue  # JSON cannot say that
             values = {
@@ -168,11 +171,13 @@ def bad_requests(server: UnderTest, deadly: bool) -> Iterator[tuple[str, Callabl
             }
             body = json.dumps(values).encode()
             if len(body) < MOST_BODY or deadly:
-                yield f"HTTP {name}", lambda door=door, body=body: over_http(http, door, body, {})
+                yield f"HTTP {name}", lambda endpoint=endpoint, body=body: over_http(http, endpoint, body, {})
         for name, (body, headers) in bad_bodies(deadly).items():
             yield (
                 f"HTTP {name}",
-                lambda door=door, body=body, headers=headers: over_http(http, door, body, headers),
+                lambda endpoint=endpoint, body=body, headers=headers: over_http(
+                    http, endpoint, body, headers
+                ),
             )
 
 

@@ -26,7 +26,7 @@ import tritonclient.grpc as grpcclient
 from flightline.supervisor.serve import Server, ServeSettings
 
 MODELS = ("preprocessing", "text_generation")
-DOORS = ("ensemble", "text_generation")
+ENDPOINTS = ("ensemble", "text_generation")
 BLOCK = "\ndynamic_batching {}\n"
 
 
@@ -51,7 +51,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def requests_per_second(url: str, door: str, in_flight: int, seconds: float) -> float:
+def requests_per_second(url: str, endpoint: str, in_flight: int, seconds: float) -> float:
     """Of a closed loop of requests for one token; every request must end well."""
     ended, deadline = [], time.monotonic() + seconds
 
@@ -73,7 +73,7 @@ def requests_per_second(url: str, door: str, in_flight: int, seconds: float) -> 
             inputs[0].set_data_from_numpy(np.array([[b"the dog"]], np.object_))
             inputs[1].set_data_from_numpy(np.array([[1]], np.int32))
             while time.monotonic() < deadline:
-                client.async_stream_infer(door, inputs)
+                client.async_stream_infer(endpoint, inputs)
                 answered.acquire()
                 count += 1
             client.stop_stream()
@@ -106,18 +106,18 @@ def main() -> None:
                     build, http_port=http, grpc_port=grpc, metrics_port=metrics, baseline=False
                 )
                 with Server(settings):
-                    for door in DOORS:
-                        requests_per_second(settings.grpc_url, door, options.in_flight, 1.0)
+                    for endpoint in ENDPOINTS:
+                        requests_per_second(settings.grpc_url, endpoint, options.in_flight, 1.0)
                         rate = requests_per_second(
-                            settings.grpc_url, door, options.in_flight, options.seconds
+                            settings.grpc_url, endpoint, options.in_flight, options.seconds
                         )
-                        rates.setdefault((door, batching), []).append(rate)
+                        rates.setdefault((endpoint, batching), []).append(rate)
     print(f"requests/s for one token, {options.in_flight} in flight")
-    for door in DOORS:
-        plain, batched = rates[door, False], rates[door, True]
+    for endpoint in ENDPOINTS:
+        plain, batched = rates[endpoint, False], rates[endpoint, True]
         ratio = statistics.median(batched) / statistics.median(plain)
         shown = [" ".join(f"{rate:.0f}" for rate in each) for each in (plain, batched)]
-        print(f"{door:16} without {shown[0]:24} with {shown[1]:24} with/without {ratio:.2f}")
+        print(f"{endpoint:16} without {shown[0]:24} with {shown[1]:24} with/without {ratio:.2f}")
 
 
 if __name__ == "__main__":

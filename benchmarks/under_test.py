@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from flightline.client import Client, ClientError  # noqa: E402
 
-DOORS = ("ensemble", "text_generation")
+ENDPOINTS = ("ensemble", "text_generation")
 _NAMES = re.compile(r"flightline[0-9a-f]{8}_|flightline-\w+")
 PROMPTS = (
     "The capital of France is",
@@ -172,7 +172,7 @@ def _triton_folders() -> set[str]:
 class Stream:
     """One request with a known answer."""
 
-    door: str
+    endpoint: str
     prompt: str
     text: str = ""
     error: str = ""
@@ -181,16 +181,16 @@ class Stream:
     """When its messages came, on the monotonic clock."""
 
 
-def ask(url: str, door: str, prompt: str, tokens: int, timeout_s: float = 60.0) -> Stream:
+def ask(url: str, endpoint: str, prompt: str, tokens: int, timeout_s: float = 60.0) -> Stream:
     """One streamed greedy answer, to its end or its error."""
-    stream = Stream(door, prompt)
+    stream = Stream(endpoint, prompt)
     _read(url, stream, tokens, timeout_s, threading.Event())
     return stream
 
 
 def _read(url: str, stream: Stream, tokens: int, timeout_s: float, begun: threading.Event) -> None:
     try:
-        with Client(url, stream.door, timeout_s=timeout_s) as client:
+        with Client(url, stream.endpoint, timeout_s=timeout_s) as client:
             for chunk in client.generate_stream(stream.prompt, max_tokens=tokens, end_id=-1):
                 stream.times.append(time.monotonic())
                 stream.text += chunk.text
@@ -206,9 +206,11 @@ class Streams:
     """Several at once; known answers are what the quiet server has said."""
 
     def __init__(self, url: str, tokens: int, each: int, timeout_s: float = 60.0) -> None:
-        """``each`` streams on each door."""
+        """``each`` streams on each endpoint."""
         self.streams = [
-            Stream(door, PROMPTS[number % len(PROMPTS)]) for door in DOORS for number in range(each)
+            Stream(endpoint, PROMPTS[number % len(PROMPTS)])
+            for endpoint in ENDPOINTS
+            for number in range(each)
         ]
         begun = [threading.Event() for _ in self.streams]
         self._threads = [
@@ -227,15 +229,15 @@ class Streams:
 
 
 def known_answers(url: str, tokens: int) -> dict[str, str]:
-    """Prompt -> text, of a quiet server; both doors must agree.
+    """Prompt -> text, of a quiet server; both endpoints must agree.
 
     Raises:
         StartFailed: they do not, or one does not answer.
     """
     known = {}
     for prompt in PROMPTS:
-        answers = [ask(url, door, prompt, tokens) for door in DOORS]
+        answers = [ask(url, endpoint, prompt, tokens) for endpoint in ENDPOINTS]
         if any(answer.error for answer in answers) or answers[0].text != answers[1].text:
-            raise StartFailed(f"the doors do not agree on {prompt!r}: {answers}")
+            raise StartFailed(f"the endpoints do not agree on {prompt!r}: {answers}")
         known[prompt] = answers[0].text
     return known

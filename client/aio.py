@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from flightline.client import wire
 from flightline.client.base import BaseClient
@@ -19,30 +18,18 @@ from flightline.client.params import GenerateParams
 from flightline.client.results import Chunk, Generation
 
 
-class AsyncClient(BaseClient):
+class AsyncClient(BaseClient[AsyncGenerator[Chunk, None]]):
     """:class:`Client` for asyncio; create and use it inside one running event loop.
 
     >>> async with AsyncClient() as llm:
     ...     async for chunk in llm.generate_stream("The capital of France is", max_tokens=32):
     ...         print(chunk, end="", flush=True)
+
+    Cancelling the task or closing the iterator (``contextlib.aclosing`` does it at once on ``break``) cancels the
+    request on the server.
     """
 
-    def __init__(
-        self,
-        url: str | None = None,
-        model: str = wire.TEXT_GENERATION,
-        *,
-        timeout_s: float | None = None,
-        model_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(url, model, timeout_s=timeout_s, model_dir=model_dir)
-        self._channel = grpc.aio.insecure_channel(self.url, options=wire.CHANNEL_OPTIONS)
-        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._call = self._channel.unary_stream(
-            wire.STREAM_INFER,
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
-        )
+    _open = staticmethod(grpc.aio.insecure_channel)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -91,22 +78,6 @@ class AsyncClient(BaseClient):
         chunks = [chunk async for chunk in self._chunks(request, reader, self._deadline(timeout_s))]
         return Generation.all_from_chunks(chunks, reader.params)
 
-    def generate_stream(
-        self,
-        prompt: str,
-        params: GenerateParams | None = None,
-        *,
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> AsyncGenerator[Chunk, None]:
-        """The answer as it is generated. The request is sent when the iteration starts.
-
-        Cancelling the task or closing the iterator (``contextlib.aclosing`` does it at once on ``break``)
-        cancels the request on the server.
-        """
-        request, reader = self._request(prompt, params, options, stream=True)
-        return self._chunks(request, reader, self._deadline(timeout_s))
-
     async def chat(
         self,
         messages: Sequence[Message],
@@ -117,17 +88,6 @@ class AsyncClient(BaseClient):
     ) -> Generation:
         """The assistant's answer to ``[{"role": "user", "content": ...}, ...]``."""
         return await self.generate(self.render_chat(messages), params, timeout_s=timeout_s, **options)
-
-    def chat_stream(
-        self,
-        messages: Sequence[Message],
-        params: GenerateParams | None = None,
-        *,
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> AsyncGenerator[Chunk, None]:
-        """Like :meth:`chat`, as it is generated; see :meth:`generate_stream`."""
-        return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
 
     async def _chunks(
         self, request: service_pb2.ModelInferRequest, reader: wire.Reader, timeout_s: float | None

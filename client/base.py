@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from flightline.client import wire
 from flightline.client.chat_template import ChatTemplate, Message, deployed_model_dir
 from flightline.client.errors import InvalidRequest
 from flightline.client.params import GenerateParams
 
+Stream = TypeVar("Stream")
 
-class BaseClient:
-    """Settings of a client and the requests that it makes of its arguments."""
+
+class BaseClient(Generic[Stream]):
+    """Settings of a client, its channel, and the requests that it makes of its arguments."""
+
+    _open: Callable[..., Any]
+    """Makes a channel of an address."""
 
     def __init__(
         self,
@@ -39,6 +44,39 @@ class BaseClient:
         self.timeout_s = timeout_s
         self._model_dir = model_dir
         self._template: ChatTemplate | None = None
+        self._channel = self._open(self.url, options=wire.CHANNEL_OPTIONS)
+        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._call = self._channel.unary_stream(
+            wire.STREAM_INFER,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    def generate_stream(
+        self,
+        prompt: str,
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Stream:
+        """The answer as it is generated; ``options`` are fields of :class:`GenerateParams`.
+
+        The request is sent when the iteration starts.
+        """
+        request, reader = self._request(prompt, params, options, stream=True)
+        return self._chunks(request, reader, self._deadline(timeout_s))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        params: GenerateParams | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Stream:
+        """The assistant's answer to the messages, as it is generated."""
+        return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The prompt that the model's chat template makes of the messages.
@@ -49,6 +87,11 @@ class BaseClient:
         if self._template is None:
             self._template = ChatTemplate.from_dir(self._model_dir or deployed_model_dir())
         return self._template.render(messages)
+
+    def _chunks(
+        self, request: service_pb2.ModelInferRequest, reader: wire.Reader, timeout_s: float | None
+    ) -> Stream:
+        raise NotImplementedError
 
     def _request(
         self, prompt: str, params: GenerateParams | None, options: dict[str, Any], *, stream: bool

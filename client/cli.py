@@ -11,7 +11,7 @@ from typing import Any
 
 from flightline.client import wire
 from flightline.client.errors import ClientError
-from flightline.client.params import GenerateParams
+from flightline.client.params import DECLARED, Declaration, GenerateParams
 from flightline.client.results import Chunk, Generation
 from flightline.client.sync import Client
 
@@ -50,25 +50,29 @@ def add_arguments(result: argparse.ArgumentParser) -> None:
         "--model-dir", help="checkpoint folder with the chat template (default: the deployed one)"
     )
     result.add_argument("--timeout", type=float, help="seconds until a call is given up")
-    sampling = result.add_argument_group("generation (server's default unless given)")
-    for field in dataclasses.fields(GenerateParams):
-        if field.name not in FIXED:
-            _add_flag(sampling, field)
+    sampling = result.add_argument_group(
+        "generation (server's default unless given; what is told beside the text is shown with --json)"
+    )
+    for name, declared in DECLARED.items():
+        if name not in FIXED:
+            _add_flag(sampling, name, declared)
 
 
-def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
-    """The flag of one field: a switch turns it over, a list's may be repeated."""
-    flag, help_ = "--" + field.name.replace("_", "-"), field.metadata["help"] or None
-    if field.metadata["wire_type"] == "BOOL":
-        flag = flag if not field.default else "--no-" + flag.removeprefix("--")
-        group.add_argument(flag, dest=field.name, action="store_const", const=not field.default, help=help_)
+def _add_flag(group: Any, name: str, declared: Declaration) -> None:
+    """The flag of one parameter: a switch turns it over, a list's may be repeated."""
+    flag, help_ = "--" + name.replace("_", "-"), declared.what or None
+    if declared.wire_type == "BOOL":
+        flag = flag if not declared.default else "--no-" + flag.removeprefix("--")
+        group.add_argument(flag, dest=name, action="store_const", const=not declared.default, help=help_)
         return
-    kind = KINDS[field.metadata["wire_type"]]
-    if not field.metadata["many"]:
+    kind = KINDS[declared.wire_type]
+    if not declared.many:
         group.add_argument(flag, type=kind, help=help_)
         return
     metavar = "WORD" if kind is str else "N"
-    group.add_argument(flag, type=kind, action="append", metavar=metavar, help="may be repeated")
+    group.add_argument(
+        flag, type=kind, action="append", metavar=metavar, help=f"{declared.what}; may be repeated"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import grpc
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # params.py, which the server reads too, shall not load it
+    import grpc
 
 
 class ClientError(Exception):
@@ -29,15 +32,16 @@ class GenerationError(ClientError):
     """The server failed while it worked on the request, or reported an error without a code."""
 
 
-BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
-    grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.NOT_FOUND: InvalidRequest,
-    grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
-    grpc.StatusCode.ALREADY_EXISTS: InvalidRequest,
-    grpc.StatusCode.CANCELLED: RequestCancelled,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+BY_STATUS: dict[str, type[ClientError]] = {
+    "UNAVAILABLE": ServerUnavailable,
+    "INVALID_ARGUMENT": InvalidRequest,
+    "NOT_FOUND": InvalidRequest,
+    "UNIMPLEMENTED": InvalidRequest,
+    "ALREADY_EXISTS": InvalidRequest,
+    "CANCELLED": RequestCancelled,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
 }
+"""By the name of gRPC's status code."""
 
 UNAVAILABLE_SIGNS = (
     "not healthy", "is not ready", "queue is full", "maximum queue size", "timeout expired", "overloaded",
@@ -65,10 +69,10 @@ def from_stream_error(text: str) -> ClientError:
 
 def from_rpc_error(error: grpc.RpcError, url: str, timeout_s: float | None) -> ClientError:
     """The exception for a failed RPC (``grpc.RpcError`` of the sync or of the asyncio API)."""
-    status, text = error.code(), error.details() or ""
-    if status == grpc.StatusCode.UNAVAILABLE and "connect" in text.lower():
+    status, text = error.code().name, error.details() or ""
+    if status == "UNAVAILABLE" and "connect" in text.lower():
         return ServerUnavailable(f"no server at {url}: start it with 'make serve' or give another url")
-    if status == grpc.StatusCode.DEADLINE_EXCEEDED:
+    if status == "DEADLINE_EXCEEDED":
         limit = "the deadline" if timeout_s is None else f"timeout_s={timeout_s:g}"
         return DeadlineExceeded(f"no complete answer from {url} within {limit}")
-    return BY_STATUS.get(status, GenerationError)(text or status.name)
+    return BY_STATUS.get(status, GenerationError)(text or status)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from flightline.client import wire
 from flightline.client.base import BaseClient
@@ -18,33 +17,20 @@ from flightline.client.params import GenerateParams
 from flightline.client.results import Chunk, Generation
 
 
-class Client(BaseClient):
+class Client(BaseClient[Generator[Chunk, None, None]]):
     """Text generation over Triton's gRPC stream; safe to share between threads.
 
     >>> with Client() as llm:
     ...     for chunk in llm.generate_stream("The capital of France is", max_tokens=32):
     ...         print(chunk, end="", flush=True)
 
+    Leaving the loop or closing the iterator cancels the request on the server.
+
     Every call raises a :class:`ClientError`: ``ServerUnavailable``, ``InvalidRequest``,
     ``RequestCancelled``, ``DeadlineExceeded`` or ``GenerationError``.
     """
 
-    def __init__(
-        self,
-        url: str | None = None,
-        model: str = wire.TEXT_GENERATION,
-        *,
-        timeout_s: float | None = None,
-        model_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(url, model, timeout_s=timeout_s, model_dir=model_dir)
-        self._channel = grpc.insecure_channel(self.url, options=wire.CHANNEL_OPTIONS)
-        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._call = self._channel.unary_stream(
-            wire.STREAM_INFER,
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
-        )
+    _open = staticmethod(grpc.insecure_channel)
 
     def __enter__(self) -> Client:
         return self
@@ -97,21 +83,6 @@ class Client(BaseClient):
         chunks = self._chunks(request, reader, self._deadline(timeout_s))
         return Generation.all_from_chunks(chunks, reader.params)
 
-    def generate_stream(
-        self,
-        prompt: str,
-        params: GenerateParams | None = None,
-        *,
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> Generator[Chunk, None, None]:
-        """The answer as it is generated. The request is sent when the iteration starts.
-
-        Leaving the loop or closing the iterator cancels the request on the server.
-        """
-        request, reader = self._request(prompt, params, options, stream=True)
-        return self._chunks(request, reader, self._deadline(timeout_s))
-
     def chat(
         self,
         messages: Sequence[Message],
@@ -122,17 +93,6 @@ class Client(BaseClient):
     ) -> Generation:
         """The assistant's answer to ``[{"role": "user", "content": ...}, ...]``."""
         return self.generate(self.render_chat(messages), params, timeout_s=timeout_s, **options)
-
-    def chat_stream(
-        self,
-        messages: Sequence[Message],
-        params: GenerateParams | None = None,
-        *,
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> Generator[Chunk, None, None]:
-        """Like :meth:`chat`, as it is generated; see :meth:`generate_stream`."""
-        return self.generate_stream(self.render_chat(messages), params, timeout_s=timeout_s, **options)
 
     def _chunks(
         self, request: service_pb2.ModelInferRequest, reader: wire.Reader, timeout_s: float | None

@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
 
 from flightline.client.errors import InvalidRequest, from_stream_error
-from flightline.client.params import WIRE_TYPES, GenerateParams
+from flightline.client.params import DECLARED, GenerateParams
 from flightline.client.results import Chunk, PerfMetrics, TopLogProbs
 
 TEXT_GENERATION = "text_generation"
@@ -64,7 +64,7 @@ def infer_request(
     _add_tensor(request, "text_input", "BYTES", [prompt])
     for name, value in params.tensors().items():
         values = list(value) if isinstance(value, list | tuple) else [value]
-        _add_tensor(request, name, WIRE_TYPES[name], values)
+        _add_tensor(request, name, DECLARED[name].wire_type, values)
     _add_tensor(request, "stream", "BOOL", [stream])
     return request
 

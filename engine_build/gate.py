@@ -1,6 +1,6 @@
 """Stage 4: is what we serve still the same model? Perplexity and teacher-forced agreement with its source.
 
-What serves is judged: lane torch's engine itself (engine_model.py), with its weights, kernels and KV cache. The FP8
+What serves is judged: backend torch's engine itself (engine_model.py), with its weights, kernels and KV cache. The FP8
 checkpoint, which other engines load too, is first run as a W8A8 engine runs it: dequantised weights, activations
 rounded to e4m3 with the static input scale.
 """
@@ -146,7 +146,7 @@ def measure(
 
 def refer(source: Path, model: Any, tokenizer: Any, text: str, prompts: list[Sample]) -> Reference:
     """Runs the source; raises as :func:`measure`."""
-    window = min(WINDOW, model.config.max_position_embeddings)
+    window = min(WINDOW, model.config.get_text_config().max_position_embeddings)
     windows = _windows(source_model.encode(tokenizer, text), window)
     rows = [source_model.encode(tokenizer, sample.render(tokenizer)) for sample in prompts]
     surprisals = _surprisals(model, windows)

@@ -1,4 +1,4 @@
-"""The memory calculator: what weights and KV cache of a model take on each GPU. One place for every lane."""
+"""The memory calculator: what weights and KV cache of a model take on each GPU. One place for every backend."""
 
 from __future__ import annotations
 

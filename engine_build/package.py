@@ -1,4 +1,4 @@
-"""Stage 5: the engine folder that a lane starts from, and the manifest that says what went into it."""
+"""Stage 5: the engine folder that a backend starts from, and the manifest that says what went into it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Check = Callable[[Path], dict[str, Any]]
 def package(
     folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any], check: Check | None = None
 ) -> list[str]:
-    """Writes ``engine.json``, ``manifest.json`` and the compiled CPU kernels for lane torch.
+    """Writes ``engine.json``, ``manifest.json`` and the compiled CPU kernels for backend torch.
 
     Args:
         folder: the engine folder.
@@ -75,7 +75,7 @@ def package(
 def package_llm_api(
     folder: Path, model_dir: Path, plan: Plan, key: str, facts: dict[str, Any], asked: dict[str, str]
 ) -> list[str]:
-    """Writes ``llm_api.json`` and ``manifest.json`` for lane trtllm-pytorch; arguments as of :func:`package`.
+    """Writes ``llm_api.json`` and ``manifest.json`` for backend trtllm-pytorch; arguments as of :func:`package`.
 
     ``asked`` are more settings, as ``LlmConfig`` has them.
     """

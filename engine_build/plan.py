@@ -1,4 +1,4 @@
-"""Stage 2: model shape and hardware to lane, precision and memory budget. A pure function that gives reasons."""
+"""Stage 2: model shape and hardware to backend, precision and memory budget. A pure function that gives reasons."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Plan:
     max_gap_ms: int = 0
     """Of lane torch; 0: no bound."""
     kv_dtype: str = "auto"
-    """Of lane torch: see :class:`EngineConfig`."""
+    """Of backend torch: see :class:`EngineConfig`."""
 
     @property
     def world_size(self) -> int:
@@ -176,7 +176,7 @@ def _kv_dtype(lane: str, precision: str, dtype: str, on_cpu: bool, reasons: list
 
 
 def other_kv_dtypes(plan: Plan) -> tuple[str, ...]:
-    """KV caches of lane torch to try after the plan's, the smallest first: each has less error than the one before.
+    """KV caches of backend torch to try after the plan's, the smallest first: each has less error than the one before.
 
     int8 has scales of its own for each token and head; the compute dtype rounds no more than the source does.
     """
@@ -186,7 +186,7 @@ def other_kv_dtypes(plan: Plan) -> tuple[str, ...]:
 
 def require_tensorrt_llm(plan: Plan, version: str | None) -> None:
     """Raises:
-    BuildError: the lane cannot be built with the installed TensorRT-LLM.
+    BuildError: the backend cannot be built with the installed TensorRT-LLM.
     """
     if plan.lane != "torch" and (refusal := versions.refusal(plan.lane, version)):
         raise BuildError(f"ENGINE={plan.lane}: {refusal}")
@@ -199,11 +199,11 @@ def _choose_lane(lane: str, hardware: Hardware, reasons: list[str]) -> str:
         version = hardware.tensorrt_llm
         if version and hardware.device == "cuda" and not versions.refusal("trtllm-pytorch", version):
             reasons.append(
-                f"lane trtllm-pytorch: TensorRT-LLM {version} is installed; this version was checked without "
+                f"backend trtllm-pytorch: TensorRT-LLM {version} is installed; this version was checked without "
                 "it, so run make verify-gpu-host once"
             )
             return "trtllm-pytorch"
-        reasons.append("lane torch: TensorRT-LLM is not usable on this machine")
+        reasons.append("backend torch: TensorRT-LLM is not usable on this machine")
         return "torch"
     if lane != "torch" and hardware.device != "cuda":
         raise BuildError(
@@ -213,7 +213,7 @@ def _choose_lane(lane: str, hardware: Hardware, reasons: list[str]) -> str:
 
 
 def available_precisions(lane: str, hardware: Hardware) -> tuple[str, ...]:
-    """Precisions that a lane runs on this hardware, the one to prefer first."""
+    """Precisions that a backend runs on this hardware, the one to prefer first."""
     fp8 = ("fp8",) if hardware.capability is None or hardware.capability >= FP8_CAPABILITY else ()
     # NVIDIA's engine builder rejects INT8 and INT4 weights on data-centre Blackwell.
     integer = lane == "trtllm-engine" and not (10, 0) <= (hardware.capability or (0, 0)) < (12, 0)

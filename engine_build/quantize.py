@@ -1,8 +1,8 @@
 """Stage 3: FP8 post-training quantisation with NVIDIA ModelOpt, and the pass that makes the result unambiguous.
 
-The result is one Hugging Face folder in ModelOpt's unified FP8 format, which every lane loads: e4m3 weights
-with a scalar ``weight_scale`` and ``input_scale`` for each linear layer, a ``k_scale`` and a ``v_scale`` for an e4m3 KV
-cache, embeddings and norms in bf16.
+The result is one Hugging Face folder in ModelOpt's unified FP8 format, which every backend loads: e4m3 weights with a
+scalar ``weight_scale`` and ``input_scale`` for each linear layer, a ``k_scale`` and a ``v_scale`` for an e4m3 KV cache,
+embeddings and norms in bf16. Of a model for images it is the language part alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from flightline.engine_build.hf_format import (
     write_json,
 )
 from flightline.engine_build.prompts import Sample
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec, plain_config
+from flightline.torch_engine.model.layout import plain_names
+from flightline.torch_engine.model.spec import ModelSpec
 
 E4M3_MAX = 448.0
 MAX_SAMPLE_TOKENS = 512
@@ -75,7 +77,7 @@ def quantize(source: Path, samples: list[Sample], folder: Path, device: str, dty
 
 def _calibration_ids(model: Any, tokenizer: Any, samples: list[Sample]) -> list[torch.Tensor]:
     """One ``[1, tokens]`` tensor a sample; unpadded, because padding would count in the activation maxima."""
-    limit = min(MAX_SAMPLE_TOKENS, model.config.max_position_embeddings - ANSWER_TOKENS)
+    limit = min(MAX_SAMPLE_TOKENS, model.config.get_text_config().max_position_embeddings - ANSWER_TOKENS)
     rows = [source_model.encode(tokenizer, sample.render(tokenizer), limit) for sample in samples]
     asking = [index for index, sample in enumerate(samples) if sample.wants_answer]
     asking = sorted(asking, key=lambda index: len(rows[index]))[:MAX_ANSWERS]
@@ -122,16 +124,15 @@ def _quiet() -> Iterator[None]:
 
 def _write_unified(source: Path, exported: Path, folder: Path) -> None:
     """The post-pass: shared scales for fused layers, weights quantised from the source, common spellings."""
-    tensors = dict(read_tensors(exported))
+    spec = load_spec(source)
+    tensors, source_tensors = _plain_tensors(exported, spec), _plain_tensors(source, spec)
     linears = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
-    source_tensors = dict(read_tensors(source))
     scales = {
         name: _scale(source_tensors[f"{name}.weight"].float().abs().max(), name, "weight") for name in linears
     }
     inputs = {name: _scale(tensors[f"{name}.input_scale"] * E4M3_MAX, name, "input") for name in linears}
 
     unified: dict[str, torch.Tensor] = {}
-    tied = load_spec(source).tie_embeddings
     for name, tensor in source_tensors.items():
         layer = name.removesuffix(".weight")
         if layer in linears and name.endswith(".weight"):
@@ -142,13 +143,19 @@ def _write_unified(source: Path, exported: Path, folder: Path) -> None:
             unified[f"{layer}.input_scale"] = torch.tensor(
                 max(inputs[member] for member in group), dtype=torch.float32
             )
-        elif not (tied and name == "lm_head.weight"):
+        elif not (spec.tie_embeddings and name == "lm_head.weight"):
             unified[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
     for name, tensor in tensors.items():
         if name.endswith((".k_scale", ".v_scale")):
             unified[name] = torch.tensor(_scale(tensor * E4M3_MAX, name, "cached"), dtype=torch.float32)
     save_torch_state_dict(unified, folder, max_shard_size="5GB")
     _write_configs(source, exported, folder)
+
+
+def _plain_tensors(folder: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """The language model's tensors, by the names that they have without a wrapper."""
+    tensors = dict(read_tensors(folder))
+    return {plain: tensors[name] for plain, name in plain_names(tensors, spec, folder).items()}
 
 
 def to_e4m3(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -175,8 +182,8 @@ def _scale(amax: torch.Tensor, layer: str, what: str) -> float:
 
 
 def _write_configs(source: Path, exported: Path, folder: Path) -> None:
-    """The source's own configuration, plus ModelOpt's two descriptions of the quantisation."""
-    config = with_both_rope_spellings(read_json(source / "config.json"))
+    """The configuration of the source's language part, plus ModelOpt's two descriptions of the quantisation."""
+    config = with_both_rope_spellings(plain_config(read_json(source / "config.json")))
     config["quantization_config"] = read_json(exported / "config.json")["quantization_config"]
     config["torch_dtype"] = config["dtype"] = "bfloat16"
     # What the KV cache is made of is the engine's choice: the checkpoint has the scales for e4m3 and asks for nothing.
@@ -195,7 +202,7 @@ def _write_configs(source: Path, exported: Path, folder: Path) -> None:
 
 def dequantize(source: Path, folder: Path) -> None:
     """Writes the bf16 checkpoint that an FP8 one stands for: what plain Transformers can run."""
-    tensors = dict(read_tensors(source))
+    tensors = _plain_tensors(source, load_spec(source))
     plain = {}
     for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
@@ -204,7 +211,7 @@ def dequantize(source: Path, folder: Path) -> None:
         elif not name.endswith("_scale"):
             plain[name] = tensor
     save_torch_state_dict(plain, folder, max_shard_size="5GB")
-    config = with_both_rope_spellings(read_json(source / "config.json"))
+    config = with_both_rope_spellings(plain_config(read_json(source / "config.json")))
     config.pop("quantization_config", None)
     write_json(folder / "config.json", config)
     for name in (*TOKENIZER_FILES, "generation_config.json"):

@@ -10,6 +10,7 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
+from flightline.client.params import DECLARED
 from flightline.engine_build.errors import BuildError
 from flightline.engine_build.plan import Plan
 from flightline.engine_build.workspace import new_folder
@@ -57,7 +58,7 @@ def values_for(
         contract: one of ``CONTRACTS``.
 
     Raises:
-        BuildError: a parameter is unknown or of the wrong type, or the lane has none.
+        BuildError: a parameter is unknown or of the wrong type, or the backend has none.
     """
     in_triton = plan.lane == "trtllm-engine"
     if parameters and not in_triton:
@@ -88,22 +89,35 @@ def values_for(
         "text_generation_engine": engine_model if in_triton else "process",
         "end_ids_as_stop_words": "true" if in_triton else "false",
         "max_seq_len": str(plan.max_seq_len),
+        "added_inputs": added_inputs(),
         "baseline_model_dir": str(source_dir),
         "baseline_dtype": baseline_dtype,
         "baseline_max_batch_size": str(baseline_max_batch_size),
     }
 
 
+def added_inputs() -> str:
+    """What ``text_generation`` takes beside NVIDIA's inputs, one a line."""
+    return ",\n".join(
+        f'  {{ name: "{name}" data_type: TYPE_{parameter.wire_type.replace("BYTES", "STRING")} '
+        f"dims: [ {-1 if parameter.many else 1} ] optional: true }}"
+        for name, parameter in DECLARED.items()
+        if parameter.ours
+    )
+
+
 LLM_API_PARAMETERS: dict[str, tuple[str, ...]] = {
     "guided_decoding_backend": ("xgrammar", "llguidance"),
     "lora_dir": (),
 }
-"""What of ``TRTLLM_PARAMETERS`` lane trtllm-pytorch has, and its values; () = any text."""
+"""What of ``TRTLLM_PARAMETERS`` backend trtllm-pytorch has, and its values; () = any text."""
 
 
 def _require_llm_api(lane: str, parameters: Mapping[str, str]) -> None:
     if lane != "trtllm-pytorch":
-        raise BuildError(f"TRTLLM_PARAMETERS is for the TensorRT-LLM lanes, and this is {lane}: leave it out")
+        raise BuildError(
+            f"TRTLLM_PARAMETERS is for the TensorRT-LLM backends, and this is {lane}: leave it out"
+        )
     for name, value in parameters.items():
         values = LLM_API_PARAMETERS.get(name)
         if not value or values is None or (values and value not in values):

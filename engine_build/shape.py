@@ -11,7 +11,8 @@ from flightline.engine_build.checkpoint import EMBEDDED_MODEL, check_small_files
 from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hub import fetch_configuration
 from flightline.engine_build.plan import ModelShape
-from flightline.torch_engine.model.families import ModelSpec, load_spec
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.spec import ModelSpec
 
 HUB_PATIENCE_S = 2.5
 EMBEDDED_SHAPE = ModelShape(
@@ -74,7 +75,7 @@ def of_spec(spec: ModelSpec) -> ModelShape:
     hidden, layers = spec.hidden_size, spec.num_layers
     attention = 2 * hidden * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
     linear = layers * (attention + 3 * hidden * spec.intermediate_size)
-    norms = hidden * (1 + layers * (4 if spec.sandwich_norm else 2))
+    norms = hidden * (1 + layers * len(spec.norms.modules))
     embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
     return ModelShape(
         layers=layers,

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
+
+from flightline.torch_engine.model.config_json import transformers_class
 
 BATCH = 16
 
@@ -17,7 +19,8 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """Model in evaluation mode and its tokenizer."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    auto_class: Any = getattr(transformers, transformers_class(folder))
+    model = auto_class.from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 

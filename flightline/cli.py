@@ -97,7 +97,8 @@ def _helps(arguments: Sequence[str]) -> bool:
 def _needs_build(arguments: Sequence[str]) -> bool:
     """Not to stop a server, nor to load one that runs."""
     elsewhere = any(word == "--url" or word.startswith("--url=") for word in arguments)
-    return "--stop" not in arguments and not elsewhere and not os.environ.get("URL")
+    elsewhere = elsewhere or any(os.environ.get(name) for name in ("FLIGHTLINE_URL", "URL"))
+    return "--stop" not in arguments and not elsewhere
 
 
 def _build(arguments: Sequence[str]) -> tuple[list[str], int]:
@@ -138,6 +139,7 @@ def whole_parser() -> argparse.ArgumentParser:
     from flightline.client import cli as client
     from flightline.engine_build.settings import Settings
     from flightline.loadtest.__main__ import COMMANDS as LOADTESTS
+    from flightline.loadtest.options import BenchOptions
     from flightline.supervisor import serve
 
     result = argparse.ArgumentParser(prog="flightline")
@@ -154,7 +156,7 @@ def whole_parser() -> argparse.ArgumentParser:
         "chat": client.add_arguments,
         "generate": client.add_arguments,
         "loadtest": lambda parser: parser.add_argument("test", choices=tuple(LOADTESTS)),
-        "bench": lambda parser: add_flags(parser, Settings),
+        "bench": lambda parser: add_flags(parser, Settings, BenchOptions),
         COMPLETION: lambda parser: parser.add_argument("shell", choices=SHELLS),
     }
     for name, about in {

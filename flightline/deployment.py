@@ -52,7 +52,7 @@ class Deployment:
 
     @classmethod
     def load(cls, build_dir: Path) -> Deployment:
-        """Raises DeploymentError: not built, damaged, or of a lane that this version does not have."""
+        """Raises DeploymentError: not built, damaged, or of a backend that this version does not have."""
         path = build_dir / FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -74,5 +74,7 @@ class Deployment:
                     f"{folder}, named by {path}, does not exist: run 'make build-engines' again"
                 )
         if found.lane not in LANES:
-            raise DeploymentError(f"lane {found.lane} of {path} is unknown: run 'make build-engines' again")
+            raise DeploymentError(
+                f"backend {found.lane} of {path} is unknown: run 'make build-engines' again"
+            )
         return found

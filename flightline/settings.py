@@ -198,8 +198,17 @@ def _value(field: dataclasses.Field[Any], kind: Any, text: str, error: Callable[
             return parse(text)
         return _parse(_plain(kind), text, field.metadata.get("least"), field.metadata.get("most"))
     except ValueError as remedy:
-        name = _name(field) or flag(field)
-        raise error(f"{name}={text!r} is not valid: {remedy}") from None
+        raise value_error(field, text, str(remedy), error) from None
+
+
+def value_error(
+    field: dataclasses.Field[Any],
+    value: object,
+    remedy: str,
+    error: Callable[[str], Exception] = SettingsError,
+) -> Exception:
+    """For a value that is not allowed, also where only its neighbours show that."""
+    return error(f"{_name(field) or flag(field)}={value!r} is not valid: {remedy}")
 
 
 def _plain(kind: Any) -> type:

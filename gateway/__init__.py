@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP door in front of Triton."""
+"""The OpenAI-compatible HTTP endpoint in front of Triton."""

@@ -115,7 +115,7 @@ def of_status(status: grpc.StatusCode, details: str) -> ApiError:
         )
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return busy(shown(text))
-    return _of_class(BY_STATUS.get(status, Exception), text)
+    return _of_class(BY_STATUS.get(status.name, Exception), text)
 
 
 def _of_class(kind: type[Exception], text: str) -> ApiError:

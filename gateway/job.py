@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flightline.client.params import DECLARED
 from flightline.gateway import params
 from flightline.gateway.chat.guides import Guide, Reasoning, response_format
 from flightline.gateway.chat.messages import parse_messages
 from flightline.gateway.chat.tools import ToolPlan, parse_tools
 from flightline.gateway.errors import invalid
-from flightline.gateway.params import CHAT, COMPLETIONS, MOST_CHOICES, parse
+from flightline.gateway.params import CHAT, COMPLETIONS, MOST_CHOICES, OFFERED, parse
 from flightline.gateway.served import ServedModel
 from flightline.gateway.upstream import bias_tensors, infer_request
 
@@ -103,7 +104,7 @@ def of_chat(body: Any, model: ServedModel, request_id: str) -> Job:
 
 
 def _chat_guide(body: Any, plan: ToolPlan, reasoning: Reasoning, model: ServedModel) -> Guide | None:
-    """What the answer is kept to; calls that may come only as far as this lane can."""
+    """What the answer is kept to; calls that may come only as far as this backend can."""
     guide = plan.guide or response_format(body)
     if guide is None:
         return None
@@ -206,29 +207,17 @@ def _stream_options(values: dict[str, Any]) -> dict[str, Any]:
 def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
     """All but the prompt, ``max_tokens`` and the guide."""
     made: Tensors = [
-        *_sampling(values, model),
+        *_sampling(values),
+        *_offered(values, model),
         ("stream", "BOOL", [values["stream"]]),
         ("return_num_output_tokens", "BOOL", [True]),
         ("return_finish_reason", "BOOL", [True]),
     ]
-    if values["n"] > 1:
-        made.append(("num_return_sequences", "INT32", [values["n"]]))
-    if values["stop"]:
-        # As a JSON list: a text that happens to look like one would be taken for it.
-        made.append(("stop_words", "BYTES", [json.dumps(values["stop"])]))
-    if values["bad_words"]:
-        made.append(("bad_words", "BYTES", [json.dumps(values["bad_words"])]))
-    if values["stop_token_ids"]:
-        made.append(("stop_token_ids", "INT32", model.check_ids(values["stop_token_ids"], "stop_token_ids")))
-    if values["min_tokens"]:
-        made.append(("min_tokens", "INT32", [values["min_tokens"]]))
+    if model.tells_cached_tokens:
+        made.append(("return_num_cached_tokens", "BOOL", [True]))
     if values["logit_bias"]:
         model.check_ids(values["logit_bias"], "logit_bias")
         made += bias_tensors(values["logit_bias"])
-    if values["ignore_eos"]:
-        made.append(("ignore_eos", "BOOL", [True]))
-    if not values["skip_special_tokens"]:
-        made.append(("skip_special_tokens", "BOOL", [False]))
     if values["top_logprobs"] is not None:
         made.append(("return_log_probs", "BOOL", [True]))
     if values["top_logprobs"]:
@@ -238,25 +227,34 @@ def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
     return made
 
 
-def _sampling(values: dict[str, Any], model: ServedModel) -> Tensors:
-    """NVIDIA's contract is greedy unless top-k or top-p asks for sampling; OpenAI's samples unless told."""
-    found = {name: values[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    if found["temperature"] == 0 or found["top_p"] == 0:
-        made: Tensors = [("top_k", "INT32", [1])]
-    else:
-        made = [("temperature", "FP32", [found["temperature"]]), ("top_p", "FP32", [found["top_p"]])]
-        if found["top_k"] > 0:
-            made.append(("top_k", "INT32", [found["top_k"]]))
-        if found["min_p"]:
-            made.append(("min_p", "FP32", [found["min_p"]]))
-    if found["repetition_penalty"] != 1:
-        made.append(("repetition_penalty", "FP32", [found["repetition_penalty"]]))
-    for name in ("presence_penalty", "frequency_penalty"):
-        if values[name]:
-            made.append((name, "FP32", [values[name]]))
-    if values["seed"] is not None:
-        made.append(("seed", "UINT64", [values["seed"] % 2**64]))
+_OTHERWISE = ("max_tokens", "temperature", "top_p", "top_k")
+"""Fields that do not become their tensor as they are."""
+
+
+def _offered(values: dict[str, Any], model: ServedModel) -> Tensors:
+    """Fields that are the server's own parameters and ask for something."""
+    made: Tensors = []
+    for field_, name in OFFERED.items():
+        declared, value = DECLARED[name], values[field_]
+        assert declared.openai is not None
+        if field_ in _OTHERWISE or value is None or value in ([], declared.openai.default):
+            continue
+        if declared.wire_type == "BYTES":
+            value = json.dumps(value)  # a text that happens to look like a JSON list would be taken for one
+        elif declared.wire_type == "UINT64":
+            value %= 2**64
+        elif declared.many:
+            model.check_ids(value, field_)
+        made.append((name, declared.wire_type, value if isinstance(value, list) else [value]))
     return made
+
+
+def _sampling(values: dict[str, Any]) -> Tensors:
+    """NVIDIA's contract is greedy unless top-k or top-p asks for sampling; OpenAI's samples unless told."""
+    if values["temperature"] == 0 or values["top_p"] == 0:
+        return [("top_k", "INT32", [1])]
+    made: Tensors = [("temperature", "FP32", [values["temperature"]]), ("top_p", "FP32", [values["top_p"]])]
+    return [*made, ("top_k", "INT32", [values["top_k"]])] if values["top_k"] > 0 else made
 
 
 def _guide(guide: Guide | None) -> Tensors:

@@ -1,8 +1,9 @@
 """Every field that a request to /v1/completions or /v1/chat/completions may have, once.
 
-``TABLE`` says of each what it must be and what becomes of it. Validation reads it, and so does ``docs/GATEWAY.md``
-(:mod:`flightline.gateway.params_page`). A field is honoured, or inert (it says nothing about the answer), or refused
-unless its value asks for nothing; one that is not in the table is refused too: nothing is ignored.
+``TABLE`` says of each what it must be and what becomes of it. The server's own parameters are in it as
+``client/params.py`` declares them, the other fields are declared here. Validation reads it, and so does
+``docs/GATEWAY.md``. A field is honoured, or inert (it says nothing about the answer), or refused unless its value asks
+for nothing; one that is not in the table is refused too: nothing is ignored.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
+from flightline.client.params import DECLARED, INT32_MOST, MOST_TOP_LOG_PROBS, Declaration
 from flightline.gateway.errors import ApiError, invalid
 
 MOST_CHOICES = 128
 """Answers to one request: ``n`` times its prompts."""
-MOST_STOPS = 64
-MOST_TOP_LOG_PROBS = 20
 MOST_IDS = 1024
-INT32 = 2**31 - 1
 
 
 class Kind(StrEnum):
@@ -74,6 +73,29 @@ def _refused(name: str, *neutral: Any, what: str, endpoints: tuple[str, ...] = B
     return Parameter(name, Kind.ANY, Rule.REFUSED, endpoints, neutral=neutral, what=what)
 
 
+_KINDS = {"FP32": Kind.NUMBER, "INT32": Kind.INTEGER, "UINT64": Kind.INTEGER, "BOOL": Kind.BOOLEAN}
+_LISTS = {"INT32": Kind.IDS, "BYTES": Kind.TEXTS}
+OFFERED = {
+    declared.openai.name or name: name for name, declared in DECLARED.items() if declared.openai is not None
+}
+"""Fields that are request parameters of the server's: the field's name -> the tensor's."""
+
+
+def _offered(field: str, declared: Declaration) -> Parameter:
+    openai = declared.openai
+    assert openai is not None
+    kinds = _LISTS if declared.many else _KINDS
+    return Parameter(
+        field,
+        kinds[declared.wire_type],
+        low=openai.low,
+        high=openai.high,
+        default=openai.default,
+        tensor=OFFERED[field],
+        what=openai.what,
+    )
+
+
 _C, _T = (CHAT,), (COMPLETIONS,)
 _GUIDE = "guided_decoding_guide, guided_decoding_guide_type"
 _NO_BEAMS = "there is no beam search"
@@ -83,36 +105,15 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("model", Kind.TEXT, what="a name of `/v1/models`; left out: the served one"),
     Parameter("messages", Kind.ANY, endpoints=_C, what="text only; `developer` is `system`"),
     Parameter("prompt", Kind.ANY, endpoints=_T, what="text, token ids, or a list of either"),
-    Parameter("max_tokens", Kind.INTEGER, low=1, high=INT32, tensor="max_tokens",
-              what="chat: the rest of the context; completions: 16"),
-    Parameter("max_completion_tokens", Kind.INTEGER, low=1, high=INT32, endpoints=_C, tensor="max_tokens",
+    *(_offered(field, DECLARED[name]) for field, name in OFFERED.items()),
+    Parameter("max_completion_tokens", Kind.INTEGER, low=1, high=INT32_MOST, endpoints=_C, tensor="max_tokens",
               what="wins over `max_tokens`"),
-    Parameter("temperature", Kind.NUMBER, low=0, high=2, default=1.0, tensor="temperature",
-              what="0: greedy; default of the model's generation_config.json, else 1"),
-    Parameter("top_p", Kind.NUMBER, low=0, high=1, default=1.0, tensor="top_p",
-              what="default as of `temperature`; 0: greedy"),
-    Parameter("top_k", Kind.INTEGER, low=-1, high=INT32, default=0, tensor="top_k",
-              what="0, -1: no limit; default as of `temperature`"),
-    Parameter("min_p", Kind.NUMBER, low=0, high=1, default=0.0, tensor="min_p", what="default as of `temperature`"),
-    Parameter("repetition_penalty", Kind.NUMBER, low=0.01, high=100, default=1.0, tensor="repetition_penalty",
-              what="default as of `temperature`"),
-    Parameter("presence_penalty", Kind.NUMBER, low=-2, high=2, tensor="presence_penalty"),
-    Parameter("frequency_penalty", Kind.NUMBER, low=-2, high=2, tensor="frequency_penalty"),
-    Parameter("seed", Kind.INTEGER, low=-(2**63), high=2**64 - 1, tensor="seed",
-              what="choice i has the seed + i; negative ones count from 2^64"),
-    Parameter("n", Kind.INTEGER, low=1, high=MOST_CHOICES, default=1, tensor="num_return_sequences"),
-    Parameter("stop", Kind.TEXTS, high=MOST_STOPS, tensor="stop_words", what="not part of the answer"),
-    Parameter("stop_token_ids", Kind.IDS, high=MOST_IDS, tensor="stop_token_ids"),
-    Parameter("min_tokens", Kind.INTEGER, low=0, high=INT32, tensor="min_tokens"),
-    Parameter("ignore_eos", Kind.BOOLEAN, default=False, tensor="ignore_eos"),
     Parameter("logit_bias", Kind.BIAS, low=-100, high=100, tensor="logit_bias_ids, logit_bias_weights"),
-    Parameter("bad_words", Kind.TEXTS, high=MOST_IDS, tensor="bad_words", what="never generated"),
-    Parameter("skip_special_tokens", Kind.BOOLEAN, default=True, tensor="skip_special_tokens"),
     Parameter("stream", Kind.BOOLEAN, default=False, tensor="stream"),
     Parameter("stream_options", Kind.OBJECT,
               what="`include_usage`, `continuous_usage_stats`, `include_obfuscation` (false); with `stream` only"),
     Parameter("logprobs", Kind.BOOLEAN, endpoints=_C, default=False, tensor="return_log_probs",
-              what="of the model's distribution before temperature, penalties and masks where the lane has it"),
+              what="of the model's distribution before temperature, penalties and masks where the backend has it"),
     Parameter("top_logprobs", Kind.INTEGER, low=0, high=MOST_TOP_LOG_PROBS, endpoints=_C, tensor="top_logprobs",
               what="needs `logprobs`"),
     Parameter("logprobs", Kind.INTEGER, low=0, high=MOST_TOP_LOG_PROBS, endpoints=_T, tensor="top_logprobs"),
@@ -281,7 +282,7 @@ def _ids(parameter: Parameter, value: Any) -> list[int]:
     wanted = f"a list of up to {parameter.high} token ids"
     if not isinstance(value, list) or len(value) > (parameter.high or 0):
         raise _wrong(parameter, value, wanted)
-    if not all(type(token) is int and 0 <= token <= INT32 for token in value):
+    if not all(type(token) is int and 0 <= token <= INT32_MOST for token in value):
         raise _wrong(parameter, value, wanted)
     return value
 
@@ -292,7 +293,7 @@ def _bias(parameter: Parameter, value: Any) -> dict[int, float]:
         raise _wrong(parameter, value, wanted)
     made = {}
     for token, weight in value.items():
-        if not (token.isascii() and token.isdigit() and int(token[:11]) <= INT32):
+        if not (token.isascii() and token.isdigit() and int(token[:11]) <= INT32_MOST):
             raise _wrong(parameter, token, wanted)
         made[int(token)] = _number(parameter, weight)
     return made

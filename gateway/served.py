@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flightline.client.params import DECLARED
 from flightline.gateway.chat.guides import Guide
 from flightline.gateway.chat.template import ChatTemplate
 from flightline.gateway.errors import ApiError, invalid
@@ -18,7 +19,9 @@ from flightline.torch_engine.core.request import Guide as EngineGuide
 from flightline.torch_engine.core.request import RequestError
 
 TORCH = "torch"
-FROM_GENERATION_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+FROM_GENERATION_CONFIG = [
+    name for name, declared in DECLARED.items() if declared.openai is not None and declared.openai.of_model
+]
 """Defaults that a checkpoint may set, as at vLLM."""
 
 
@@ -30,6 +33,7 @@ class ServedModel:
         folder = Path(upstream.tokenizer_dir)
         self.names = gateway.served_names or (upstream.model,)
         self._lane = upstream.lane
+        self.tells_cached_tokens = upstream.tells_cached_tokens
         self.max_seq_len = upstream.max_seq_len
         self.created = int(time.time())
         self.vocabulary = Vocabulary(folder)

@@ -1,10 +1,11 @@
-"""``python -m flightline.loadtest COMMAND [options]``; each command says its own with ``--help``."""
+"""``flightline loadtest COMMAND [options]``; each command says its own with ``--help``."""
 
 from __future__ import annotations
 
 import sys
 
 from flightline.loadtest import calibrate, commands, ui, worker
+from flightline.settings import SettingsError
 
 COMMANDS = {
     "bench": ("both endpoints of the built server against each other, as 'make bench' does", None),
@@ -22,10 +23,14 @@ def main() -> int:
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name not in COMMANDS:
         lines = [f"  {command:<10} {about}" for command, (about, _) in COMMANDS.items()]
-        print("\n".join(["usage: python -m flightline.loadtest COMMAND [options]", *lines]), file=sys.stderr)
+        print("\n".join(["usage: flightline loadtest COMMAND [options]", *lines]), file=sys.stderr)
         return 2
     own = COMMANDS[name][1]
-    return own(arguments) if own else commands.main(name, arguments)
+    try:
+        return own(arguments) if own else commands.main(name, arguments)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import operator
 import re
 from dataclasses import dataclass
 
-from flightline.loadtest.config import ConfigError
+from flightline.settings import SettingsError
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "%": 0.01}
@@ -42,20 +42,20 @@ class Checked:
 
 
 def parse_all(text: str) -> list[Assertion]:
-    """Raises ConfigError: not such a list; the message names the part."""
+    """Raises SettingsError: not such a list; the message names the part."""
     return [_parse(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def _parse(text: str) -> Assertion:
     match = re.fullmatch(r"([a-z0-9_]+)\s*(<=|>=|<|>)\s*(\d+(?:\.\d+)?)\s*(ms|us|s|%)?", text)
     if match is None:
-        raise ConfigError(f"ASSERT={text!r} is not valid: use conditions like 'ttft_p99<500ms, ratio>=6'")
+        raise SettingsError(f"ASSERT={text!r} is not valid: use conditions like 'ttft_p99<500ms, ratio>=6'")
     name, sign, number, unit = match.groups()
     if name not in NAMES:
-        raise ConfigError(f"ASSERT={text!r} is not valid: {name} is none of {', '.join(NAMES)}")
+        raise SettingsError(f"ASSERT={text!r} is not valid: {name} is none of {', '.join(NAMES)}")
     is_time = name.rsplit("_", 1)[0] in TIMES
     if is_time and unit in (None, "%"):
-        raise ConfigError(f"ASSERT={text!r} is not valid: give the time a unit, s or ms")
+        raise SettingsError(f"ASSERT={text!r} is not valid: give the time a unit, s or ms")
     if not is_time and unit in ("s", "ms", "us"):
-        raise ConfigError(f"ASSERT={text!r} is not valid: {name} is not a time")
+        raise SettingsError(f"ASSERT={text!r} is not valid: {name} is not a time")
     return Assertion(text, name, sign, float(number) * UNITS[unit or ""])

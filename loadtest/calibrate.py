@@ -6,7 +6,6 @@ same machine, so the ceiling is a careful one.
 
 from __future__ import annotations
 
-import argparse
 import math
 import subprocess
 import sys
@@ -20,9 +19,10 @@ from flightline.client import wire
 from flightline.loadtest.audit import Ceiling
 from flightline.loadtest.conditions import PROJECT
 from flightline.loadtest.null_openai import MODEL
-from flightline.loadtest.options import Arm, LoadOptions
+from flightline.loadtest.options import Arm, CalibrateOptions, LoadOptions
 from flightline.loadtest.trial import Level, LoadError, Outcome, Trial, run_trial
 from flightline.loadtest.words import number
+from flightline.settings import load
 
 STREAMS = 256
 STEP_S = 0.020
@@ -109,11 +109,8 @@ def ceiling_of(outcome: Outcome) -> Ceiling:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m flightline.loadtest calibrate [--seconds 10] [--openai]``: prints the ceiling."""
-    parser = argparse.ArgumentParser(prog="python -m flightline.loadtest calibrate", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--openai", action="store_true", help="over HTTP, as OpenAI servers are asked")
-    options = parser.parse_args(arguments)
+    """``flightline loadtest calibrate [--seconds 10] [--openai]``: prints the ceiling."""
+    options = load(CalibrateOptions, "flightline loadtest calibrate", arguments)
     with tempfile.TemporaryDirectory() as folder:
         try:
             calibrate(options.seconds, Path(folder), lambda line: print(line, flush=True), options.openai)

@@ -17,12 +17,13 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from flightline import settings
 from flightline.client import ClientError, wire
 from flightline.loadtest import comparison, output
 from flightline.loadtest.calibrate import calibrate
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.experiment import Experiment
 from flightline.loadtest.options import (
+    OPTIONS,
     Arm,
     BenchOptions,
     CompareOptions,
@@ -43,6 +44,7 @@ from flightline.loadtest.target import TargetError, target
 from flightline.loadtest.telemetry import Sampler
 from flightline.loadtest.trial import Level, LoadError
 from flightline.loadtest.words import number
+from flightline.settings import SettingsError
 
 START_ALLOWANCE_S = 3.0
 
@@ -53,18 +55,11 @@ def main(command: str, arguments: list[str]) -> int:
     try:
         if command == "compare" and arguments and not arguments[0].startswith("-"):
             return compare_saved(arguments)
-        options_of: dict[str, type[LoadOptions]] = {
-            "run": RunOptions,
-            "compare": CompareOptions,
-            "bench": BenchOptions,
-            "sweep": SweepOptions,
-            "search": SearchOptions,
-        }
-        options = options_of[command].from_arguments(command, arguments)
+        options = settings.load(OPTIONS[command], f"flightline loadtest {command}", arguments)
         if isinstance(options, BenchOptions):
             options = options.compared()
             say(f"BUDGET_S={options.budget_s:g}")
-    except ConfigError as error:
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server too
@@ -77,7 +72,7 @@ def main(command: str, arguments: list[str]) -> int:
     }[command]
     try:
         return conduct(options, body)
-    except ConfigError as error:  # a setting that only the server shows to be wrong
+    except SettingsError as error:  # a setting that only the server shows to be wrong
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (LoadError, TargetError, ClientError, RecordsFull, OSError) as error:
@@ -134,10 +129,10 @@ def compare_saved(arguments: list[str]) -> int:
     """``compare RUN_A RUN_B``: two report folders, the second against the first.
 
     Raises:
-        ConfigError: a folder without a result of ours, or two runs without a common load.
+        SettingsError: a folder without a result of ours, or two runs without a common load.
     """
     if len(arguments) != 2:
-        raise ConfigError("compare takes two report folders, or options that begin with --")
+        raise SettingsError("compare takes two report folders, or options that begin with --")
     folders = [Path(folder) for folder in arguments]
     result = comparison.merge([Saved.load(folder) for folder in folders])
     reports = folders[1].resolve().parent

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flightline.loadtest.confidence import Ratio, bootstrap_ratio, ratio_of_rounds
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.definitions import P50_SAMPLES
 from flightline.loadtest.result import Cell, Comparison, Result, TrialResult
 from flightline.loadtest.saved import Saved
+from flightline.settings import SettingsError
 
 METRICS = {
     "output_tokens_per_s": "output_tokens_per_s",
@@ -137,12 +137,12 @@ def merge(saved: Sequence[Saved]) -> Result:
     So the intervals are bootstrapped over requests, and over seconds for the throughput.
 
     Raises:
-        ConfigError: no common load.
+        SettingsError: no common load.
     """
     one, other = saved
     levels = [c.level for c in one.result.cells if any(d.level == c.level for d in other.result.cells)]
     if not levels:
-        raise ConfigError(f"{one.name} and {other.name} have no load in common")
+        raise SettingsError(f"{one.name} and {other.name} have no load in common")
     result = replace(
         one.result,
         kind="compare",

@@ -79,7 +79,7 @@ class Experiment:
         """Raises ClientError: an endpoint is not there."""
         for place, arm in enumerate(self.arms):
             if arm.openai:
-                exact, token_ids = not self.options.natural_length, bool(self.options.token_ids)
+                exact, token_ids = not self.options.natural_length, self.options.token_ids
                 self.arms[place] = openai_probe.check_ready(
                     arm, exact=exact, token_ids=token_ids, say=self.say
                 )
@@ -87,7 +87,7 @@ class Experiment:
                 check_ready(arm)
 
     def check_prompts(self) -> None:
-        """Raises ConfigError: an engine has seen the prompts of this seed, which should all be new to it."""
+        """Raises SettingsError: an engine has seen the prompts of this seed, which should all be new to it."""
         if not self._unique:
             return
         # Once an engine, since the second contestant would find the first's prompt there.

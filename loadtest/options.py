@@ -1,26 +1,26 @@
-"""Settings of ``run``, ``compare``, ``bench``, ``sweep`` and ``search``, checked once at the edge.
-
-Each field is also ``--field-name`` and the environment variable ``FIELD_NAME``.
-"""
+"""Settings of ``run``, ``compare``, ``bench``, ``sweep`` and ``search``, checked once at the edge."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any
 from urllib.parse import urlsplit
 
 from flightline.client import wire
 from flightline.loadtest.assertions import parse_all
-from flightline.loadtest.config import ConfigError, read_settings, setting, variable_of
 from flightline.loadtest.openai_api import APIS, COMPLETIONS, is_openai
 from flightline.loadtest.schedule import PATTERNS, Profile
 from flightline.loadtest.slo import Slo
 from flightline.loadtest.workload import PRESETS, Workload, WorkloadSpec, read_trace
+from flightline.settings import SettingsError, existing_file, setting, value_error
 
 COMPARISON = "comparison.png"
 """The picture of a VALID ``bench``, which no other command makes."""
 FIRST_BUDGET_S, BUDGET_S = 330.0, 160.0
+MOST_IN_FLIGHT = 4096
+LEAST = 1e-3
+"""Of numbers that cannot be 0."""
 
 
 @dataclass(frozen=True)
@@ -42,61 +42,58 @@ class Arm:
         return is_openai(self.url)
 
 
+def _file(text: str) -> str:
+    return str(existing_file(text))
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """What all commands share."""
 
     url: str = setting("", "gRPC address of a running server; empty: start the one that was built")
-    workload: str = setting("short", f"what is asked: {', '.join(PRESETS)}")
+    workload: str = setting("short", f"what is asked: {', '.join(PRESETS)}", choices=tuple(PRESETS))
     input_tokens: str = setting("", "length of prompts, like 128, uniform:64:256 or lognormal:180:0.8<=1500")
     output_tokens: str = setting("", "length of answers, exact; a number or a distribution")
-    natural_length: int = setting(0, "1: answers may end before that")
-    turns: int = setting(0, "of a conversation; 0: as the workload has")
-    prompts: str = setting("", "file of prompts (text lines or JSONL) instead of generated ones")
-    seed: int = setting(0, "of prompts, lengths and arrivals")
-    arrivals: str = setting("poisson", f"of an open loop: {', '.join(PATTERNS)}")
-    burstiness: float = setting(1.0, "shape of gamma arrivals: below 1 is burstier than Poisson")
-    ramp_s: float = setting(0.0, "seconds in which the load rises; not measured")
-    discard_s: float = setting(0.0, "seconds after the ramp that are not measured either")
-    drain_s: float = setting(60.0, "longest wait for the last answers of an open loop")
-    request_timeout: float = setting(600.0, "seconds until a request has failed")
-    processes: int = setting(1, "worker processes of the load generator on this machine")
-    workers: int = setting(
-        0, "wait for so many 'python -m flightline.loadtest worker', on any machines, instead"
+    natural_length: bool = setting(False, "answers may end before that")
+    turns: int = setting(0, "of a conversation; 0: as the workload has", least=0)
+    prompts: str = setting("", "file of prompts (text lines or JSONL) instead of generated ones", parse=_file)
+    seed: int = setting(0, "of prompts, lengths and arrivals", least=0)
+    arrivals: str = setting("poisson", f"of an open loop: {', '.join(PATTERNS)}", choices=PATTERNS)
+    burstiness: float = setting(1.0, "shape of gamma arrivals: below 1 is burstier than Poisson", least=LEAST)
+    ramp_s: float = setting(0.0, "seconds in which the load rises; not measured", least=0)
+    discard_s: float = setting(0.0, "seconds after the ramp that are not measured either", least=0)
+    drain_s: float = setting(
+        60.0, "longest wait for the last answers of an open loop", least=LEAST, variable="LAST_ANSWERS_S"
     )
-    master_port: int = setting(5557, "where those workers connect")
-    openai_api: str = setting(COMPLETIONS, f"of OpenAI servers: {' or '.join(APIS)}")
-    token_ids: int = setting(1, "ask OpenAI servers that know it for token ids, to count by them; 0: do not")
+    request_timeout: float = setting(600.0, "seconds until a request has failed", least=LEAST)
+    processes: int = setting(1, "worker processes of the load generator on this machine", least=1, most=256)
+    workers: int = setting(
+        0, "wait for so many 'flightline loadtest worker', on any machines, instead", least=0
+    )
+    master_port: int = setting(5557, "where those workers connect", least=1, most=65535)
+    openai_api: str = setting(COMPLETIONS, f"of OpenAI servers: {' or '.join(APIS)}", choices=APIS)
+    token_ids: bool = setting(True, "ask OpenAI servers that know it for token ids, to count by them")
     slo: str = setting(
         "mlperf-server", "mlperf-server, mlperf-interactive, or limits like ttft=2s,tpot=100ms,p=99"
     )
-    price: float = setting(0.0, "dollars per hour of the machine, for the cost of a million tokens")
+    price: float = setting(0.0, "dollars per hour of the machine, for the cost of a million tokens", least=0)
     metrics_url: str = setting("", "Triton's metrics page; empty: that of the server started here, else none")
     dcgm_url: str = setting("", "metrics page of a DCGM exporter, like http://127.0.0.1:9400/metrics")
-    calibrate_s: float = setting(5.0, "seconds to find the load generator's own ceiling; 0: do not")
+    calibrate_s: float = setting(5.0, "seconds to find the load generator's own ceiling; 0: do not", least=0)
     assert_: str = setting(
         "", "what must hold, like 'ttft_p99<500ms, ratio>=6'; exit status 3 if it does not"
     )
-    build_dir: str = setting("build", "folder of 'make build-engines', whose model is served")
+    build_dir: str = setting("build", "folder of the build whose model is served")
     reports: str = setting("reports", "folder that gets one folder per run")
 
     def __post_init__(self) -> None:
-        self._require(self.arrivals in PATTERNS, "arrivals", f"use one of {', '.join(PATTERNS)}")
-        self._require(self.openai_api in APIS, "openai_api", f"use {' or '.join(APIS)}")
-        for name in ("burstiness", "drain_s", "request_timeout"):
-            self._require(getattr(self, name) > 0, name, "use a positive number")
-        for name in ("ramp_s", "discard_s", "price", "calibrate_s", "seed", "workers", "turns"):
-            self._require(getattr(self, name) >= 0, name, "use 0 or a positive number")
-        self._require(1 <= self.processes <= 256, "processes", "use a number from 1 to 256")
-        self._require(not self.prompts or Path(self.prompts).is_file(), "prompts", "no such file")
         Workload.of(self.workload_spec)
         Slo.parse(self.slo)
         parse_all(self.assert_)
 
     def _require(self, ok: bool, name: str, remedy: str) -> None:
         if not ok:
-            variable = variable_of(self.__dataclass_fields__[name])
-            raise ConfigError(f"{variable}={getattr(self, name)!r} is not valid: {remedy}")
+            raise value_error(self.__dataclass_fields__[name], getattr(self, name), remedy)
 
     @property
     def workload_spec(self) -> WorkloadSpec:
@@ -104,14 +101,10 @@ class LoadOptions:
             self.workload, self.input_tokens, self.output_tokens, self.prompts, self.seed, self.turns
         )
 
-    @classmethod
-    def from_arguments(cls, command: str, arguments: list[str]) -> Self:
-        """Command line before environment before defaults.
 
-        Raises:
-            ConfigError: a value that does not parse or cannot work.
-        """
-        return cls(**read_settings(cls, f"python -m flightline.loadtest {command}", arguments))
+def _with(base: str, default: Any, **limits: Any) -> Any:
+    """A setting of all commands that has another default in one."""
+    return setting(default, LoadOptions.__dataclass_fields__[base].metadata["help"], **limits)
 
 
 @dataclass(frozen=True)
@@ -119,11 +112,11 @@ class RunOptions(LoadOptions):
     """One load on one endpoint: closed loop, open loop (--rate) or the replay of a trace (--trace)."""
 
     endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test, or http://HOST:PORT/v1#MODEL")
-    concurrency: int = setting(16, "closed loop: requests in flight")
+    concurrency: int = setting(16, "closed loop: requests in flight", least=1, most=MOST_IN_FLIGHT)
     rate: str = setting("", "open loop: requests/s, like 4, 1-8 (rising) or 2@30,8@30 (stages)")
     trace: str = setting("", "open loop: JSONL file of requests to replay")
-    trace_speed: float = setting(1.0, "2 replays a trace twice as fast")
-    seconds: float = setting(30.0, "of load; a trace may be shorter")
+    trace_speed: float = setting(1.0, "2 replays a trace twice as fast", least=LEAST)
+    seconds: float = setting(30.0, "of load; a trace may be shorter", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,9 +124,6 @@ class RunOptions(LoadOptions):
         self._require(
             one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
         )
-        self._require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
-        self._require(self.seconds >= 1, "seconds", "use at least 1")
-        self._require(self.trace_speed > 0, "trace_speed", "use a positive number")
         self._require(not (self.rate and self.trace), "trace", "give either a rate or a trace")
         self._require(
             self.ramp_s + self.discard_s < self.seconds, "seconds", "use more than RAMP_S and DISCARD_S"
@@ -150,18 +140,19 @@ class CompareOptions(LoadOptions):
 
     arms: str = setting("", "contestants as LABEL=HOST:PORT/ENDPOINT or LABEL=http://HOST:PORT/v1#MODEL with commas "
                         "between, slowest first; empty: hf_baseline and text_generation of one server")  # fmt: skip
-    output_tokens: str = setting("16", LoadOptions.__dataclass_fields__["output_tokens"].metadata["help"])
+    output_tokens: str = _with("output_tokens", "16")
     levels: str = setting("1,4", "concurrencies that all get")
-    rounds: int = setting(3, "repeats; fewer if the budget does not hold them")
-    full_rounds: int = setting(3, "below so many rounds, blocks become shorter before rounds become fewer")
-    stretch: int = setting(0, "1: longer blocks, until the budget is used")
-    budget_s: float = setting(270.0, "seconds for the server's start, warm-up and measurement together")
+    rounds: int = setting(3, "repeats; fewer if the budget does not hold them", least=1, most=20)
+    full_rounds: int = setting(
+        3, "below so many rounds, blocks become shorter before rounds become fewer", least=1, most=20
+    )
+    stretch: bool = setting(False, "make blocks longer, until the budget is used")
+    budget_s: float = setting(
+        270.0, "seconds for the server's start, warm-up and measurement together", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rounds", "full_rounds"):
-            self._require(1 <= getattr(self, name) <= 20, name, "use a number from 1 to 20")
-        self._require(self.budget_s > 0, "budget_s", "use a positive number of seconds")
         concurrencies("levels", self.levels)
         parse_arms(self.arms, self.url)
 
@@ -174,13 +165,19 @@ class BenchOptions(LoadOptions):
     baseline: str = setting(
         wire.HF_BASELINE, "endpoint that it is compared with, or a contestant as in compare"
     )
-    concurrency: int = setting(16, "requests in flight, each user sending the next when one is answered")
-    output_tokens: str = setting("64", LoadOptions.__dataclass_fields__["output_tokens"].metadata["help"])
-    calibrate_s: float = setting(0.0, LoadOptions.__dataclass_fields__["calibrate_s"].metadata["help"])
+    concurrency: int = setting(
+        16,
+        "requests in flight, each user sending the next when one is answered",
+        least=1,
+        most=MOST_IN_FLIGHT,
+    )
+    output_tokens: str = _with("output_tokens", "64")
+    calibrate_s: float = _with("calibrate_s", 0.0, least=0)
     budget_s: float = setting(
         0.0,
         "seconds for the server's start, warm-up and measurement together; 0: "
         f"{FIRST_BUDGET_S:.0f} the first time, so that a slow baseline has latencies, then {BUDGET_S:.0f}",
+        least=0,
     )
 
     def __post_init__(self) -> None:
@@ -188,9 +185,7 @@ class BenchOptions(LoadOptions):
         for name in ("candidate", "baseline"):
             parse_arms(getattr(self, name), self.url, name)
         self._require(self.candidate != self.baseline, "candidate", "it must differ from the baseline")
-        self._require(1 <= self.concurrency <= 4096, "concurrency", "use a number from 1 to 4096")
         self._require(self.output_tokens != "1", "output_tokens", "use at least 2 (TPOT needs two tokens)")
-        self._require(self.budget_s >= 0, "budget_s", "use a positive number of seconds, or 0")
 
     def compared(self) -> CompareOptions:
         """The comparison that this is, with the budget chosen if none was given."""
@@ -201,7 +196,7 @@ class BenchOptions(LoadOptions):
             levels=str(self.concurrency),
             rounds=5,
             full_rounds=1,
-            stretch=1,
+            stretch=True,
             budget_s=self.budget_s or (FIRST_BUDGET_S if first else BUDGET_S),
         )
 
@@ -212,11 +207,10 @@ class SweepOptions(LoadOptions):
 
     arms: str = setting("", "as in compare; empty: text_generation of one server")
     levels: str = setting("1,2,4,8,16", "concurrencies, or requests/s if they start with 'rate:'")
-    seconds: float = setting(20.0, "of load at each level")
+    seconds: float = setting(20.0, "of load at each level", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.seconds >= 1, "seconds", "use at least 1")
         parse_levels("levels", self.levels)
         parse_arms(self.arms, self.url)
 
@@ -226,10 +220,12 @@ class SearchOptions(LoadOptions):
     """The highest rate of requests that holds the SLO."""
 
     endpoint: str = setting(wire.TEXT_GENERATION, "endpoint under test, or http://HOST:PORT/v1#MODEL")
-    start: float = setting(1.0, "requests/s to begin with")
-    precision: float = setting(0.1, "relative width at which the search ends", variable="SEARCH_PRECISION")
-    most_trials: int = setting(12, "trials at most")
-    seconds: float = setting(30.0, "of load in each trial")
+    start: float = setting(1.0, "requests/s to begin with", least=LEAST)
+    precision: float = setting(
+        0.1, "relative width at which the search ends", least=0.01, most=1, variable="SEARCH_PRECISION"
+    )
+    most_trials: int = setting(12, "trials at most", least=1, most=50)
+    seconds: float = setting(30.0, "of load in each trial", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,10 +233,57 @@ class SearchOptions(LoadOptions):
         self._require(
             one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
         )
-        self._require(self.start > 0, "start", "use a positive number of requests/s")
-        self._require(0.01 <= self.precision <= 1, "precision", "use a number from 0.01 to 1")
-        self._require(self.seconds >= 1, "seconds", "use at least 1")
-        self._require(1 <= self.most_trials <= 50, "most_trials", "use a number from 1 to 50")
+
+
+IN_LOCUST = (
+    *(
+        "workload",
+        "input_tokens",
+        "output_tokens",
+        "turns",
+        "prompts",
+        "natural_length",
+        "seed",
+        "rate",
+        "arrivals",
+    ),
+    *("burstiness", "trace", "trace_speed", "ramp_s", "openai_api", "token_ids", "request_timeout"),
+)
+"""Fields of ``RunOptions`` that are options of Locust's too, and stand in its page's form."""
+OPTIONS: dict[str, type[LoadOptions]] = {
+    "run": RunOptions,
+    "compare": CompareOptions,
+    "bench": BenchOptions,
+    "sweep": SweepOptions,
+    "search": SearchOptions,
+}
+"""Commands that measure a server."""
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What the load generator itself can take in, against a null server."""
+
+    seconds: float = setting(8.0, "of load", least=1)
+    openai: bool = setting(False, "over HTTP, as OpenAI servers are asked", variable="")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Load from this machine, run after run, until Ctrl-C."""
+
+    master_host: str = setting("127.0.0.1", "where the run was started")
+    master_port: int = setting(5557, "its port for workers", least=1, most=65535)
+    runs: int = setting(0, "end after so many trials; 0: never", least=0, variable="")
+
+
+@dataclass(frozen=True)
+class UiOptions:
+    """Locust's web page; other options are Locust's."""
+
+    url: str = setting("", "gRPC address of the server; empty: the one of this machine")
+    locust_port: int = setting(8089, "of the page", least=1, most=65535)
+    concurrency: int = setting(16, "users that the form begins with", least=1, most=MOST_IN_FLIGHT)
 
 
 def concurrencies(name: str, text: str) -> list[int]:
@@ -248,8 +291,8 @@ def concurrencies(name: str, text: str) -> list[int]:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or min(values) < 1 or max(values) > 4096 or len(set(values)) < len(values):
-        raise ConfigError(
+    if not values or min(values) < 1 or max(values) > MOST_IN_FLIGHT or len(set(values)) < len(values):
+        raise SettingsError(
             f"{name.upper()}={text!r} is not valid: use different numbers from 1 to 4096, like 1,8"
         )
     return values
@@ -264,7 +307,7 @@ def parse_levels(name: str, text: str) -> tuple[list[int], list[float]]:
     except ValueError:
         rates = []
     if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise ConfigError(
+        raise SettingsError(
             f"{name.upper()}={text!r} is not valid: use different positive rates, like rate:1,2,4"
         )
     return [], sorted(rates)
@@ -276,7 +319,7 @@ def parse_arms(text: str, url: str, name: str = "arms") -> list[Arm]:
     A label that is left out is the endpoint, and an address that is left out is ``url``.
 
     Raises:
-        ConfigError: not such a list, or a label twice.
+        SettingsError: not such a list, or a label twice.
     """
     arms = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -290,11 +333,11 @@ def parse_arms(text: str, url: str, name: str = "arms") -> list[Arm]:
             address, slash, endpoint = where.rpartition("/")
             address, known = address if slash else url, endpoint in wire.ENDPOINTS
         if not known or (equals and not label):
-            raise ConfigError(
+            raise SettingsError(
                 f"{name.upper()}={part!r} is not valid: use LABEL=HOST:PORT/ENDPOINT with an endpoint of "
                 f"{', '.join(wire.ENDPOINTS)}, or LABEL=http://HOST:PORT/v1#MODEL"
             )
         arms.append(Arm(label or endpoint, address.rstrip("/"), endpoint))
     if len({arm.label for arm in arms}) < len(arms):
-        raise ConfigError(f"{name.upper()}={text!r} is not valid: each label may come once")
+        raise SettingsError(f"{name.upper()}={text!r} is not valid: each label may come once")
     return arms

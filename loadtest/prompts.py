@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from flightline.loadtest.config import ConfigError
+from flightline.settings import SettingsError
 
 
 def split_table(table: str) -> list[str]:
@@ -105,16 +105,16 @@ def load(path: Path) -> Sequence[str]:
     """Prompts of a file: text lines, or JSON lines with ``prompt`` (or ``text_input``) if it ends in .jsonl.
 
     Raises:
-        ConfigError: not readable, or nothing in it.
+        SettingsError: not readable, or nothing in it.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"PROMPTS={path} cannot be read: {error}") from None
+        raise SettingsError(f"PROMPTS={path} cannot be read: {error}") from None
     if path.suffix == ".jsonl":
         lines = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1)]
     if not lines:
-        raise ConfigError(f"PROMPTS={path} has no prompts: give one a line")
+        raise SettingsError(f"PROMPTS={path} has no prompts: give one a line")
     return lines
 
 
@@ -125,5 +125,5 @@ def _json_prompt(path: Path, number: int, line: str) -> str:
     except (json.JSONDecodeError, AttributeError):
         prompt = None
     if not isinstance(prompt, str):
-        raise ConfigError(f'PROMPTS={path}: line {number} is not {{"prompt": "text"}}')
+        raise SettingsError(f'PROMPTS={path}: line {number} is not {{"prompt": "text"}}')
     return prompt

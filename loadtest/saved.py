@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.result import SCHEMA, Result
+from flightline.settings import SettingsError
 
 REPORT, REQUESTS = "report.json", "requests.csv"
 
@@ -27,20 +27,22 @@ class Saved:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Raises ConfigError: the folder has no result of ours, or of another version."""
+        """Raises SettingsError: the folder has no result of ours, or of another version."""
         try:
             data = json.loads((folder / REPORT).read_text(encoding="utf-8"))
             if data.get("schema") != SCHEMA:
-                raise ConfigError(
+                raise SettingsError(
                     f"{folder / REPORT} is not a result of {SCHEMA}: compare runs of this version"
                 )
             with (folder / REQUESTS).open(encoding="utf-8", newline="") as file:
                 requests = list(csv.DictReader(file))
             return cls(folder.resolve().name, build(Result, data), requests)
         except OSError as error:
-            raise ConfigError(f"{folder} is no report folder: {error.strerror} ({error.filename})") from None
+            raise SettingsError(
+                f"{folder} is no report folder: {error.strerror} ({error.filename})"
+            ) from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{folder / REPORT} cannot be read: {error}") from None
+            raise SettingsError(f"{folder / REPORT} cannot be read: {error}") from None
 
     def samples(self, arm: str, level: str, metric: str) -> list[float]:
         """The figures behind a pooled one: of requests, or of seconds for the throughput."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from flightline.loadtest.config import ConfigError
+from flightline.settings import SettingsError
 
 Pattern = Literal["constant", "poisson", "gamma"]
 PATTERNS: tuple[str, ...] = get_args(Pattern)
@@ -54,7 +54,7 @@ class Profile:
             ramp_s: Length of a linear start from 0 to the first rate, a part of ``seconds``.
 
         Raises:
-            ConfigError: not such a text, or a rate that is not positive.
+            SettingsError: not such a text, or a rate that is not positive.
         """
         stages = []
         for part in text.split(","):
@@ -64,20 +64,20 @@ class Profile:
                 start, end = float(low), float(high if dash else low)
                 stage = Stage(start, end, float(length) if length else seconds)
             except ValueError:
-                raise ConfigError(
+                raise SettingsError(
                     f"RATE={text!r} is not valid: use requests/s like 4, 1-8 or 2@30,8@30"
                 ) from None
             if min(start, end) < 0 or max(start, end) <= 0 or stage.seconds <= 0:
-                raise ConfigError(f"RATE={text!r} is not valid: rates and lengths must be positive")
+                raise SettingsError(f"RATE={text!r} is not valid: rates and lengths must be positive")
             if math.isinf(stage.seconds) and start != end:
-                raise ConfigError(
+                raise SettingsError(
                     f"RATE={text!r} is not valid: a rate that changes needs a length, as in 1-8@60"
                 )
             stages.append(stage)
         if ramp_s:
             first = stages[0]
             if ramp_s >= first.seconds:
-                raise ConfigError(f"RAMP_S={ramp_s:g} is not valid: it must be shorter than the load")
+                raise SettingsError(f"RAMP_S={ramp_s:g} is not valid: it must be shorter than the load")
             stages[:1] = [
                 Stage(0, first.start, ramp_s),
                 Stage(first.start, first.end, first.seconds - ramp_s),
@@ -87,20 +87,6 @@ class Profile:
     @property
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
-
-    def requests_by(self, seconds: float) -> float:
-        """Expected number of requests until then."""
-        total = 0.0
-        for stage in self.stages:
-            part = min(seconds, stage.seconds)
-            end = stage.start + (stage.end - stage.start) * (
-                part / stage.seconds if part < stage.seconds else 1
-            )
-            total += (stage.start + end) / 2 * part
-            seconds -= part
-            if seconds <= 0:
-                break
-        return total
 
     def times(self, unit_times: Iterator[float]) -> Iterator[float]:
         """Seconds since the start, until the profile ends."""

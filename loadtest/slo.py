@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.records import RequestRecord
+from flightline.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Slo:
         """A preset's name, or own values like ``ttft=2s,tpot=100ms`` or ``ttft=500ms,tpot=30ms,p=95``.
 
         Raises:
-            ConfigError: neither.
+            SettingsError: neither.
         """
         if text in PRESETS:
             return PRESETS[text]
@@ -40,7 +40,7 @@ class Slo:
                 break
         if not {"ttft", "tpot"} <= set(values) or min(values.values()) <= 0 or values.get("p", 99) > 100:
             names = ", ".join(PRESETS)
-            raise ConfigError(
+            raise SettingsError(
                 f"SLO={text!r} is not valid: use {names}, or limits like ttft=2s,tpot=100ms,p=99"
             )
         return cls(text, values["ttft"], values["tpot"], values.get("p", 99.0))

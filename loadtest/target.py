@@ -47,7 +47,7 @@ def target(
     deployed = conditions.deployment(folder)
     if not deployed:
         raise TargetError(f"nothing is built in {folder}: run 'make build-engines' first")
-    say("starting {model}, lane {lane}, precision {precision}".format(**deployed))
+    say("starting {model}, backend {lane}, precision {precision}".format(**deployed))
     settings = dataclasses.replace(ServeSettings.from_environment(), build_dir=folder, baseline=baseline)
     if running(settings) is not None:
         raise TargetError(

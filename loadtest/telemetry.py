@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from flightline.loadtest.metrics import Window
 
 INTERVAL_S = 0.5
 ENGINE_MODEL = "tensorrt_llm"
-"""The wire contract's name, whatever the lane."""
+"""The wire contract's name, whatever the backend."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Utilisation:
     """Most GPU memory of each Triton model, by its own account (the driver's context comes on top)."""
 
     def memory_mib_of(self, endpoint: str) -> float | None:
-        """GPU memory of the model behind an endpoint: its own, or else the engine's, to which it is a door."""
+        """GPU memory of the model behind an endpoint: its own, or else the engine's, to which it is an endpoint."""
         return self.model_memory_mib.get(endpoint, self.model_memory_mib.get(ENGINE_MODEL))
 
 
@@ -312,33 +312,28 @@ def _of_dcgm(page: Metrics) -> dict[str, float]:
     return {name: page[family, ""] / gpus for name, family in wanted.items() if (family, "") in page}
 
 
+def _below(roots: list[int]) -> Iterator[psutil.Process]:
+    """The processes that are there of ``roots`` and their children."""
+    for root in roots:
+        with suppress(psutil.NoSuchProcess):
+            yield from [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+
+
 def process_memory_mib(roots: list[int]) -> float:
     """Memory of the processes below ``roots`` (resident, shared pages counted for each)."""
     total = 0
-    for root in roots:
-        try:
-            processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        for process in processes:
-            with suppress(psutil.Error):
-                total += process.memory_info().rss
+    for process in _below(roots):
+        with suppress(psutil.Error):
+            total += process.memory_info().rss
     return total / 2**20
 
 
 def process_seconds(roots: list[int]) -> dict[str, float]:
     """CPU seconds of the processes below ``roots``, by name; same names add up."""
     seconds: dict[str, float] = {}
-    for root in roots:
-        try:
-            processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        for process in processes:
-            try:
-                name, times = process_name(process.cmdline()), process.cpu_times()
-            except psutil.Error:
-                continue
+    for process in _below(roots):
+        with suppress(psutil.Error):
+            name, times = process_name(process.cmdline()), process.cpu_times()
             seconds[name] = seconds.get(name, 0.0) + times.user + times.system
     return seconds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import signal
 import subprocess
 import sys
@@ -10,18 +10,18 @@ import sys
 from flightline.client import wire
 from flightline.client.errors import ClientError
 from flightline.client.sync import Client
+from flightline.loadtest.options import UiOptions
 from flightline.loadtest.trial import LOCUSTFILE
+from flightline.settings import add_flags, read
 
 
 def main(arguments: list[str]) -> int:
-    """Runs Locust until it ends; ``arguments`` are further options of its.
-
-    Environment: URL or GRPC_PORT, LOCUST_PORT, CONCURRENCY, and what the locustfile's options name.
-
-    Returns 1 with one line if there is no server to load.
-    """
-    url = os.environ.get("URL") or wire.default_url()
-    port = os.environ.get("LOCUST_PORT") or "8089"
+    """Runs Locust until it ends. Returns 1 with one line if there is no server to load."""
+    parser = argparse.ArgumentParser(prog="flightline loadtest ui", description=UiOptions.__doc__)
+    add_flags(parser, UiOptions)
+    given, further = parser.parse_known_args(arguments)
+    settings = read(UiOptions, vars(given))
+    url, port, users = settings.url or wire.default_url(), settings.locust_port, settings.concurrency
     try:
         for endpoint in wire.ENDPOINTS:
             with Client(url, endpoint) as client:
@@ -29,7 +29,6 @@ def main(arguments: list[str]) -> int:
     except ClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    users = os.environ.get("CONCURRENCY") or "16"
     print(f"open http://127.0.0.1:{port} to load {url}; Ctrl-C stops", flush=True)
     options = {
         "-f": LOCUSTFILE,
@@ -42,7 +41,7 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "flightline.loadtest.locust_main", "--class-picker"]
     command += [str(part) for option in options.items() for part in option]
     # A child and not exec: gRPC's threads of the check above do not survive an exec quietly.
-    locust = subprocess.Popen([*command, *arguments])
+    locust = subprocess.Popen([*command, *further])
     signal.signal(signal.SIGTERM, lambda *_: locust.terminate())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to Locust too, which ends by it
     return locust.wait()

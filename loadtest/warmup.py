@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 from flightline.client import Client, ClientError, GenerateParams
 from flightline.loadtest import openai_probe
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.options import Arm
 from flightline.loadtest.plan import Pace
 from flightline.loadtest.prompts import FIRST_OF_WARM_UP
+from flightline.settings import SettingsError
 
 WARMUP_S = 6.0
 """A wave that takes longer is cut off once it has shown its pace."""
@@ -86,11 +86,11 @@ def require_new_prompts(arm: Arm, prompt: Callable[[int], str], seed: int, index
     A server that tells nothing of its prefix cache passes.
 
     Raises:
-        ConfigError: the server has the prompt in its prefix cache, and so those of an earlier run with this seed.
+        SettingsError: the server has the prompt in its prefix cache, and so those of an earlier run with this seed.
         flightline.client.ClientError: no answer.
     """
     if _ask(arm, prompt(FIRST_OF_WARM_UP + index), 600.0):
-        raise ConfigError(
+        raise SettingsError(
             f"the server still has the prompts of an earlier run with SEED={seed} in its prefix cache and "
             f"would look too fast: set another, like SEED={seed + 1} (--seed {seed + 1}), or start the server again"
         )

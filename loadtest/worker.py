@@ -1,27 +1,24 @@
-"""``python -m flightline.loadtest worker --master-host HOST``: load from this machine, run after run, until Ctrl-C.
+"""``flightline loadtest worker --master-host HOST``: load from this machine, run after run, until Ctrl-C.
 
 Locust's workers end with each run; this starts the next.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
 
 from flightline.loadtest.conditions import PROJECT
+from flightline.loadtest.options import WorkerOptions
 from flightline.loadtest.trial import LOCUSTFILE
+from flightline.settings import load
 
 PAUSE_S = 0.5
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flightline.loadtest worker", description=__doc__)
-    parser.add_argument("--master-host", default="127.0.0.1", help="where the run was started")
-    parser.add_argument("--master-port", type=int, default=5557)
-    parser.add_argument("--runs", type=int, default=0, help="end after so many trials; 0: never")
-    options = parser.parse_args(arguments)
+    options = load(WorkerOptions, "flightline loadtest worker", arguments)
     where = [f"--master-host={options.master_host}", f"--master-port={options.master_port}"]
     command = [
         sys.executable,

@@ -14,8 +14,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.prompts import NAMES, Prompts, split_table
+from flightline.settings import SettingsError
 
 WORDS = split_table("""
 time| year| people| way| day| man| thing| woman| life| child| world| school| state| family| student| group|
@@ -53,7 +53,7 @@ class Lengths:
         """``64``, ``uniform:32:128``, ``normal:MEAN:STD`` or ``lognormal:MEDIAN:SIGMA``; ``<=N`` cuts off.
 
         Raises:
-            ConfigError: not such a text.
+            SettingsError: not such a text.
         """
         main, _, longest = text.partition("<=")
         kind, *values = main.split(":") if ":" in main else ("fixed", main)
@@ -67,7 +67,7 @@ class Lengths:
             ok = False
         if not ok:
             remedy = "use tokens like 64, uniform:32:128, normal:128:32, lognormal:200:0.6 or lognormal:200:0.6<=1000"
-            raise ConfigError(f"{name}={text!r} is not valid: {remedy}")
+            raise SettingsError(f"{name}={text!r} is not valid: {remedy}")
         return lengths
 
     def draw(self, rng: random.Random) -> int:
@@ -130,9 +130,9 @@ class Workload:
 
     @classmethod
     def of(cls, spec: WorkloadSpec) -> Workload:
-        """Raises ConfigError: an unknown workload, lengths that cannot be, a file that cannot be read."""
+        """Raises SettingsError: an unknown workload, lengths that cannot be, a file that cannot be read."""
         if spec.name not in PRESETS:
-            raise ConfigError(f"WORKLOAD={spec.name!r} is not valid: use one of {', '.join(PRESETS)}")
+            raise SettingsError(f"WORKLOAD={spec.name!r} is not valid: use one of {', '.join(PRESETS)}")
         return cls(spec, PRESETS[spec.name])
 
     @property
@@ -202,22 +202,22 @@ def read_trace(path: str | Path, seed: int = 0) -> list[TraceRow]:
     ``output_length`` (or ``max_tokens``).
 
     Raises:
-        ConfigError: a row that is not so; the message names its line.
+        SettingsError: a row that is not so; the message names its line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"TRACE={path} cannot be read: {error}") from None
+        raise SettingsError(f"TRACE={path} cannot be read: {error}") from None
     rows = [_trace_row(path, number, line, seed) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise ConfigError(f"TRACE={path} has no requests: give one JSON object a line")
+        raise SettingsError(f"TRACE={path} has no requests: give one JSON object a line")
     start = min(row.at_s for row in rows)
     return sorted((TraceRow(row.at_s - start, row.ask) for row in rows), key=lambda row: row.at_s)
 
 
 def _trace_row(path: str | Path, number: int, line: str, seed: int) -> TraceRow:
-    def bad(why: str) -> ConfigError:
-        return ConfigError(f"TRACE={path}: line {number}: {why}")
+    def bad(why: str) -> SettingsError:
+        return SettingsError(f"TRACE={path}: line {number}: {why}")
 
     try:
         row = json.loads(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import sys
@@ -12,6 +13,8 @@ import time
 import urllib.request
 from importlib import metadata
 from pathlib import Path
+
+from prometheus_client.multiprocess import mark_process_dead
 
 from flightline.deployment import Deployment
 from flightline.gateway.settings import ProcessSettings, Upstream, default_processes
@@ -21,6 +24,8 @@ from flightline.supervisor.settings import ServeSettings
 
 EXIT_S = 5.0
 """For the last words of streams, when what they wait for has ended."""
+REFUSE = signal.SIGUSR1
+"""Tells a gateway process that a stop has begun: it is not ready any more and takes no new requests."""
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _PRIVATE_PORTS = (20_000, 32_000)
 """Below those that the kernel gives to outgoing connections, so that none takes it while Triton is restarted."""
@@ -58,11 +63,13 @@ def upstream(settings: ServeSettings, deployment: Deployment) -> Upstream:
     return Upstream(
         grpc_url=settings.local_grpc_url,
         http_url=settings.triton_http_url if settings.triton_http_port else "",
+        metrics_url=settings.local_metrics_url,
         tokenizer_dir=parameter("tokenizer_dir"),
         model=deployment.model,
         max_seq_len=int(parameter("max_seq_len")),
         lane=deployment.lane,
         version=_version(),
+        tells_cached_tokens='"return_num_cached_tokens"' in config,  # engines that were built before do not
         tls_cert=str(settings.tls_cert or ""),
         tls_name=_certified_name(settings.tls_cert) if settings.tls_cert else "",
     )
@@ -109,6 +116,9 @@ class GatewayProcess:
 
     def start(self) -> Child:
         """Returns at once."""
+        if self.child is not None:
+            # Nobody works on the requests that it was counting; its other counters stay.
+            mark_process_dead(self.child.pid, self._env[METRICS_FOLDER])  # type: ignore[no-untyped-call]
         command = [sys.executable, "-m", "flightline.gateway", self._settings.to_json()]
         Path(self._settings.heartbeat).touch()
         self.child = Child(self.name, command, self._env, self._log, [self.listener.fileno()])

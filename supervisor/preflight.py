@@ -1,6 +1,6 @@
 """``flightline preflight``: what this machine can run, in seconds, before anything is built.
 
-Prints each lane and precision as compatible, low on memory or impossible with the reason, then what would fail
+Prints each backend and precision as compatible, low on memory or impossible with the reason, then what would fail
 later, then the command to type. Exit code 0 if what was asked for can run, else 1. Needs nothing but Python: it
 comes before anything is installed.
 """
@@ -96,7 +96,7 @@ def _tensorrt_llm_problem(gpus: list[host.Gpu]) -> str:
 
 
 def verdicts(shape: ModelShape, hardware: Hardware, asked: Settings, problem: str) -> list[Verdict]:
-    """Every lane with every precision; ``problem`` is why TensorRT-LLM cannot run here at all."""
+    """Every backend with every precision; ``problem`` is why TensorRT-LLM cannot run here at all."""
     table = []
     for lane in LANES:
         for precision in _precisions(lane, hardware):
@@ -108,7 +108,7 @@ def verdicts(shape: ModelShape, hardware: Hardware, asked: Settings, problem: st
 
 
 def _precisions(lane: str, hardware: Hardware) -> list[str]:
-    """What the lane runs here, and what only a GPU without limits would: its refusal names the reason."""
+    """What the backend runs here, and what only a GPU without limits would: its refusal names the reason."""
     everything = Hardware("cuda", "", 0, 0, capability=(12, 0))
     here = available_precisions(lane, hardware) if lane == "torch" or hardware.device == "cuda" else ()
     return list(dict.fromkeys((*here, *available_precisions(lane, everything))))

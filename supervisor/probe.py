@@ -137,7 +137,7 @@ def listens(host: str, port: int) -> bool:
     return True
 
 
-class Doorbell:
+class EndpointCheck:
     """Asks one model for a token, again and again, and remembers what was not answered in time.
 
     Of several instances of a model one may be stuck while the others answer. Requests are served in the order in which
@@ -152,7 +152,7 @@ class Doorbell:
         self._answered = 0.0
         """When the youngest question that was answered had been asked."""
 
-    def ring(self) -> Probe:
+    def ask(self) -> Probe:
         """Waits up to ``timeout_s`` for the answer; a question without one stays open."""
         question = Question(self._port, self._model, _PATIENCE * self._timeout_s)
         answer = question.answer(self._timeout_s)

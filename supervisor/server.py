@@ -22,7 +22,7 @@ from flightline.supervisor import engine_process, gateway, probe, remains, trito
 from flightline.supervisor.engine_process import EngineProcess
 from flightline.supervisor.errors import ServeError
 from flightline.supervisor.gateway import GatewayProcess
-from flightline.supervisor.probe import Doorbell, GrpcPort, HttpPort, Probe, Question, Verdict
+from flightline.supervisor.probe import EndpointCheck, GrpcPort, HttpPort, Probe, Question, Verdict
 from flightline.supervisor.processes import Child, holder_of_port
 from flightline.supervisor.remains import Belongings
 from flightline.supervisor.settings import ServeSettings, deployed
@@ -32,13 +32,13 @@ from flightline.torch_engine.core.request import ModelInfo
 from flightline.torch_engine.process.client import RETRY_S
 from flightline.torch_engine.process.routing import Replicas
 
-DOORS = ("ensemble", "text_generation")
+ENDPOINTS = ("ensemble", "text_generation")
 """What is asked for a token, again and again, where it is served."""
 ENGINE_PROCESS = {
     "torch": "flightline.torch_engine.process.server",
     "trtllm-pytorch": "flightline.supervisor.trtllm.server",
 }
-"""Lane to module; lane trtllm-engine has its engine inside Triton."""
+"""Backend to module; backend trtllm-engine has its engine inside Triton."""
 _WATCH_PERIOD_S = 0.25
 _LONGEST_BACK_OFF_S = 30.0
 _SILENT_PROBES = 3
@@ -119,7 +119,7 @@ class Server:
 
     @property
     def engine_pids(self) -> list[int]:
-        """None in lane trtllm-engine."""
+        """None in backend trtllm-engine."""
         return [engine.child.pid for engine in self._engines if engine.child is not None]
 
     @property
@@ -136,7 +136,7 @@ class Server:
         return self._ready.wait(timeout_s)
 
     def start(self) -> None:
-        """Returns when real requests were answered through both doors.
+        """Returns when real requests were answered through both endpoints.
 
         Raises:
             ServeError: it cannot start; nothing is left running.
@@ -144,7 +144,9 @@ class Server:
         triton.check_python(self._triton_home)
         self.deployment = deployed(self.settings.build_dir)
         if self.deployment.lane != "torch":
-            self._world_size = guard.check(self.deployment.lane, self.deployment.engine_dir, guard.observe())
+            self._world_size = guard.check(
+                self.deployment.lane, self.deployment.engine_dir, guard.observe(), self.settings.rank_hosts
+            )
         try:
             self._lock()
             self._check_ports()
@@ -201,6 +203,9 @@ class Server:
         if self._gate is None:
             return
         self._gate.close()
+        for process in self._gateways:
+            if process.child is not None:
+                process.child.signal(gateway.REFUSE)
         deadline = time.monotonic() + self.settings.drain_s
         empty_since: float | None = None
         while (now := time.monotonic()) < deadline and not self._hurry.wait(0.05):
@@ -296,7 +301,7 @@ class Server:
         self._await_started(self._engines, triton=True)
 
     def _start_engines(self) -> None:
-        """Returns at once; lane trtllm-engine has none."""
+        """Returns at once; backend trtllm-engine has none."""
         module = ENGINE_PROCESS.get(self.deployment.lane)
         if module is None:
             description = f"TensorRT-LLM engine in Triton, {self.deployment.precision}"
@@ -314,14 +319,14 @@ class Server:
             engine.start()
 
     def _await_started(self, engines: list[EngineProcess], triton: bool) -> None:
-        """One needs the other: no door is asked before there is an engine behind it."""
+        """One needs the other: no endpoint is asked before there is an engine behind it."""
         for engine in engines:
             self._await_engine(engine)
         if triton:
             self._await_triton()
         self._stopping.wait(2 * RETRY_S)  # by then all processes of all models have found the engines
         if triton:
-            self._await_doors()
+            self._await_endpoints()
         self._await_gateways()
         self._ready.set()
 
@@ -330,8 +335,8 @@ class Server:
         self._await(engine.child, lambda: engine.client.connected)
 
     @property
-    def _doors(self) -> list[str]:
-        return [door for door in DOORS if (self._models / door).is_dir()]
+    def _endpoints(self) -> list[str]:
+        return [endpoint for endpoint in ENDPOINTS if (self._models / endpoint).is_dir()]
 
     def _launch_triton(self) -> None:
         """Returns at once; nothing is known to be wrong with it until it has had its chance."""
@@ -359,17 +364,17 @@ class Server:
         if child := next((each.child for each in self._gateways if each.child is not None), None):
             self._await(child, lambda: gateway.lives(self.settings))
 
-    def _await_doors(self) -> None:
-        """Until a real request was answered through both doors."""
-        for door in self._doors:
-            while not (answer := self._ask(door)).works:
+    def _await_endpoints(self) -> None:
+        """Until a real request was answered through both endpoints."""
+        for endpoint in self._endpoints:
+            while not (answer := self._ask(endpoint)).works:
                 if not answer.no_engine:
-                    self._suspicion = f"model {door} does not answer: {answer.detail.strip()}"
+                    self._suspicion = f"model {endpoint} does not answer: {answer.detail.strip()}"
                     raise ServeError(f"{self._suspicion}\n{self.triton_process.tail()}")
                 self._stopping.wait(0.1)
 
-    def _ask(self, door: str) -> Probe:
-        question = Question(self._port, door, self.settings.start_timeout_s)
+    def _ask(self, endpoint: str) -> Probe:
+        question = Question(self._port, endpoint, self.settings.start_timeout_s)
         self._await(self.triton_process, lambda: question.answer(0.0) is not None)
         answer = question.answer(0.0)
         assert answer is not None
@@ -472,41 +477,46 @@ class Server:
     def _watch_answers(self) -> None:
         """Asks for a token now and then; a busy server may take its time, a silent one is looked into."""
         silent = 0
-        bells = self._doorbells()
+        checks = self._checks()
         while not self._stopping.wait(self.settings.probe_period_s):
             if len(self._engines) > 1 and self._ready.is_set():
-                self._look_for_silent_engines()  # the doors would not notice: the others get the requests
-            for door, bell in bells.items():
+                self._look_for_silent_engines()  # the endpoints would not notice: the others get the requests
+            for endpoint, check in checks.items():
                 if self._stopping.is_set() or not self._ready.is_set():
-                    silent, bells = 0, self._doorbells()
+                    silent, checks = 0, self._checks()
                     break
-                if bell.overtaken() and not self._look_for_silent_engines():
-                    self._suspicion = f"an instance of model {door} has left a one-token request unanswered"
+                if check.overtaken() and not self._look_for_silent_engines():
+                    self._suspicion = (
+                        f"an instance of model {endpoint} has left a one-token request unanswered"
+                    )
                     break
                 steps = self.engine.stats.iterations
-                answer = bell.ring()
+                answer = check.ask()
                 if not self._ready.is_set():
                     continue
                 if answer.verdict is Verdict.DEAD:
-                    self._suspicion = f"model {door} is dead ({answer.detail.strip()})"
+                    self._suspicion = f"model {endpoint} is dead ({answer.detail.strip()})"
                 elif answer.verdict is Verdict.ANSWERED:
                     silent = 0
                 else:
                     silent += 1
                     progressed = self.engine.stats.iterations != steps
-                    self._look_into_silence(door, bell, silent, progressed)
+                    self._look_into_silence(endpoint, check, silent, progressed)
 
-    def _doorbells(self) -> dict[str, Doorbell]:
-        return {door: Doorbell(self._port, door, self.settings.probe_timeout_s) for door in self._doors}
+    def _checks(self) -> dict[str, EndpointCheck]:
+        return {
+            endpoint: EndpointCheck(self._port, endpoint, self.settings.probe_timeout_s)
+            for endpoint in self._endpoints
+        }
 
-    def _look_into_silence(self, door: str, bell: Doorbell, silent: int, progressed: bool) -> None:
-        """An engine that answers later questions while the door's is open shows that the fault is the door's."""
+    def _look_into_silence(self, endpoint: str, check: EndpointCheck, silent: int, progressed: bool) -> None:
+        """An engine that answers later questions while the endpoint does not shows whose the fault is."""
         if not self._engines:  # it is inside Triton, and cannot be asked by itself
             if progressed and (self.engine.stats.waiting_requests or silent < _SILENT_PROBES):
                 return  # busy: the probe waits in the queue like everyone
-        elif self._look_for_silent_engines() or not bell.waits():
+        elif self._look_for_silent_engines() or not check.waits():
             return
-        self._suspicion = f"model {door} has not answered {silent} one-token request(s)"
+        self._suspicion = f"model {endpoint} has not answered {silent} one-token request(s)"
 
     def _look_for_silent_engines(self) -> bool:
         """Asks each engine itself, past Triton; True if one does not answer in time. It may be stuck from then on."""

@@ -102,7 +102,7 @@ def tensorrt_llm_lane(
     baseline: bool = True,
     **checkpoint_fields: object,
 ) -> Iterator[Server]:
-    """A real Triton that serves a TensorRT-LLM lane of a tiny model, with TensorRT-LLM itself replaced.
+    """A real Triton that serves a TensorRT-LLM backend of a tiny model, with TensorRT-LLM itself replaced.
 
     ``prepare`` gets the build folder before the server starts; ``checkpoint_fields`` go to ``tiny_checkpoint``.
     """

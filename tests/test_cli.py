@@ -175,6 +175,11 @@ def test_pip_install_and_serve(tmp_path: Path) -> None:
     ]
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--no-baseline"]
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    preflight = subprocess.run(
+        [str(bin_dir / "flightline"), "preflight", "--model", str(model)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert preflight.returncode == 0 and "compatible" in preflight.stdout, preflight.stderr
     server = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

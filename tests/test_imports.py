@@ -6,6 +6,8 @@ Every ``import`` statement counts, wherever it stands: in a function, and under 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -58,6 +60,11 @@ def test_the_engines_folders_import_one_way() -> None:
         assert ENGINE.index(target) <= ENGINE.index(importer), f"{module} imports {imported}"
         found += 1
     assert found > 100, "the imports were not found"
+
+
+def test_what_the_server_reads_of_the_client_loads_no_grpc() -> None:
+    program = "import sys, flightline.model_repository.shared.tensors; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_an_implementation_of_the_kernels_imports_no_other() -> None:

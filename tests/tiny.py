@@ -30,8 +30,31 @@ _FAMILIES: dict[str, str] = {
     "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
+    "phi3": "Phi3",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "glm": "Glm",
+    "glm4": "Glm4",
+    "ministral3": "Ministral3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
 }
-FAMILIES = tuple(_FAMILIES)
+WRAPPED = {
+    "gemma3-wrapped": ("Gemma3", "siglip_vision_model", "gemma3"),
+    "mistral3": ("Mistral3", "pixtral", "mistral"),
+    "mistral3-ministral3": ("Mistral3", "pixtral", "ministral3"),
+}
+"""Models for images: name, vision model and language model."""
+FAMILIES = (*_FAMILIES, *WRAPPED)
+_EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "image_size": 16,
+    "patch_size": 4,
+}
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -46,9 +69,22 @@ _SHAPE: dict[str, Any] = {
 
 _FAMILY_SHAPE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "mistral3": {"tie_word_embeddings": False},
+    "mistral3-ministral3": {"tie_word_embeddings": False},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 32},
     "gemma3": {"query_pre_attn_scalar": 16, "sliding_window": 32},
-}
+    # Each with its switches away from what Llama has.
+    "phi3": {"head_dim": 16, "sliding_window": 32, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
+    "granite": {"embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.22,
+                "logits_scaling": 6.0},
+    "glm": {"attention_bias": True},
+    "glm4": {"attention_bias": True},
+    "ministral3": {"max_position_embeddings": 512, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+}  # fmt: skip
 
 
 def byte_level_tokenizer(vocab_size: int = 300) -> Tokenizer:
@@ -106,6 +142,25 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def _model(family: str, shape: dict[str, Any]) -> tuple[Any, Any]:
+    """Class and configuration; of a wrapper, with the least of eyes beside the language part."""
+    if family in WRAPPED:
+        name, eyes, text = WRAPPED[family]
+        config_class, model_class = getattr(transformers, f"{name}Config"), f"{name}ForConditionalGeneration"
+        vision = {**_EYES, "model_type": eyes}
+        around = {key: shape[key] for key in ("tie_word_embeddings",) if key in shape}
+        inner = {**_FAMILY_SHAPE[text], **shape}
+        text_config = _config(text, {key: value for key, value in inner.items() if key not in around})
+        config = config_class(text_config=text_config.to_dict(), vision_config=vision, **around)
+        return getattr(transformers, model_class), config
+    return getattr(transformers, f"{_FAMILIES[family]}ForCausalLM"), _config(family, shape)
+
+
+def _config(family: str, shape: dict[str, Any]) -> Any:
+    name = _FAMILIES[family]
+    return getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")(**shape)
+
+
 def tiny_checkpoint(
     path: str | Path,
     family: str = "llama",
@@ -139,12 +194,10 @@ def tiny_checkpoint(
         **ids,
         **overrides,
     }
-    name = _FAMILIES[family]
-    config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
-    model_class = getattr(transformers, f"{name}ForCausalLM")
+    model_class, config = _model(family, shape)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config_class(**shape))
+        model = model_class(config)
         with torch.no_grad():
             for key, weight in model.named_parameters():
                 # Wide enough that the logits differ and activations matter, narrow enough to stay finite.

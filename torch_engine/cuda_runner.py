@@ -32,7 +32,7 @@ from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from flightline.torch_engine.core.config import EngineConfig
-from flightline.torch_engine.core.grammar import Grammar, fill
+from flightline.torch_engine.core.grammar import fill
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
@@ -54,7 +54,7 @@ MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 
 MIXED_SAMPLES = 256
 MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
-MASK_THREADS = 8
+MASK_THREADS = 16
 """That make grammars' masks while the device computes."""
 MIB = 2**20
 ALIGNMENT = 4
@@ -391,9 +391,8 @@ class CudaRunner:
             if sequence.grammar is not None and sequence.finish_reason is None
         }
         if grammars:
-            rows = np.empty((len(grammars), Grammar.words(self.model.spec.vocab_size)), dtype=np.uint32)
-            fill(list(grammars.values()), rows, self._executor)
-            self.sampling.allow(list(grammars), rows)
+            fill(list(grammars.values()), self.sampling.new_masks(len(grammars)), self._executor)
+            self.sampling.allow(list(grammars))
 
     def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
         """Returns what queues the choice of the tokens; so does :meth:`_launch_mixed`."""

@@ -91,7 +91,7 @@ def habits(version: str) -> Habits:
 
 
 def refusal(lane: str, version: str | None) -> str:
-    """Why a lane cannot run on a release, with the remedy; empty if it can."""
+    """Why a backend cannot run on a release, with the remedy; empty if it can."""
     if version is None:
         return f"TensorRT-LLM is not installed here: run inside {PINNED_IMAGE} (make up)"
     if release(version) < FIRST:

@@ -1,6 +1,6 @@
 """NVIDIA's backend as an engine: requests to the model ``tensorrt_llm`` of the same server.
 
-For ``text_generation`` in lane trtllm-engine. The ensemble decodes each response by itself and so breaks characters
+For ``text_generation`` in backend trtllm-engine. The ensemble decodes each response by itself and so breaks characters
 of several tokens; here the tokens go through ``TextStream``, and streamed text is exact.
 """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Contract:
-    """The habits of one door."""
+    """The habits of one endpoint."""
 
     exclude_input: bool
     """What ``exclude_input_in_output`` is when it is left out."""

@@ -33,7 +33,7 @@ ASIDE_AT_ONCE = 2
 """Long prompts and guides that are read at a time, beside the others."""
 
 
-class Door(Protocol):
+class Endpoint(Protocol):
     """How one kind of model reads a batch row and shows its output."""
 
     contract: Contract
@@ -47,7 +47,7 @@ class Door(Protocol):
     ) -> dict[str, responses.Make]: ...
 
 
-class TextDoor:
+class TextEndpoint:
     """``text_input``, or ``input_ids`` where the model has that input too, to ``text_output``."""
 
     def __init__(self, vocabulary: Vocabulary, contract: Contract) -> None:
@@ -91,7 +91,7 @@ class TextDoor:
         return made | responses.details(output, options, row, count)
 
 
-class TokenDoor:
+class TokenEndpoint:
     """``input_ids`` to ``output_ids``."""
 
     contract = NVIDIA
@@ -130,7 +130,7 @@ class Front:
     def __init__(
         self,
         pb_utils: Any,
-        door: Door,
+        endpoint: Endpoint,
         emitter: Emitter,
         info: Callable[[], ModelInfo],
         model_config: str,
@@ -145,7 +145,7 @@ class Front:
             accumulate: each text of a stream is the whole text so far.
         """
         config = json.loads(model_config)
-        self._door = door
+        self._endpoint = endpoint
         self._emitter = emitter
         self._info = info
         self._lane = lane
@@ -161,7 +161,7 @@ class Front:
         for request in requests:
             reply = Reply(request.get_response_sender())
             with self._answering(reply):
-                inputs = self._door.inputs(request, self._lane)
+                inputs = self._endpoint.inputs(request, self._lane)
                 if inputs.stops():
                     self._stop(reply, self._name(request))
                     continue
@@ -193,7 +193,7 @@ class Front:
         self._aside.shutdown()
 
     def _name(self, request: Any) -> str:
-        """The request's id, as the engine shall know it: both doors have the same engine and may see the same id."""
+        """The request's id, as the engine shall know it: two endpoints have one engine and may see the same id."""
         request_id = request.request_id()
         return f"{self._model}/{request_id}" if request_id else ""
 
@@ -203,7 +203,7 @@ class Front:
                 Code.INVALID_ARG, "stop: a request id must be provided for request cancellation"
             )
         self._emitter.stop_request(name)
-        if self._door.contract.stop_is_an_error:
+        if self._endpoint.contract.stop_is_an_error:
             raise RequestError(Code.CANCELLED, "Request cancelled by client")
         self._emitter.acknowledge(reply, self._decoupled)
 
@@ -230,7 +230,7 @@ class Front:
         options = inputs.options(row)
         if not self._decoupled:
             self._require_one_response(options)
-        request = dataclasses.replace(self._door.read(inputs, row, info), request_id=name)
+        request = dataclasses.replace(self._endpoint.read(inputs, row, info), request_id=name)
         return [
             Generation(reply, one, options.stream, self._write(requested, one.prompt_ids, options, row))
             for one in request.siblings(options.num_sequences)
@@ -255,7 +255,7 @@ class Front:
         self, requested: list[str], prompt_ids: list[int], options: Options, row: int
     ) -> Callable[[RequestOutput, bool], Any]:
         """What writes the responses of one answer."""
-        contract = self._door.contract
+        contract = self._endpoint.contract
         shows_prompt = not options.exclude_input and (contract.prompt_in_streams or not options.stream)
         text = ""
 
@@ -265,6 +265,6 @@ class Front:
                 text += output.text
                 output = dataclasses.replace(output, text=text)
             prompt = prompt_ids if first and shows_prompt else []
-            return self._writer.write(requested, self._door.show(prompt, output, options, row))
+            return self._writer.write(requested, self._endpoint.show(prompt, output, options, row))
 
         return write

@@ -13,7 +13,7 @@ import numpy as np
 
 from flightline.model_repository.shared import responses
 from flightline.model_repository.shared.contract import LLMAPI
-from flightline.model_repository.shared.front import TextDoor
+from flightline.model_repository.shared.front import TextEndpoint
 from flightline.model_repository.shared.tensors import PYTORCH, Inputs, Options
 from flightline.model_repository.shared.vocabulary import Vocabulary
 from flightline.torch_engine.core.request import Code, FinishReason, RequestError, RequestOutput
@@ -61,7 +61,7 @@ class LlmapiInputs(Inputs):
     """Its tensors under the names of ``ensemble``, with a batch dimension in front."""
 
     def __init__(self, tensors: dict[str, np.ndarray], lane: str) -> None:
-        """Raises RequestError: more than one prompt, more than one answer to it, or what no lane serves."""
+        """Raises RequestError: more than one prompt, more than one answer to it, or what no backend serves."""
         for name in ("image_url", *ADAPTER):
             if (
                 name in tensors
@@ -115,18 +115,18 @@ class LlmapiInputs(Inputs):
 
 
 def _why_not(name: str, lane: str) -> str:
-    """Why a lane does not serve an input, with the remedy; empty if it does."""
+    """Why a backend does not serve an input, with the remedy; empty if it does."""
     if name == "image_url":
         return "image input is not supported; leave it out"
     if lane == PYTORCH:
         return ""
     return (
-        f"adapters in folders are not supported by lane {lane}; leave it out, or build with ENGINE=trtllm-pytorch and "
-        "TRTLLM_PARAMETERS=lora_dir=FOLDER"
+        f"adapters in folders are not supported by backend {lane}; leave it out, or build with "
+        "ENGINE=trtllm-pytorch and TRTLLM_PARAMETERS=lora_dir=FOLDER"
     )
 
 
-class LlmapiDoor(TextDoor):
+class LlmapiEndpoint(TextEndpoint):
     """``text_input`` to ``text_output`` and ``finish_reason``."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from flightline.torch_engine.core.request import EngineStats, RequestOutput
 
@@ -70,8 +70,20 @@ def gauge_values(stats: EngineStats) -> dict[tuple[str, str], float]:
     }
 
 
+class Metrics(Protocol):
+    """What is told of a model's engine; ``close`` before the stub ends, or it crashes at exit."""
+
+    def update(self, stats: EngineStats) -> None:
+        """Sets the gauges that have changed."""
+
+    def observe(self, last: RequestOutput) -> None:
+        """Counts a finished generation."""
+
+    def close(self) -> None: ...
+
+
 class EngineMetrics:
-    """The metric objects of one model; ``close`` before the stub ends, or it crashes at exit."""
+    """All there are, of an engine of ours."""
 
     def __init__(self, pb_utils: Any, model: str, version: str) -> None:
         labels = {"model": model, "version": version}
@@ -97,7 +109,6 @@ class EngineMetrics:
             )
 
     def update(self, stats: EngineStats) -> None:
-        """Sets the gauges that have changed."""
         values = gauge_values(stats)
         counter = ("nv_trt_llm_general_metrics", "iteration_counter")
         if values[counter] != self._shown.get(counter):
@@ -108,7 +119,6 @@ class EngineMetrics:
                 self._shown[key] = value
 
     def observe(self, last: RequestOutput) -> None:
-        """Counts the lengths of a finished generation."""
         if last.error is None:
             self._metrics["length", "input"].observe(last.num_input_tokens)
             self._metrics["length", "output"].observe(last.num_output_tokens)
@@ -119,7 +129,7 @@ class EngineMetrics:
 
 
 class MemoryMetric:
-    """The GPU memory of a model that is no engine; ``close`` as for :class:`EngineMetrics`."""
+    """The GPU memory alone, of a model that is no engine of ours."""
 
     def __init__(self, pb_utils: Any, model: str, version: str) -> None:
         description, label, _ = _GAUGES[_MEMORY]
@@ -129,10 +139,13 @@ class MemoryMetric:
         self._metric = self._family.Metric(labels={"model": model, "version": version, label: "gpu"})
         self._shown: int | None = None
 
-    def update(self, gpu_bytes: int) -> None:
-        if gpu_bytes != self._shown:
-            self._metric.set(float(gpu_bytes))
-            self._shown = gpu_bytes
+    def update(self, stats: EngineStats) -> None:
+        if stats.gpu_memory_bytes != self._shown:
+            self._metric.set(float(stats.gpu_memory_bytes))
+            self._shown = stats.gpu_memory_bytes
+
+    def observe(self, last: RequestOutput) -> None:
+        """Lengths are told of the engine that is compared."""
 
     def close(self) -> None:
         del self._metric, self._family

@@ -1,4 +1,4 @@
-"""Start-up of a model inside Triton's Python stub."""
+"""What the models inside Triton's Python stubs share: how they start, answer and end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 from typing import Any
 
 from flightline.model_repository.shared.bls_engine import BlsEngine
+from flightline.model_repository.shared.emitter import Emitter
+from flightline.model_repository.shared.front import Endpoint, Front
+from flightline.model_repository.shared.metrics import Metrics
+from flightline.model_repository.shared.tensors import TORCH
 from flightline.model_repository.shared.vocabulary import Vocabulary
 from flightline.torch_engine.core.request import ModelInfo, RequestError
 from flightline.torch_engine.process.routing import SOCKETS_VARIABLE, Replicas
@@ -57,10 +61,47 @@ def flag(values: dict[str, str], name: str, default: str = "true") -> bool:
     return values.get(name, default).lower() in ("true", "1")
 
 
-def period_s(values: dict[str, str], name: str) -> float:
-    return int(values[name]) / 1000
+class Served:
+    """``TritonPythonModel`` of an endpoint that an engine answers; its ``initialize`` calls :meth:`serve`."""
 
+    def serve(
+        self,
+        pb_utils: Any,
+        args: dict[str, str],
+        endpoint: Endpoint,
+        engine: Any,
+        *,
+        accumulate: bool = False,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """
+        Args:
+            args: what Triton gives to ``initialize``.
+            engine: one of :func:`engine`, or Transformers.
+            accumulate: each text of a stream is the whole text so far.
+        """
+        values = parameters(args)
+        hooks: dict[str, Any] = {}
+        if metrics is not None:
+            hooks = {"on_tick": lambda: metrics.update(engine.stats), "on_finish": metrics.observe}
+        period_s = int(values["cancellation_check_period_ms"]) / 1000
+        self._engine, self._metrics = engine, metrics
+        self._emitter = Emitter(pb_utils, engine, period_s, **hooks)
+        self._front = Front(
+            pb_utils,
+            endpoint,
+            self._emitter,
+            lambda: engine.info,
+            args["model_config"],
+            lane=values.get("lane", TORCH),
+            accumulate=accumulate,
+        )
 
-def close(*things: Any) -> None:
-    for thing in things:
-        thing.close()
+    def execute(self, requests: list[Any]) -> None:
+        self._front.execute(requests)
+
+    def finalize(self) -> None:
+        """The prompts that wait in the front need an emitter, and that one an engine."""
+        for part in (self._front, self._emitter, self._engine, self._metrics):
+            if part is not None:
+                part.close()

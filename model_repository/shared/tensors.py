@@ -1,8 +1,8 @@
 """Reads a Triton request into the engine's types, and says precisely what is wrong with it.
 
 ``TABLE`` lists every input tensor of NVIDIA's contract, and of what ``text_generation`` adds to it, once: what it is
-called in each model, which lanes serve it, and what it becomes. ``docs/TENSORS.md`` is made from it
-(:mod:`flightline.model_repository.tensors_page`).
+called in each model, which backends serve it, and what it becomes. Request parameters are in it as ``client/params.py``
+declares them, the other tensors are declared here. The tables of ``docs/TENSORS.md`` are made from it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from flightline.client.params import BACKENDS as LANES
+from flightline.client.params import DECLARED, ENGINE, PYTORCH, TORCH, Declaration
 from flightline.model_repository.shared import words
 from flightline.model_repository.shared.contract import OURS, Contract
 from flightline.torch_engine.core import grammar
 from flightline.torch_engine.core.request import (
-    MOST_TOP_LOG_PROBS,
     Code,
     GenerationRequest,
     Guide,
@@ -28,11 +29,6 @@ from flightline.torch_engine.core.request import (
     RequestError,
     SamplingParams,
 )
-
-TORCH, PYTORCH, ENGINE = "torch", "trtllm-pytorch", "trtllm-engine"
-LANES = (TORCH, PYTORCH, ENGINE)
-MOST_SEQUENCES = 128
-"""Answers to one prompt; as many as OpenAI's API offers."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,11 @@ class Tensor:
     ours: bool = False
     """Whether it is not NVIDIA's: ``text_generation`` alone has it."""
     feature: str = ""
-    """What it is for, if not every lane has it; "" = all do."""
+    """What it is for, if not every backend has it; "" = all do."""
     lanes: tuple[str, ...] = LANES
     """Whose engine has the feature."""
     ensemble_only: bool = False
-    """Whether it changes what an answer consists of: then our text models refuse it, in each lane."""
+    """Whether it changes what an answer consists of: then our text models refuse it, in each backend."""
     ignored: bool = False
     """Whether NVIDIA's own models send it along without a need."""
     neutral: tuple = (0, False, b"")
@@ -81,61 +77,59 @@ def _only(lanes: tuple[str, ...], feature: str, *names: str, **more: Any) -> lis
 
 NOWHERE: tuple[str, ...] = ()
 _COMPILED = (ENGINE,)
-_NEW = (TORCH, PYTORCH)
-"""NVIDIA's C++ backend has no tensor for it."""
-_TOP, _TOP_RANGE = "the most likely tokens", (0, MOST_TOP_LOG_PROBS)
 _TENSORRT = (PYTORCH, ENGINE)
 _BEAMS, _DRAFTS = "beam search", "speculative decoding"
 _TUNING, _RETENTION, _CODERS = "prompt tuning", "KV cache retention", "an encoder-decoder model"
 _WHOLE = {"ensemble_only": True}
 
+_SAMPLING = {field.name for field in fields(SamplingParams)}
+_REQUEST = {
+    "min_tokens": "min_tokens",
+    "skip_special_tokens": "skip_special_tokens",
+    "return_log_probs": "return_log_probs",
+    "top_logprobs": "top_log_probs",
+}
+"""Parameters that fill a field of ``GenerationRequest`` as they are."""
+_OPTION = {
+    "num_return_sequences": "num_sequences",
+    "exclude_input_in_output": "exclude_input",
+    "return_log_probs": "log_probs",
+    "top_logprobs": "top_log_probs",
+    "return_perf_metrics": "perf_metrics",
+    "return_num_input_tokens": "num_input_tokens",
+    "return_num_output_tokens": "num_output_tokens",
+    "return_finish_reason": "finish_reason",
+    "return_token_ids": "token_ids",
+    "return_num_cached_tokens": "num_cached_tokens",
+}
+"""Parameters that fill a field of ``Options``."""
+
+
+def _declared(name: str, parameter: Declaration) -> Tensor:
+    return Tensor(
+        name,
+        parameter.nvidia,
+        sampling=name if name in _SAMPLING else "",
+        request=_REQUEST.get(name, ""),
+        option=_OPTION.get(name, ""),
+        limits=parameter.limits,
+        ours=parameter.ours,
+        feature=name if parameter.backends != LANES else "",
+        lanes=parameter.backends,
+        neutral=(parameter.neutral, False, b""),
+    )
+
+
 TABLE: tuple[Tensor, ...] = (
     Tensor("text_input", ("QUERY",)),
     Tensor("input_ids"),
     Tensor("input_lengths"),
-    Tensor("max_tokens", ("REQUEST_OUTPUT_LEN", "request_output_len")),
-    Tensor("bad_words", ("BAD_WORDS_DICT", "bad_words_list")),
-    Tensor("stop_words", ("STOP_WORDS_DICT", "stop_words_list")),
-    Tensor("end_id", ("END_ID",)),
-    Tensor("pad_id", ("PAD_ID",)),
-    Tensor("top_k", ("runtime_top_k",), sampling="top_k"),
-    Tensor("top_p", ("runtime_top_p",), sampling="top_p"),
-    Tensor("temperature", sampling="temperature"),
-    Tensor("repetition_penalty", sampling="repetition_penalty"),
-    Tensor("presence_penalty", sampling="presence_penalty"),
-    Tensor("frequency_penalty", sampling="frequency_penalty"),
-    Tensor("seed", sampling="seed"),
-    Tensor("min_tokens", request="min_tokens"),
-    Tensor("num_return_sequences", option="num_sequences", limits=(1, MOST_SEQUENCES)),
-    Tensor("embedding_bias_words", ("EMBEDDING_BIAS_WORDS",)),
-    Tensor("embedding_bias_weights", ("EMBEDDING_BIAS_WEIGHTS",)),
+    *(_declared(name, parameter) for name, parameter in DECLARED.items()),
     Tensor("embedding_bias"),
     Tensor("guided_decoding_guide_type"),
     Tensor("guided_decoding_guide"),
     Tensor("stop"),
     Tensor("stream", ("streaming",), option="stream", request="stream"),
-    Tensor("exclude_input_in_output", option="exclude_input"),
-    Tensor("return_log_probs", option="log_probs", request="return_log_probs"),
-    Tensor("return_perf_metrics", option="perf_metrics"),
-    Tensor("return_num_input_tokens", option="num_input_tokens"),
-    Tensor("return_num_output_tokens", option="num_output_tokens"),
-    *_only(_NEW, "min-p", "min_p", sampling="min_p", ours=True),
-    Tensor("logit_bias_ids", ours=True),
-    Tensor("logit_bias_weights", ours=True),
-    Tensor("stop_token_ids", ours=True),
-    Tensor("ignore_eos", ours=True),
-    Tensor("skip_special_tokens", request="skip_special_tokens", ours=True),
-    Tensor("return_finish_reason", option="finish_reason", ours=True),
-    Tensor("return_token_ids", option="token_ids", ours=True),
-    *_only(
-        _NEW,
-        _TOP,
-        "top_logprobs",
-        request="top_log_probs",
-        option="top_log_probs",
-        limits=_TOP_RANGE,
-        ours=True,
-    ),
     *_only(_COMPILED, _BEAMS, "beam_width", neutral=(0, 1), **_WHOLE),
     *_only(_COMPILED, _BEAMS, "length_penalty", aliases=("len_penalty",), neutral=(0, 1), **_WHOLE),
     *_only(_COMPILED, _BEAMS, "early_stopping", "beam_search_diversity_rate", **_WHOLE),
@@ -175,7 +169,7 @@ GUIDES = {
     "lark": (TORCH,),
     "structural_tag": (TORCH, PYTORCH),
 }
-"""What ``guided_decoding_guide_type`` may be, and in which lanes. NVIDIA's backend knows the first four, and answers
+"""What ``guided_decoding_guide_type`` may be, and in which backends. NVIDIA's backend knows the first four, and answers
 unguided where it does not know one."""
 BY_NAME: dict[str, Tensor] = {name: tensor for tensor in TABLE for name in (tensor.name, *tensor.aliases)}
 
@@ -194,6 +188,7 @@ class Options:
     """Answers to each prompt."""
     finish_reason: bool = False
     token_ids: bool = False
+    num_cached_tokens: bool = False
     top_log_probs: int = 0
     """The most likely tokens in the place of each generated one: so many."""
 
@@ -208,7 +203,7 @@ class Inputs:
     def __init__(
         self, tensors: Mapping[str, np.ndarray], lane: str = TORCH, contract: Contract = OURS
     ) -> None:
-        """Raises RequestError for an unknown tensor or a feature that the lane does not have."""
+        """Raises RequestError for an unknown tensor or a feature that the backend does not have."""
         self.lane = lane
         self.contract = contract
         self._values: dict[str, np.ndarray] = {}
@@ -248,7 +243,7 @@ class Inputs:
         if self.lane in tensor.lanes:
             return f"by this model; leave {label} out, or ask the model ensemble"
         others = " or ".join(f"ENGINE={lane}" for lane in tensor.lanes)
-        return f"by lane {self.lane}; leave {label} out" + (f", or build with {others}" if others else "")
+        return f"by backend {self.lane}; leave {label} out" + (f", or build with {others}" if others else "")
 
     def require_one_text(self) -> None:
         """Raises RequestError where more is asked for than a model that answers with one text can show."""
@@ -466,7 +461,7 @@ class Inputs:
         if self.lane not in lanes:
             self.refuse(
                 "guided_decoding_guide_type",
-                f"is {kind!r}, which lane {self.lane} does not have: use another type",
+                f"is {kind!r}, which backend {self.lane} does not have: use another type",
             )
         guide = Guide(kind, text)
         try:

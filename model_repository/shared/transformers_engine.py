@@ -19,8 +19,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -33,6 +33,7 @@ from flightline.torch_engine.core.memory import reserved_gpu_memory
 from flightline.torch_engine.core.output import end_ids_of
 from flightline.torch_engine.core.request import (
     Code,
+    EngineStats,
     FinishReason,
     GenerationRequest,
     ModelInfo,
@@ -41,6 +42,7 @@ from flightline.torch_engine.core.request import (
     RequestOutput,
     SamplingParams,
 )
+from flightline.torch_engine.model.config_json import transformers_class
 from flightline.torch_engine.process.threads import vital
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -77,9 +79,8 @@ class TransformersEngine:
         keep_freed_tensors()
         torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE) or len(os.sched_getaffinity(0))))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=getattr(torch, dtype), local_files_only=True
-        )
+        auto_class: Any = getattr(transformers, transformers_class(model_dir))
+        model = auto_class.from_pretrained(model_dir, dtype=getattr(torch, dtype), local_files_only=True)
         self._model = model.to(self._device).eval()
         end = model.generation_config.eos_token_id
         end_ids = tuple(end) if isinstance(end, list) else () if end is None else (end,)
@@ -143,9 +144,9 @@ class TransformersEngine:
                 self.cancel(handle)
 
     @property
-    def gpu_memory_bytes(self) -> int:
-        """Kept by this process; the weights and the largest batch's cache, after a while."""
-        return reserved_gpu_memory()
+    def stats(self) -> EngineStats:
+        """The GPU memory alone: what this process keeps, the weights and the largest batch's cache after a while."""
+        return EngineStats(gpu_memory_bytes=reserved_gpu_memory())
 
     def close(self) -> None:
         with self._changed:

@@ -142,7 +142,9 @@ def _read_json(path: Path) -> dict:
 
 def _end_ids(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        if value is not None:
-            return value if isinstance(value, list) else [value]
+        config = _read_json(folder / name)
+        for part in (config, config.get("text_config") or {}):  # the second of a model for images
+            value = part.get("eos_token_id")
+            if value is not None:
+                return value if isinstance(value, list) else [value]
     return []

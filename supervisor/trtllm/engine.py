@@ -31,7 +31,7 @@ from flightline.torch_engine.core.request import (
     RequestError,
     RequestOutput,
 )
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.text.stream import TokenBytes
 
 STEP_WAIT_S = 0.005

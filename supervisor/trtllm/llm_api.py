@@ -33,7 +33,7 @@ class LlmConfigError(ValueError):
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """What the build has decided for lane trtllm-pytorch. Sizes in tokens."""
+    """What the build has decided for backend trtllm-pytorch. Sizes in tokens."""
 
     model_dir: str
     dtype: str = "bfloat16"
@@ -184,7 +184,7 @@ def _guide(request: GenerationRequest, guides: Callable[..., Any] | None) -> Any
             "guided_decoding_guide is given, and this engine was built without guided decoding: build with "
             "TRTLLM_PARAMETERS=guided_decoding_backend=xgrammar, or leave it out",
         )
-    if guide.type not in GUIDE_TYPES:  # the door's own check says more
+    if guide.type not in GUIDE_TYPES:  # the endpoint's own check says more
         raise RequestError(
             Code.INVALID_ARG,
             f"guided_decoding_guide_type is {guide.type!r}: it must be one of {', '.join(GUIDE_TYPES)}",
@@ -403,16 +403,16 @@ def _bad_words(request: GenerationRequest, tokens: TokenBytes) -> dict[str, Any]
     if longer and request.end_id is not None and request.end_id >= 0:
         raise RequestError(
             Code.UNSUPPORTED,
-            "bad_words of several tokens together with end_id are not supported by lane trtllm-pytorch; leave end_id "
-            "out, or build with ENGINE=trtllm-engine",
+            "bad_words of several tokens together with end_id are not supported by backend trtllm-pytorch; leave "
+            "end_id out, or build with ENGINE=trtllm-engine",
         )
     try:
         texts = [tokens.bytes_of(ids).decode("utf-8") for ids in longer]
     except UnicodeDecodeError:
         raise RequestError(
             Code.UNSUPPORTED,
-            "bad_words holds tokens that are no text, which is not supported by lane trtllm-pytorch; leave them out, "
-            "or build with ENGINE=trtllm-engine",
+            "bad_words holds tokens that are no text, which is not supported by backend trtllm-pytorch; leave them "
+            "out, or build with ENGINE=trtllm-engine",
         ) from None
     single = [ids[0] for ids in request.bad_ids if len(ids) == 1]
     return {"bad_token_ids": single or None, "bad": texts or None}

@@ -1,4 +1,4 @@
-"""The engine process of lane trtllm-pytorch.
+"""The engine process of backend trtllm-pytorch.
 
 python -m flightline.supervisor.trtllm.server --engine-dir DIR --socket PATH
 
@@ -16,7 +16,7 @@ import numpy as np
 from flightline.engine_build.trtllm import versions
 from flightline.supervisor.trtllm.engine import LlmEngine
 from flightline.supervisor.trtllm.llm_api import LlmConfig, LlmConfigError
-from flightline.torch_engine.model.families import UnsupportedModel
+from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.process.server import run
 from flightline.torch_engine.text.stream import UnsupportedTokenizer
 

@@ -82,5 +82,5 @@ def test_a_stream_that_hung_or_changed_fails_a_drill(stream: dict) -> None:
     streams = [Stream("ensemble", "p", "right"), Stream("ensemble", "p", "", error="gone")]
     row = Row("kill -9 engine", streams, {"p": "right"}, 3.0, [])
     assert not row.failed and row.outcomes == "1 error, 1 whole"
-    streams.append(Stream(**{"door": "ensemble", "prompt": "p", "text": "right", **stream}))
+    streams.append(Stream(**{"endpoint": "ensemble", "prompt": "p", "text": "right", **stream}))
     assert row.failed

@@ -27,7 +27,7 @@ import yaml
 from flightline.supervisor import triton
 from flightline.supervisor.serve import Server, ServeSettings
 from flightline.supervisor.settings import ServeError
-from tests.model_repository.doors import ask
+from tests.model_repository.endpoints import ask
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -36,6 +36,8 @@ SCRIPTS = [
     *sorted(DOCKER.glob("*.sh")),
     ROOT / ".ci/run",
     ROOT / "tests/debian.sh",
+    ROOT / "tests/helm.sh",
+    ROOT / "deploy/lint.sh",
     ROOT / "benchmarks/gpu_all.sh",
 ]
 PROFILES = ["cpu", "gpu", "loadtest", "observability", "dcgm"]

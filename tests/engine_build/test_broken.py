@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flightline.engine_build.__main__ import main
 from flightline.engine_build.cache import FileHashes
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
 from tests.tiny import FAMILIES, tiny_checkpoint
 
@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Break, str, str]] = {
     "rope without factor": (
         config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "lacks factor", FETCH,
     ),
-    "rope type": (config(rope_parameters={"rope_type": "longrope"}), "longrope", "supported are"),
+    "rope type": (config(rope_parameters={"rope_type": "dynamic"}), "dynamic", "supported are"),
     "partial rope": (
         config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
         "partial_rotary_factor",

@@ -16,7 +16,7 @@ from flightline.engine_build.checkpoint import EMBEDDED_FILE
 from flightline.engine_build.gguf_file import GgufFile
 from flightline.engine_build.gguf_import import convert
 from flightline.engine_build.settings import parse
-from flightline.torch_engine.model.families import load_spec
+from flightline.torch_engine.model.config_json import load_spec
 
 TEXT = "In 2024 I paid 1,234.50 € for 17 kg of “Käse”.\n\n  def f(x):\n\treturn x**2  # 世界 👩‍🚀\n"
 

@@ -1,4 +1,4 @@
-"""The planner as a table: hardware and wish to lane, precision, dtype, memory, or a refusal that names the way out."""
+"""The planner as a table: hardware and wish to backend, precision, dtype, memory, or a refusal with the way out."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_integers_on_a_cpu() -> None:
 
 
 def test_int8_on_a_gpu() -> None:
-    """Also where FP8 is better, so that it can be tried; not on data-centre Blackwell, and in lane torch only."""
+    """Also where FP8 is better, so that it can be tried; not on data-centre Blackwell, and in backend torch only."""
     for hardware in (A100, H200):
         plan = make_plan(SMALL, hardware, precision="int8")
         assert (plan.precision, plan.kv_dtype, plan.kernels) == ("int8", "int8", "cuda")

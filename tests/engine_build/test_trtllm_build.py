@@ -1,4 +1,4 @@
-"""The whole build of the TensorRT-LLM lanes, with NVIDIA's two tools replaced at their process boundary."""
+"""The whole build of the TensorRT-LLM backends, with NVIDIA's two tools replaced at their process boundary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of lane trtllm-engine, flag by flag, with the section of the facts beside each.
+"""The commands of backend trtllm-engine, flag by flag, with the section of the facts beside each.
 
 The sections are those of the notes (trtllm.md) that the facts were collected in; the sources behind them are listed in
 docs/VERIFICATION.md, and the machine-readable part is in ``data/``.

@@ -1,4 +1,4 @@
-"""The backend's parameters and the rendered repository of lane trtllm-engine."""
+"""The backend's parameters and the rendered repository of backend trtllm-engine."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_lookahead_needs_all_three(tmp_path: Path) -> None:
 def test_parameters_of_another_lane(tmp_path: Path) -> None:
     other = make_plan(LLAMA_8B, H200, "torch", "fp8")
     with pytest.raises(
-        BuildError, match="TRTLLM_PARAMETERS is for the TensorRT-LLM lanes, and this is torch"
+        BuildError, match="TRTLLM_PARAMETERS is for the TensorRT-LLM backends, and this is torch"
     ):
         repository.values_for(other, "m", tmp_path, tmp_path, parameters={"cuda_graph_mode": "true"})
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from tests.model_repository.doors import Call
+from tests.model_repository.endpoints import Call
 
 TOKENS = 32
 AT_ONCE = 4

@@ -12,11 +12,11 @@ from flightline.loadtest.audit import (
     sent_reasons,
 )
 from flightline.loadtest.confidence import bootstrap_ratio, ratio_of_rounds, samples_needed
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.histogram import Histogram
 from flightline.loadtest.metrics import Window, summarise
 from flightline.loadtest.records import ClientSample
 from flightline.loadtest.slo import PRESETS, Slo
+from flightline.settings import SettingsError
 from tests.loadtest.traces import TOKENS, batch_server, record, serial_server
 
 RECORDS = batch_server(4, 1.0, 20.0)
@@ -124,7 +124,7 @@ def test_slo_and_goodput():
     assert summary.goodput_per_s == pytest.approx(summary.attained * summary.requests_per_s)
     assert PRESETS["mlperf-interactive"].tpot_s == 0.030
     for text in ("fast", "ttft=1s", "ttft=1s,tpot=0ms", "ttft=1s,tpot=5%", "ttft=1s,tpot=1ms,p=101"):
-        with pytest.raises(ConfigError, match="SLO="):
+        with pytest.raises(SettingsError, match="SLO="):
             Slo.parse(text)
 
 
@@ -165,5 +165,5 @@ def test_assertions_are_read_with_their_units():
     assert (first.name, first.limit, second.limit, third.limit) == ("ttft_p99", 0.5, 6.0, 0.99)
     assert first.holds(0.4) and not first.holds(0.6) and not first.holds(None)
     for text in ("ttft_p99", "speed>3", "ttft_p99<5", "ratio>3ms", "ratio=3"):
-        with pytest.raises(ConfigError, match="ASSERT="):
+        with pytest.raises(SettingsError, match="ASSERT="):
             parse_all(text)

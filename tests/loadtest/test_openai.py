@@ -12,7 +12,6 @@ import pytest
 
 from flightline.client.errors import ClientError
 from flightline.loadtest import commands, openai_probe, plan, warmup
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.http_client import HttpAnswer
 from flightline.loadtest.null_openai import Behaviour, NullOpenAi
 from flightline.loadtest.null_server import NullServer, Timing
@@ -28,6 +27,7 @@ from flightline.loadtest.openai_api import (
 from flightline.loadtest.options import Arm, parse_arms
 from flightline.loadtest.records import RequestRecord, read_records
 from flightline.loadtest.transport import Load
+from flightline.settings import SettingsError
 from tests.client.waiting import eventually
 from tests.loadtest.truth import LUCKY_S
 
@@ -253,7 +253,7 @@ def test_warm_up_shows_the_pace_and_tells_failures():
         warmup.warm_up(contestant(server), "prompt {}".format, 4, TOKENS)
     with (
         NullOpenAi(Behaviour(**FAST, cached_tokens=16)) as server,
-        pytest.raises(ConfigError, match="SEED=2"),
+        pytest.raises(SettingsError, match="SEED=2"),
     ):
         warmup.require_new_prompts(contestant(server), "prompt {}".format, 1)
 
@@ -270,7 +270,7 @@ def test_contestants_are_read_with_their_addresses():
     )
     assert other.openai and other.url == "https://api.x.org/v1"
     for bad in ("x=http://h:2/v1", "x=http://#m", "=http://h:2/v1#m", "a=http://h/v1#m, a=http://g/v1#m"):
-        with pytest.raises(ConfigError, match="ARMS="):
+        with pytest.raises(SettingsError, match="ARMS="):
             parse_arms(bad, "")
 
 

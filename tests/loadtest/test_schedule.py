@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.schedule import Profile, unit_times
+from flightline.settings import SettingsError
 
 
 def times(text: str, seconds: float, pattern="constant", ramp_s=0.0, seed=1, burstiness=1.0) -> np.ndarray:
@@ -49,5 +49,5 @@ def test_a_rate_without_an_end_goes_on():
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-1", "1-", "2@0", "4@x", "1,,2"])
 def test_a_rate_that_cannot_be_is_told(text):
-    with pytest.raises(ConfigError, match="RATE="):
+    with pytest.raises(SettingsError, match="RATE="):
         Profile.parse(text, 10.0)

@@ -5,31 +5,31 @@ import json
 import pytest
 
 from flightline.loadtest.commands import main
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.options import BenchOptions, CompareOptions, SearchOptions
 from flightline.loadtest.prompts import FIRST_OF_WARM_UP, PER_WORKER, Prompts, generate
+from flightline.settings import SettingsError, load
 
 
 def test_command_line_before_environment_before_default(monkeypatch):
     monkeypatch.setenv("CONCURRENCY", "4")
     monkeypatch.setenv("OUTPUT_TOKENS", "32")
     monkeypatch.setenv("SEED", "")
-    options = BenchOptions.from_arguments("bench", ["--concurrency", "8"])
+    options = load(BenchOptions, "bench", ["--concurrency", "8"])
     assert (options.concurrency, options.output_tokens, options.seed) == (8, "32", 0)
 
 
 def test_the_precision_of_a_build_is_not_that_of_a_search(monkeypatch):
     monkeypatch.setenv("PRECISION", "fp8")
-    assert SearchOptions.from_arguments("search", []).precision == 0.1
+    assert load(SearchOptions, "search", []).precision == 0.1
     monkeypatch.setenv("SEARCH_PRECISION", "0.5")
-    assert SearchOptions.from_arguments("search", []).precision == 0.5
-    with pytest.raises(ConfigError, match=r"SEARCH_PRECISION=2\.0 is not valid"):
-        SearchOptions.from_arguments("search", ["--precision", "2"])
+    assert load(SearchOptions, "search", []).precision == 0.5
+    with pytest.raises(SettingsError, match=r"SEARCH_PRECISION='2' is not valid"):
+        load(SearchOptions, "search", ["--precision", "2"])
 
 
 def test_bench_is_a_comparison_with_settings_of_its_own(tmp_path):
     given = ["--concurrency", "8", "--seed", "3", "--reports", str(tmp_path), "--assert", "ratio>=6"]
-    compared = BenchOptions.from_arguments("bench", given).compared()
+    compared = load(BenchOptions, "bench", given).compared()
     arms = [
         "--arms",
         "hf_baseline, text_generation",
@@ -41,12 +41,12 @@ def test_bench_is_a_comparison_with_settings_of_its_own(tmp_path):
         "0",
     ]
     rounds = ["--rounds", "5", "--full-rounds", "1", "--stretch", "1", "--budget-s", "330"]
-    assert compared == CompareOptions.from_arguments("compare", [*given[2:], *arms, *rounds])
+    assert compared == load(CompareOptions, "compare", [*given[2:], *arms, *rounds])
 
 
 def test_the_first_run_takes_longer_unless_a_budget_is_given(tmp_path):
     def budget_s(*more: str) -> float:
-        return BenchOptions.from_arguments("bench", ["--reports", str(tmp_path), *more]).compared().budget_s
+        return load(BenchOptions, "bench", ["--reports", str(tmp_path), *more]).compared().budget_s
 
     first = budget_s()
     assert budget_s("--budget-s", "20") == 20
@@ -97,5 +97,5 @@ def test_prompt_files(tmp_path):
     bad.write_text('{"prompt": "one"}\n{"prompt": 5}\n')
     assert [Prompts(file=str(text))[i] for i in range(3)] == ["one", "two", "one"]
     assert Prompts(file=str(lines))[1] == "z\u00e9"
-    with pytest.raises(ConfigError, match="line 2"):
+    with pytest.raises(SettingsError, match="line 2"):
         Prompts(file=str(bad))

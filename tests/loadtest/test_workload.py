@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from flightline.loadtest.config import ConfigError
 from flightline.loadtest.workload import PRESETS, Workload, WorkloadSpec, conversation, read_trace
+from flightline.settings import SettingsError
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "prefix"])
@@ -50,7 +50,7 @@ def test_a_conversation_sends_all_that_was_said():
 @pytest.mark.parametrize("spec", [{"name": "poetry"}, {"output_tokens": "0"}, {"output_tokens": "1.5"},
                                   {"input_tokens": "uniform:9:3"}, {"input_tokens": "normal:5"}])  # fmt: skip
 def test_a_workload_that_cannot_be_is_told(spec):
-    with pytest.raises(ConfigError, match="is not valid"):
+    with pytest.raises(SettingsError, match="is not valid"):
         Workload.of(WorkloadSpec(**spec))
 
 
@@ -88,5 +88,5 @@ def test_traces_are_read_in_the_order_of_their_times(tmp_path):
 def test_a_malformed_trace_names_the_line(tmp_path, line, why):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"timestamp": 0, "output_length": 4, "prompt": "x"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=why):
+    with pytest.raises(SettingsError, match=why):
         read_trace(path)

@@ -10,19 +10,21 @@ import pytest
 
 from flightline.supervisor.serve import Server
 from flightline.torch_engine.text.stream import TokenBytes
-from tests.model_repository.doors import Answer, Call, ask, idle, in_pieces, post, stop, wait_until
+from tests.model_repository.endpoints import Answer, Call, ask, idle, in_pieces, post, stop, wait_until
 from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
 
-DOOR, PROMPT = "text_generation", "the dog"
-DOORS = ["ensemble", DOOR, "tensorrt_llm_bls"]
+ENDPOINT, PROMPT = "text_generation", "the dog"
+ENDPOINTS = ["ensemble", ENDPOINT, "tensorrt_llm_bls"]
 WARM: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 EOS = 1
 
 
 def told(served: Server, max_tokens: int = 12, **inputs: Any) -> Answer:
-    return ask(served, DOOR, PROMPT, max_tokens, return_token_ids=True, return_finish_reason=True, **inputs)
+    return ask(
+        served, ENDPOINT, PROMPT, max_tokens, return_token_ids=True, return_finish_reason=True, **inputs
+    )
 
 
 def ids_of(answer: Answer) -> list[int]:
@@ -43,7 +45,7 @@ def test_tokens_are_those_of_the_text(served: Server) -> None:
     whole = told(served, seed=3, **WARM)
     streamed = in_pieces(
         served,
-        DOOR,
+        ENDPOINT,
         3,
         prompt=PROMPT,
         max_tokens=12,
@@ -131,7 +133,7 @@ def test_min_p_keeps_what_is_likely_enough(served: Server) -> None:
 def test_what_was_not_asked_for(served: Server) -> None:
     """An output that is named but not asked for has nothing in it."""
     names = ["text_output", "finish_reason", "token_ids", "top_token_ids", "sequence_index"]
-    answer = Call(served, DOOR, {"text_input": PROMPT, "max_tokens": 3}, outputs=names).read()
+    answer = Call(served, ENDPOINT, {"text_input": PROMPT, "max_tokens": 3}, outputs=names).read()
     assert {output.name for output in answer.responses[-1].get_response().outputs} == set(names)
     assert answer.column("finish_reason")[-1].tolist() == [[b""]] and answer.last("sequence_index") == 0
 
@@ -146,18 +148,20 @@ def texts_of(answer: Answer, count: int) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_seeded_answers_are_those_of_single_requests(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_seeded_answers_are_those_of_single_requests(served: Server, endpoint: str) -> None:
     seed = 2**64 - 2
-    single = [ask(served, door, PROMPT, 16, seed=(seed + index) % 2**64, **WARM).text for index in range(4)]
+    single = [
+        ask(served, endpoint, PROMPT, 16, seed=(seed + index) % 2**64, **WARM).text for index in range(4)
+    ]
     assert len(set(single)) == 4
     for stream in (False, True):
-        answer = ask(served, door, PROMPT, 16, stream=stream, seed=seed, num_return_sequences=4, **WARM)
+        answer = ask(served, endpoint, PROMPT, 16, stream=stream, seed=seed, num_return_sequences=4, **WARM)
         assert texts_of(answer, 4) == single
         assert stream or len(answer.responses) == 4
 
 
-def test_token_door_answers_several_times(served: Server) -> None:
+def test_token_endpoint_answers_several_times(served: Server) -> None:
     inputs = {"input_ids": np.array([[5, 6, 7]], np.int32), "input_lengths": 3, "request_output_len": 6}
     answer = Call(served, "tensorrt_llm", {**inputs, "num_return_sequences": 3, "end_id": -1}).read()
     assert sorted(array.item() for array in answer.column("sequence_index")) == [0, 1, 2]
@@ -165,7 +169,7 @@ def test_token_door_answers_several_times(served: Server) -> None:
 
 
 def test_answers_without_a_seed_differ(served: Server) -> None:
-    answer = ask(served, DOOR, PROMPT, 16, num_return_sequences=4, **WARM)
+    answer = ask(served, ENDPOINT, PROMPT, 16, num_return_sequences=4, **WARM)
     assert len(set(texts_of(answer, 4))) == 4
 
 
@@ -180,7 +184,7 @@ def test_answers_share_the_prompts_blocks(served: Server) -> None:
         "return_num_input_tokens": True,
         "end_id": -1,
     }
-    answer = ask(served, DOOR, prompt, 4, seed=1, **asked)
+    answer = ask(served, ENDPOINT, prompt, 4, seed=1, **asked)
     shared = (answer.last("num_input_tokens") - 1) // size
     reused = dict(
         zip(
@@ -201,7 +205,7 @@ def test_rows_and_answers(served: Server) -> None:
         "num_return_sequences": np.array([[2], [3]], np.int32),
     }
     names = ["text_output", "batch_index", "sequence_index"]
-    answer = Call(served, DOOR, inputs, outputs=names).read()
+    answer = Call(served, ENDPOINT, inputs, outputs=names).read()
     where = zip(answer.column("batch_index"), answer.column("sequence_index"), strict=True)
     assert sorted((row.item(), index.item()) for row, index in where) == [
         (0, 0),
@@ -212,16 +216,16 @@ def test_rows_and_answers(served: Server) -> None:
     ]
 
 
-@pytest.mark.parametrize("door", ["ensemble", DOOR])
-def test_going_away_ends_all_answers(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", ENDPOINT])
+def test_going_away_ends_all_answers(served: Server, endpoint: str) -> None:
     wait_until(lambda: idle(served))
     long = {"max_tokens": CONTEXT - 100, "end_id": -1, "stream": True, "num_return_sequences": 3}
     before = served.engine.stats.generated_tokens
-    call = Call(served, door, {"text_input": PROMPT, **long}, request_id=f"several-{door}")
+    call = Call(served, endpoint, {"text_input": PROMPT, **long}, request_id=f"several-{endpoint}")
     call.next()
     wait_until(lambda: served.engine.stats.active_requests == 3)
-    if door == "ensemble":
-        stop(served, f"several-{door}")
+    if endpoint == "ensemble":
+        stop(served, f"several-{endpoint}")
         call.read()
     else:
         call.close()
@@ -231,8 +235,8 @@ def test_going_away_ends_all_answers(served: Server, door: str) -> None:
 
 def test_http_streams_several_answers(served: Server) -> None:
     body = {"text_input": PROMPT, "max_tokens": 8, "end_id": -1, "num_return_sequences": 2, "stream": True}
-    streamed = post(served, DOOR, body, stream=True)
+    streamed = post(served, ENDPOINT, body, stream=True)
     texts = ["", ""]
     for event in streamed.bodies:
         texts[event["sequence_index"]] += event["text_output"]
-    assert texts == [ask(served, DOOR, PROMPT, 8, end_id=-1).text] * 2
+    assert texts == [ask(served, ENDPOINT, PROMPT, 8, end_id=-1).text] * 2

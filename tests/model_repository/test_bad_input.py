@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flightline.supervisor.serve import Server
-from tests.model_repository.doors import Call, GrpcError, Raw, ask, idle, post, wait_until
+from tests.model_repository.endpoints import Call, GrpcError, Raw, ask, idle, post, wait_until
 from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
@@ -89,12 +89,12 @@ BAD = [
 NASTY = {"huge prompt", "too many stop words", "too long a bad word", "bytes that are no string"}
 
 
-@pytest.mark.parametrize("door", ["ensemble", "text_generation", "hf_baseline"])
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation", "hf_baseline"])
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_requests(served: Server, door: str, change: dict[str, Any], message: str) -> None:
+def test_bad_requests(served: Server, endpoint: str, change: dict[str, Any], message: str) -> None:
     inputs = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
     with pytest.raises(GrpcError, match=message):
-        Call(served, door, inputs).read()
+        Call(served, endpoint, inputs).read()
     wait_until(lambda: idle(served))
 
 
@@ -119,49 +119,49 @@ def test_bad_values_of_what_text_generation_adds(
         Call(served, "text_generation", {**GOOD, **change}).read()
 
 
-@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
-def test_the_next_request_is_served(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation"])
+def test_the_next_request_is_served(served: Server, endpoint: str) -> None:
     for change in ({"text_input": ""}, {"temperature": NAN}, {"lora_task_id": 3}):
         with pytest.raises(GrpcError):
-            Call(served, door, {**GOOD, **change}).read()
-        assert ask(served, door).text
+            Call(served, endpoint, {**GOOD, **change}).read()
+        assert ask(served, endpoint).text
 
 
-@pytest.mark.parametrize("door", ["text_generation", "hf_baseline", "tensorrt_llm_bls"])
+@pytest.mark.parametrize("endpoint", ["text_generation", "hf_baseline", "tensorrt_llm_bls"])
 @pytest.mark.parametrize("missing", ["text_input", "max_tokens"])
-def test_an_input_is_missing_but_their_number_is_right(served: Server, door: str, missing: str) -> None:
+def test_an_input_is_missing_but_their_number_is_right(served: Server, endpoint: str, missing: str) -> None:
     """Triton 2.51 only counts. An ensemble it then never begins, and ends its stream without a word."""
     inputs = {name: value for name, value in {**GOOD, "top_k": 3}.items() if name != missing}
     with pytest.raises(GrpcError, match=f"{missing} is missing"):
-        Call(served, door, inputs).read()
+        Call(served, endpoint, inputs).read()
 
 
-@pytest.mark.parametrize("door", ["ensemble", "text_generation", "tensorrt_llm_bls"])
-def test_good_requests_beside_bad_ones(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation", "tensorrt_llm_bls"])
+def test_good_requests_beside_bad_ones(served: Server, endpoint: str) -> None:
     """Bad ones without a pause through both ports; not one good answer is lost or changed."""
     words = {"stop_words": "[" * 1000, "bad_words": "[" * 1000}
     bad = [{**GOOD, **words}, *({**GOOD, **case.values[0]} for case in BAD if case.id in NASTY)]
     good = {"text_input": "the fox", "max_tokens": 24, "end_id": -1, "exclude_input_in_output": True}
-    expected = ask(served, door, "the fox", 24, end_id=-1).text
+    expected = ask(served, endpoint, "the fox", 24, end_id=-1).text
     over, sent = threading.Event(), []
 
     def pester(inputs: dict[str, Any]) -> None:
         while not over.is_set():
             with contextlib.suppress(GrpcError):
-                Call(served, door, inputs).read()
+                Call(served, endpoint, inputs).read()
             sent.append(1)
 
     def pester_over_http() -> None:
         while not over.is_set():
-            assert post(served, door, {**GOOD, "text_input": HUGE}).status == 400
+            assert post(served, endpoint, {**GOOD, "text_input": HUGE}).status == 400
             sent.append(1)
 
     with ThreadPoolExecutor(8) as pool:
         pests = [pool.submit(pester, inputs) for inputs in bad] + [pool.submit(pester_over_http)]
         try:
-            answers = [Call(served, door, good) for _ in range(4)]
+            answers = [Call(served, endpoint, good) for _ in range(4)]
             for _ in range(24):
-                answers.append(Call(served, door, good))
+                answers.append(Call(served, endpoint, good))
                 assert answers.pop(0).read().text == expected
             for answer in answers:
                 assert answer.read().text == expected
@@ -173,9 +173,9 @@ def test_good_requests_beside_bad_ones(served: Server, door: str) -> None:
     wait_until(lambda: idle(served))
 
 
-@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
-def test_status_codes_over_http(served: Server, door: str) -> None:
-    bad = post(served, door, {**GOOD, "max_tokens": 0})
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation"])
+def test_status_codes_over_http(served: Server, endpoint: str) -> None:
+    bad = post(served, endpoint, {**GOOD, "max_tokens": 0})
     assert (bad.status, "max_tokens" in bad.error) == (400, True)
 
 

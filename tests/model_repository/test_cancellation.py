@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flightline.supervisor.serve import Server
-from tests.model_repository.doors import Call, idle, stop, wait_until
+from tests.model_repository.endpoints import Call, idle, stop, wait_until
 from tests.serving import CONTEXT
 
 pytestmark = pytest.mark.slow
@@ -17,12 +17,12 @@ STREAMS, LENGTH = 8, CONTEXT - 100
 BASELINE_LENGTH = 500
 
 
-def _tokens_spent(server: Server, door: str, leave: Callable[[Call, str], None]) -> int:
+def _tokens_spent(server: Server, endpoint: str, leave: Callable[[Call, str], None]) -> int:
     """Starts long streams, leaves each after its first token, waits until the engine is idle."""
     wait_until(lambda: idle(server))
     before = server.engine.stats.generated_tokens
     inputs = {"text_input": "the dog", "max_tokens": LENGTH, "end_id": -1, "stream": True}
-    calls = {str(index): Call(server, door, inputs, request_id=str(index)) for index in range(STREAMS)}
+    calls = {str(index): Call(server, endpoint, inputs, request_id=str(index)) for index in range(STREAMS)}
     for call in calls.values():
         call.next()
     wait_until(lambda: server.engine.stats.kv_blocks_used > 0)

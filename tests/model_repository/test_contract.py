@@ -48,6 +48,7 @@ VALUES = {
     "lane": "torch",
     "engine_model": "tensorrt_llm",
     "accumulate_tokens": "false",
+    "added_inputs": repository.added_inputs(),
 }
 DTYPE = model_config_pb2.DataType.Name
 
@@ -90,19 +91,21 @@ def expected(tensors: list[dict], optional: tuple[str, ...] = ()) -> list[tuple]
 ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
     "input": [
         ("input_ids", "TYPE_INT32", [-1]),
+        ("stop_token_ids", "TYPE_INT32", [-1]),
+        ("ignore_eos", "TYPE_BOOL", [1]),
         ("min_p", "TYPE_FP32", [1]),
         ("logit_bias_ids", "TYPE_INT32", [-1]),
         ("logit_bias_weights", "TYPE_FP32", [-1]),
-        ("stop_token_ids", "TYPE_INT32", [-1]),
-        ("ignore_eos", "TYPE_BOOL", [1]),
         ("skip_special_tokens", "TYPE_BOOL", [1]),
-        ("return_finish_reason", "TYPE_BOOL", [1]),
-        ("return_token_ids", "TYPE_BOOL", [1]),
         ("top_logprobs", "TYPE_INT32", [1]),
+        ("return_token_ids", "TYPE_BOOL", [1]),
+        ("return_finish_reason", "TYPE_BOOL", [1]),
+        ("return_num_cached_tokens", "TYPE_BOOL", [1]),
     ],
     "output": [
         ("finish_reason", "TYPE_STRING", [1]),
         ("token_ids", "TYPE_INT32", [-1]),
+        ("num_cached_tokens", "TYPE_INT32", [1]),
         ("top_token_ids", "TYPE_INT32", [-1, -1]),
         ("top_log_probs", "TYPE_FP32", [-1, -1]),
     ],
@@ -129,7 +132,7 @@ def test_tensors_are_nvidias(model: str) -> None:
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("lane", ["torch", "trtllm-pytorch", "trtllm-engine"])
 def test_what_a_lane_serves_is_nvidias(lane: str, decoupled: bool, tmp_path: Path) -> None:
-    """The rendered files of each lane, through Triton's schema; no lane changes a tensor."""
+    """The rendered files of each backend, through Triton's schema; no backend changes a tensor."""
     plan = make_plan(SMALL, H200, lane, "bf16")
     values = repository.values_for(plan, "m", tmp_path, tmp_path, decoupled=decoupled)
     rendering = repository.render(TEMPLATES, values)
@@ -195,7 +198,7 @@ def test_llmapi_is_nvidias() -> None:
 
 @pytest.mark.parametrize("lane", ["torch", "trtllm-pytorch", "trtllm-engine"])
 def test_models_of_the_llmapi_contract(lane: str, tmp_path: Path) -> None:
-    """In lane trtllm-engine NVIDIA's backend gives its name away."""
+    """In backend trtllm-engine NVIDIA's backend gives its name away."""
     plan = make_plan(SMALL, H200, lane, "bf16")
     values = repository.values_for(plan, "m", tmp_path, tmp_path, contract="llmapi")
     rendering = repository.render(TEMPLATES, values, "llmapi")

@@ -22,12 +22,21 @@ from flightline.supervisor.serve import Server, ServeSettings
 from flightline.supervisor.settings import ServeError, deployed
 from flightline.supervisor.trtllm import guard
 from flightline.supervisor.trtllm.in_triton import parse
-from tests.model_repository.doors import PATIENCE_S, Call, GrpcError, ask, in_pieces, post, stop, wait_until
+from tests.model_repository.endpoints import (
+    PATIENCE_S,
+    Call,
+    GrpcError,
+    ask,
+    in_pieces,
+    post,
+    stop,
+    wait_until,
+)
 from tests.serving import DOUBLE, GPU, tensorrt_llm_lane
 
 TWO_ENDS = [1, 5]
 PROMPT = "the quick brown"
-DOORS = ("ensemble", "text_generation", "tensorrt_llm_bls")
+ENDPOINTS = ("ensemble", "text_generation", "tensorrt_llm_bls")
 WILD = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 
 
@@ -65,10 +74,10 @@ def at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.slow
 def test_not_decoupled(at_once: Server, served: Server) -> None:
     expected = ask(served, "hf_baseline", PROMPT, 24).text
-    for door in DOORS:
-        assert ask(at_once, door, PROMPT, 24).text == expected
+    for endpoint in ENDPOINTS:
+        assert ask(at_once, endpoint, PROMPT, 24).text == expected
         answer = post(
-            at_once, door, {"text_input": PROMPT, "max_tokens": 24, "exclude_input_in_output": True}
+            at_once, endpoint, {"text_input": PROMPT, "max_tokens": 24, "exclude_input_in_output": True}
         )
         assert answer.text == expected
     with pytest.raises(GrpcError, match=r"num_return_sequences is 2: .* model is decoupled"):
@@ -87,8 +96,8 @@ def last_request(server: Server) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", ["ensemble", "text_generation", "tensorrt_llm_bls"])
-def test_the_backend_gets_what_it_can_do(engine_lane: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation", "tensorrt_llm_bls"])
+def test_the_backend_gets_what_it_can_do(engine_lane: Server, endpoint: str) -> None:
     extra = {
         "lora_task_id": 7,
         "lora_weights": np.full((1, 2, 3), 0.5, np.float16),
@@ -99,7 +108,7 @@ def test_the_backend_gets_what_it_can_do(engine_lane: Server, door: str) -> None
         "embedding_bias_weights": [1.5, -2.0],
         "prompt_vocab_size": 3,
     }
-    ask(engine_lane, door, PROMPT, 4, **extra)
+    ask(engine_lane, endpoint, PROMPT, 4, **extra)
     got = last_request(engine_lane)
     assert got["lora_weights"] == [[[0.5] * 3] * 2] and got["lora_config"] == [[[0, 1, 2]]]
     assert np.ravel(got["lora_task_id"]).tolist() == [7] and np.ravel(got["prompt_vocab_size"]).tolist() == [
@@ -115,9 +124,9 @@ def test_beams_are_for_the_ensemble(engine_lane: Server) -> None:
     ask(engine_lane, "ensemble", PROMPT, 4, **inputs)
     got = last_request(engine_lane)
     assert [np.ravel(got[name]).tolist() for name in ("beam_width", "len_penalty")] == [[2], [0.5]]
-    for door in ("text_generation", "tensorrt_llm_bls"):
+    for endpoint in ("text_generation", "tensorrt_llm_bls"):
         with pytest.raises(GrpcError, match="beam_width is 2: beam search is not supported by this model"):
-            ask(engine_lane, door, PROMPT, 4, **inputs)
+            ask(engine_lane, endpoint, PROMPT, 4, **inputs)
 
 
 @pytest.mark.slow
@@ -126,8 +135,8 @@ def test_several_answers(engine_lane: Server) -> None:
     ask(engine_lane, "ensemble", PROMPT, 4, num_return_sequences=3)
     assert np.ravel(last_request(engine_lane)["num_return_sequences"]).tolist() == [3]
     single = [ask(engine_lane, "text_generation", PROMPT, 8, seed=3 + n, **WILD).text for n in range(3)]
-    for door in ("text_generation", "tensorrt_llm_bls"):
-        answer = ask(engine_lane, door, PROMPT, 8, seed=3, num_return_sequences=3, **WILD)
+    for endpoint in ("text_generation", "tensorrt_llm_bls"):
+        answer = ask(engine_lane, endpoint, PROMPT, 8, seed=3, num_return_sequences=3, **WILD)
         found = zip([index.item() for index in answer.column("sequence_index")], answer.texts, strict=True)
         assert [text for _, text in sorted(found)] == single
     ask(engine_lane, "text_generation", PROMPT, 4, num_return_sequences=2, **WILD)
@@ -147,15 +156,17 @@ def test_what_text_generation_adds(engine_lane: Server) -> None:
     ask(engine_lane, "text_generation", PROMPT, 2, logit_bias_ids=[4, 6], logit_bias_weights=[1.5, -2.0])
     assert last_request(engine_lane)["embedding_bias"][0][3:7] == [0.0, 1.5, 0.0, -2.0]
     for name, value in (("min_p", 0.5), ("top_logprobs", 3)):
-        with pytest.raises(GrpcError, match=f"{name} is {value}: .* is not supported by lane trtllm-engine"):
+        with pytest.raises(
+            GrpcError, match=f"{name} is {value}: .* is not supported by backend trtllm-engine"
+        ):
             ask(engine_lane, "text_generation", **{name: value})
 
 
 @pytest.mark.slow
-def test_both_doors_answer_like_the_baseline(engine_lane: Server, served: Server) -> None:
+def test_both_endpoints_answer_like_the_baseline(engine_lane: Server, served: Server) -> None:
     expected = ask(served, "hf_baseline", PROMPT, 24).text
-    for door in DOORS:
-        assert ask(engine_lane, door, PROMPT, 24).text == expected
+    for endpoint in ENDPOINTS:
+        assert ask(engine_lane, endpoint, PROMPT, 24).text == expected
     # NVIDIA's own backend puts the prompt first unless it is told not to.
     assert post(engine_lane, "ensemble", {"text_input": PROMPT, "max_tokens": 24}).text == PROMPT + expected
 
@@ -201,12 +212,18 @@ def test_log_probs_and_counts(engine_lane: Server) -> None:
 @pytest.mark.slow
 def test_times_are_of_the_backends_clock_alone(engine_lane: Server) -> None:
     """That clock is not ours (the double's is days ahead): a time of each would make a request take days."""
-    for door in ("ensemble", "text_generation"):
+    for endpoint in ("ensemble", "text_generation"):
         for stream in (False, True):
-            answer = ask(engine_lane, door, "the dog", 10, end_id=-1, stream=stream, return_perf_metrics=True)
+            answer = ask(
+                engine_lane, endpoint, "the dog", 10, end_id=-1, stream=stream, return_perf_metrics=True
+            )
             names = ("arrival", "first_scheduled", "first_token", "last_token")
             times = [answer.last(f"{name}_time_ns") for name in names]
-            assert times == sorted(times) and times[-1] - times[0] < 10**9 * PATIENCE_S, (door, stream, times)
+            assert times == sorted(times) and times[-1] - times[0] < 10**9 * PATIENCE_S, (
+                endpoint,
+                stream,
+                times,
+            )
 
 
 @pytest.mark.slow
@@ -322,6 +339,29 @@ def test_world_size(tmp_path: Path) -> None:
         guard.check("trtllm-engine", folder, guard.Facts("1.2.1", (GPU, GPU)))
 
 
+def test_one_engine_over_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank is started on its node; this machine needs only its own GPUs."""
+    monkeypatch.setenv("FLIGHTLINE_MPI_HOSTS", "a.group:1, b.group:1")
+    settings = ServeSettings.from_environment()
+    home = triton.Triton(Path("/opt/tritonserver"), in_container=True)
+    command = triton.command(home, settings, Path("/models"), Path("/backends"), "prefix", 2)
+    hosts = [command[at + 1] for at, word in enumerate(command) if word == "--host"]
+    assert hosts == ["a.group", "b.group"]
+    folder = engine_folder(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["plan"]["tp"] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "rank1.engine").write_bytes(b"engine")
+    assert guard.check("trtllm-engine", folder, HERE, settings.rank_hosts) == 2
+    with pytest.raises(ServeError, match="MPI_HOSTS names 3 GPUs and the engine runs on 2: name as many"):
+        guard.check("trtllm-engine", folder, HERE, (*settings.rank_hosts, "c"))
+    with pytest.raises(ServeError, match="MPI_HOSTS is for backend trtllm-engine"):
+        guard.check("trtllm-pytorch", folder, HERE, settings.rank_hosts)
+    monkeypatch.setenv("FLIGHTLINE_MPI_HOSTS", "a.group")
+    with pytest.raises(ServeError, match=r"'a.group' is not host:GPUs: write for example node-0:8,node-1:8"):
+        ServeSettings.from_environment()
+
+
 def test_half_built(tmp_path: Path) -> None:
     folder = engine_folder(tmp_path)
     (folder / "rank0.engine").write_bytes(b"eng")
@@ -363,5 +403,5 @@ def test_unknown_lane(tmp_path: Path) -> None:
         "hardware": {"device": "cuda"},
     }
     (tmp_path / "deployment.json").write_text(json.dumps(values))
-    with pytest.raises(ServeError, match=r"lane vllm of .* is unknown: run 'make build-engines' again"):
+    with pytest.raises(ServeError, match=r"backend vllm of .* is unknown: run 'make build-engines' again"):
         deployed(tmp_path)

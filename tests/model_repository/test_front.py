@@ -1,17 +1,15 @@
-"""What one request may cost the others at a door that all share."""
+"""What one request may cost the others at an endpoint that all share."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from flightline.model_repository.shared import stub
 from flightline.model_repository.shared.contract import OURS
 from flightline.model_repository.shared.emitter import Emitter
 from flightline.model_repository.shared.front import LONG_PROMPT, Front
@@ -60,7 +58,7 @@ class Request:
             value[:] = 0
 
 
-class Door:
+class Endpoint:
     """Tokenises as long as it is told to, and counts what it has read."""
 
     contract = OURS
@@ -87,7 +85,7 @@ def front():
     pb_utils = triton()
     pb_utils.InferenceResponse = lambda tensors=None, error=None: error or "text"
     emitter = Emitter(pb_utils, Answering())
-    made = Front(pb_utils, Door(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG, lane="torch")
+    made = Front(pb_utils, Endpoint(), emitter, lambda: ModelInfo(10, 10, (), ""), CONFIG, lane="torch")
     yield made
     made.close()
     emitter.close()
@@ -111,14 +109,14 @@ def test_a_long_prompt_is_tokenised_aside(front: Front) -> None:
         threading.Event(),
     )
     done: list[GenerationRequest] = []
-    front._door.go_on.set()
+    front._endpoint.go_on.set()
     assert started.wait(30)
     assert done[0].max_tokens == 5 and done[0].request_id == "text_generation/one"
 
 
 @pytest.mark.parametrize("text", [b"x", b"x" * (LONG_PROMPT + 1)])
 def test_whatever_fails_is_that_requests_answer(front: Front, text: bytes) -> None:
-    front._door.go_on.set()
+    front._endpoint.go_on.set()
     bad, answer = request(text, max_tokens=13)
     front.execute([bad])
     assert answer.ended.wait(30)
@@ -154,25 +152,16 @@ def test_long_prompts_that_wait_at_the_end_are_answered(front: Front) -> None:
     """More than are tokenised at once, so that some have not begun when the model is closed."""
     requests, answers = zip(*(request(b"x" * (LONG_PROMPT + 1)) for _ in range(5)), strict=True)
     front.execute(list(requests))
-    threading.Timer(0.1, front._door.go_on.set).start()
+    threading.Timer(0.1, front._endpoint.go_on.set).start()
     front.close()
     front._emitter.close()
     assert all(answer.ended.wait(5) for answer in answers)
     assert {answer.sent[-1][0].code for answer in answers} == {Code.UNAVAILABLE.value}
 
 
-@pytest.mark.parametrize(
-    "name", ["text_generation", "tensorrt_llm", "tensorrt_llm_bls", "llmapi", "hf_baseline"]
-)
-def test_a_model_closes_its_front_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompts that wait there need an emitter, and that one an engine."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton())
-    path = Path(__file__).parents[2] / "model_repository" / name / "1/model.py"
-    spec = importlib.util.spec_from_file_location(f"model_of_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model, closed = object.__new__(module.TritonPythonModel), []
-    for part in ("_front", "_emitter", "_engine", "_metrics", "_memory"):
+def test_a_model_closes_its_front_first() -> None:
+    model, closed = stub.Served(), []
+    for part in ("_metrics", "_engine", "_emitter", "_front"):
         setattr(model, part, SimpleNamespace(close=lambda part=part: closed.append(part)))
     model.finalize()
-    assert closed[:3] == ["_front", "_emitter", "_engine"]
+    assert closed == ["_front", "_emitter", "_engine", "_metrics"]

@@ -1,7 +1,7 @@
-"""One contract for every lane: the same tensors, texts, errors and metrics, asked of real servers.
+"""One contract for every backend: the same tensors, texts, errors and metrics, asked of real servers.
 
-Lane trtllm-pytorch runs our engine process and all of Triton's models for real; ``tensorrt_llm`` itself is the
-contract double of ``tests/trtllm_double``. Its tokens come from the same weights as lane torch's, so that every text
+Backend trtllm-pytorch runs our engine process and all of Triton's models for real; ``tensorrt_llm`` itself is the
+contract double of ``tests/trtllm_double``. Its tokens come from the same weights as backend torch's, so that every text
 can be compared.
 """
 
@@ -17,14 +17,14 @@ import tritonclient.grpc as grpcclient
 
 from flightline.client import Client
 from flightline.supervisor.serve import Server
-from tests.model_repository.doors import Call, GrpcError, ask, idle, in_pieces, post, stop, wait_until
+from tests.model_repository.endpoints import Call, GrpcError, ask, idle, in_pieces, post, stop, wait_until
 from tests.model_repository.test_contract import FACTS
 from tests.serving import tensorrt_llm_lane
 
 pytestmark = pytest.mark.slow
 
 LANES = ["torch", "trtllm-pytorch"]
-DOORS = ["ensemble", "text_generation"]
+ENDPOINTS = ["ensemble", "text_generation"]
 WILD = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 PROMPT, LENGTH = "the quick brown", 24
 
@@ -41,8 +41,8 @@ def lane(request: pytest.FixtureRequest) -> Server:
     return request.getfixturevalue("served" if request.param == "torch" else "pytorch_lane")
 
 
-@pytest.fixture(params=DOORS)
-def door(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=ENDPOINTS)
+def endpoint(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -66,24 +66,24 @@ def test_metadata_is_nvidias(lane: Server) -> None:
     client.close()
 
 
-def test_greedy_text(lane: Server, door: str, served: Server) -> None:
+def test_greedy_text(lane: Server, endpoint: str, served: Server) -> None:
     """The baseline is the witness: the same weights in plain Transformers."""
     expected = ask(served, "hf_baseline", PROMPT, LENGTH).text
-    assert ask(lane, door, PROMPT, LENGTH).text == expected
-    assert in_pieces(lane, door, 2, prompt=PROMPT, max_tokens=LENGTH).text == expected
+    assert ask(lane, endpoint, PROMPT, LENGTH).text == expected
+    assert in_pieces(lane, endpoint, 2, prompt=PROMPT, max_tokens=LENGTH).text == expected
 
 
-def test_streamed_text_is_the_whole_text(lane: Server, door: str) -> None:
+def test_streamed_text_is_the_whole_text(lane: Server, endpoint: str) -> None:
     inputs = {"prompt": "the 日本 dog 👩‍🚀", "max_tokens": 80, "seed": 7, **WILD}
-    assert ask(lane, door, stream=True, **inputs).text == ask(lane, door, **inputs).text
+    assert ask(lane, endpoint, stream=True, **inputs).text == ask(lane, endpoint, **inputs).text
 
 
-def test_stop_words(lane: Server, door: str) -> None:
-    text = ask(lane, door, "the dog", 60, end_id=-1).text
+def test_stop_words(lane: Server, endpoint: str) -> None:
+    text = ask(lane, endpoint, "the dog", 60, end_id=-1).text
     word = text[20:24]
     inputs = {"prompt": "the dog", "max_tokens": 60, "end_id": -1, "stop_words": ["not in there", word]}
     for stream in (False, True):
-        assert ask(lane, door, stream=stream, **inputs).text == text[: text.index(word)]
+        assert ask(lane, endpoint, stream=stream, **inputs).text == text[: text.index(word)]
 
 
 def test_bad_words(lane: Server) -> None:
@@ -107,27 +107,27 @@ def test_logits(pytorch_lane: Server) -> None:
         ask(pytorch_lane, "ensemble", PROMPT, 6, stream=True, **wanted)
 
 
-def test_end_id_and_min_tokens(lane: Server, door: str) -> None:
-    alone = ask(lane, door, "the dog", 1, return_num_output_tokens=True, end_id=-1)
-    assert alone.num_output_tokens(door) == 1
-    vocabulary = ask(lane, door, "the dog", 20, return_num_output_tokens=True, end_id=-1, min_tokens=20)
-    assert vocabulary.num_output_tokens(door) == 20
+def test_end_id_and_min_tokens(lane: Server, endpoint: str) -> None:
+    alone = ask(lane, endpoint, "the dog", 1, return_num_output_tokens=True, end_id=-1)
+    assert alone.num_output_tokens(endpoint) == 1
+    vocabulary = ask(lane, endpoint, "the dog", 20, return_num_output_tokens=True, end_id=-1, min_tokens=20)
+    assert vocabulary.num_output_tokens(endpoint) == 20
 
 
-def test_sampling_depends_on_the_seed_alone(lane: Server, door: str) -> None:
+def test_sampling_depends_on_the_seed_alone(lane: Server, endpoint: str) -> None:
     def sample(seed: int) -> str:
-        return ask(lane, door, "the dog", 16, seed=seed, temperature=1.0, top_k=50).text
+        return ask(lane, endpoint, "the dog", 16, seed=seed, temperature=1.0, top_k=50).text
 
     assert sample(7) == sample(7)
     assert len({sample(seed) for seed in range(4)}) > 1
 
 
-def test_counts_times_and_log_probs(lane: Server, door: str) -> None:
+def test_counts_times_and_log_probs(lane: Server, endpoint: str) -> None:
     wanted = ("num_input_tokens", "num_output_tokens", "perf_metrics", "log_probs")
     asked = {f"return_{name}": True for name in wanted}
     for stream in (False, True):
-        answer = ask(lane, door, "the dog", 10, end_id=-1, stream=stream, **asked)
-        assert answer.num_output_tokens(door) == 10
+        answer = ask(lane, endpoint, "the dog", 10, end_id=-1, stream=stream, **asked)
+        assert answer.num_output_tokens(endpoint) == 10
         names = ("arrival", "first_scheduled", "first_token", "last_token")
         stamps = [answer.last(f"{name}_time_ns") for name in names]
         assert stamps == sorted(stamps) and stamps[0] > 0
@@ -138,7 +138,7 @@ def test_counts_times_and_log_probs(lane: Server, door: str) -> None:
 
 
 def test_lanes_agree(served: Server, pytorch_lane: Server) -> None:
-    """The same weights: what differs between the lanes is the engine, not the contract."""
+    """The same weights: what differs between the backends is the engine, not the contract."""
     for seed in range(3):
         texts = {
             ask(lane, "ensemble", "and then", 40, seed=seed, **WILD).text for lane in (served, pytorch_lane)
@@ -171,9 +171,9 @@ def test_what_text_generation_adds(lane: Server, served: Server) -> None:
     assert stopped.column("finish_reason")[-1].item() == b"end_id"
 
 
-def test_several_answers(lane: Server, door: str) -> None:
-    single = [ask(lane, door, PROMPT, 12, **{**WILD, "seed": 7 + index}).text for index in range(3)]
-    answer = ask(lane, door, PROMPT, 12, seed=7, num_return_sequences=3, stream=True, **WILD)
+def test_several_answers(lane: Server, endpoint: str) -> None:
+    single = [ask(lane, endpoint, PROMPT, 12, **{**WILD, "seed": 7 + index}).text for index in range(3)]
+    answer = ask(lane, endpoint, PROMPT, 12, seed=7, num_return_sequences=3, stream=True, **WILD)
     texts = ["", "", ""]
     for index, text in zip(answer.column("sequence_index"), answer.texts, strict=True):
         texts[index.item()] += text
@@ -203,9 +203,9 @@ def test_rows_of_a_batch(lane: Server) -> None:
         ({"top_p": 1.5}, "top_p.* is 1.5: it must be between 0 and 1"),
     ],
 )
-def test_errors_are_the_same(lane: Server, door: str, inputs: dict, says: str) -> None:
+def test_errors_are_the_same(lane: Server, endpoint: str, inputs: dict, says: str) -> None:
     with pytest.raises(GrpcError, match=says):
-        ask(lane, door, **{"max_tokens": 4, **inputs})
+        ask(lane, endpoint, **{"max_tokens": 4, **inputs})
 
 
 def test_what_only_tensorrt_llm_has(lane: Server, served: Server) -> None:
@@ -214,7 +214,7 @@ def test_what_only_tensorrt_llm_has(lane: Server, served: Server) -> None:
     inputs |= {"input_ids": [5, 6], "input_lengths": 2, "request_output_len": 3, "end_id": -1}
     if lane is served:
         with pytest.raises(
-            GrpcError, match=r"KV cache retention is not supported by lane torch; .* build with"
+            GrpcError, match=r"KV cache retention is not supported by backend torch; .* build with"
         ):
             Call(lane, "tensorrt_llm", inputs).read()
         return
@@ -253,7 +253,7 @@ def test_stop_by_request_id(lane: Server) -> None:
 def test_many_at_once(lane: Server) -> None:
     """Requests are batched in flight: more of them than one step can hold all end, and no block is lost."""
     inputs = {"text_input": "the dog", "max_tokens": 12, "end_id": -1, "stream": True}
-    calls = [Call(lane, DOORS[index % 2], inputs) for index in range(80)]
+    calls = [Call(lane, ENDPOINTS[index % 2], inputs) for index in range(80)]
     assert len({call.read().text for call in calls}) == 1
     wait_until(lambda: idle(lane))
     assert lane.engine.stats.kv_blocks_free == lane.engine.stats.kv_blocks_max > 0
@@ -281,7 +281,7 @@ def test_our_client_and_http_do_not_know_the_lane(lane: Server, served: Server) 
 
 
 def test_no_caller_names_a_lane() -> None:
-    """Clients and load tests choose an endpoint, never a lane."""
+    """Clients and load tests choose an endpoint, never a backend."""
     root = Path(__file__).parents[2]
     for path in [*(root / "client").glob("*.py"), *(root / "loadtest").glob("*.py")]:
         assert "trtllm-" not in path.read_text(encoding="utf-8"), path

@@ -1,4 +1,4 @@
-"""``MODEL_CONTRACT=llmapi`` on the real Triton, in each lane: NVIDIA's ``all_models/llmapi`` and its habits."""
+"""``MODEL_CONTRACT=llmapi`` on the real Triton, in each backend: NVIDIA's ``all_models/llmapi`` and its habits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 from flightline.engine_build.build import Build
 from flightline.engine_build.settings import parse
 from flightline.supervisor.serve import Server
-from tests.model_repository.doors import ask, post
+from tests.model_repository.endpoints import ask, post
 from tests.model_repository.nvidia import Wire
 from tests.model_repository.test_engine_lane import replace_backend
 from tests.serving import serving, settings_for, tensorrt_llm_lane
@@ -156,7 +156,7 @@ def test_adapters(server: Server, answer: str) -> None:
         for name in ("lora_id", "lora_name", "lora_path"):
             with pytest.raises(
                 InferenceServerException,
-                match=f"{name} is given: adapters .* not supported by lane {server.deployment.lane}",
+                match=f"{name} is given: adapters .* not supported by backend {server.deployment.lane}",
             ):
                 call(server, **{name: named[name]})
         return
@@ -167,5 +167,5 @@ def test_adapters(server: Server, answer: str) -> None:
             call(server, **named | {"lora_path": [path]})
 
 
-def test_our_own_door_is_there_too(server: Server, answer: str) -> None:
+def test_our_own_endpoint_is_there_too(server: Server, answer: str) -> None:
     assert post(server, "text_generation", {"text_input": PROMPT, "max_tokens": LENGTH}).text == answer

@@ -1,7 +1,7 @@
-"""What NVIDIA's two client programs send, through Triton, to each lane that can be served here.
+"""What NVIDIA's two client programs send, through Triton, to each backend that can be served here.
 
 Decoupled or not, over ``tensorrt_llm``, ``ensemble`` and ``tensorrt_llm_bls``. The witness is ``text_generation`` of
-lane torch, which other tests hold against Transformers.
+backend torch, which other tests hold against Transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flightline.engine_build.build import Build
 from flightline.engine_build.settings import parse
 from flightline.supervisor.serve import Server
 from flightline.torch_engine.text.stream import TokenBytes
-from tests.model_repository.doors import ask, idle, post, wait_until
+from tests.model_repository.endpoints import ask, idle, post, wait_until
 from tests.model_repository.nvidia import PERF_METRICS, STOP, Texts, Tokens, Wire
 from tests.serving import CONTEXT, serving, settings_for, tensorrt_llm_lane
 

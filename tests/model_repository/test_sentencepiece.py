@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flightline.supervisor.serve import Server
-from tests.model_repository.doors import ask, in_pieces
+from tests.model_repository.endpoints import ask, in_pieces
 from tests.serving import build_tiny, serving, settings_for
 
 pytestmark = pytest.mark.slow

@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flightline.model_repository import tensors_page
+from flightline.client.params import DECLARED
 from flightline.model_repository.shared.contract import NVIDIA, OURS
 from flightline.model_repository.shared.llmapi import LlmapiInputs
 from flightline.model_repository.shared.tensors import BY_NAME, ENGINE, TORCH, Inputs
-from flightline.torch_engine.core.request import Code, GenerationRequest, Guide, ModelInfo, RequestError
+from flightline.torch_engine.core.request import (
+    Code,
+    GenerationRequest,
+    Guide,
+    ModelInfo,
+    RequestError,
+    SamplingParams,
+)
 
+SAMPLED = {
+    name: parameter
+    for name, parameter in DECLARED.items()
+    if parameter.limits and name in SamplingParams.__dataclass_fields__
+}
 INFO = ModelInfo(vocab_size=100, max_seq_len=16, end_ids=(1, 9), model_dir="")
 
 
@@ -73,8 +87,31 @@ def test_what_text_generation_adds_arrives() -> None:
 def test_what_nvidias_backend_has_no_tensor_for(name: str) -> None:
     value = {"min_p": number(0.5, np.float32), "top_logprobs": number(2)}[name]
     assert Inputs({name: value}, "trtllm-pytorch").lane_inputs(0) == {}
-    with pytest.raises(RequestError, match=f"{name} is .* by lane trtllm-engine; leave {name} out, or build"):
+    with pytest.raises(
+        RequestError, match=f"{name} is .* by backend trtllm-engine; leave {name} out, or build"
+    ):
         Inputs({name: value}, "trtllm-engine")
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLED))
+def test_a_declared_sampling_parameter_has_the_engines_limits(name: str) -> None:
+    """They are declared for the server and its pages, and kept by the engine, whoever fills it."""
+    field = {each.name: each for each in fields(SamplingParams)}[name]
+    limits = SAMPLED[name].limits
+    assert limits is not None
+    for value, allowed in (
+        (limits[0], True),
+        (limits[1], True),
+        (limits[0] - 1, False),
+        (limits[1] + 1, False),
+    ):
+        tensor = {name: number(value, np.int32 if "int" in str(field.type) else np.float32)}
+        for make in (partial(generation, **tensor), partial(SamplingParams, **{name: value})):
+            if allowed:
+                make()
+                continue
+            with pytest.raises(RequestError, match=f"{name} is .*: it must be"):
+                make()
 
 
 def test_scalars_without_a_dimension_of_their_own() -> None:
@@ -239,19 +276,19 @@ def test_a_lane_passes_on_what_its_engine_can_do() -> None:
             "torch",
             "retention_decode_priority",
             number(50),
-            "by lane torch; leave retention_decode_priority out, or build with ENGINE=trtllm-pytorch or ENGINE=trtl",
+            "by backend torch; leave retention_decode_priority out, or build with ENGINE=trtllm-pytorch or ENGINE=trtl",
         ),
         (
             "trtllm-pytorch",
             "lora_task_id",
             number(3, np.uint64),
-            "by lane trtllm-pytorch; leave lora_task_id out, or build with ENGINE=trtllm-engine",
+            "by backend trtllm-pytorch; leave lora_task_id out, or build with ENGINE=trtllm-engine",
         ),
         (
             "trtllm-engine",
             "num_draft_tokens",
             number(3),
-            "by lane trtllm-engine; leave num_draft_tokens out$",
+            "by backend trtllm-engine; leave num_draft_tokens out$",
         ),
     ],
 )
@@ -264,12 +301,6 @@ def test_a_text_model_shows_one_text() -> None:
     inputs = Inputs({"beam_width": number(4)}, "trtllm-engine")
     with pytest.raises(RequestError, match=r"beam_width is 4: .* by this model; .* ask the model ensemble"):
         inputs.require_one_text()
-
-
-def test_the_page_is_made_from_the_table() -> None:
-    assert tensors_page.PAGE.read_text(encoding="utf-8") == tensors_page.page(), (
-        "run python -m flightline.model_repository.tensors_page"
-    )
 
 
 def test_bias() -> None:
@@ -360,7 +391,7 @@ def test_a_guide_is_one_that_the_lane_has(lane: str, kind: bytes, served: bool) 
         assert inputs.guide(0) == Guide(kind.decode(), texts[kind].decode())
         return
     with pytest.raises(
-        RequestError, match=f"guide_type is '{kind.decode()}', which lane {lane} does not have"
+        RequestError, match=f"guide_type is '{kind.decode()}', which backend {lane} does not have"
     ):
         inputs.guide(0)
 

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from flightline.supervisor.serve import ServeError, Server, ready_message
-from tests.model_repository.doors import PATIENCE_S, Answer, Call, GrpcError, ask, wait_until
+from tests.model_repository.endpoints import PATIENCE_S, Answer, Call, GrpcError, ask, wait_until
 from tests.serving import CONTEXT, settings_for
 
 pytestmark = pytest.mark.slow
@@ -60,22 +60,22 @@ def stub_of(server: Server, model: str) -> psutil.Process:
 
 def recovered(server: Server) -> None:
     wait_until(lambda: server.wait_ready(0.1))
-    for door in ("ensemble", "text_generation"):
-        wait_until(lambda door=door: answers(server, door))
+    for endpoint in ("ensemble", "text_generation"):
+        wait_until(lambda endpoint=endpoint: answers(server, endpoint))
 
 
-def answers(server: Server, door: str) -> bool:
+def answers(server: Server, endpoint: str) -> bool:
     """False while a stub has not found the engine again, which it says."""
     try:
-        return bool(ask(server, door).text)
+        return bool(ask(server, endpoint).text)
     except GrpcError as error:
         assert "it is being started, try again" in str(error)
         return False
 
 
-@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
-def test_killed_engine(server: Server, lines: list[str], door: str) -> None:
-    call, old = Call(server, door, LONG), server.engine_pids[0]
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation"])
+def test_killed_engine(server: Server, lines: list[str], endpoint: str) -> None:
+    call, old = Call(server, endpoint, LONG), server.engine_pids[0]
     call.next()
     os.kill(old, signal.SIGKILL)
     with pytest.raises(GrpcError, match="the engine process ended while this request was in flight"):
@@ -87,8 +87,8 @@ def test_killed_engine(server: Server, lines: list[str], door: str) -> None:
 
 @pytest.mark.parametrize("model", ["text_generation", "tensorrt_llm"])
 def test_killed_stub(server: Server, lines: list[str], model: str) -> None:
-    door = "ensemble" if model == "tensorrt_llm" else model
-    call, old = Call(server, door, LONG), server.triton_pid
+    endpoint = "ensemble" if model == "tensorrt_llm" else model
+    call, old = Call(server, endpoint, LONG), server.triton_pid
     call.next()
     stub_of(server, model).kill()
     with pytest.raises(GrpcError):
@@ -108,7 +108,7 @@ def test_killed_triton(server: Server, lines: list[str]) -> None:
 
 
 def test_engine_and_triton_killed_together(server: Server, lines: list[str]) -> None:
-    """Both are restarted before anybody asks whether a door works."""
+    """Both are restarted before anybody asks whether an endpoint works."""
     said = len(lines)
     old = server.triton_pid, server.engine_pids[0]
     for pid in old:
@@ -145,8 +145,8 @@ def nested(depth: int) -> bytes:
 def test_a_body_that_needs_more_stack_than_is_usual(server: Server, name: str, body: bytes) -> None:
     """Each ended Triton 2.51 while its threads had 8 MiB."""
     old = server.triton_pid
-    for door in ("ensemble", "text_generation"):
-        url = f"{server.settings.triton_http_url}/v2/models/{door}/generate"
+    for endpoint in ("ensemble", "text_generation"):
+        url = f"{server.settings.triton_http_url}/v2/models/{endpoint}/generate"
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=PATIENCE_S)
         assert refused.value.code == 400
@@ -236,22 +236,22 @@ def test_one_server_a_build_folder(server: Server) -> None:
 
 
 def test_stop_lets_running_requests_end_and_refuses_new_ones(server: Server) -> None:
-    """Of both doors, on streams that stay open. It stops the server of the tests above."""
+    """Of both endpoints, on streams that stay open. It stops the server of the tests above."""
     recovered(server)
     inputs = LONG | {"max_tokens": 1000, "return_num_output_tokens": True}
-    doors = ["ensemble", "text_generation"] * 4
-    calls = [Call(server, door, inputs) for door in doors]
+    endpoints = ["ensemble", "text_generation"] * 4
+    calls = [Call(server, endpoint, inputs) for endpoint in endpoints]
     firsts = [call.next() for call in calls]
     stopping = threading.Thread(target=server.stop)
     stopping.start()
     wait_until(lambda: server._gate is None or server._gate.closed)
-    for door in ("ensemble", "text_generation"):
+    for endpoint in ("ensemble", "text_generation"):
         with pytest.raises(GrpcError, match="the server is stopping and takes no new requests"):
-            ask(server, door)
-    for door, call, first in zip(doors, calls, firsts, strict=True):
+            ask(server, endpoint)
+    for endpoint, call, first in zip(endpoints, calls, firsts, strict=True):
         answer = call.read()
         answer.responses.insert(0, first)
-        assert answer.num_output_tokens(door) == inputs["max_tokens"]
+        assert answer.num_output_tokens(endpoint) == inputs["max_tokens"]
     stopping.join()
 
 
@@ -270,8 +270,8 @@ def test_stop_leaves_nothing_even_with_an_open_stream(tiny_build: Path, tmp_path
     assert len(processes) >= 6
     socket_dir, prefix = server._belongings.folder, server._belongings.shm_prefix
     assert list(Path("/dev/shm").glob(prefix + "*"))
-    bells = server._doorbells()
-    assert all(bell.ring().served for bell in bells.values())
+    checks = server._checks()
+    assert all(check.ask().served for check in checks.values())
     server.stop()
     wait_until(
         lambda: not any(process.is_running() for process in processes)
@@ -334,16 +334,16 @@ def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
         output += line
         if "make bench" in line:
             inputs = LONG | {"max_tokens": 1000, "return_num_output_tokens": True}
-            doors = ["ensemble", "text_generation"] * 4
-            calls = [Call(SimpleNamespace(settings=settings), door, inputs) for door in doors]
+            endpoints = ["ensemble", "text_generation"] * 4
+            calls = [Call(SimpleNamespace(settings=settings), endpoint, inputs) for endpoint in endpoints]
             firsts = [call.next() for call in calls]
             second.send_signal(signal.SIGTERM)
             answers = [
-                (door, Answer([first, *call.read().responses]))
-                for door, call, first in zip(doors, calls, firsts, strict=True)
+                (endpoint, Answer([first, *call.read().responses]))
+                for endpoint, call, first in zip(endpoints, calls, firsts, strict=True)
             ]
     assert second.wait() == 0
-    assert [answer.num_output_tokens(door) for door, answer in answers] == [1000] * 8
+    assert [answer.num_output_tokens(endpoint) for endpoint, answer in answers] == [1000] * 8
     assert "left by a server that was killed" in output
     assert "/v2/models/text_generation/generate" in output
     assert output.endswith(" INFO serve: stopped\n")

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from flightline.supervisor.engine_process import EngineProcess, Share
-from flightline.supervisor.probe import Doorbell, GrpcPort, HttpPort, Port, Verdict
+from flightline.supervisor.probe import EndpointCheck, GrpcPort, HttpPort, Port, Verdict
 from flightline.torch_engine.core.request import EngineStats
 
 TIMEOUT_S = 0.5
 
 
-class Door(BaseHTTPRequestHandler):
+class Endpoint(BaseHTTPRequestHandler):
     """Answers, but for the question whose number is stuck until it is let go."""
 
     stuck_at: int
@@ -41,10 +41,10 @@ class Door(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def door(request: pytest.FixtureRequest) -> Iterator[tuple[str, threading.Event]]:
+def endpoint(request: pytest.FixtureRequest) -> Iterator[tuple[str, threading.Event]]:
     """Address, and what lets its stuck question go; the parameter is that question's number."""
     let_go = threading.Event()
-    handler = type("AnyDoor", (Door,), {"stuck_at": request.param, "let_go": let_go})
+    handler = type("AnyEndpoint", (Endpoint,), {"stuck_at": request.param, "let_go": let_go})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", let_go
@@ -52,33 +52,33 @@ def door(request: pytest.FixtureRequest) -> Iterator[tuple[str, threading.Event]
         server.shutdown()
 
 
-@pytest.mark.parametrize("door", [2], indirect=True)
-def test_a_question_that_later_ones_overtake(door: tuple[str, threading.Event]) -> None:
-    url, let_go = door
-    bell = Doorbell(HttpPort(url), "m", TIMEOUT_S)
-    verdicts = [bell.ring().verdict for _ in range(2)]
+@pytest.mark.parametrize("endpoint", [2], indirect=True)
+def test_a_question_that_later_ones_overtake(endpoint: tuple[str, threading.Event]) -> None:
+    url, let_go = endpoint
+    check = EndpointCheck(HttpPort(url), "m", TIMEOUT_S)
+    verdicts = [check.ask().verdict for _ in range(2)]
     assert verdicts == [Verdict.ANSWERED, Verdict.SILENT]
-    assert not bell.overtaken(), "nothing later was answered yet"
-    assert bell.ring().verdict is Verdict.ANSWERED
-    assert bell.overtaken()
+    assert not check.overtaken(), "nothing later was answered yet"
+    assert check.ask().verdict is Verdict.ANSWERED
+    assert check.overtaken()
     let_go.set()
     deadline = time.monotonic() + 30
-    while bell.overtaken():
+    while check.overtaken():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("door", [0], indirect=True)
-def test_a_door_that_answers(door: tuple[str, threading.Event]) -> None:
-    bell = Doorbell(HttpPort(door[0]), "m", 30)
-    assert all(bell.ring().served and not bell.overtaken() for _ in range(3))
+@pytest.mark.parametrize("endpoint", [0], indirect=True)
+def test_an_endpoint_that_answers(endpoint: tuple[str, threading.Event]) -> None:
+    check = EndpointCheck(HttpPort(endpoint[0]), "m", 30)
+    assert all(check.ask().served and not check.overtaken() for _ in range(3))
 
 
 @pytest.mark.parametrize("port", [HttpPort("http://127.0.0.1:9"), GrpcPort("127.0.0.1:9")])
-def test_a_door_that_is_not_there(port: Port) -> None:
+def test_an_endpoint_that_is_not_there(port: Port) -> None:
     """That is not silence, which may be the engine's."""
-    bell = Doorbell(port, "m", 30)
-    assert bell.ring().verdict is Verdict.DEAD and not bell.overtaken()
+    check = EndpointCheck(port, "m", 30)
+    assert check.ask().verdict is Verdict.DEAD and not check.overtaken()
 
 
 class Mute:

@@ -14,7 +14,7 @@ import pytest
 
 from flightline.supervisor import remains
 from flightline.supervisor.remains import Belongings
-from tests.model_repository.doors import wait_until
+from tests.model_repository.endpoints import wait_until
 
 KILLED = """
 import os

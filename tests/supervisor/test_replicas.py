@@ -11,8 +11,8 @@ import pytest
 
 from flightline.supervisor.engine_process import share
 from flightline.supervisor.serve import ServeError, Server, ready_message
-from tests.model_repository import doors
-from tests.model_repository.doors import Call, GrpcError, ask, idle, stop, wait_until
+from tests.model_repository import endpoints
+from tests.model_repository.endpoints import Call, GrpcError, ask, idle, stop, wait_until
 from tests.serving import CONTEXT, build_tiny, settings_for
 
 ENGINES, STREAMS = 2, 8
@@ -41,25 +41,25 @@ def active(server: Server) -> list[int]:
     return [engine.stats.active_requests for engine in server.engine.engines]
 
 
-def streams(server: Server, door: str) -> dict[str, Call]:
+def streams(server: Server, endpoint: str) -> dict[str, Call]:
     """Long streams of which each has begun."""
-    calls = {str(number): Call(server, door, LONG, request_id=str(number)) for number in range(STREAMS)}
+    calls = {str(number): Call(server, endpoint, LONG, request_id=str(number)) for number in range(STREAMS)}
     for call in calls.values():
         call.next()
     return calls
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
-def test_streams_spread_and_end_wherever_they_are(pair: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation"])
+def test_streams_spread_and_end_wherever_they_are(pair: Server, endpoint: str) -> None:
     wait_until(lambda: idle(pair))
     before = pair.engine.stats.generated_tokens
-    calls = streams(pair, door)
+    calls = streams(pair, endpoint)
     wait_until(lambda: sum(active(pair)) >= STREAMS)
     # Each instance of a model counts for itself, so two of them may differ by one each; a probe may be there too.
     assert min(active(pair)) >= STREAMS // ENGINES - 2
     for request_id, call in calls.items():
-        if door == "ensemble":
+        if endpoint == "ensemble":
             stop(pair, request_id)
             call.read()
         else:
@@ -75,7 +75,7 @@ def drawn_by_both(server: Server) -> set[str]:
     """The answers of both engines to one seeded request, asked four times at once."""
     wait_until(lambda: idle(server))
     before = [engine.stats.generated_tokens for engine in server.engine.engines]
-    batch = {name: np.tile(doors.array(name, value), (4, 1)) for name, value in DRAWN.items()}
+    batch = {name: np.tile(endpoints.array(name, value), (4, 1)) for name, value in DRAWN.items()}
     answer = Call(
         server, "text_generation", {"text_input": np.array([[b"the cat"]] * 4, dtype=np.object_), **batch}
     ).read()
@@ -90,8 +90,8 @@ def test_same_answers_as_one_engine(pair: Server, served: Server) -> None:
     alone = Call(served, "text_generation", {"text_input": "the cat", **DRAWN}).read().text
     assert drawn_by_both(pair) == {alone}
     expected = ask(served, "text_generation", "the cat", 24, end_id=-1).text
-    for door in ("ensemble", "text_generation"):
-        assert {ask(pair, door, "the cat", 24, end_id=-1).text for _ in range(4)} == {expected}
+    for endpoint in ("ensemble", "text_generation"):
+        assert {ask(pair, endpoint, "the cat", 24, end_id=-1).text for _ in range(4)} == {expected}
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ class Parts:
 
 
 class SlowToRing:
-    """A door that has a question open."""
+    """An endpoint that has a question open."""
 
     def waits(self) -> bool:
         return True
@@ -61,14 +61,14 @@ def server(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Server:
         "_launch_triton": "Triton starts",
         "_await_engine": "engine is there",
         "_await_triton": "Triton is there",
-        "_await_doors": "doors are asked",
+        "_await_endpoints": "endpoints are asked",
     }.items():
         monkeypatch.setattr(server, name, lambda *_, event=event: parts.events.append(event))
     monkeypatch.setattr(BackOff, "next", lambda self: 0.0)
     return server
 
 
-def test_no_door_is_asked_before_there_is_an_engine_behind_it(server: Server, parts: Parts) -> None:
+def test_no_endpoint_is_asked_before_there_is_an_engine_behind_it(server: Server, parts: Parts) -> None:
     server._restart(server._problems())
     assert parts.events == [
         "engine starts",
@@ -76,7 +76,7 @@ def test_no_door_is_asked_before_there_is_an_engine_behind_it(server: Server, pa
         "Triton starts",
         "engine is there",
         "Triton is there",
-        "doors are asked",
+        "endpoints are asked",
     ]
     assert server.wait_ready(0)
 
@@ -91,7 +91,7 @@ def test_engine_and_triton_load_at_the_same_time(
         "Triton starts",
         "engine is there",
         "Triton is there",
-        "doors are asked",
+        "endpoints are asked",
     ]
 
 
@@ -150,7 +150,7 @@ def test_an_engine_that_is_seen_to_have_died_a_little_later(
         "engine starts",
         "engine is there",
         "Triton is there",
-        "doors are asked",
+        "endpoints are asked",
     ]
     assert server.wait_ready(0)
 
@@ -168,7 +168,7 @@ def test_what_dies_again_while_it_starts_is_a_failed_restart(
     assert parts.events.count("engine starts") == 1
 
 
-def test_a_door_is_not_blamed_for_its_engine(server: Server, parts: Parts) -> None:
+def test_an_endpoint_is_not_blamed_for_its_engine(server: Server, parts: Parts) -> None:
     """Whose steps take longer than the patience of a probe, with or without progress meanwhile."""
     server._engines = [SimpleNamespace(answers=lambda timeout_s: False)]  # type: ignore[list-item]
     parts.triton_code = None
@@ -178,7 +178,7 @@ def test_a_door_is_not_blamed_for_its_engine(server: Server, parts: Parts) -> No
         assert server._triton_problem() is None
 
 
-def test_a_door_whose_engine_answers_later_questions_is(server: Server, parts: Parts) -> None:
+def test_an_endpoint_whose_engine_answers_later_questions_is(server: Server, parts: Parts) -> None:
     server._engines = [SimpleNamespace(answers=lambda timeout_s: True)]  # type: ignore[list-item]
     parts.triton_code = None
     server._triton = parts.triton()  # type: ignore[assignment]

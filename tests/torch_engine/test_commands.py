@@ -174,7 +174,7 @@ def test_a_stop_is_kept_for_a_bounded_time(start: Start, monkeypatch: pytest.Mon
     engines.close()
 
 
-def test_a_request_that_breaks_the_engines_door_is_answered(start: Start) -> None:
+def test_a_request_that_breaks_the_engines_endpoint_is_answered(start: Start) -> None:
     engine = replicas(start(9))
     outputs: queue.Queue[RequestOutput] = queue.Queue()
     engine.submit(request(max_tokens=0), outputs.put)

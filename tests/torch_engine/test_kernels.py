@@ -198,6 +198,9 @@ def test_norm_and_gate(native, reference, size: int) -> None:
         close(same, residual)
         groups, _ = native.add_norm(x.clone(), *args, weight, 1e-6, INTEGERS)
         close(unpack(groups, size), expected, 0.51 / 127)
+    floats, same = native.add_norm(x.clone(), delta, post, None, 1e-6, FLOATS)
+    assert torch.equal(floats, same)
+    close(same, residual)
     gate_up = torch.randn(5, 2 * size) * 20
     for activation in ("silu", "gelu_tanh"):
         expected = reference.gate(gate_up.clone(), activation)
@@ -275,10 +278,11 @@ def test_attention(make: Make, reference, heads: tuple, mask: tuple, kv: str) ->
     heads = kv_heads * group
     spec = SimpleNamespace(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, norm_eps=1e-6, attention_scale=size**-0.5,
-        attention_softcap=softcap,
+        attention_softcap=softcap, qk_norm="none" if window is None else "row" if window == 17 else "head",
     )  # fmt: skip
-    norm = torch.rand(size) + 0.5 if window else None
-    layer = SimpleNamespace(q_norm=norm, k_norm=norm, spec=SimpleNamespace(window=window), out=FLOATS)
+    each = {"none": (0, 0), "head": (size, size), "row": (heads * size, kv_heads * size)}[spec.qk_norm]
+    q_norm, k_norm = (torch.rand(width) + 0.5 if width else None for width in each)
+    layer = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, spec=SimpleNamespace(window=window), out=FLOATS)
     angles = torch.rand(200, size // 2) * 6
     rope = torch.stack([angles.cos(), angles.sin()], dim=1)
     for block_size in (1, 4, 16):
@@ -301,7 +305,7 @@ def test_integer_attention_keeps_what_many_small_weights_add_up_to(make: Make, i
     size, tokens = 16, 2000
     spec = SimpleNamespace(
         num_heads=1, num_kv_heads=1, head_dim=size, norm_eps=1e-6, attention_scale=1.0,
-        attention_softcap=None,
+        attention_softcap=None, qk_norm="none",
     )  # fmt: skip
     layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=None), out=FLOATS)
     rope = torch.stack([torch.ones(tokens, size // 2), torch.zeros(tokens, size // 2)], dim=1)
@@ -326,7 +330,7 @@ def test_attention_does_not_depend_on_how_a_prompt_is_cut(make: Make, kv: str, w
     heads, kv_heads, size, tokens, block_size = 6, 2, 32, 300, 16
     spec = SimpleNamespace(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, norm_eps=1e-6, attention_scale=size**-0.5,
-        attention_softcap=None,
+        attention_softcap=None, qk_norm="none",
     )  # fmt: skip
     layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=window), out=FLOATS)
     angles = torch.rand(tokens, size // 2) * 6

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.steps import TensorSteps
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
-from flightline.torch_engine.model.families import UnsupportedModel, load_spec
+from flightline.torch_engine.model.config_json import load_spec, transformers_class
+from flightline.torch_engine.model.fields import UnsupportedModel
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 needs_compiler = pytest.mark.skipif(
@@ -21,6 +24,8 @@ needs_compiler = pytest.mark.skipif(
 )
 LENGTHS = (1, 3, 9, 33, 50)
 NEW_TOKENS = 12
+TOLERANCE = 2e-4
+"""Of float32 logits, relative to their spread."""
 
 VARIANTS = {
     **{family: {"family": family} for family in FAMILIES},
@@ -40,6 +45,22 @@ VARIANTS = {
     "linear-rope": {
         "family": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
+    "phi3-longrope": {
+        "family": "phi3", "original_max_position_embeddings": 256, "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 3.0], "long_factor": [2.0, 2.5, 3.0, 4.0, 6.0, 9.0],
+        },
+    },
+    "olmo3-yarn": {
+        "family": "olmo3", "num_hidden_layers": 4, "sliding_window": 16,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+            },
+        },
+    },
     "yarn-rope": {
         "family": "qwen2",
         "rope_parameters": {
@@ -49,9 +70,22 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint and what Transformers makes of it in float32."""
+
+    folder: Path
+    model: PreTrainedModel
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tiny_checkpoint(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
+    model = reference(folder, torch.float32)
+    batch = prompts(model.config.get_text_config().vocab_size)
+    return Case(folder, model, batch, [greedy(model, prompt) for prompt in batch])
 
 
 def prompts(vocab_size: int) -> list[list[int]]:
@@ -59,12 +93,17 @@ def prompts(vocab_size: int) -> list[list[int]]:
     return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def reference(model_dir: Path, dtype: torch.dtype) -> AutoModelForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager").eval()
+def reference(model_dir: Path, dtype: torch.dtype, **changes: object) -> PreTrainedModel:
+    """Transformers' own model, with ``changes`` in the configuration of its language part."""
+    config = AutoConfig.from_pretrained(model_dir)
+    for name, value in changes.items():
+        setattr(config.get_text_config(), name, value)
+    options = {"dtype": dtype, "attn_implementation": "eager", "config": config}
+    return getattr(transformers, transformers_class(model_dir)).from_pretrained(model_dir, **options).eval()
 
 
 @torch.inference_mode()
-def greedy(model: AutoModelForCausalLM, prompt: list[int]) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     tokens = list(prompt)
     for _ in range(NEW_TOKENS):
         tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
@@ -87,27 +126,26 @@ def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def reference_logits(model: AutoModelForCausalLM, prompt: list[int]) -> torch.Tensor:
+def reference_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
     """After every seventh token, like ``logits_of`` with chunks of seven."""
     ends = [min(begin + 7, len(prompt)) - 1 for begin in range(0, len(prompt), 7)]
     return model(torch.tensor([prompt]), use_cache=False).logits[0, ends].float()
 
 
-def test_logits_equal_transformers_in_float32(checkpoint: Path, make_engine) -> None:
-    engine = make_engine(checkpoint)
-    model = reference(checkpoint, torch.float32)
-    for prompt in prompts(engine.info.vocab_size):
-        expected = reference_logits(model, prompt)
+def test_logits_equal_transformers_in_float32(case: Case, make_engine) -> None:
+    engine = make_engine(case.folder)
+    for prompt in case.prompts:
+        expected = reference_logits(case.model, prompt)
         error = (logits_of(engine, prompt, 7) - expected).abs().max() / expected.std()
-        assert error < 2e-4, f"{len(prompt)} tokens: relative error {error:.2g}"
+        assert error < TOLERANCE, f"{len(prompt)} tokens: relative error {error:.2g}"
 
 
-def test_bfloat16_is_as_close_to_float32_as_transformers(checkpoint: Path, make_engine) -> None:
-    engine = make_engine(checkpoint, compute_dtype="bfloat16")
-    exact, rounded = reference(checkpoint, torch.float32), reference(checkpoint, torch.bfloat16)
+def test_bfloat16_is_as_close_to_float32_as_transformers(case: Case, make_engine) -> None:
+    engine = make_engine(case.folder, compute_dtype="bfloat16")
+    rounded = reference(case.folder, torch.bfloat16)
     ours, theirs = 0.0, 0.0
-    for prompt in prompts(engine.info.vocab_size):
-        truth = reference_logits(exact, prompt)
+    for prompt in case.prompts:
+        truth = reference_logits(case.model, prompt)
         ours += (logits_of(engine, prompt, 7) - truth).abs().mean().item()
         theirs += (reference_logits(rounded, prompt) - truth).abs().mean().item()
     assert 0 < ours < 1.4 * theirs
@@ -116,20 +154,53 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(checkpoint: Path, make_
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("kernels", ["pytorch", pytest.param("native", marks=needs_compiler)])
 def test_greedy_tokens_equal_transformers(
-    checkpoint: Path, make_engine, library: str, kernels: str, reuse: bool
+    case: Case, make_engine, library: str, kernels: str, reuse: bool
 ) -> None:
     """Ragged batch, prompts longer than the token budget, then the same prompts again (reused or not)."""
-    engine = make_engine(checkpoint, enable_kv_cache_reuse=reuse, kernels=kernels, kernel_dir=library)
+    engine = make_engine(case.folder, enable_kv_cache_reuse=reuse, kernels=kernels, kernel_dir=library)
     assert engine.kernels.name == kernels
-    model = reference(checkpoint, torch.float32)
-    batch = prompts(engine.info.vocab_size)
-    expected = [greedy(model, prompt) for prompt in batch]
     for _ in range(2):
-        outputs = engine.generate([GenerationRequest(prompt, NEW_TOKENS, end_id=-1) for prompt in batch])
-        assert [output.token_ids for output in outputs] == expected
+        outputs = engine.generate(
+            [GenerationRequest(prompt, NEW_TOKENS, end_id=-1) for prompt in case.prompts]
+        )
+        assert [output.token_ids for output in outputs] == case.answers
         engine.audit()
     assert (engine.stats.kv_blocks_reused > 0) == reuse
     assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+
+SWITCHES = [
+    ("granite", "embedding_multiplier", 1.0),
+    ("granite", "attention_multiplier", 0.25),
+    ("granite", "residual_multiplier", 0.3),
+    ("granite", "logits_scaling", 5.0),
+    ("smollm3", "no_rope_layers", [1, 1, 1]),
+    ("phi3", "sliding_window", None),
+    ("phi3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ("glm4", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "value"), SWITCHES)
+def test_these_checkpoints_would_show_a_switch_that_is_ignored(
+    tmp_path: Path, family: str, name: str, value: object
+) -> None:
+    """Weights as a library initialises them would hide most of these below any tolerance."""
+    folder = tiny_checkpoint(tmp_path, family)
+    prompt = prompts(300)[-1]
+    right = reference_logits(reference(folder, torch.float32), prompt)
+    wrong = reference_logits(reference(folder, torch.float32, **{name: value}), prompt)
+    assert (right - wrong).abs().max() / right.std() > 100 * TOLERANCE
+
+
+def test_a_long_context_has_the_long_factors_from_the_first_token_on(tmp_path: Path, make_engine) -> None:
+    """As Transformers has them for a prompt that is longer than the context it was trained on."""
+    shape = VARIANTS["phi3-longrope"] | {"original_max_position_embeddings": 32}
+    folder = tiny_checkpoint(tmp_path, **shape)
+    model, prompt = reference(folder, torch.float32), prompts(300)[-1]
+    expected = reference_logits(model, prompt)
+    error = (logits_of(make_engine(folder), prompt, 7) - expected).abs().max() / expected.std()
+    assert error < TOLERANCE
 
 
 def test_every_variant_uses_what_it_varies(tmp_path: Path) -> None:

@@ -135,6 +135,36 @@ class TestKernels:
         close(expanded(result, form, scale), expected, form_tolerance(form, dtype))
 
     @pytest.mark.parametrize("form", FORMS)
+    def test_a_sum_without_a_norm(self, form: int) -> None:
+        form, dtype, scale = Form(form), DTYPES[1], torch.tensor(0.02, device=DEVICE)
+        x, delta = torch.randn(2, 3, 80, device=DEVICE, dtype=dtype)
+        expected = x.float() + delta.float()
+        result = add_norm(x, delta, None, None, 1e-5, form, scale)
+        close(expanded(result, form, scale), expected, form_tolerance(form, dtype))
+
+    @pytest.mark.parametrize("parts", [None, 3])
+    def test_norms_over_all_heads_of_a_row(self, parts: int | None) -> None:
+        """More heads than a program has; queries and keys each have a norm of their own."""
+        heads, kv_heads, size, rows = 9, 3, 20, 5
+        shape = rows, (heads + 2 * kv_heads) * size
+        qkv = torch.randn(parts or 1, *shape, device=DEVICE)
+        cache = KVCache(torch.zeros(2, 2, kv_heads, 16, size, device=DEVICE), None)
+        where = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+        table = torch.ones(1, 1, device=DEVICE, dtype=torch.int32)
+        step = AttentionInput(torch.zeros_like(where), where, table, rows, None)
+        rope = torch.randn(rows, 2, size // 2, device=DEVICE)
+        q_norm, k_norm = (torch.rand(count * size, device=DEVICE) + 0.5 for count in (heads, kv_heads))
+        q, k, v = qkv.sum(0).split([heads * size, kv_heads * size, kv_heads * size], 1)
+        normed = torch.cat([rms(q, q_norm), rms(k, k_norm), v], 1)
+        other = KVCache(cache.values.clone(), None)
+        expected = rotate_write(normed, other, step, rope, heads)
+        ours = rotate_write(
+            qkv if parts else qkv[0], cache, step, rope, heads, q_norm, k_norm, 1e-5, torch.float32, True
+        )
+        close(ours[:, : heads * size], expected[:, : heads * size], 1e-5)
+        close(cache.values, other.values, 1e-5)
+
+    @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
     @pytest.mark.parametrize("size", [48, 1040])
     def test_gate(self, form: int, activation: str, size: int) -> None:
@@ -513,6 +543,7 @@ class TestEngine:
 
         expected = told(make_engine(folder))
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        engine.guided.grammars.compile(guide)  # so that all four begin together
         order: list[str] = []
         watched = {
             "launch": engine.runner,

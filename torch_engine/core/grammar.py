@@ -481,20 +481,15 @@ class Grammar:
         """Writes the mask into ``row``, contiguous uint32 [words]."""
         if not self.problem:
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        self._complete(row)
+        _complete([self], row[None])
 
-    def _complete(self, row: NDArray[Any]) -> None:
-        """Says in a mask which ends are allowed."""
+    def _end(self, row: NDArray[Any], goes_on: bool) -> None:
+        """Says in a mask which ends are allowed; ``goes_on``: whether anything else is."""
         if self._matcher.is_error():
             self._fail(self._matcher.get_error())
         if self.problem:
             row[:] = 0
-            return
-        row[self._vocab // 32] &= np.uint32((1 << self._vocab % 32) - 1)  # llguidance's own end
-        for token in self._spelled:
-            row[token // 32] &= ~np.uint32(1 << token % 32)
-        goes_on = bool(row.any())
-        if self._matcher.is_accepting() and not (goes_on and self._left > 0):
+        elif self._matcher.is_accepting() and not (goes_on and self._left > 0):
             for token in self._ends:
                 row[token // 32] |= np.uint32(1 << token % 32)
         elif not goes_on:
@@ -506,9 +501,22 @@ class Grammar:
 
 
 def fill(grammars: list[Grammar], rows: NDArray[Any], executor: llguidance.LLExecutor) -> None:
-    """Several masks at once, on the executor's threads: ``rows`` contiguous uint32 [grammars, words]."""
+    """Several masks at once, on the executor's threads: ``rows`` contiguous uint32 [grammars, words].
+
+    The grammars are of one vocabulary.
+    """
     work = [(each._matcher, row) for row, each in enumerate(grammars) if not each.problem]
     if work:
         executor.unsafe_compute_mask_ptr(work, rows.ctypes.data, rows.shape[1] * 4, len(rows))
+    _complete(grammars, rows)
+
+
+def _complete(grammars: list[Grammar], rows: NDArray[Any]) -> None:
+    """Says in masks [grammars, words] which ends are allowed, and that llguidance's own is not."""
+    vocab = grammars[0]._vocab
+    rows[:, vocab // 32] &= np.uint32((1 << vocab % 32) - 1)
     for each, row in zip(grammars, rows, strict=True):
-        each._complete(row)
+        for token in each._spelled:
+            row[token // 32] &= ~np.uint32(1 << token % 32)
+    for each, row, highest in zip(grammars, rows, rows.max(axis=1).tolist(), strict=True):
+        each._end(row, highest > 0)

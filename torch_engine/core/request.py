@@ -57,8 +57,6 @@ class InvalidField(RequestError):
 
 LOWEST_TEMPERATURE = 1e-5
 """Below it logits divided by the temperature leave float32's range; vLLM draws the same line."""
-MOST_TOP_LOG_PROBS = 20
-"""As many as OpenAI's API offers."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ class GenerationRequest:
     min_tokens: int = 0
     return_log_probs: bool = False
     top_log_probs: int = 0
-    """How many of the most likely tokens are told with each generated one, at most ``MOST_TOP_LOG_PROBS``."""
+    """How many of the most likely tokens are told with each generated one."""
     skip_special_tokens: bool = True
     """Whether special tokens have no text."""
     stream: bool = True
@@ -168,7 +166,7 @@ class GenerationRequest:
     """What the answer keeps to. It ends where the grammar ends, before ``min_tokens`` and without an end token too."""
     lane_inputs: Mapping[str, Any] = field(default_factory=dict)
     """Tensors of NVIDIA's ``tensorrt_llm`` that only TensorRT-LLM understands (LoRA, ...), [1, ...] each.
-    Our own engine gets none: its doors refuse them."""
+    Our own engine gets none: its endpoints refuse them."""
     group: str = ""
     """Names the requests of :meth:`siblings`; empty = it has none."""
     sequence_index: int = 0
@@ -216,6 +214,8 @@ class PerfMetrics:
     kv_cache_alloc_total_blocks: int = 0
     total_draft_tokens: int = 0
     total_accepted_draft_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that were found computed when it began; None: this lane does not say."""
 
     @property
     def acceptance_rate(self) -> float:

@@ -7,8 +7,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import CacheT, Decoder, Layer, LinearT
+from flightline.torch_engine.model.spec import ModelSpec
 
 
 class Rows(Protocol):
@@ -40,11 +40,13 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
         x: torch.Tensor,
         delta: torch.Tensor | None,
         post: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         eps: float,
         reader: LinearT,
     ) -> tuple[HiddenT, torch.Tensor]:
         """Adds ``delta``, normed by ``post`` if given, to the residual ``x`` [T, N]; returns its norm and the new sum.
+
+        Without ``weight`` the sum itself is what the reader gets.
 
         ``reader`` is the linear that reads the norm; ``x`` may be changed in place.
         """

@@ -22,10 +22,11 @@ class Model(Generic[LinearT, CacheT, StepT]):
         self.kernels = kernels
         dtype, device = kernels.dtype, kernels.device
         self.embedding = checkpoint.weight("model.embed_tokens", dtype).to(device)
-        # Rounded to the compute dtype, as the checkpoints' own code does; read on the host.
-        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype)
+        # Read on the host.
+        rounded = dtype if spec.rounds_embedding_scale else torch.float32
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=rounded)
         self.layers = [self._load_layer(checkpoint, index) for index in range(spec.num_layers)]
-        self.norm = self._norm(checkpoint, "model.norm")
+        self.norm = self._norm(checkpoint, "model.norm") / spec.logit_divisor  # the head is linear
         tied = spec.tie_embeddings and "lm_head.weight" not in checkpoint
         if tied:
             self.lm_head = kernels.linear(self.embedding, checkpoint.bias("lm_head", dtype))
@@ -49,20 +50,22 @@ class Model(Generic[LinearT, CacheT, StepT]):
         def norm(module: str) -> torch.Tensor:
             return self._norm(checkpoint, f"{name}.{module}")
 
+        def norm_if(module: str | None) -> torch.Tensor | None:
+            return None if module is None else norm(module)
+
         layer = Layer(
             spec=spec.layers[index],
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             out=linear("self_attn.o_proj"),
             gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
             down=linear("mlp.down_proj"),
-            input_norm=norm("input_layernorm"),
+            input_norm=norm_if(spec.norms.attention),
+            attention_out_norm=norm_if(spec.norms.attention_out),
+            mlp_norm=norm_if(spec.norms.mlp),
+            mlp_out_norm=norm_if(spec.norms.mlp_out),
             kv_scales=checkpoint.kv_scales(f"{name}.self_attn"),
-            mlp_norm=norm("pre_feedforward_layernorm" if spec.sandwich_norm else "post_attention_layernorm"),
         )
-        if spec.sandwich_norm:
-            layer.attention_out_norm = norm("post_attention_layernorm")
-            layer.mlp_out_norm = norm("post_feedforward_layernorm")
-        if spec.qk_norm:
+        if spec.qk_norm != "none":
             layer.q_norm, layer.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
         return layer
 

@@ -1,292 +1,281 @@
-"""Which checkpoints the engine can run, and the shape facts it reads from their ``config.json``. No torch."""
+"""Which decoders the engine runs, as data: what each family does differently from Llama. No torch.
+
+A family is here what its ``config.json`` cannot say of itself: the settings that its files may have, the values that
+they leave out, and the names of its modules. ``config_json.py`` reads a file with it.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from flightline.torch_engine.model.fields import (
-    ROPE_NEEDED,
-    ROPE_SETTINGS,
-    Fields,
-    UnsupportedModel,
-    check_keys,
-)
+from flightline.torch_engine.model.fields import Fields, names
+from flightline.torch_engine.model.spec import Fused, Norms, QkNorm
 
-__all__ = ["SUPPORTED_ARCHITECTURES", "LayerSpec", "ModelSpec", "Rope", "UnsupportedModel", "load_spec"]
+FULL, SLIDING = "full_attention", "sliding_attention"
+LayerKinds = Callable[[Fields, int], list[str]]
+"""From a configuration and the number of its layers to the kind of each."""
 
-SUPPORTED_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-)
+
+def _all_sliding(fields: Fields, count: int) -> list[str]:
+    return [SLIDING] * count
+
+
+def _first_of_two_sliding(fields: Fields, count: int) -> list[str]:
+    return [SLIDING if index % 2 == 0 else FULL for index in range(count)]
+
+
+def _last_of_pattern_full(fields: Fields, count: int) -> list[str]:
+    pattern = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
+    return [SLIDING if (index + 1) % pattern else FULL for index in range(count)]
+
+
+def _last_of_four_full(fields: Fields, count: int) -> list[str]:
+    return [SLIDING if (index + 1) % 4 else FULL for index in range(count)]
+
+
+def _sliding_from_some_layer_on(fields: Fields, count: int) -> list[str]:
+    first = fields.whole("max_window_layers", 28, least=0)
+    return [SLIDING if index >= first else FULL for index in range(count)]
+
+
+def _sliding_where_nothing_turns(fields: Fields, count: int) -> list[str]:
+    return [FULL if turns else SLIDING for turns in turning_layers(fields, count)]
+
+
+def turning_layers(fields: Fields, count: int) -> list[bool]:
+    """Whether each layer has a rotary embedding, in a family some of whose layers have none."""
+    listed = fields.config.get("no_rope_layers")
+    if listed is None:
+        interval = fields.whole("no_rope_layer_interval", 4)
+        return [bool((index + 1) % interval) for index in range(count)]
+    if not isinstance(listed, list) or len(listed) < count or not set(listed) <= {0, 1}:
+        raise fields.refuse("no_rope_layers", f"it must be a list with 1 or 0 for each of {count} layers")
+    return [bool(each) for each in listed[:count]]
+
+
+LLAMA_NORMS = Norms()
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of one kind of layer, as ``rope_parameters`` of Transformers 5 gives it."""
-
-    theta: float
-    scaling: tuple[tuple[str, Any], ...] = ()
-    """``rope_type`` and its settings; empty for the plain embedding."""
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What differs between the layers of one model."""
-
-    rope: Rope
-    window: int | None
-    """Sliding attention window in tokens; None = full attention."""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A decoder as the engine sees it: sizes and switches, whatever family it came from."""
+class Family:
+    """What a family does differently from Llama."""
 
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    layers: tuple[LayerSpec, ...]
-    tie_embeddings: bool
-    max_position_embeddings: int
-    activation: str
-    """``silu`` or ``gelu_tanh``."""
-    attention_scale: float
-    end_ids: tuple[int, ...]
-    qk_norm: bool = False
+    """As ``config.json`` names it."""
+    model_type: str
+    """As the configuration of a model that wraps it names it."""
+    keys: frozenset[str] = frozenset()
+    """Settings that its files may have besides :data:`fields.USED`."""
+    sliding_ropes_are_plain: bool = False
+    """``rope_scaling`` is of full attention alone."""
+    rope_keys: frozenset[str] = frozenset()
+    """Settings of its rotary embedding that do nothing within the context that is served."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of settings that its files leave out, as its class in Transformers has them."""
+    activation: str = "silu"
+    """If the file names none."""
+    fixed_activation: str | None = None
+    """Whatever the file names."""
+    windowed_layers: LayerKinds = _all_sliding
+    """Layer kinds of a file with a window and without ``layer_types``."""
+    norms: Norms = LLAMA_NORMS
     norm_plus_one: bool = False
-    """Gemma stores norm weights less one."""
-    sandwich_norm: bool = False
-    """Gemma 2 and 3 also normalise what attention and MLP return."""
-    embedding_scale: float = 1.0
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    fp8: bool = False
-    """ModelOpt unified FP8: e4m3 weights with ``weight_scale`` and ``input_scale``."""
+    qk_norm: QkNorm = "none"
     qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def num_groups(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+    """Always; otherwise ``attention_bias`` says."""
+    out_bias: bool = True
+    """The output projection has a bias where ``attention_bias`` says so."""
+    scales_embedding: bool = False
+    """By the root of the hidden size."""
+    interleaved: bool = False
+    """The rotary embedding pairs neighbours."""
+    fused: Fused = ()
+    code: str | None = None
+    """The class of its own code that its files name in ``auto_map``; it computes the same."""
 
 
-def load_spec(model_dir: str | Path) -> ModelSpec:
-    """Reads ``config.json`` (and the end ids of ``generation_config.json``).
+_QWEN_WINDOW = names("sliding_window use_sliding_window max_window_layers")
+_GEMMA_CAPS = names("sliding_window query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping")
+_GEMMA_NORMS = Norms(
+    attention_out="post_attention_layernorm",
+    mlp="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
+_OLMO_NORMS = Norms(
+    attention=None,
+    attention_out="post_attention_layernorm",
+    mlp=None,
+    mlp_out="post_feedforward_layernorm",
+)
+_FUSED_GATE: Fused = (("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),)
+_FUSED_QKV: Fused = (("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),)
+_GLM_DEFAULTS = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 1.5625e-7,
+    "max_position_embeddings": 131072,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+}
+_FAMILIES = (
+    Family("LlamaForCausalLM", "llama"),
+    Family(
+        "MistralForCausalLM",
+        "mistral",
+        keys=names("sliding_window"),
+        defaults={"sliding_window": 4096},
+    ),
+    Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        keys=_QWEN_WINDOW,
+        windowed_layers=_sliding_from_some_layer_on,
+        qkv_bias=True,
+        out_bias=False,
+    ),
+    Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        keys=_QWEN_WINDOW,
+        windowed_layers=_sliding_from_some_layer_on,
+        qk_norm="head",
+    ),
+    Family(
+        "GemmaForCausalLM",
+        "gemma",
+        defaults={"tie_word_embeddings": True},
+        fixed_activation="gelu_pytorch_tanh",  # its "gelu" has always meant the tanh form
+        norm_plus_one=True,
+        scales_embedding=True,
+    ),
+    Family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        keys=_GEMMA_CAPS,
+        defaults={
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        activation="gelu_pytorch_tanh",
+        windowed_layers=_first_of_two_sliding,
+        norms=_GEMMA_NORMS,
+        norm_plus_one=True,
+        scales_embedding=True,
+    ),
+    Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        keys=_GEMMA_CAPS | names("sliding_window_pattern _sliding_window_pattern rope_local_base_freq"),
+        defaults={  # the wrappers of the 4B to 27B name few of their sizes
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        activation="gelu_pytorch_tanh",
+        windowed_layers=_last_of_pattern_full,
+        norms=_GEMMA_NORMS,
+        norm_plus_one=True,
+        qk_norm="head",
+        sliding_ropes_are_plain=True,
+        scales_embedding=True,
+    ),
+    Family(
+        "Phi3ForCausalLM",
+        "phi3",
+        keys=names("sliding_window partial_rotary_factor original_max_position_embeddings"),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+        fused=(*_FUSED_QKV, *_FUSED_GATE),
+        code="modeling_phi3.Phi3ForCausalLM",
+    ),
+    Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        keys=_QWEN_WINDOW | names("no_rope_layers no_rope_layer_interval"),
+        defaults={
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+        windowed_layers=_sliding_where_nothing_turns,
+    ),
+    Family(
+        "GraniteForCausalLM",
+        "granite",
+        keys=names("embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
+        defaults=dict.fromkeys(
+            ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+        ),
+    ),
+    Family(
+        "GlmForCausalLM",
+        "glm",
+        keys=names("partial_rotary_factor"),
+        defaults=_GLM_DEFAULTS,
+        out_bias=False,
+        interleaved=True,
+        fused=_FUSED_GATE,
+    ),
+    Family(
+        "Glm4ForCausalLM",
+        "glm4",
+        keys=names("partial_rotary_factor"),
+        defaults=_GLM_DEFAULTS,
+        out_bias=False,
+        norms=Norms(
+            attention_out="post_self_attn_layernorm",
+            mlp="post_attention_layernorm",
+            mlp_out="post_mlp_layernorm",
+        ),
+        interleaved=True,
+        fused=_FUSED_GATE,
+    ),
+    Family("Olmo2ForCausalLM", "olmo2", defaults={"rms_norm_eps": 1e-5}, norms=_OLMO_NORMS, qk_norm="row"),
+    Family(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        keys=names("sliding_window"),
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+        windowed_layers=_last_of_four_full,
+        norms=_OLMO_NORMS,
+        qk_norm="row",
+        sliding_ropes_are_plain=True,
+    ),
+    Family(
+        "Ministral3ForCausalLM",
+        "ministral3",
+        keys=names("sliding_window"),
+        rope_keys=names("llama_4_scaling_beta max_position_embeddings"),
+        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    ),
+)
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in _FAMILIES}
+BY_MODEL_TYPE: Mapping[str, Family] = {family.model_type: family for family in _FAMILIES}
 
-    Raises:
-        UnsupportedModel: the architecture, activation, quantisation or shape is not implemented, a value is none, or
-            a key is not known.
-    """
-    folder = Path(model_dir)
-    fields = Fields(_read_json(folder / "config.json"), folder / "config.json")
-    architecture = (fields.words("architectures") or ["?"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        supported = ", ".join(SUPPORTED_ARCHITECTURES)
-        raise UnsupportedModel(
-            f"{folder}: architecture {architecture} is not supported; supported are {supported}"
-        )
-    fp8 = _is_fp8(folder, fields)  # said first: what quantises a model often brings keys of its own
-    check_keys(fields.config, architecture, folder)
-    gemma = architecture.startswith("Gemma")
-    sandwich = architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
-    hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    kv_heads = fields.whole("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise fields.refuse("num_key_value_heads", f"it must divide num_attention_heads={heads}")
-    if "head_dim" not in fields.config and hidden % heads:
-        raise fields.refuse("num_attention_heads", f"it must divide hidden_size={hidden}")
-    head_dim = fields.whole("head_dim", hidden // heads or 1)
-    if head_dim % 2:
-        raise fields.refuse("head_dim", f"heads of {head_dim} cannot be rotated in halves: it must be even")
-    scalar = fields.positive("query_pre_attn_scalar", head_dim) if sandwich else head_dim
-    attention_bias = fields.flag("attention_bias", False)
-    return ModelSpec(
-        architecture=architecture,
-        vocab_size=fields.whole("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.whole("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        norm_eps=fields.positive("rms_norm_eps", 1e-6),
-        layers=_layers(fields, architecture),
-        tie_embeddings=fields.flag("tie_word_embeddings", gemma),
-        max_position_embeddings=fields.whole("max_position_embeddings", 2048),
-        activation=_activation(fields, architecture),
-        attention_scale=1.0 / math.sqrt(scalar),
-        end_ids=_end_ids(folder, fields),
-        qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"),
-        norm_plus_one=gemma,
-        sandwich_norm=sandwich,
-        embedding_scale=hidden**0.5 if gemma else 1.0,
-        attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping", 50.0),
-        logit_softcap=_softcap(fields, architecture, "final_logit_softcapping", 30.0),
-        fp8=fp8,
-        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
-        out_bias=attention_bias and architecture != "Qwen2ForCausalLM",
-        mlp_bias=fields.flag("mlp_bias", False),
-    )
+WRAPPERS: Mapping[str, frozenset[str]] = {
+    "Gemma3ForConditionalGeneration": names(
+        "boi_token_index eoi_token_index image_token_index image_token_id mm_tokens_per_image"
+    ),
+    "Mistral3ForConditionalGeneration": names(
+        "image_token_index image_token_id multimodal_projector_bias projector_hidden_act spatial_merge_size "
+        "vision_feature_layer"
+    ),
+}
+"""Models for images whose language part is served alone, with the settings of theirs that it has no use for."""
 
-
-def _activation(fields: Fields, architecture: str) -> str:
-    if architecture == "GemmaForCausalLM":  # its "gelu" has always meant the tanh form
-        return "gelu_tanh"
-    gemma = architecture.startswith("Gemma")
-    name = "hidden_activation" if fields.config.get("hidden_activation") else "hidden_act"
-    activation = fields.config.get(name) or ("gelu_pytorch_tanh" if gemma else "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise fields.refuse(name, f"supported activations are {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[activation]
-
-
-def _softcap(fields: Fields, architecture: str, name: str, default: float) -> float | None:
-    """Gemma 2 has caps even if its file does not say so, Gemma 3 only if it does."""
-    if architecture == "Gemma2ForCausalLM" and name not in fields.config:
-        return default
-    if architecture not in ("Gemma2ForCausalLM", "Gemma3ForCausalLM") or fields.config.get(name) is None:
-        return None
-    return fields.positive(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UnsupportedModel(f"{path} does not exist: not a Hugging Face checkpoint folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedModel(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from None
-    if not isinstance(value, dict):
-        raise UnsupportedModel(f"{path} is not a JSON object: fetch the checkpoint again")
-    return value
-
-
-def _layers(fields: Fields, architecture: str) -> tuple[LayerSpec, ...]:
-    count = fields.whole("num_hidden_layers")
-    window = _window(fields, architecture)
-    kinds = fields.words("layer_types") or _layer_kinds(fields, architecture, count, window)
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UnsupportedModel(f"{fields.source}: layer types {sorted(unknown)} are not supported")
-    if len(kinds) != count:
-        raise fields.refuse("layer_types", f"it must have one for each of num_hidden_layers={count}")
-    if window is None and "sliding_attention" in kinds:
-        raise fields.refuse(
-            "sliding_window", "layer_types has sliding_attention, so it must be a whole number"
-        )
-    ropes = {kind: _rope(fields, kind) for kind in set(kinds)}
-    return tuple(LayerSpec(ropes[kind], window if kind == "sliding_attention" else None) for kind in kinds)
-
-
-WINDOWED = ("MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
-"""Families with a window of 4,096 tokens if the file does not speak of it."""
-
-
-def _window(fields: Fields, architecture: str) -> int | None:
-    name = "sliding_window"
-    if architecture.startswith("Qwen") and not fields.flag("use_sliding_window", False):
-        return None
-    if architecture in WINDOWED and name not in fields.config:
-        return 4096
-    return None if fields.config.get(name) is None else fields.whole(name)
-
-
-def _layer_kinds(fields: Fields, architecture: str, count: int, window: int | None) -> list[str]:
-    """Layer types of configs written before ``layer_types`` existed."""
-    if window is None:
-        return ["full_attention"] * count
-    if architecture == "Gemma2ForCausalLM":
-        return ["sliding_attention" if index % 2 == 0 else "full_attention" for index in range(count)]
-    if architecture == "Gemma3ForCausalLM":
-        pattern = fields.whole("sliding_window_pattern", fields.whole("_sliding_window_pattern", 6))
-        return ["sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(count)]
-    if architecture.startswith("Qwen"):
-        first = fields.whole("max_window_layers", 28, least=0)
-        return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
-    return ["sliding_attention"] * count
-
-
-def _rope(fields: Fields, kind: str) -> Rope:
-    """Reads either spelling: ``rope_parameters`` (Transformers 5) or ``rope_theta`` + ``rope_scaling``."""
-    parameters = fields.table("rope_parameters")
-    if kind in parameters:
-        parameters = Fields(parameters, fields.source).table(kind)
-    elif "full_attention" in parameters or "sliding_attention" in parameters:
-        raise UnsupportedModel(f"{fields.source}: rope_parameters lack {kind}")
-    spelled = Fields(parameters or fields.config, fields.source)
-    theta = spelled.positive("rope_theta", fields.positive("rope_theta", 10000.0))
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    if not scaling:
-        scaling = fields.table("rope_scaling")
-    if kind == "sliding_attention" and not parameters and fields.config.get("rope_local_base_freq"):
-        theta, scaling = fields.positive("rope_local_base_freq"), {}
-    scaling = {key: value for key, value in scaling.items() if value is not None}
-    old_spelling = scaling.pop("type", None)
-    rope_type = scaling.pop("rope_type", None) or old_spelling or "default"
-    if not isinstance(rope_type, str) or rope_type not in ROPE_SETTINGS:
-        raise UnsupportedModel(
-            f"{fields.source}: rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_SETTINGS)}"
-        )
-    if scaling.get("partial_rotary_factor") == 1:
-        del scaling["partial_rotary_factor"]
-    if rope_type == "default" and not set(scaling) - ROPE_SETTINGS["yarn"] - ROPE_SETTINGS["llama3"]:
-        return Rope(float(theta))
-    unknown = set(scaling) - ROPE_SETTINGS[rope_type]
-    if unknown:
-        raise UnsupportedModel(
-            f"{fields.source}: {sorted(unknown)} of rope_type {rope_type!r} is not implemented"
-        )
-    settings = Fields(scaling, f"{fields.source}: rope scaling")
-    for name in sorted(set(scaling) | ROPE_NEEDED[rope_type]):
-        if name == "truncate":
-            settings.flag(name, True)
-        else:
-            settings.positive(name)
-    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise settings.refuse("low_freq_factor", "it must be below high_freq_factor")
-    return Rope(float(theta), (("rope_type", rope_type), *sorted(scaling.items())))
-
-
-def _end_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
-    """All ids that end an output; generation_config.json knows more of them than config.json."""
-    own = fields.ids("eos_token_id")
-    path = folder / "generation_config.json"
-    declared = Fields(_read_json(path), path).ids("eos_token_id") if path.exists() else None
-    return declared or own or ()
-
-
-def _is_fp8(folder: Path, fields: Fields) -> bool:
-    path = folder / "hf_quant_config.json"
-    quantization = fields.table("quantization_config")
-    if path.exists():
-        quantization = Fields(_read_json(path), path).table("quantization")
-    if not quantization:
-        return False
-    algorithm = quantization.get("quant_algo")
-    if algorithm != "FP8":
-        method = algorithm or quantization.get("quant_method")
-        raise UnsupportedModel(
-            f"{folder}: quantisation {method!r} is not supported; supported are bf16 checkpoints and ModelOpt FP8"
-        )
-    return True
+SUPPORTED_ARCHITECTURES = (*FAMILIES, *WRAPPERS)

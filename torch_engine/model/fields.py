@@ -15,30 +15,18 @@ class UnsupportedModel(ValueError):
     """The checkpoint asks for something that the engine does not implement; the message lists what it does."""
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """The words of ``text``."""
     return frozenset(text.split())
 
 
-USED = _names(
+USED = names(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim hidden_act hidden_activation rms_norm_eps max_position_embeddings "
-    "tie_word_embeddings rope_parameters rope_theta rope_scaling layer_types attention_bias mlp_bias eos_token_id "
-    "quantization_config"
+    "tie_word_embeddings rope_parameters rope_theta rope_scaling partial_rotary_factor layer_types attention_bias "
+    "mlp_bias eos_token_id quantization_config"
 )
-USED_BY_FAMILY = {
-    "MistralForCausalLM": frozenset({"sliding_window"}),
-    "Qwen2ForCausalLM": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
-    "Qwen3ForCausalLM": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
-    "Gemma2ForCausalLM": frozenset(
-        {"sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
-    ),
-    "Gemma3ForCausalLM": _names(
-        "sliding_window query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
-        "sliding_window_pattern _sliding_window_pattern rope_local_base_freq"
-    ),
-}
-
-GENERATION = _names(
+GENERATION = names(
     "bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty do_sample "
     "early_stopping encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff exponential_decay_length_penalty "
     "forced_bos_token_id forced_eos_token_id guidance_scale length_penalty max_length max_new_tokens min_length "
@@ -47,7 +35,7 @@ GENERATION = _names(
     "temperature top_k top_p typical_p"
 )
 """Defaults of Transformers' ``generate`` that older versions saved with the model; here a request says such things."""
-IRRELEVANT = GENERATION | _names(
+IRRELEVANT = GENERATION | names(
     # Training: nothing is dropped, initialised or lost when a model only reads.
     "attention_dropout attn_pdrop classifier_dropout embd_pdrop gradient_checkpointing hidden_dropout "
     "initializer_range neftune_noise_alpha resid_pdrop residual_dropout tf_legacy_loss "
@@ -63,8 +51,10 @@ IRRELEVANT = GENERATION | _names(
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_encoder_decoder": (False,),
-    "partial_rotary_factor": (1,),
+    "lm_head_bias": (False,),
     "pruned_heads": ({},),
     "qk_layernorm": (False,),
     "rope_interleaved": (False,),
@@ -75,47 +65,57 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Keys that would change the forward pass, with the values at which they do not."""
 
-ROPE_SETTINGS = {
-    "default": frozenset[str](),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset(
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    ),
-    "yarn": _names(
-        "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor mscale "
-        "mscale_all_dim"
-    ),
-}
-"""What each ``rope_type`` has besides ``rope_theta``."""
-ROPE_NEEDED = {"linear": ROPE_SETTINGS["linear"], "llama3": ROPE_SETTINGS["llama3"], "yarn": {"factor"}}
+WRAPPER = names(
+    "architectures model_type text_config vision_config audio_config eos_token_id tie_word_embeddings "
+    "quantization_config"
+)
+"""What stands around the ``text_config`` of a wrapper."""
 
 MOST = 2**31 - 1
 """Of any size: positions, ids and rows are 32 bits wide on a GPU."""
 
 
-def check_keys(config: dict[str, Any], architecture: str, folder: Path) -> None:
-    """Raises UnsupportedModel that names the first key which is neither used nor irrelevant; null says nothing."""
-    used = USED | USED_BY_FAMILY.get(architecture, frozenset())
+def check_keys(
+    config: dict[str, Any], architecture: str, own: frozenset[str], code: str | None, source: Path | str
+) -> None:
+    """Raises UnsupportedModel that names the first key which is neither used nor irrelevant; null says nothing.
+
+    ``own`` are keys that the family has besides :data:`USED`; ``code`` is a class of model code that may be named,
+    since it computes what the family does.
+    """
     for key, value in config.items():
-        if value is None or key in used or key in IRRELEVANT:
+        if value is None or key in USED or key in own or key in IRRELEVANT:
             continue
         if key == "auto_map":
-            if "AutoModelForCausalLM" not in value:
+            if not isinstance(value, dict) or value.get("AutoModelForCausalLM") in (None, code):
                 continue
             raise UnsupportedModel(
-                f"{folder}/config.json: auto_map brings model code of its own, which is not run: use a checkpoint "
+                f"{source}: auto_map brings model code of its own, which is not run: use a checkpoint "
                 f"of plain {architecture}"
             )
         if key not in NEUTRAL:
-            raise UnsupportedModel(
-                f"{folder}/config.json: {key}={_short(value)} is not known for {architecture}, and may change what "
-                "the model computes: remove the key if it does not, else use another checkpoint"
-            )
+            raise _unheard(key, value, architecture, source)
         if value not in NEUTRAL[key]:
             raise UnsupportedModel(
-                f"{folder}/config.json: {key}={_short(value)} is not implemented "
-                f"(only {_short(NEUTRAL[key][0])}): use another checkpoint"
+                f"{source}: {key}={short(value)} is not implemented "
+                f"(only {short(NEUTRAL[key][0])}): use another checkpoint"
             )
+
+
+def check_wrapper_keys(
+    config: dict[str, Any], architecture: str, own: frozenset[str], source: Path | str
+) -> None:
+    """As :func:`check_keys`, for what stands around ``text_config``; ``own`` is of the parts that are left out."""
+    for key, value in config.items():
+        if value is not None and key not in own | WRAPPER | IRRELEVANT:
+            raise _unheard(key, value, architecture, source)
+
+
+def _unheard(key: str, value: Any, architecture: str, source: Path | str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{source}: {key}={short(value)} is not known for {architecture}, and may change what "
+        "the model computes: remove the key if it does not, else use another checkpoint"
+    )
 
 
 class Fields:
@@ -129,7 +129,7 @@ class Fields:
         self.source = source
 
     def refuse(self, name: str, remedy: str) -> UnsupportedModel:
-        value = _short(self.config.get(name))
+        value = short(self.config.get(name))
         return UnsupportedModel(f"{self.source}: {name}={value} is not valid: {remedy}")
 
     def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
@@ -143,6 +143,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.refuse(name, "it must be a positive number")
         return value
+
+    def positives(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self._get(name, None)
+        if not isinstance(value, list) or not value:
+            raise self.refuse(name, "it must be a list of numbers")
+        return tuple(Fields({name: each}, self.source).positive(name) for each in value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
@@ -183,6 +190,7 @@ class Fields:
         return default
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """``value`` for a message of one line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,7 +13,7 @@ import torch
 
 from flightline.torch_engine.core.sampling import Sampler
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder
-from flightline.torch_engine.model.families import LayerSpec, ModelSpec, Rope
+from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 
 
@@ -38,8 +38,8 @@ class Layer(Generic[LinearT]):
     out: LinearT
     gate_up: LinearT
     down: LinearT
-    input_norm: torch.Tensor
-    mlp_norm: torch.Tensor
+    input_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
     attention_out_norm: torch.Tensor | None = None
     mlp_out_norm: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None

@@ -1,16 +1,18 @@
-"""Which tensors a checkpoint must hold, in which shapes. No torch: the build asks before it imports anything heavy.
+"""Which tensors a checkpoint must hold, in which shapes, and where it has those that the engine asks for.
 
+No torch: the build asks before it imports anything heavy.
 A missing or foreign tensor means weights of another model under this configuration: loaded, they would be wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.spec import ModelSpec, Rope
 
 PLAIN = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
@@ -25,8 +27,98 @@ class Stored:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where the outputs of a module lie in the module that a checkpoint stores."""
+
+    module: str
+    """The stored one; the module itself unless it is stored with others."""
+    start: int
+    stop: int
+    total: int
+    """Rows of the stored module."""
+    order: tuple[int, ...] | None
+    """Of the dimensions of each head, as the engine wants them; None = as they are stored."""
+
+
+TEXT_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""How wrappers name their language part: Transformers 5 and before 4.52."""
+OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|vision_model|visual|vision_encoder|audio_tower|multi_modal_projector|patch_merger)\."
+)
+"""Of a wrapper, what is not its language part: known, and not served."""
+
+
+def plain_names(stored: Iterable[str], spec: ModelSpec, folder: Path) -> dict[str, str]:
+    """The tensors of the decoder, by their names in a model without a wrapper, with their names in the file.
+
+    Raises UnsupportedModel if two are the same one.
+    """
+    found: dict[str, str] = {}
+    for name in stored:
+        plain = name
+        if spec.wrapper:
+            if OTHER_PARTS.match(name):
+                continue
+            for prefix, instead in TEXT_PREFIXES:
+                if name.startswith(prefix):
+                    plain = instead + name.removeprefix(prefix)
+                    break
+        if plain in found:
+            raise UnsupportedModel(f"{folder} has both {found[plain]} and {name}: fetch the checkpoint again")
+        found[plain] = name
+    return found
+
+
+def rows_of(spec: ModelSpec, module: str) -> Rows | None:
+    """Where a checkpoint has the rows of ``module``; None if it has them as the engine does."""
+    layer = _LAYER.match(module)
+    if layer is None:
+        return None
+    prefix, name = layer.group(0), module[layer.end() :]
+    order = None
+    if name.endswith((".q_proj", ".k_proj", ".q_norm", ".k_norm")):
+        order = head_order(spec.layers[int(layer.group(1))].rope, spec.head_dim)
+    for whole, parts in spec.fused:
+        if name in parts:
+            sizes = [_outputs(spec, part) for part in parts]
+            start = sum(sizes[: parts.index(name)])
+            return Rows(prefix + whole, start, start + _outputs(spec, name), sum(sizes), order)
+    if order is None:
+        return None
+    size = _outputs(spec, name.replace("_norm", "_proj"))
+    if name.endswith("_norm") and spec.qk_norm == "head":
+        size = spec.head_dim
+    return Rows(module, 0, size, size, order)
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def head_order(rope: Rope, head_dim: int) -> tuple[int, ...] | None:
+    """The stored dimension of each dimension of a head, such that those that turn together lie half a head apart.
+
+    The kernels know one rotary embedding: all pairs (i, i + head_dim / 2). Whatever else a checkpoint was trained with
+    becomes that one when the rows of its queries and keys move alike, which no product of the two notices; dimensions
+    that do not turn come last in each half, where :func:`rope.rope_table` does nothing. None if nothing moves.
+    """
+    dims, half = head_dim if rope.dims is None else rope.dims, head_dim // 2
+    if dims == 0 or (dims == head_dim and not rope.interleaved):
+        return None
+    turning = dims // 2
+    firsts = [2 * pair if rope.interleaved else pair for pair in range(turning)]
+    partners = [2 * pair + 1 if rope.interleaved else pair + turning for pair in range(turning)]
+    still = list(range(dims, head_dim))
+    return (*firsts, *still[: half - turning], *partners, *still[half - turning :])
+
+
 def check_tensors(spec: ModelSpec, stored: Mapping[str, Stored], folder: Path) -> None:
     """Raises UnsupportedModel that names the first tensor which is missing, misshapen or foreign."""
+    stored = {plain: stored[name] for plain, name in plain_names(stored, spec, folder).items()}
     wanted = _wanted(spec)
     sizes = _sizes(spec)
     again = "fetch the weights and config.json of one checkpoint"
@@ -72,42 +164,74 @@ def _check_tensor(
 def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) -> bool:
     """Tensors that may be there: scales, an unused copy of the tied head, and tables that old files stored."""
     module, _, leaf = name.rpartition(".")
-    if leaf in SCALES:  # those of keys and values also come with unquantised weights
-        of_linear = spec.fp8 or leaf in ("k_scale", "v_scale")
-        return of_linear and (f"{module}.weight" in wanted or f"{module}.q_proj.weight" in wanted)
+    if leaf in ("k_scale", "v_scale"):  # they come with unquantised weights, too
+        layer = _LAYER.match(name)
+        attention = f"self_attn.{leaf}", f"self_attn.{leaf[0]}_proj.{leaf}"
+        return (
+            layer is not None and int(layer.group(1)) < spec.num_layers and name[layer.end() :] in attention
+        )
+    if leaf in SCALES:
+        return spec.fp8 and f"{module}.weight" in wanted
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 
+QUERIES, KEYS = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+HIDDEN, INNER = "hidden_size", "intermediate_size"
+LINEARS = {
+    "self_attn.q_proj": (QUERIES, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, QUERIES),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+"""Outputs and inputs of a layer's linears, by the names of :func:`_sizes`."""
+
+
 def _sizes(spec: ModelSpec) -> dict[str, int]:
-    return {
+    sizes = {
         "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads * head_dim": spec.num_heads * spec.head_dim,
-        "num_key_value_heads * head_dim": spec.num_kv_heads * spec.head_dim,
+        HIDDEN: spec.hidden_size,
+        INNER: spec.intermediate_size,
+        QUERIES: spec.num_heads * spec.head_dim,
+        KEYS: spec.num_kv_heads * spec.head_dim,
         "head_dim": spec.head_dim,
     }
+    return sizes | {
+        _together(parts): sum(sizes[LINEARS[part][0]] for part in parts) for _, parts in spec.fused
+    }
+
+
+def _together(parts: tuple[str, ...]) -> str:
+    """What the outputs of modules stored as one are."""
+    return " + ".join(LINEARS[part][0] for part in parts)
+
+
+def _outputs(spec: ModelSpec, module: str) -> int:
+    return _sizes(spec)[LINEARS[module][0]]
+
+
+def _biased(spec: ModelSpec, module: str) -> bool:
+    if module.startswith("mlp."):
+        return spec.mlp_bias
+    return spec.out_bias if module == "self_attn.o_proj" else spec.qkv_bias
 
 
 def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     """Tensor name to what its extents are, by the names of :func:`_sizes`."""
-    hidden, inner = "hidden_size", "intermediate_size"
-    queries, keys = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
-    linears = {
-        "self_attn.q_proj": (queries, hidden, spec.qkv_bias),
-        "self_attn.k_proj": (keys, hidden, spec.qkv_bias),
-        "self_attn.v_proj": (keys, hidden, spec.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, spec.out_bias),
-        "mlp.gate_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.up_proj": (inner, hidden, spec.mlp_bias),
-        "mlp.down_proj": (hidden, inner, spec.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if spec.sandwich_norm:
-        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if spec.qk_norm:
+    linears = {name: (*extents, _biased(spec, name)) for name, extents in LINEARS.items()}
+    for whole, parts in spec.fused:
+        _, inputs, biased = linears[parts[0]]
+        for part in parts:
+            del linears[part]
+        linears[whole] = (_together(parts), inputs, biased)
+    norms = dict.fromkeys(spec.norms.modules, HIDDEN)
+    if spec.qk_norm == "head":
         norms |= {"self_attn.q_norm": "head_dim", "self_attn.k_norm": "head_dim"}
-    wanted: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("vocab_size", hidden)}
+    if spec.qk_norm == "row":
+        norms |= {"self_attn.q_norm": QUERIES, "self_attn.k_norm": KEYS}
+    wanted: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("vocab_size", HIDDEN)}
     for layer in range(spec.num_layers):
         prefix = f"model.layers.{layer}"
         for name, (outputs, inputs, biased) in linears.items():
@@ -115,7 +239,7 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
             if biased:
                 wanted[f"{prefix}.{name}.bias"] = (outputs,)
         wanted |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
-    wanted["model.norm.weight"] = (hidden,)
+    wanted["model.norm.weight"] = (HIDDEN,)
     if not spec.tie_embeddings:
-        wanted["lm_head.weight"] = ("vocab_size", hidden)
+        wanted["lm_head.weight"] = ("vocab_size", HIDDEN)
     return wanted

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flightline.torch_engine.model.families import ModelSpec, UnsupportedModel
-from flightline.torch_engine.model.layout import Stored, check_tensors
+from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.layout import Rows, Stored, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.spec import ModelSpec
 
 
 class Checkpoint:
-    """Tensors by their Hugging Face names, read when asked for.
+    """Tensors by the names that Llama has for them, whatever the file calls them, read when asked for.
+
+    What the file stores together is taken apart, and the rows of queries and keys come in the order that the
+    kernels' rotary embedding wants (:func:`layout.head_order`).
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
@@ -25,6 +29,7 @@ class Checkpoint:
         self.spec = spec
         self._open: dict[str, Any] = {}
         self._files = self._locate()
+        self._names = plain_names(self._files, spec, self.folder)
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
 
     def _locate(self) -> dict[str, str]:
@@ -67,14 +72,29 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> str | None:
+        """The file's name of a tensor: its own, or that of the module which it is stored with."""
+        if name not in self._names:
+            module, _, leaf = name.rpartition(".")
+            rows = rows_of(self.spec, module)
+            name = name if rows is None else f"{rows.module}.{leaf}"
+        return self._names.get(name)
 
     def raw(self, name: str) -> torch.Tensor:
-        """Raises UnsupportedModel if the checkpoint lacks the tensor."""
-        if name not in self._files:
+        """A tensor in its stored dtype; of one with a row for each output, the rows of the module that was asked for.
+
+        Raises UnsupportedModel if the checkpoint lacks it.
+        """
+        stored = self._find(name)
+        if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
-        return tensor
+        tensor: torch.Tensor = self._file(self._files[stored]).get_tensor(stored)
+        rows = rows_of(self.spec, name.rpartition(".")[0])
+        if rows is None or tensor.dim() == 0 or tensor.shape[0] != rows.total:
+            return tensor
+        return _own_rows(tensor, rows)
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
         """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
@@ -85,7 +105,7 @@ class Checkpoint:
         weight = self.raw(f"{module}.weight")
         if weight.dtype != torch.float8_e4m3fn:
             return weight.to(dtype)
-        if f"{module}.weight_scale" not in self._files:
+        if f"{module}.weight_scale" not in self:
             raise UnsupportedModel(
                 f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
             )
@@ -93,7 +113,7 @@ class Checkpoint:
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
-        return self.raw(name).to(dtype) if name in self._files else None
+        return self.raw(name).to(dtype) if name in self else None
 
     def kv_scales(self, attention: str) -> tuple[float, float]:
         """What keys and values of the module ``attention`` are divided by in an e4m3 cache; 1 where nobody calibrated.
@@ -152,3 +172,13 @@ class Checkpoint:
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
         bias = torch.cat(biases).to(device) if biases else None
         return torch.cat(codes), largest, inputs.amax(), bias
+
+
+def _own_rows(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    own = tensor[rows.start : rows.stop]
+    if rows.order is None:
+        return own
+    heads = own.view(-1, len(rows.order), *own.shape[1:])
+    if own.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
+        return heads.view(torch.uint8)[:, list(rows.order)].view(own.dtype).flatten(0, 1)
+    return heads[:, list(rows.order)].flatten(0, 1)

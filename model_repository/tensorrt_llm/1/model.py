@@ -5,37 +5,13 @@ from __future__ import annotations
 import triton_python_backend_utils as pb_utils
 
 from flightline.model_repository.shared import stub
-from flightline.model_repository.shared.emitter import Emitter
-from flightline.model_repository.shared.front import Front, TokenDoor
+from flightline.model_repository.shared.front import TokenEndpoint
 from flightline.model_repository.shared.metrics import EngineMetrics
 from flightline.model_repository.shared.vocabulary import Vocabulary
 
 
-class TritonPythonModel:
+class TritonPythonModel(stub.Served):
     def initialize(self, args: dict[str, str]) -> None:
-        values = stub.parameters(args)
-        door = TokenDoor(Vocabulary(values["tokenizer_dir"]))
-        self._engine = stub.connect_engine()
-        self._metrics = EngineMetrics(pb_utils, args["model_name"], args["model_version"])
-        self._emitter = Emitter(
-            pb_utils,
-            self._engine,
-            stub.period_s(values, "cancellation_check_period_ms"),
-            on_tick=lambda: self._metrics.update(self._engine.stats),
-            on_finish=self._metrics.observe,
-        )
-        self._front = Front(
-            pb_utils,
-            door,
-            self._emitter,
-            lambda: self._engine.info,
-            args["model_config"],
-            lane=values["lane"],
-        )
-
-    def execute(self, requests: list) -> None:
-        self._front.execute(requests)
-
-    def finalize(self) -> None:
-        stub.close(self._front, self._emitter, self._engine)
-        self._metrics.close()
+        endpoint = TokenEndpoint(Vocabulary(stub.parameters(args)["tokenizer_dir"]))
+        metrics = EngineMetrics(pb_utils, args["model_name"], args["model_version"])
+        self.serve(pb_utils, args, endpoint, stub.connect_engine(), metrics=metrics)

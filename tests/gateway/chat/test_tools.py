@@ -262,7 +262,7 @@ def test_calls_behind_thoughts(form):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("count", [1, 10])
-def test_the_doors_let_these_grammars_in(form, count):
+def test_the_endpoints_let_these_grammars_in(form, count):
     """Their check knows no vocabulary, so it must not stumble over the ids of Mistral's markers."""
     tools = [tool(f"f{i}", WEATHER) for i in range(count)]
     for body in ({}, {"tool_choice": "required"}, {"guided_json": WEATHER}):

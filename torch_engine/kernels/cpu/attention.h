@@ -56,9 +56,14 @@ template <class Element>
 inline void prepare_row(const AttentionLayer& layer, const AttentionStep& step, int64_t row, float* x) {
     const int64_t d = layer.d, bs = layer.block_size, block = step.slots[row] / bs, offset = step.slots[row] % bs;
     const float* cos = layer.rope + step.positions[row] * d;
+    if (layer.norms_row) {
+        float* keys = x + layer.heads * d;
+        rms_norm(x, layer.heads * d, layer.q_norm, layer.eps, x);
+        rms_norm(keys, layer.kv_heads * d, layer.k_norm, layer.eps, keys);
+    }
     for (int64_t h = 0; h < layer.heads + layer.kv_heads; h++) {
         const float* norm = h < layer.heads ? layer.q_norm : layer.k_norm;
-        if (norm) rms_norm(x + h * d, d, norm, layer.eps, x + h * d);
+        if (norm && !layer.norms_row) rms_norm(x + h * d, d, norm, layer.eps, x + h * d);
         rotate(x + h * d, d, cos);
     }
     for (int64_t h = 0; h < layer.kv_heads; h++) {

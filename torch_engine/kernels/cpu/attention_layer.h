@@ -13,11 +13,12 @@ struct AttentionLayer {
     void* cache;
     float* scales;  // [blocks, kv_heads, 2, block_size]; null unless the cache is int8
     const float* rope;  // [positions, 2, d / 2]
-    const float* q_norm;  // [d]; null = none
+    const float* q_norm;  // [d], or [heads * d] of a norm over the row; null = none
     const float* k_norm;
     int64_t element_bytes;  // of the cache: 4 float32, 2 bfloat16, 1 int8
     int64_t heads, kv_heads, d, block_size;
     int64_t window;  // 0 = all
+    int64_t norms_row;  // all heads of a token together, not each
     float eps, scale, softcap;  // softcap 0 = none
 };
 

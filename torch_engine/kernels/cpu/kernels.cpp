@@ -40,7 +40,7 @@ struct Linear {
 
 struct Layer {
     Linear qkv, out, gate_up, down;
-    const float *input_norm, *attention_post, *mlp_norm, *mlp_post;  // posts: null = none
+    const float *input_norm, *attention_post, *mlp_norm, *mlp_post;  // null = none
     AttentionLayer attention;
 };
 
@@ -76,7 +76,7 @@ const char* fl_layout() {
     {
         using Struct = AttentionLayer;
         add(sizeof(Struct), {AT(cache), AT(scales), AT(rope), AT(q_norm), AT(k_norm), AT(element_bytes), AT(heads),
-                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(eps), AT(scale), AT(softcap)});
+                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(norms_row), AT(eps), AT(scale), AT(softcap)});
     }
     {
         using Struct = AttentionStep;
@@ -183,7 +183,8 @@ static void run_linear(const Linear& linear, const void* x, int64_t rows, float*
     }
 }
 
-// x += delta, normed by `post` unless that is null; out = norm of x. Delta may be null. All [rows, k].
+// x += delta, normed by `post` unless that is null; out = norm of x, or x itself if `w` is null. Delta may be null. All
+// [rows, k].
 void fl_add_norm(float* x, const float* delta, const float* post, const float* w, float eps, int64_t rows,
                  int64_t k_size, int64_t integers, void* out) {
     for_reader(pool, rows, k_size, integers, out, [&](int64_t r, float* to) {
@@ -197,7 +198,11 @@ void fl_add_norm(float* x, const float* delta, const float* post, const float* w
 #pragma omp simd
             for (int64_t k = 0; k < k_size; k++) row[k] += more[k];
         }
-        rms_norm(row, k_size, w, eps, to);
+        if (w) {
+            rms_norm(row, k_size, w, eps, to);
+        } else {
+            std::memcpy(to, row, k_size * sizeof(float));
+        }
     });
 }
 

@@ -23,8 +23,8 @@ from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepInput, TensorSequence
 from flightline.torch_engine.kernels.cpu.toolchain import available_isas, is_whole, library
 from flightline.torch_engine.kernels.operations import Operations, computed_in
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import Decoder, Layer
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -57,7 +57,10 @@ class AttentionLayer(ctypes.Structure):
 
     _fields_ = (
         *[(name, POINTER) for name in ("cache", "scales", "rope", "q_norm", "k_norm")],
-        *[(name, I64) for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window")],
+        *[
+            (name, I64)
+            for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
+        ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
     )
 
@@ -311,7 +314,7 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         x: torch.Tensor,
         delta: torch.Tensor | None,
         post: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         eps: float,
         reader: NativeLinear,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -322,7 +325,7 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
             x.data_ptr(),
             None if delta is None else delta.data_ptr(),
             None if post is None else post.data_ptr(),
-            *(weight.data_ptr(), eps, rows, size, reader.integers, out.data_ptr()),
+            *(_at(weight), eps, rows, size, reader.integers, out.data_ptr()),
         )
         return out, x
 
@@ -526,6 +529,7 @@ def _attention_layer(
         d=spec.head_dim,
         block_size=cache.block_size,
         window=layer.spec.window or 0,
+        norms_row=spec.qk_norm == "row",
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,

@@ -30,8 +30,8 @@ from flightline.torch_engine.kernels.gpu.linear import (
 )
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
@@ -121,7 +121,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         x: torch.Tensor,
         delta: torch.Tensor | None,
         post: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         eps: float,
         reader: CudaLinear,
     ) -> tuple[Activation, torch.Tensor]:
@@ -159,7 +159,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     ) -> Activation:
         where = step.attention
         qkv = rotate_write(
-            qkv, cache, where, rope, spec.num_heads, layer.q_norm, layer.k_norm, spec.norm_eps, self.dtype
+            qkv,
+            cache,
+            where,
+            rope,
+            spec.num_heads,
+            layer.q_norm,
+            layer.k_norm,
+            spec.norm_eps,
+            self.dtype,
+            spec.qk_norm == "row",
         )
         plan = attention.decode_plan(
             max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,

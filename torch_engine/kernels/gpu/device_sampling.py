@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flightline.torch_engine.core.grammar import Grammar
 from flightline.torch_engine.core.request import Code, RequestError
 from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.sequence import Sequence
@@ -21,6 +22,20 @@ NOTHING = np.zeros(ops.INTEGERS, dtype=np.int32), np.zeros(ops.FLOATS, dtype=np.
 NOTHING[0][ops.NUM_TOP] = -1
 Move = tuple[int, int, int, tuple[int, ...]]
 """The other slot, the slot, the position of the first token, and the tokens."""
+
+
+class Masks:
+    """Masks of tokens for one step on their way: here, pinned, and on the device."""
+
+    def __init__(self, count: int, words: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.host = torch.empty(count, words, dtype=torch.int32, pin_memory=on_gpu)
+        self.slots = torch.empty(count, dtype=torch.int64, pin_memory=on_gpu)
+        self.there = torch.empty(count, words, dtype=torch.int32, device=device)
+        self.slots_there = torch.empty(count, dtype=torch.int64, device=device)
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        if self.stream is not None:  # what had this memory before may still be computed with
+            self.stream.wait_stream(torch.cuda.current_stream())
 
 
 class DeviceSampling:
@@ -34,6 +49,7 @@ class DeviceSampling:
         self._asks = [False] * slots
         """Whether a slot's numbers on the device ask for anything."""
         self._new: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._masks = [Masks(0, 1, device) for _ in range(2)]
 
     @staticmethod
     def check(sequence: Sequence) -> None:
@@ -95,11 +111,32 @@ class DeviceSampling:
         self.tables.integers.index_copy_(0, where, both[:, : ops.INTEGERS])
         self.tables.floats.index_copy_(0, where, both[:, ops.INTEGERS :].view(torch.float32))
 
-    def allow(self, slots: list[int], rows: NDArray[Any]) -> None:
-        """Queues masks [slots, words of 32 tokens] uint32 of tokens that may come next."""
+    def new_masks(self, count: int) -> NDArray[Any]:
+        """Where the masks of ``count`` slots are to be written for :meth:`allow`: uint32 [count, words].
+
+        Two places take turns, since the copy of the last step's masks may still be under way; that of the step before
+        it is not, because its tokens have been fetched.
+        """
+        self._masks.reverse()
+        if self._masks[0].host.shape[0] < count:
+            self._masks[0] = Masks(1 << (count - 1).bit_length(), Grammar.words(self._vocab), self._device)
+        rows: NDArray[Any] = self._masks[0].host.numpy()[:count].view(np.uint32)
+        return rows
+
+    def allow(self, slots: list[int]) -> None:
+        """Queues that only what the new masks say may come next, one mask a slot.
+
+        They travel on a stream of their own, while the device computes.
+        """
+        masks, count = self._masks[0], len(slots)
+        masks.slots.numpy()[:count] = slots
+        with torch.cuda.stream(masks.stream):  # None: no other than the current one
+            masks.there[:count].copy_(masks.host[:count], non_blocking=True)
+            masks.slots_there[:count].copy_(masks.slots[:count], non_blocking=True)
+        if masks.stream is not None:
+            torch.cuda.current_stream().wait_stream(masks.stream)
         words = self.tables.allowed.shape[1]
-        where = self._up(np.array(slots, dtype=np.int64))
-        self.tables.allowed.index_copy_(0, where, self._up(rows[:, :words].view(np.int32)))
+        self.tables.allowed.index_copy_(0, masks.slots_there[:count], masks.there[:count, :words])
 
     def fork(self, moves: list[Move]) -> None:
         """Queues that slots become what others will be when some tokens more have been said there."""

@@ -63,11 +63,23 @@ class AttentionInput:
         """What the attention's layers share (``attention.Shares``)."""
 
 
+@triton.jit
+def _row_factors(
+    qkv, step, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
+    """1 / rms of all queries of a row, and of all its keys."""
+    columns = tl.arange(0, BLOCK)
+    values = sum_parts(qkv + columns, step, columns < QUERIES + KEYS, PARTS)
+    queries = tl.sum(tl.where(columns < QUERIES, values * values, 0.0), 0) / QUERIES
+    keys = tl.sum(tl.where(columns < QUERIES, 0.0, values * values), 0) / KEYS
+    return tl.rsqrt(queries + eps), tl.rsqrt(keys + eps)
+
+
 @triton.jit(do_not_specialize=["step"])
 def _rotate_write_kernel(
     qkv, step, out, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, k_scale, v_scale, eps,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, KV_INT8: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROW: tl.constexpr, KV_INT8: tl.constexpr,
     KV_FP8: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
@@ -80,7 +92,19 @@ def _rotate_write_kernel(
     first = sum_parts(qkv + at, step, mask, PARTS)
     second = sum_parts(qkv + at + D // 2, step, mask, PARTS)
     rotates = (head < H + V)[:, None]
-    if NORM:
+    if ROW > 0:  # each program of a row adds up all of it, which is less than a pass of its own
+        q_factor, k_factor = _row_factors(qkv + row * (H + 2 * V) * D, step, eps, H * D, V * D, ROW, PARTS)
+        is_q = mask & (head < H)[:, None]
+        is_k = mask & (head >= H)[:, None] & rotates
+        q_weight = q_norm + head[:, None] * D + d[None, :]
+        k_weight = k_norm + (head - H)[:, None] * D + d[None, :]
+        q_first = q_factor * tl.load(q_weight, mask=is_q, other=0.0).to(tl.float32)
+        k_first = k_factor * tl.load(k_weight, mask=is_k, other=0.0).to(tl.float32)
+        q_second = q_factor * tl.load(q_weight + D // 2, mask=is_q, other=0.0).to(tl.float32)
+        k_second = k_factor * tl.load(k_weight + D // 2, mask=is_k, other=0.0).to(tl.float32)
+        first = tl.where(rotates, first * (q_first + k_first), first)
+        second = tl.where(rotates, second * (q_second + k_second), second)
+    elif NORM:
         size = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D
         factor = tl.rsqrt(size + eps)[:, None]
         is_q = (head < H)[:, None]
@@ -130,23 +154,30 @@ def rotate_write(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
+    norms_row: bool = False,
 ) -> torch.Tensor:
     """Norms (if given) and rotates queries and keys of ``qkv`` [T, (H + 2 V) D]; writes the cache.
 
+    The norms are of each head (weights [D]), or with ``norms_row`` of all heads of a row (weights [H D] and [V D]).
+
     Returns a tensor of that shape whose queries are rotated: ``qkv`` itself, or one in ``dtype`` if those were partial
-    sums. ``rope`` [P, 2, D / 2] float32: cosines, sines.
+    sums, or if every program reads what another one would write. ``rope`` [P, 2, D / 2] float32: cosines, sines.
     """
     _, _, kv_heads, block_size, size = cache.values.shape
     parts, apart = parts_of(qkv)
-    out = qkv if qkv.dim() == 2 else torch.empty(qkv.shape[1:], dtype=dtype, device=qkv.device)
+    if qkv.dim() == 2:
+        out = torch.empty_like(qkv) if norms_row else qkv
+    else:
+        out = torch.empty(qkv.shape[1:], dtype=dtype, device=qkv.device)
     grid = (out.shape[0], triton.cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
     kind = cache.values.dtype
+    together = triton.next_power_of_2((num_heads + kv_heads) * size) if norms_row else 0
     _rotate_write_kernel[grid](
         qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
         step.slots, step.positions, step.tables, step.tables.shape[1],
         cache.values, cache.values if cache.scales is None else cache.scales, cache.k_scale, cache.v_scale, eps,
         num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
-        block_size, parts, q_norm is not None, kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
+        block_size, parts, q_norm is not None, together, kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
     )  # fmt: skip
     return out
 

@@ -25,7 +25,8 @@ from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
 @triton.jit(do_not_specialize=["step"])
 def _add_norm_kernel(
     x, delta, step, post, weight, out, scales, in_scale, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, FORM: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
@@ -40,8 +41,9 @@ def _add_norm_kernel(
         rounded = (h + d).to(x.dtype.element_ty)
         tl.store(x + row * N + columns, rounded, mask=mask)
         h = rounded.to(tl.float32)
-    h = h * tl.rsqrt(tl.sum(h * h, 0) / N + eps)
-    h *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        h = h * tl.rsqrt(tl.sum(h * h, 0) / N + eps)
+        h *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     emit(h, out, scales, in_scale, row, columns, mask, N, FORM)
 
 
@@ -49,23 +51,23 @@ def add_norm(
     x: torch.Tensor,
     delta: torch.Tensor | None,
     post: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
 ) -> Activation:
     """``x += norm(delta, post)`` in place (``delta`` itself without ``post``), then the norm of ``x`` [T, N].
 
-    ``delta`` is [T, N] or partial sums.
+    Without ``weight`` it is ``x`` itself. ``delta`` is [T, N] or partial sums.
     """
     rows, size = x.shape
     out, scales = new_output(rows, size, form, x)
     block = triton.next_power_of_2(size)
     parts, step = (0, 0) if delta is None else parts_of(delta)
     _add_norm_kernel[(rows,)](
-        x, x if delta is None else delta, step, weight if post is None else post, weight,
+        x, x if delta is None else delta, step, x if post is None else post, x if weight is None else weight,
         out, scales, out if in_scale is None else in_scale, eps,
-        size, block, parts, post is not None, int(form), num_warps=warps_of(block, parts), **LAUNCH,
+        size, block, parts, post is not None, weight is not None, int(form), num_warps=warps_of(block, parts), **LAUNCH,
     )  # fmt: skip
     return Activation(out, scales)
 

@@ -26,8 +26,8 @@ from flightline.torch_engine.core.steps import (
 )
 from flightline.torch_engine.kernels.operations import Operations, computed_in, name_of
 from flightline.torch_engine.kernels.reference import sampling
-from flightline.torch_engine.model.families import ModelSpec
 from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -135,13 +135,13 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         x: torch.Tensor,
         delta: torch.Tensor | None,
         post: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         eps: float,
         reader: Linear | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if delta is not None:
             x = x + (delta if post is None else self.rms_norm(delta, post, eps))
-        return self.rms_norm(x, weight, eps), x
+        return x if weight is None else self.rms_norm(x, weight, eps), x
 
     def gate(self, gate_up: torch.Tensor, activation: str, reader: Linear | None = None) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -190,7 +190,10 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         qk, v = heads.split([spec.num_heads + kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([spec.num_heads, kv_heads], dim=1)
-            qk = torch.cat([self.rms_norm(q, layer.q_norm, eps), self.rms_norm(k, layer.k_norm, eps)], dim=1)
+            if spec.qk_norm == "row":
+                q, k = q.flatten(1), k.flatten(1)
+            normed = self.rms_norm(q, layer.q_norm, eps), self.rms_norm(k, layer.k_norm, eps)
+            qk = torch.cat([part.unflatten(-1, (-1, spec.head_dim)).flatten(1, -2) for part in normed], dim=1)
         qk = self.rotate(qk, rope, step.positions)
         q, k = qk.split([spec.num_heads, kv_heads], dim=1)
         scale, window, softcap = spec.attention_scale, layer.spec.window, spec.attention_softcap

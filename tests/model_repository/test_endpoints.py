@@ -1,4 +1,4 @@
-"""Both doors, with the conventions of NVIDIA's clients, on a real server."""
+"""Both endpoints, with the conventions of NVIDIA's clients, on a real server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ import pytest
 from flightline.model_repository.shared import words
 from flightline.supervisor.serve import Server
 from flightline.torch_engine.text.stream import TokenBytes
-from tests.model_repository.doors import Answer, Call, GrpcError, ask, idle, in_pieces, post, stop, wait_until
+from tests.model_repository.endpoints import (
+    Answer,
+    Call,
+    GrpcError,
+    ask,
+    idle,
+    in_pieces,
+    post,
+    stop,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
-DOORS = ["ensemble", "text_generation"]
-MODELS = [*DOORS, "hf_baseline"]
+ENDPOINTS = ["ensemble", "text_generation"]
+MODELS = [*ENDPOINTS, "hf_baseline"]
 WILD = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "end_id": -1}
 """Random bytes from a random model: every kind of broken and whole UTF-8."""
 
@@ -27,8 +37,8 @@ def model(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=DOORS)
-def door(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=ENDPOINTS)
+def endpoint(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -64,14 +74,14 @@ def test_streamed_text_is_the_whole_text(served: Server, model: str, seed: int) 
     assert streamed.text == whole.text
 
 
-def test_doors_agree(served: Server) -> None:
+def test_endpoints_agree(served: Server) -> None:
     for seed in range(5):
-        texts = {ask(served, door, "and then", 60, seed=seed, **WILD).text for door in DOORS}
+        texts = {ask(served, endpoint, "and then", 60, seed=seed, **WILD).text for endpoint in ENDPOINTS}
         assert len(texts) == 1
 
 
-def test_greedy_text_is_transformers(served: Server, door: str) -> None:
-    ours = ask(served, door, "the quick brown", 24).text
+def test_greedy_text_is_transformers(served: Server, endpoint: str) -> None:
+    ours = ask(served, endpoint, "the quick brown", 24).text
     assert ours == ask(served, "hf_baseline", "the quick brown", 24).text
 
 
@@ -168,9 +178,9 @@ def test_min_tokens_and_end_id(served: Server, model: str) -> None:
     assert longer.num_output_tokens(model) >= 5
 
 
-def test_seeds(served: Server, door: str) -> None:
+def test_seeds(served: Server, endpoint: str) -> None:
     def sample(seed: int) -> str:
-        return ask(served, door, "the dog", 20, seed=seed, temperature=1.0, top_k=50).text
+        return ask(served, endpoint, "the dog", 20, seed=seed, temperature=1.0, top_k=50).text
 
     assert sample(7) == sample(7)
     assert len({sample(seed) for seed in range(4)}) > 1
@@ -213,7 +223,7 @@ def generated_ids(served: Server, prompt: str, max_tokens: int, **inputs: Any) -
     return np.concatenate([array.ravel() for array in answer.column("output_ids")]).tolist()
 
 
-def test_token_door(served: Server) -> None:
+def test_token_endpoint(served: Server) -> None:
     for stream in (False, True):
         answer = tokens(served, "the dog", 12, streaming=stream)
         ids = np.concatenate([array.ravel() for array in answer.column("output_ids")])
@@ -255,14 +265,14 @@ def test_many_streams_at_once_and_every_one_ends(served: Server) -> None:
     rng = np.random.default_rng(0)
 
     def one(index: int) -> str:
-        door, kind = DOORS[index % 2], index % 5
+        endpoint, kind = ENDPOINTS[index % 2], index % 5
         inputs = {"text_input": f"{index} the dog", "max_tokens": int(rng.integers(1, 100)), "stream": True}
         if kind == 3:
             inputs["temperature"] = float("nan")
-        call = Call(served, door, {**inputs, "end_id": -1}, request_id=f"mixed-{index}")
+        call = Call(served, endpoint, {**inputs, "end_id": -1}, request_id=f"mixed-{index}")
         if kind == 4:
             call.next()
-            if door == "text_generation":
+            if endpoint == "text_generation":
                 call.close()
                 return "cancelled"
             stop(served, f"mixed-{index}")

@@ -169,7 +169,7 @@ def stop(server: Server, request_id: str) -> Answer:
 
 
 def ask(server: Server, model: str, prompt: str = "the dog", max_tokens: int = 8, **inputs: Any) -> Answer:
-    """One request over gRPC, for what is generated alone: NVIDIA's doors would put the prompt before it."""
+    """One request over gRPC, for what is generated alone: NVIDIA's endpoints would put the prompt before it."""
     asked = {"text_input": prompt, "max_tokens": max_tokens, "exclude_input_in_output": True}
     return Call(server, model, asked | inputs).read()
 

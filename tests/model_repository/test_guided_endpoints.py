@@ -1,4 +1,4 @@
-"""Guided decoding through every door of a real server: NVIDIA's two tensors, and what each door refuses."""
+"""Guided decoding through every endpoint of a real server: NVIDIA's two tensors, and what each endpoint refuses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jsonschema
 import pytest
 
 from flightline.supervisor.serve import Server
-from tests.model_repository.doors import Call, GrpcError, ask, idle, in_pieces, post, wait_until
+from tests.model_repository.endpoints import Call, GrpcError, ask, idle, in_pieces, post, wait_until
 from tests.torch_engine.test_guided import SCHEMA
 
 pytestmark = pytest.mark.slow
-DOORS = ["ensemble", "text_generation", "tensorrt_llm_bls"]
+ENDPOINTS = ["ensemble", "text_generation", "tensorrt_llm_bls"]
 WILD = {"temperature": 1.0, "top_p": 1.0}
 
 
@@ -26,16 +26,16 @@ def guide(kind: str | bytes, text: str | bytes | None = None) -> dict[str, Any]:
 HELD = guide("json_schema", json.dumps(SCHEMA))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_answers_keep_to_a_schema(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_answers_keep_to_a_schema(served: Server, endpoint: str) -> None:
     for seed in range(4):
-        answer = ask(served, door, "the fox", 120, seed=seed, **WILD, **HELD)
+        answer = ask(served, endpoint, "the fox", 120, seed=seed, **WILD, **HELD)
         jsonschema.validate(json.loads(answer.text), SCHEMA)
-    streamed = in_pieces(served, door, 2, prompt="the fox", max_tokens=120, seed=0, **WILD, **HELD)
-    assert streamed.text == ask(served, door, "the fox", 120, seed=0, **WILD, **HELD).text
+    streamed = in_pieces(served, endpoint, 2, prompt="the fox", max_tokens=120, seed=0, **WILD, **HELD)
+    assert streamed.text == ask(served, endpoint, "the fox", 120, seed=0, **WILD, **HELD).text
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize(
     ("kind", "text", "pattern"),
     [
@@ -44,8 +44,8 @@ def test_answers_keep_to_a_schema(served: Server, door: str) -> None:
         ("lark", 'start: "<" /[0-9]{2}/ ">"', "<[0-9]{2}>"),
     ],
 )
-def test_other_guides(served: Server, door: str, kind: str, text: str, pattern: str) -> None:
-    assert re.fullmatch(pattern, ask(served, door, "the fox", 40, **WILD, **guide(kind, text)).text)
+def test_other_guides(served: Server, endpoint: str, kind: str, text: str, pattern: str) -> None:
+    assert re.fullmatch(pattern, ask(served, endpoint, "the fox", 40, **WILD, **guide(kind, text)).text)
 
 
 def test_how_it_ended_and_how_many(served: Server) -> None:
@@ -74,21 +74,21 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_what_cannot_be_enforced(served: Server, door: str, change: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_enforced(served: Server, endpoint: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(GrpcError, match=re.escape(message)):
-        Call(served, door, {"text_input": "the dog", "max_tokens": 4, **change}).read()
+        Call(served, endpoint, {"text_input": "the dog", "max_tokens": 4, **change}).read()
     wait_until(lambda: idle(served))
 
 
-@pytest.mark.parametrize("door", ["ensemble", "text_generation"])
-def test_over_http(served: Server, door: str) -> None:
+@pytest.mark.parametrize("endpoint", ["ensemble", "text_generation"])
+def test_over_http(served: Server, endpoint: str) -> None:
     body = {"text_input": "the fox", "max_tokens": 120, "exclude_input_in_output": True, "seed": 3, **WILD}
-    answer = post(served, door, {**body, **HELD})
+    answer = post(served, endpoint, {**body, **HELD})
     assert answer.status == 200
     jsonschema.validate(json.loads(answer.text), SCHEMA)
-    bad = post(served, door, {**body, **BAD[3][0]})
+    bad = post(served, endpoint, {**body, **BAD[3][0]})
     assert (bad.status, "'uniqueItems'" in bad.error) == (400, True)
 
 

@@ -244,6 +244,18 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _load_rows(values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values [keys, BLOCK_D]; unless ``MASKED`` all of them are known."""
+    d = tl.arange(0, BLOCK_D)
+    at = values + place[:, None] * D + d[None, :]
+    if MASKED:
+        return tl.load(at, mask=known[:, None] & (d < D)[None, :], other=0.0)
+    if D < BLOCK_D:
+        return tl.load(at, mask=(place >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
 def _meet(
     q, out, top, total, begin, end, positions, table, values, scales, head, scale, softcap,
     V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -255,7 +267,6 @@ def _meet(
 
     Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
     """
-    d = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         if MASKED:
@@ -264,19 +275,12 @@ def _meet(
         else:
             block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
         place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
-        at = values + place[:, None] * D + d[None, :]
         apart = V * BLOCK_SIZE
-        if MASKED:
-            mask = known[:, None] & (d < D)[None, :]
-            k = tl.load(at, mask=mask, other=0.0).to(DOT)
-            v = tl.load(at + apart * D, mask=mask, other=0.0).to(DOT)
-        elif D < BLOCK_D:
-            mask = (n >= 0)[:, None] & (d < D)[None, :]
-            k = tl.load(at, mask=mask, other=0.0).to(DOT)
-            v = tl.load(at + apart * D, mask=mask, other=0.0).to(DOT)
-        else:
-            k = tl.load(at).to(DOT)
-            v = tl.load(at + apart * D).to(DOT)
+        k = _load_rows(values, place, n < end, D, BLOCK_D, MASKED).to(DOT)
+        if (
+            BLOCK_D <= 128
+        ):  # under way while scores are computed; of larger heads it would take too many registers
+            v = _load_rows(values, place + apart, n < end, D, BLOCK_D, MASKED).to(DOT)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if KV_INT8:
             unit = tl.load(scales + place, mask=n < end, other=0.0)
@@ -301,6 +305,8 @@ def _meet(
         if KV_INT8:
             unit = tl.load(scales + place + apart, mask=n < end, other=0.0)
             p *= unit[None, :]
+        if BLOCK_D > 128:
+            v = _load_rows(values, place + apart, n < end, D, BLOCK_D, MASKED).to(DOT)
         out = out * fade[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
         top = higher
     return out, top, total
@@ -455,7 +461,8 @@ class Shares:
                 step.positions, rows, table, plan.extra, plan.keys, triton.next_power_of_2(rows), plan.block,
                 window or 0, **LAUNCH,
             )  # fmt: skip
-        return step.shares[key]
+        shares: Shares = step.shares[key]
+        return shares
 
 
 def attend(

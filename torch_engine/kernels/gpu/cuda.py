@@ -260,13 +260,11 @@ def prefill_seconds(
     fit this device."""
     device, block_size = cache.values.device, cache.values.shape[3]
     each, first = plan.tokens(spec.num_groups), context - tokens
-    tiles = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
-    integers = {"dtype": torch.int32, "device": device}
-    table = torch.arange(-(-context // block_size), **integers)[None]
-    positions = torch.arange(first, context, **integers)
-    where = AttentionInput(
-        torch.zeros_like(positions), positions, table, 0, torch.tensor(tiles, **integers), context, True
-    )
+    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
+    tiles = torch.tensor(pieces, dtype=torch.int32, device=device)
+    table = torch.arange(-(-context // block_size), dtype=torch.int32, device=device)[None]
+    positions = torch.arange(first, context, dtype=torch.int32, device=device)
+    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
     qkv = torch.randn(
         tokens, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, dtype=dtype, device=device
     )

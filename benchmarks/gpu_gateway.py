@@ -1,6 +1,6 @@
 """The OpenAI endpoint on one GPU, beside vLLM's, both under vLLM's own client: ``python3 benchmarks/gpu_gateway.py``.
 
-    PYTHONPATH=/tmp/ours python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
+    python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
 
 Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B) and builds from it, unless the folder
 has them; starts our server as ``make serve`` does and loads it with our own client through gRPC, then through the
@@ -10,9 +10,10 @@ temperature 0 and 1. Prints a line of JSON a case, then a table of all with thei
 ``grpc``, ``ours`` and ``peer`` one by one; ``--out`` keeps what other parts have found. About 7 minutes on an H200:
 build 1.5, ours 2, vLLM's start 2, vLLM 1.5.
 
-``--site`` is a folder with vLLM and what it needs, in its own versions; only the peer and its client see it. Ours needs
-these wheels (Python 3.12), beside the machine's PyTorch 2.11, Triton 3.6, transformers, tokenizers, safetensors,
-grpcio, aiohttp, jinja2, click, h11, psutil and nvidia-ml-py: nvidia-pytriton==0.7.0 numpy==1.26.4 tritonclient==2.73.0
+``--site`` is a folder with vLLM and what it needs, in its own versions, numpy 2 among them; only the peer and its
+client see it. Ours needs these wheels (Python 3.12) in the interpreter's own folder, since Triton's stub reads no
+PYTHONPATH, beside the machine's PyTorch 2.11, Triton 3.6, transformers, tokenizers, safetensors, grpcio, aiohttp,
+jinja2, click, h11, psutil and nvidia-ml-py: nvidia-pytriton==0.7.0 numpy==1.26.4 tritonclient==2.73.0
 python-rapidjson==1.25 protobuf==6.33.6 uvicorn==0.54.0 httptools==0.9.0 uvloop==0.23.0 orjson==3.13.0 h2==4.4.1
 hpack==4.2.0 hyperframe==6.1.0 llguidance==1.9.1 prometheus_client==0.26.0 gguf==0.19.0.
 

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flightline import pages
+from flightline.client.params import MOST_SEQUENCES
+from flightline.model_repository.shared.responses import NO_TOKEN
+from flightline.model_repository.shared.words import MOST_WORDS
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
@@ -27,6 +32,17 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|mailto:)([^)#]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_what_is_made_from_the_code_is_up_to_date(page: str) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == pages.text(page), "run python -m flightline.pages"
+
+
+def test_numbers_that_a_page_repeats() -> None:
+    text = (ROOT / "docs/TENSORS.md").read_text(encoding="utf-8")
+    for said in (f"values, {MOST_WORDS} at most", f"{NO_TOKEN} if fewer", f"(1 to {MOST_SEQUENCES})"):
+        assert said in text
 
 
 def test_files_of_the_architecture_exist() -> None:

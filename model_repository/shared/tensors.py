@@ -2,8 +2,7 @@
 
 ``TABLE`` lists every input tensor of NVIDIA's contract, and of what ``text_generation`` adds to it, once: what it is
 called in each model, which backends serve it, and what it becomes. Request parameters are in it as ``client/params.py``
-declares them, the other tensors are declared here. ``docs/TENSORS.md`` is made from it
-(:mod:`flightline.model_repository.tensors_page`).
+declares them, the other tensors are declared here. The tables of ``docs/TENSORS.md`` are made from it.
 """
 
 from __future__ import annotations

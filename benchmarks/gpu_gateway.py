@@ -39,7 +39,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-PARTS = ("build", "ours", "grpc", "peer")
+# Not where it is used: client processes import this file at their start, and must not import that at their first load.
+from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts  # noqa: E402
+
+PARTS = ("build", "grpc", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
 """Temperature -> kind of ``kinds.py``."""
 START_S = 300.0
@@ -138,8 +141,6 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     """``text_generation``, streaming; it also warms the engine up."""
-    from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts
-
     prompts, clients = Prompts(TINY if options.tiny else LLAMA_8B), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):
@@ -201,14 +202,14 @@ def main() -> None:
         "--folder", type=Path, required=True, help="for checkpoint and build; logs go there, too"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,grpc)")
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
     parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, without vLLM")
     options = parser.parse_args()
-    options.parts = ["build", "grpc"] if options.tiny else options.parts.split(",")
+    options.parts = options.parts.split(",") if options.parts else PARTS[: 2 if options.tiny else None]
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
     if not options.site and {"ours", "peer"} & set(options.parts):

@@ -100,6 +100,7 @@ _OPTION = {
     "return_num_output_tokens": "num_output_tokens",
     "return_finish_reason": "finish_reason",
     "return_token_ids": "token_ids",
+    "return_num_cached_tokens": "num_cached_tokens",
 }
 """Parameters that fill a field of ``Options``."""
 
@@ -187,6 +188,7 @@ class Options:
     """Answers to each prompt."""
     finish_reason: bool = False
     token_ids: bool = False
+    num_cached_tokens: bool = False
     top_log_probs: int = 0
     """The most likely tokens in the place of each generated one: so many."""
 

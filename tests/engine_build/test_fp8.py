@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,14 @@ def test_the_error_of_the_rise_is_that_of_paired_differences() -> None:
 
 def test_gate_sees_bad_weights(fp8_build: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
     """A scale that is off by two in one layer is enough."""
-    tensors = dict(read_tensors(Path(fp8_build["model_dir"])))
+    folder = tmp_path / "bad"
+    shutil.copytree(fp8_build["model_dir"], folder)
+    tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight_scale"] *= 2
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     text, prompts = "the lazy dog jumps " * 200, [Sample(text="the quick"), Sample(text="a token is")]
     good = gate.measure(tiny, becoming(Path(fp8_build["model_dir"])), text, prompts, "cpu", "float32")
-    bad = gate.measure(tiny, becoming(tmp_path), text, prompts, "cpu", "float32")
+    bad = gate.measure(tiny, becoming(folder), text, prompts, "cpu", "float32")
     assert bad.agreement < good.agreement - 0.2
 
 

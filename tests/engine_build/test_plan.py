@@ -253,6 +253,20 @@ def test_gpus_that_share_each_layer() -> None:
     assert (tried.kernels, tried.tp) == ("pytorch", 2)
 
 
+def test_a_checkpoint_of_4_bits_stays_one() -> None:
+    shape = dataclasses.replace(LLAMA_8B, int4=True, stored="AWQ, 4 bits in groups of 128")
+    gpu, cpu = (make_plan(shape, hardware) for hardware in (H200, CPU_COMPILER))
+    assert (gpu.precision, gpu.weight_precision) == ("int4", "auto")
+    assert (cpu.precision, cpu.weight_precision) == ("int4", "int4")
+    assert gpu.weights_bytes < 0.45 * make_plan(LLAMA_8B, H200, precision="bf16").weights_bytes
+    assert make_plan(dataclasses.replace(SMALL, int4=True), CPU).precision == "bf16"
+    for hardware, asked in ((H200, "fp8"), (CPU_COMPILER, "int8")):
+        with pytest.raises(BuildError, match=rf"PRECISION={asked} cannot be made.*AWQ.*use PRECISION=int4"):
+            make_plan(shape, hardware, precision=asked)
+    with pytest.raises(BuildError, match=r"AWQ, 4 bits.*ENGINE=trtllm-pytorch.*use ENGINE=torch"):
+        make_plan(shape, H200, "trtllm-pytorch")
+
+
 def test_tensorrt_llm_lanes_cache_in_fp8() -> None:
     """8.5 GiB of FP8 weights and 64 KiB a token: the fact sheet's arithmetic for Llama-3.1-8B."""
     plan = make_plan(LLAMA_8B, H200, "trtllm-engine", "fp8")

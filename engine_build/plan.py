@@ -75,6 +75,8 @@ class Plan:
     """GPUs that share the layers."""
     dp: int = 1
     """Whole engines, each on a GPU of its own; the other numbers are of one."""
+    max_gap_ms: int = 0
+    """Of lane torch; 0: no bound."""
     kv_dtype: str = "auto"
     """Of backend torch: see :class:`EngineConfig`."""
 
@@ -107,6 +109,7 @@ def make_plan(
     refused: tuple[str, ...] = (),
     dp: int = 1,
     max_num_tokens: int | None = None,
+    max_gap_ms: int | None = None,
     kv_dtype: str | None = None,
 ) -> Plan:
     """Decides everything the engine needs to know.
@@ -119,16 +122,21 @@ def make_plan(
     """
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
-    if hardware.device == "cpu" and tp > 1 and lane == "torch":
+    tries_tp = hardware.device == "cpu" and tp > 1 and lane == "torch"
+    if tries_tp:
         reasons.append(
-            f"TP={tp} on a CPU is for trying it out: the compiled kernels run in one process, faster"
+            f"kernels pytorch: TP={tp} on a CPU is for trying it out; the compiled ones are faster, in one process"
         )
         hardware = dataclasses.replace(hardware, compiler=None)
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
     _require_gpus(lane, tp, pp, shape, hardware)
     _require_engines(lane, dp, tp, hardware, reasons)
+    if max_gap_ms and lane != "torch":
+        raise BuildError(
+            f"MAX_GAP_MS={max_gap_ms} is for ENGINE=torch, not {lane}: set MAX_NUM_TOKENS instead"
+        )
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
-    kernels = _choose_kernels(lane, hardware, reasons)
+    kernels = "pytorch" if tries_tp else _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
     on_cpu = hardware.device == "cpu"
     if on_cpu:  # its engines share the memory; of GPUs each has one
@@ -160,6 +168,7 @@ def make_plan(
         max_seq_len=length,
         max_batch_size=batch,
         max_num_tokens=step_tokens,
+        max_gap_ms=max_gap_ms or 0,
         block_size=block_size,
         num_kv_blocks=blocks,
         kv_bytes=blocks * block_size * per_token,

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flightline.engine_build import models_page
+from flightline.torch_engine.model.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
@@ -72,3 +75,16 @@ def test_a_newcomers_questions_lead_to_what_answers_them() -> None:
         assert name in names(ast.parse((ROOT / file).read_text(encoding="utf-8"))), (
             f"{question}: {name} in {file}"
         )
+
+
+def test_the_page_of_models_is_made_from_the_families() -> None:
+    assert models_page.PAGE.read_text(encoding="utf-8") == models_page.page(), (
+        "run python -m flightline.engine_build.models_page"
+    )
+
+
+def test_every_family_of_the_page_is_tested() -> None:
+    from tests import tiny
+
+    assert {f"{name}ForCausalLM" for name in tiny._FAMILIES.values()} >= set(FAMILIES)
+    assert set(models_page.RAN_ON_GPU) <= set(FAMILIES)

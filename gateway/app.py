@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from flightline.gateway import errors, job, metrics, passage, responses, tokens
+from flightline.gateway import engine_metrics, errors, job, metrics, passage, responses, tokens
 from flightline.gateway.errors import ApiError
 from flightline.gateway.exchange import SSE, ClientGone, Exchange, Receive, Send, good_id
 from flightline.gateway.forms import ChatStream, ChatWhole, CompletionStream, CompletionWhole, Stream, Whole
@@ -58,6 +58,7 @@ class Gateway:
     ) -> None:
         """``record``: what makes a trace of each request."""
         self.settings = settings
+        self._keyless = OPEN | ({"/metrics"} if settings.gateway.metrics_without_key else set())
         self._record = record
         self.limits = settings.gateway
         self.model = model
@@ -65,6 +66,7 @@ class Gateway:
         self.pool = ThreadPoolExecutor(THREADS, "request")
         self.triton: Triton
         self.draining = False
+        self._ends = False
         self.triton_http: Passage | None = None
         """The way to Triton's own HTTP endpoints; None: they are off."""
         self._in_flight = 0
@@ -114,11 +116,24 @@ class Gateway:
             await self.triton_http.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
+    def metrics_page(self) -> bytes:
+        """The gateway's and, where Triton tells of it, the engine's; called off the event loop."""
+        url = self.settings.upstream.metrics_url
+        state = engine_metrics.read(url) if url else None
+        return metrics.page() + (
+            engine_metrics.page(state, self.model.names[0]) if state is not None else b""
+        )
+
+    def refuse(self) -> None:
+        """From now on it is not ready and new requests are 503; those that run know nothing of it."""
+        self.draining = True
+
     def drain(self) -> None:
         """Streams get what is left of ``drain_s``; then each is told that the server stops."""
-        if self.draining:
+        self.refuse()
+        if self._ends:
             return
-        self.draining = True
+        self._ends = True
         patience = max(0.0, self.settings.drain_s - LAST_WORDS_S)
         asyncio.get_running_loop().call_later(patience, self.end_streams)
 
@@ -156,6 +171,8 @@ class Gateway:
     async def _fail(self, exchange: Exchange, error: ApiError) -> None:
         if error.status == 503:
             self._ready_until = 0.0
+        if self.draining:  # else a client's pool keeps asking here, whatever the Service says
+            exchange.extra.append((b"connection", b"close"))
         exchange.note["error"] = error.message if error.status >= 500 else error.code or error.type
         await exchange.fail(error, passage.envelope(error) if exchange.path.startswith("/v2") else None)
 
@@ -178,7 +195,7 @@ class Gateway:
         self._allow_origin(exchange)
         if exchange.method == "OPTIONS" and self.limits.cors_origins:
             return "preflight", _preflight
-        if path not in OPEN:
+        if path not in self._keyless:
             self.keys.check(exchange.headers.get(b"authorization"))
         if path.startswith("/v2"):
             return "/v2", _pass_on
@@ -383,7 +400,7 @@ async def _version(gateway: Gateway, exchange: Exchange) -> None:
 
 async def _metrics(gateway: Gateway, exchange: Exchange) -> None:
     loop = asyncio.get_running_loop()
-    text = await loop.run_in_executor(gateway.pool, metrics.page)
+    text = await loop.run_in_executor(gateway.pool, gateway.metrics_page)
     await exchange.respond(text, headers=[(b"content-type", metrics.CONTENT_TYPE)])
 
 

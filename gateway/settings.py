@@ -35,6 +35,9 @@ class GatewaySettings:
     )  # fmt: skip
     api_keys_file: str = setting("", "file with one API key a line; without it nobody needs one", parse=_file)
     allow_no_key: bool = setting(False, "listen on other addresses than this machine's own without keys")
+    metrics_without_key: bool = setting(
+        False, "answer /metrics without a key: routers and Prometheus send none"
+    )
     served_names: tuple[str, ...] = setting(
         (), "names of the model at /v1/models, with commas; none: that of the build", parse=_list,
         variable="SERVED_MODEL_NAME", flag="--served-model-name",
@@ -72,6 +75,8 @@ class Upstream:
     grpc_url: str
     http_url: str = ""
     """Triton's own HTTP port, for /v2; "" = it is off."""
+    metrics_url: str = ""
+    """Triton's metrics page; "" = it is not asked."""
     tokenizer_dir: str = ""
     model: str = ""
     """Name of the checkpoint."""

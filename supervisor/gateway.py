@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import sys
@@ -21,6 +22,8 @@ from flightline.supervisor.settings import ServeSettings
 
 EXIT_S = 5.0
 """For the last words of streams, when what they wait for has ended."""
+REFUSE = signal.SIGUSR1
+"""Tells a gateway process that a stop has begun: it is not ready any more and takes no new requests."""
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _PRIVATE_PORTS = (20_000, 32_000)
 """Below those that the kernel gives to outgoing connections, so that none takes it while Triton is restarted."""
@@ -58,6 +61,7 @@ def upstream(settings: ServeSettings, deployment: Deployment) -> Upstream:
     return Upstream(
         grpc_url=settings.local_grpc_url,
         http_url=settings.triton_http_url if settings.triton_http_port else "",
+        metrics_url=settings.local_metrics_url,
         tokenizer_dir=parameter("tokenizer_dir"),
         model=deployment.model,
         max_seq_len=int(parameter("max_seq_len")),

@@ -76,6 +76,10 @@ class Child:
         except psutil.NoSuchProcess:
             return []
 
+    def signal(self, number: signal.Signals) -> None:
+        """To the process alone; nothing if it has ended."""
+        self._process.send_signal(number)
+
     def stop(self, patience_s: float, hurry: threading.Event | None = None) -> bool:
         """SIGTERM, then after ``patience_s`` (or as soon as ``hurry`` is set) SIGKILL to all of the session.
 

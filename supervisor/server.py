@@ -144,7 +144,9 @@ class Server:
         triton.check_python(self._triton_home)
         self.deployment = deployed(self.settings.build_dir)
         if self.deployment.lane != "torch":
-            self._world_size = guard.check(self.deployment.lane, self.deployment.engine_dir, guard.observe())
+            self._world_size = guard.check(
+                self.deployment.lane, self.deployment.engine_dir, guard.observe(), self.settings.rank_hosts
+            )
         try:
             self._lock()
             self._check_ports()
@@ -201,6 +203,9 @@ class Server:
         if self._gate is None:
             return
         self._gate.close()
+        for process in self._gateways:
+            if process.child is not None:
+                process.child.signal(gateway.REFUSE)
         deadline = time.monotonic() + self.settings.drain_s
         empty_since: float | None = None
         while (now := time.monotonic()) < deadline and not self._hurry.wait(0.05):

@@ -15,6 +15,16 @@ from flightline.supervisor.errors import ServeError
 MOST_PORT = 65535
 
 
+def _host_of_each_rank(text: str) -> tuple[str, ...]:
+    ranks: list[str] = []
+    for word in text.split(","):
+        host, _, count = word.strip().rpartition(":")
+        if not host or not count.isdigit() or not int(count):
+            raise ValueError(f"{word!r} is not host:GPUs: write for example node-0:8,node-1:8")
+        ranks += [host] * int(count)
+    return tuple(ranks)
+
+
 @dataclass(frozen=True)
 class ServeSettings:
     """Serve what was built, on Triton, until Ctrl-C."""
@@ -48,6 +58,10 @@ class ServeSettings:
     triton_http_port: int = setting(
         0, "of Triton's own HTTP endpoints, on 127.0.0.1 whatever the host is; 0: any that is free, or none without a "
         "gateway", least=0, most=MOST_PORT,
+    )  # fmt: skip
+    rank_hosts: tuple[str, ...] = setting(
+        (), "nodes of one compiled engine as host:GPUs with commas, this one first; none: all its GPUs are here",
+        parse=_host_of_each_rank, variable="MPI_HOSTS", flag="--mpi-hosts",
     )  # fmt: skip
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
 
@@ -106,8 +120,16 @@ class ServeSettings:
     @property
     def local_grpc_url(self) -> str:
         """The gRPC port as this machine reaches it."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"{host}:{self.grpc_port}"
+        return f"{self._local_host}:{self.grpc_port}"
+
+    @property
+    def local_metrics_url(self) -> str:
+        """Triton's metrics page as this machine reaches it."""
+        return f"http://{self._local_host}:{self.metrics_port}/metrics"
+
+    @property
+    def _local_host(self) -> str:
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
 
     @property
     def metrics_url(self) -> str:

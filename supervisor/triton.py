@@ -157,7 +157,8 @@ def command(
         # The others wait inside the engine's start for what the first one tells them; they open no ports.
         follow = ["--model-control-mode=explicit", f"--load-model={engine}"] if rank else []
         mine = [part for part in server if not (rank and part.startswith("--model-control-mode"))]
-        parts += [*([":"] if rank else []), "-n", "1", *mine, *follow, _shm(f"{shm_prefix}{rank}_")]
+        where = ["--host", settings.rank_hosts[rank]] if settings.rank_hosts else []
+        parts += [*([":"] if rank else []), "-n", "1", *where, *mine, *follow, _shm(f"{shm_prefix}{rank}_")]
     return parts
 
 

@@ -19,6 +19,7 @@ PAGES = (
     "SECURITY.md",
     "CHANGELOG.md",
     "examples/README.md",
+    "docs/SCALE.md",
 )
 WHERE = ("", "torch_engine", "model_repository", "engine_build", "supervisor", "gateway", "docs", "examples")
 """Folders that a page may leave out."""

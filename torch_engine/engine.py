@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from flightline.torch_engine.core.blocks import BlockManager
+from flightline.torch_engine.core.blocks import BlockEvent, BlockManager
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.guided import Guided
 from flightline.torch_engine.core.memory import reserved_gpu_memory
@@ -399,6 +399,19 @@ class Engine:
             tokens_per_block=self.config.block_size,
             gpu_memory_bytes=reserved_gpu_memory(),
         )
+
+    def watch_blocks(self) -> list[BlockEvent]:
+        """Begins to keep what happens to the prefix cache; returns what it holds now."""
+        self.blocks.journal = []
+        return self.blocks.findable()
+
+    def block_events(self) -> list[BlockEvent]:
+        """What has happened since the last call."""
+        events = self.blocks.journal
+        if not events:
+            return []
+        self.blocks.journal = []
+        return events
 
     def close(self) -> None:
         """The last call. Other engines have workers to stop, too."""

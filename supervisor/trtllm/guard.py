@@ -26,8 +26,11 @@ def observe() -> Facts:
     return Facts(versions.installed(), tuple(host.gpus()))
 
 
-def check(lane: str, engine_dir: Path, facts: Facts) -> int:
+def check(lane: str, engine_dir: Path, facts: Facts, rank_hosts: tuple[str, ...] = ()) -> int:
     """Returns the number of GPUs that the engine runs on.
+
+    Args:
+        rank_hosts: the node of each of them, this one first; none: all are here.
 
     Raises:
         ServeError: the engine is half-built, or made for another release, GPU or number of GPUs.
@@ -41,10 +44,21 @@ def check(lane: str, engine_dir: Path, facts: Facts) -> int:
         raise ServeError(
             f"backend {lane} needs an NVIDIA GPU and none is visible: start the container with --gpus"
         )
-    if len(facts.gpus) < world_size:
+    here_too = world_size
+    if rank_hosts:
+        if lane != versions.ENGINE_LANE:
+            raise ServeError(
+                f"MPI_HOSTS is for backend {versions.ENGINE_LANE} and this is {lane}: leave it out"
+            )
+        if len(rank_hosts) != world_size:
+            raise ServeError(
+                f"MPI_HOSTS names {len(rank_hosts)} GPUs and the engine runs on {world_size}: name as many"
+            )
+        here_too = rank_hosts.count(rank_hosts[0])
+    if len(facts.gpus) < here_too:
         raise ServeError(
-            f"the engine runs on {world_size} GPUs (TP {plan.get('tp', 1)}, PP {plan.get('pp', 1)}) and "
-            f"{len(facts.gpus)} are visible: show more, or build with smaller TP and PP"
+            f"the engine runs on {here_too} GPUs (TP {plan.get('tp', 1)}, PP {plan.get('pp', 1)}) "
+            f"and {len(facts.gpus)} are visible: show more, or build with smaller TP and PP"
         )
     here = facts.gpus[0]
     if plan["precision"] in ("fp8", "nvfp4") and here.capability < FP8_CAPABILITY:

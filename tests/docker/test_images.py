@@ -36,6 +36,8 @@ SCRIPTS = [
     *sorted(DOCKER.glob("*.sh")),
     ROOT / ".ci/run",
     ROOT / "tests/debian.sh",
+    ROOT / "tests/helm.sh",
+    ROOT / "deploy/lint.sh",
     ROOT / "benchmarks/gpu_all.sh",
 ]
 PROFILES = ["cpu", "gpu", "loadtest", "observability", "dcgm"]

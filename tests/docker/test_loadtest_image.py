@@ -13,6 +13,7 @@ IMPORTED = """
 import os
 os.environ["LOCUST_SKIP_MONKEY_PATCH"] = "1"
 import sys
+import flightline.loadtest.commands
 import flightline.loadtest.locustfile
 print(*{name.partition(".")[0] for name in sys.modules})
 """

@@ -328,6 +328,14 @@ def test_counters_never_fall(upstream: Upstream, tmp_path: Path) -> None:
         assert "flightline_gateway_generated_tokens_total 4.0" in text
 
 
+def test_metrics_without_a_key(upstream: Upstream, keys_file: Path) -> None:
+    """Routers send none; nothing else opens with it."""
+    settings = GatewaySettings(api_keys_file=str(keys_file), metrics_without_key=True)
+    with alone(upstream, settings) as running:
+        assert ask(running, "/metrics", key="wrong-key")[0] == 200
+        assert ask(running, "/v1/models", key="wrong-key")[0] == 401
+
+
 def test_a_triton_that_is_gone(upstream: Upstream) -> None:
     with NullServer(Timing(ttft_s=0.01, tpot_s=0.02)) as triton:
         settings = Upstream(

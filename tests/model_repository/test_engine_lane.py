@@ -339,6 +339,29 @@ def test_world_size(tmp_path: Path) -> None:
         guard.check("trtllm-engine", folder, guard.Facts("1.2.1", (GPU, GPU)))
 
 
+def test_one_engine_over_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank is started on its node; this machine needs only its own GPUs."""
+    monkeypatch.setenv("FLIGHTLINE_MPI_HOSTS", "a.group:1, b.group:1")
+    settings = ServeSettings.from_environment()
+    home = triton.Triton(Path("/opt/tritonserver"), in_container=True)
+    command = triton.command(home, settings, Path("/models"), Path("/backends"), "prefix", 2)
+    hosts = [command[at + 1] for at, word in enumerate(command) if word == "--host"]
+    assert hosts == ["a.group", "b.group"]
+    folder = engine_folder(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["plan"]["tp"] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "rank1.engine").write_bytes(b"engine")
+    assert guard.check("trtllm-engine", folder, HERE, settings.rank_hosts) == 2
+    with pytest.raises(ServeError, match="MPI_HOSTS names 3 GPUs and the engine runs on 2: name as many"):
+        guard.check("trtllm-engine", folder, HERE, (*settings.rank_hosts, "c"))
+    with pytest.raises(ServeError, match="MPI_HOSTS is for backend trtllm-engine"):
+        guard.check("trtllm-pytorch", folder, HERE, settings.rank_hosts)
+    monkeypatch.setenv("FLIGHTLINE_MPI_HOSTS", "a.group")
+    with pytest.raises(ServeError, match=r"'a.group' is not host:GPUs: write for example node-0:8,node-1:8"):
+        ServeSettings.from_environment()
+
+
 def test_half_built(tmp_path: Path) -> None:
     folder = engine_folder(tmp_path)
     (folder / "rank0.engine").write_bytes(b"eng")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flightline.torch_engine.core.blocks import ROOT, BlockManager
+from flightline.torch_engine.core.blocks import ROOT, BlockEvent, BlockManager
 
 
 def fill(blocks: BlockManager, tokens: list[int]) -> list[int]:
@@ -83,3 +83,49 @@ def test_random_traffic_keeps_the_books() -> None:
         blocks.free(table)
     blocks.check([])
     assert blocks.num_free == 24
+
+
+def test_who_replays_the_journal_knows_what_can_be_found() -> None:
+    """Whatever is evicted and in which order; one who joins late begins with what there is."""
+    dice = random.Random(5)
+    blocks = BlockManager(12, 2)
+    blocks.journal = []
+    early: dict[int, BlockEvent] = {}
+    late: dict[int, BlockEvent] | None = None
+
+    def replay(known: dict[int, BlockEvent], events: list[BlockEvent]) -> None:
+        for event in events:
+            if event.tokens:
+                assert event.uid not in known
+                known[event.uid] = event
+            else:
+                known.pop(event.uid, None)
+
+    def leads_somewhere(known: dict[int, BlockEvent]) -> set[BlockEvent]:
+        found: dict[int, BlockEvent] = {}
+        for uid in sorted(known):
+            if known[uid].parent_uid in (ROOT, *found):
+                found[uid] = known[uid]
+        return set(found.values())
+
+    held: list[list[int]] = []
+    for step in range(300):
+        if held and (dice.random() < 0.5 or blocks.num_free < 6):
+            blocks.free(held.pop(dice.randrange(len(held))))
+        else:
+            held.append(fill(blocks, dice.choices(range(3), k=dice.randint(2, 9))))
+        events, blocks.journal = blocks.journal, []
+        replay(early, events)
+        if late is not None:
+            replay(late, events)
+            assert leads_somewhere(late) == set(blocks.findable())
+        if step == 100:
+            late = {event.uid: event for event in blocks.findable()}
+        assert leads_somewhere(early) == set(blocks.findable())
+    assert early and late
+
+
+def test_nobody_watches_nothing_is_kept() -> None:
+    blocks = BlockManager(4, 2)
+    fill(blocks, [1, 2, 3])
+    assert blocks.journal is None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from flightline.torch_engine.core.blocks import ROOT, BlockEvent
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import (
     Code,
@@ -244,3 +245,38 @@ def test_a_broken_build_is_one_line_and_a_status(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1 and "make build-engines" in run.stderr
+
+
+def test_a_front_end_that_watches_is_told_of_the_prefix_cache(engine: EngineClient) -> None:
+    """What was there before, then each full block as it is computed, its parent first."""
+    told: queue.Queue[list[BlockEvent]] = queue.Queue()
+    prompt = list(range(40, 140))
+    last(submit(engine, GenerationRequest(prompt, 1))[1])
+    engine.watch_blocks(told.put)
+    before = {event.uid: event for event in told.get(timeout=60)}
+    chain = spelled(before, prompt)
+    assert chain == prompt[: len(chain)] and len(chain) >= 64
+    longer = [*prompt[: len(chain)], *range(150, 290)]
+    last(submit(engine, GenerationRequest(longer, 1))[1])
+    deadline = time.monotonic() + 60
+    while len(spelled(before, longer)) < 200 and time.monotonic() < deadline:
+        before |= {event.uid: event for event in told.get(timeout=60)}
+    assert spelled(before, longer) == longer[: len(spelled(before, longer))]
+    assert len(spelled(before, longer)) >= 200
+
+
+def spelled(events: dict[int, BlockEvent], prompt: list[int]) -> list[int]:
+    """The longest beginning of a prompt that the events tell of."""
+    parent, found = ROOT, list[int]()
+    while True:
+        following = [
+            event
+            for event in events.values()
+            if event.parent_uid == parent
+            and event.tokens
+            and tuple(prompt[len(found) : len(found) + len(event.tokens)]) == event.tokens
+        ]
+        if not following:
+            return found
+        parent = following[0].uid
+        found += following[0].tokens

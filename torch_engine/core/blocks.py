@@ -23,6 +23,17 @@ ROOT = 0
 Identity = tuple[int, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class BlockEvent:
+    """A block's content can be found from now on, or no longer: routers send a prompt where its beginning is."""
+
+    uid: int
+    parent_uid: int = ROOT
+    """ROOT: it holds the beginning of a sequence."""
+    tokens: tuple[int, ...] = ()
+    """Empty: its content is gone."""
+
+
 @dataclass
 class Block:
     index: int
@@ -44,6 +55,8 @@ class BlockManager:
         """Blocks nobody references, the next to be handed out first."""
         self._by_identity: dict[Identity, int] = {}
         self._last_uid = ROOT
+        self.journal: list[BlockEvent] | None = None
+        """What has happened, for whoever empties it; None: nobody does."""
         self.num_reused = 0
         """Blocks that a new sequence found computed already, since the start."""
 
@@ -127,7 +140,19 @@ class BlockManager:
         self._last_uid += 1
         block.uid, block.identity = self._last_uid, identity
         self._by_identity[identity] = index
+        if self.journal is not None:
+            self.journal.append(BlockEvent(block.uid, *identity))
         return block.uid
+
+    def findable(self) -> list[BlockEvent]:
+        """All content that can be found now, parents first."""
+        found: dict[int, BlockEvent] = {}
+        for (parent, tokens), index in sorted(
+            self._by_identity.items(), key=lambda item: self._blocks[item[1]].uid
+        ):
+            if parent == ROOT or parent in found:  # else the block before it is gone, and it leads nowhere
+                found[self._blocks[index].uid] = BlockEvent(self._blocks[index].uid, parent, tokens)
+        return list(found.values())
 
     def uid(self, index: int) -> int:
         return self._blocks[index].uid
@@ -157,4 +182,6 @@ class BlockManager:
     def _forget(self, block: Block) -> None:
         if block.identity is not None:
             del self._by_identity[block.identity]
+            if self.journal is not None:
+                self.journal.append(BlockEvent(block.uid))
             block.identity, block.uid = None, ROOT

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 
+from flightline.torch_engine.core.blocks import BlockEvent
 from flightline.torch_engine.core.request import (
     Code,
     EngineStats,
@@ -30,6 +31,7 @@ from flightline.torch_engine.core.request import (
 from flightline.torch_engine.process.threads import vital
 
 OutputCallback = Callable[[RequestOutput], None]
+BlocksCallback = Callable[[list[BlockEvent]], None]
 
 GONE = "the engine process ended while this request was in flight: send it again in a few seconds"
 RETRY_S = 0.1
@@ -58,6 +60,7 @@ class EngineClient:
         self._closed = threading.Event()
         self._connected = threading.Event()
         self._stats = EngineStats()
+        self._on_blocks: BlocksCallback | None = None
         self._info: ModelInfo | None = None
         self._reader = vital(self._read_for_ever, "engine-reader")
         if connect_timeout_s > 0 and not self._connected.wait(connect_timeout_s):
@@ -101,6 +104,14 @@ class EngineClient:
                 self._callbacks.pop(handle, None)
                 raise RequestError(Code.UNAVAILABLE, NOT_THERE) from None
         return handle
+
+    def watch_blocks(self, on_blocks: BlocksCallback) -> None:
+        """Tells what the prefix cache holds now, and then what happens to it, on the reader thread and in order.
+
+        It ends with the engine: one that is started again holds nothing. TensorRT-LLM's engines tell nothing.
+        """
+        self._on_blocks = on_blocks
+        self._send("watch")
 
     def cancel(self, handle: int) -> None:
         """Asks the engine to stop a request; its last message (CANCELLED, or a finish that was faster) follows."""
@@ -177,6 +188,9 @@ class EngineClient:
                 # The engine sends the next message only when this one was taken; meanwhile it merges.
                 with self._lock:
                     connection.send(("taken", None))
+            elif kind == "blocks":
+                if self._on_blocks is not None:
+                    self._on_blocks(body)
             elif kind == "stats":
                 self._stats = body
             elif kind == "hello":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from flightline.torch_engine.core.blocks import BlockEvent
 from flightline.torch_engine.core.request import EngineStats, GenerationRequest, ModelInfo, RequestOutput
 
 
@@ -61,3 +62,14 @@ class ServedEngine(Protocol):
 
     def close(self) -> None:
         """The last call."""
+
+
+@runtime_checkable
+class CacheTeller(Protocol):
+    """An engine that tells which prompts' beginnings it holds."""
+
+    def watch_blocks(self) -> list[BlockEvent]:
+        """Begins to keep what happens to the cache; returns what it holds now."""
+
+    def block_events(self) -> list[BlockEvent]:
+        """What has happened since the last call."""

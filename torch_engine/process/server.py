@@ -21,6 +21,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener
 from typing import Any
 
+from flightline.torch_engine.core.blocks import BlockEvent
 from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.core.request import (
     Code,
@@ -33,7 +34,7 @@ from flightline.torch_engine.core.request import (
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.process.client import hang_up
-from flightline.torch_engine.process.interface import ServedEngine
+from flightline.torch_engine.process.interface import CacheTeller, ServedEngine
 from flightline.torch_engine.process.log import logger
 from flightline.torch_engine.process.threads import vital
 from flightline.torch_engine.text.stream import UnsupportedTokenizer
@@ -58,6 +59,9 @@ class FrontEnd:
         self._since: dict[int, float] = {}
         """When each waiting output began to wait (monotonic seconds)."""
         self._stats: EngineStats | None = None
+        self._blocks: list[BlockEvent] = []
+        self.watches = False
+        """It wants to know what the prefix cache holds."""
         self._taken = True
         self.closed = False
         connection.send(("hello", hello))
@@ -78,6 +82,12 @@ class FrontEnd:
         """Wakes the sender once a step, after all its outputs were put."""
         with self._ready:
             self._stats = stats or self._stats
+            self._ready.notify()
+
+    def tell(self, events: list[BlockEvent]) -> None:
+        """Queues what has happened to the prefix cache, in order; sent with the next flush."""
+        with self._ready:
+            self._blocks += events
             self._ready.notify()
 
     def abandoned(self, after_s: float) -> list[int]:
@@ -115,15 +125,20 @@ class FrontEnd:
     def _write(self) -> None:
         while True:
             with self._ready:
-                self._ready.wait_for(lambda: self.closed or self._stats or (self._taken and self._outbox))
+                self._ready.wait_for(
+                    lambda: self.closed or self._stats or self._blocks or (self._taken and self._outbox)
+                )
                 if self.closed:
                     return
                 stats, self._stats = self._stats, None
+                blocks, self._blocks = self._blocks, []
                 batch: dict[int, RequestOutput] = {}
                 if self._taken and self._outbox:
                     batch, self._outbox = self._outbox, {}
                     self._since.clear()
                     self._taken = False
+            if blocks:
+                self._connection.send(("blocks", blocks))
             if stats is not None:
                 self._connection.send(("stats", stats))
             if batch:
@@ -251,6 +266,8 @@ class EngineServer:
             self._cancel(front_end, *body)
         elif kind == "stop":
             self._stop(front_end, *body)
+        elif kind == "watch":
+            self._watch(front_end)
         elif kind == "join":
             self._front_ends.append(front_end)
             front_end.flush(self.engine.stats)
@@ -278,6 +295,19 @@ class EngineServer:
         except Exception as error:  # whatever it is about this request, the others go on
             logger("engine").exception("request not taken")
             self._refuse(front_end, handle, RequestError(Code.INTERNAL, f"request not taken: {error!r}"))
+
+    def _watch(self, front_end: FrontEnd) -> None:
+        """An engine that does not tell of its cache tells nothing."""
+        if isinstance(self.engine, CacheTeller):
+            self._tell_blocks()  # those who watch already get what is theirs first
+            front_end.watches = True
+            front_end.tell(self.engine.watch_blocks())
+
+    def _tell_blocks(self) -> None:
+        if isinstance(self.engine, CacheTeller) and (events := self.engine.block_events()):
+            for front_end in self._front_ends:
+                if front_end.watches:
+                    front_end.tell(events)
 
     def _refuse(self, front_end: FrontEnd, handle: int, error: RequestError) -> None:
         front_end.put(handle, RequestOutput(finish_reason=FinishReason.ERROR, error=error))
@@ -311,6 +341,7 @@ class EngineServer:
         front_end.flush(None)
 
     def _flush(self, force: bool = False) -> None:
+        self._tell_blocks()
         now = time.monotonic()
         stats = None
         if force or now >= self._stats_due:

@@ -1,6 +1,6 @@
 """The OpenAI endpoint on one GPU, beside vLLM's, both under vLLM's own client: ``python3 benchmarks/gpu_gateway.py``.
 
-    PYTHONPATH=/tmp/ours python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
+    python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
 
 Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B) and builds from it, unless the folder
 has them; starts our server as ``make serve`` does and loads it with our own client through gRPC, then through the
@@ -10,9 +10,10 @@ temperature 0 and 1. Prints a line of JSON a case, then a table of all with thei
 ``grpc``, ``ours`` and ``peer`` one by one; ``--out`` keeps what other parts have found. About 7 minutes on an H200:
 build 1.5, ours 2, vLLM's start 2, vLLM 1.5.
 
-``--site`` is a folder with vLLM and what it needs, in its own versions; only the peer and its client see it. Ours needs
-these wheels (Python 3.12), beside the machine's PyTorch 2.11, Triton 3.6, transformers, tokenizers, safetensors,
-grpcio, aiohttp, jinja2, click, h11, psutil and nvidia-ml-py: nvidia-pytriton==0.7.0 numpy==1.26.4 tritonclient==2.73.0
+``--site`` is a folder with vLLM and what it needs, in its own versions, numpy 2 among them; only the peer and its
+client see it. Ours needs these wheels (Python 3.12) in the interpreter's own folder, since Triton's stub reads no
+PYTHONPATH, beside the machine's PyTorch 2.11, Triton 3.6, transformers, tokenizers, safetensors, grpcio, aiohttp,
+jinja2, click, h11, psutil and nvidia-ml-py: nvidia-pytriton==0.7.0 numpy==1.26.4 tritonclient==2.73.0
 python-rapidjson==1.25 protobuf==6.33.6 uvicorn==0.54.0 httptools==0.9.0 uvloop==0.23.0 orjson==3.13.0 h2==4.4.1
 hpack==4.2.0 hyperframe==6.1.0 llguidance==1.9.1 prometheus_client==0.26.0 gguf==0.19.0.
 
@@ -38,7 +39,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-PARTS = ("build", "ours", "grpc", "peer")
+# Not where it is used: client processes import this file at their start, and must not import that at their first load.
+from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts  # noqa: E402
+
+PARTS = ("build", "grpc", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
 """Temperature -> kind of ``kinds.py``."""
 START_S = 300.0
@@ -137,8 +141,6 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     """``text_generation``, streaming; it also warms the engine up."""
-    from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts
-
     prompts, clients = Prompts(TINY if options.tiny else LLAMA_8B), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):
@@ -200,14 +202,14 @@ def main() -> None:
         "--folder", type=Path, required=True, help="for checkpoint and build; logs go there, too"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,grpc)")
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
     parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, without vLLM")
     options = parser.parse_args()
-    options.parts = ["build", "grpc"] if options.tiny else options.parts.split(",")
+    options.parts = options.parts.split(",") if options.parts else PARTS[: 2 if options.tiny else None]
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
     if not options.site and {"ours", "peer"} & set(options.parts):

@@ -171,7 +171,7 @@ class Clients:
         all_there = spawn.Barrier(most + 1)
         self._pool = ProcessPoolExecutor(most, spawn, all_there.wait)
         for _ in range(most):
-            self._pool.submit(freeze_garbage_collector)  # an executor starts a process for each
+            self._pool.submit(settle)  # an executor starts a process for each
         all_there.wait(timeout=120)
 
     def load(
@@ -188,6 +188,11 @@ class Clients:
         ]
         answers = [answer for part in parts for answer in part.result()]
         return figures(answers, max(answer.ended for answer in answers) - start, len(prompts), stream)
+
+
+def settle() -> None:
+    """A client process has this module, with all that it imports, before the first load."""
+    freeze_garbage_collector()
 
 
 def put(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from flightline.torch_engine.model.shard import Shard
 from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -22,13 +25,36 @@ LLAMA_8B = ModelSpec(
     max_position_embeddings=131072, activation="silu", attention_scale=128**-0.5, end_ids=(), fp8=True,
 )  # fmt: skip
 
+LLAMA_70B = dataclasses.replace(
+    LLAMA_8B,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_heads=64,
+    layers=(LayerSpec(LLAMA_ROPE, None),) * 80,
+)
+
 
 class RandomCheckpoint(Checkpoint):
-    """Random weights of a given shape, made on the device when asked for: FP8 linears, the rest in bf16."""
+    """Random weights of a given shape, made on the device when asked for: FP8 linears, the rest in bf16.
+
+    The parts of ranks do not make up the whole: each is a random model of its own size.
+    """
 
     def __init__(self, spec: ModelSpec, fp8: bool, device: str = "cuda") -> None:
-        self.spec, self.fp8, self.device, self.folder = spec, fp8, device, Path("random")
-        self._generator = torch.Generator(device).manual_seed(0)
+        self.spec = self.whole = spec
+        self.shard = Shard()
+        self.fp8, self.device, self.folder = fp8, device, Path("random")
+        self._random_state: torch.Generator | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_random_state": None}
+
+    @property
+    def _generator(self) -> torch.Generator:
+        """On the GPU of the process that asks."""
+        if self._random_state is None:
+            self._random_state = torch.Generator(self.device).manual_seed(0)
+        return self._random_state
 
     def __contains__(self, name: str) -> bool:
         return name.endswith(("norm.weight", "layernorm.weight")) or name in (
@@ -43,10 +69,11 @@ class RandomCheckpoint(Checkpoint):
         spec = self.spec
         hidden, inner, query = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
         keys = spec.num_kv_heads * spec.head_dim
+        begin, end, _ = self.shard.vocabulary(spec.vocab_size)
         return {
             "q_proj": (query, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, query),
             "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
-            "lm_head": (spec.vocab_size, hidden), "embed_tokens": (spec.vocab_size, hidden),
+            "lm_head": (end - begin, hidden), "embed_tokens": (spec.vocab_size, hidden),
         }[module.rsplit(".", 1)[-1]]  # fmt: skip
 
     def raw(self, name: str) -> torch.Tensor:

@@ -183,6 +183,9 @@ class GenerateParams:
         "BOOL", False, "tell why the answer has ended", silent=True, ours=True
     )
     """Whether the server says it; otherwise it is told from the number of tokens."""
+    return_num_cached_tokens: bool = _parameter(
+        "BOOL", False, "tell how many tokens of the prompt were found computed", silent=True, ours=True
+    )
     exclude_input_in_output: bool = _parameter("BOOL", True)
     """False puts the prompt in front of a non-streamed text, which is NVIDIA's default."""
     return_num_input_tokens: bool = _parameter("BOOL", True)

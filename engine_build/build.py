@@ -307,6 +307,7 @@ class Build:
             "max_seq_len": self.settings.max_seq_len,
             "max_batch_size": self.settings.max_batch_size,
             "max_num_tokens": self.settings.max_num_tokens,
+            "tp": plan.tp,
         }
         if plan.lane == "torch":
             inputs |= self._gate_inputs()

@@ -64,6 +64,7 @@ def package(
             max_batch_size=plan.max_batch_size,
             max_num_tokens=plan.max_num_tokens,
             max_seq_len=plan.max_seq_len,
+            tensor_parallel_size=plan.tp,
         ).save(fresh)
         if check is not None:
             facts = facts | check(fresh)

@@ -44,6 +44,8 @@ class ModelShape:
     """Architecture, as ``config.json`` names it."""
     fp8: bool = False
     """The checkpoint is ModelOpt FP8 already."""
+    splits: tuple[int, ...] | None = None
+    """Numbers of GPUs above 1 that can share each layer in backend torch; None: nobody has looked."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,14 @@ def make_plan(
     """
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
+    if hardware.device == "cpu" and tp > 1 and lane == "torch":
+        reasons.append(
+            f"TP={tp} on a CPU is for trying it out: the compiled kernels run in one process, faster"
+        )
+        hardware = dataclasses.replace(hardware, compiler=None)
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
-    _require_gpus(lane, tp * pp, hardware)
-    _require_engines(lane, dp, hardware, reasons)
+    _require_gpus(lane, tp, pp, shape, hardware)
+    _require_engines(lane, dp, tp, hardware, reasons)
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
     kernels = _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
@@ -131,10 +138,11 @@ def make_plan(
     if kv_dtype == "int8" or (
         on_cpu and precision in INTEGERS
     ):  # with a float32 scale for each token and head
-        per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1)
+        per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1, tp, pp)
     else:
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
-    blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons)
+    shared = lane == "torch" and tp > 1
+    blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons, shared)
     return Plan(
         lane=lane,
         precision=precision,
@@ -286,12 +294,22 @@ def _choose_precision(
     return precision
 
 
-def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
-    if lane == "torch" and wanted > 1:
+def _require_gpus(lane: str, tp: int, pp: int, shape: ModelShape, hardware: Hardware) -> None:
+    if lane == "torch" and pp > 1:
         raise BuildError(
-            f"TP times PP is {wanted}, but an engine of ENGINE=torch runs on one GPU: use DP={wanted} for that many "
-            "engines, or ENGINE=trtllm-pytorch"
+            f"PP={pp} is for the TensorRT-LLM backends: with ENGINE=torch GPUs share each layer (TP={pp}), or have "
+            f"whole engines (DP={pp})"
         )
+    if lane == "torch" and tp > 1 and shape.splits is not None and tp not in shape.splits:
+        fitting = " or ".join(f"TP={number}" for number in shape.splits if number <= 16) or "DP"
+        raise BuildError(
+            f"TP={tp} does not divide this model's heads and MLP into equal parts: use {fitting}"
+        )
+    if lane == "torch" and hardware.device == "cpu":
+        if tp > hardware.cores:
+            raise BuildError(f"TP={tp} wants a CPU core for each, but {hardware.cores} are there: lower TP")
+        return
+    wanted = tp * pp
     if wanted > max(1, hardware.count):
         raise BuildError(
             f"TP times PP is {wanted}, but {hardware.count} GPU(s) are visible: lower TP or PP, or show more "
@@ -299,21 +317,28 @@ def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
         )
 
 
-def _require_engines(lane: str, wanted: int, hardware: Hardware, reasons: list[str]) -> None:
+def _require_engines(lane: str, wanted: int, tp: int, hardware: Hardware, reasons: list[str]) -> None:
     on_cpu = hardware.device == "cpu"
     if lane != "torch" and wanted > 1:
         raise BuildError(f"DP={wanted} is for ENGINE=torch, and this is {lane}: use TP, or leave DP out")
     there = hardware.cores if on_cpu else max(1, hardware.count)
-    if wanted > there:
+    if lane == "torch" and wanted * tp > there:
         what = "CPU core(s) are there" if on_cpu else "GPU(s) are visible"
-        raise BuildError(
-            f"DP={wanted} wants a part of the machine for each engine, but {there} {what}: lower DP"
+        asked = f"DP={wanted}" if tp == 1 else f"DP={wanted} with TP={tp}"
+        raise BuildError(f"{asked} wants a part of the machine for each engine, but {there} {what}: lower DP")
+    if lane == "torch" and tp > 1 and not on_cpu:
+        reasons.append(
+            f"{tp} GPUs share each layer: each has its part of the weights and of the KV cache; over PCIe instead of "
+            "NVLink a step waits for its sums (nvidia-smi topo -m tells which)"
         )
     if wanted > 1:
-        each = f"{hardware.cores // wanted} of the {hardware.cores} cores" if on_cpu else "a GPU of its own"
+        own = "a GPU of its own" if tp == 1 else f"{tp} GPUs of its own"
+        each = f"{hardware.cores // wanted} of the {hardware.cores} cores" if on_cpu else own
         reasons.append(f"{wanted} engines, each with {each} and a KV cache of its own")
-    elif lane == "torch" and hardware.count > 1:
-        reasons.append(f"1 of {hardware.count} GPUs is used: DP={hardware.count} runs an engine on each")
+    elif lane == "torch" and hardware.count > tp:
+        engines = hardware.count // tp
+        with_dp = f": DP={engines} runs an engine on each" if tp == 1 else f": DP={engines} runs more engines"
+        reasons.append(f"{tp} of {hardware.count} GPUs is used{with_dp if engines > 1 else ''}")
 
 
 def _choose_kernels(lane: str, hardware: Hardware, reasons: list[str]) -> str:
@@ -383,13 +408,15 @@ def _weights_bytes(
     shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
 ) -> int:
     wide = DTYPE_BYTES[dtype]
-    if precision in INTEGERS and not on_cpu:  # the head and the embedding are not quantised
-        return weight_bytes(shape.parameters, shape.linear_parameters, "int8_sq", wide, tp, pp)
+    if kernels == "cuda":  # each GPU has the whole embedding, and less than all of the head
+        stored = "int8_sq" if precision in INTEGERS else precision
+        shared = weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp)
+        return shared + (shape.parameters - shape.linear_parameters) * wide
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
         linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:
-        return shape.parameters * (2 if kernels == "native" else wide)
+        return shape.parameters * (2 if kernels == "native" else wide)  # TP: of all processes together, about
     return weight_bytes(shape.parameters, shape.linear_parameters, precision, wide, tp, pp)
 
 
@@ -402,15 +429,18 @@ def _kv_blocks(
     shape: ModelShape,
     hardware: Hardware,
     reasons: list[str],
+    shared: bool = False,
 ) -> int:
     """Blocks of ``block_size`` tokens on each GPU; always enough for one sequence of full length."""
     block_bytes = block_size * per_token
     one_sequence = -(-length // block_size)
     if hardware.device == "cuda":
-        baseline = 2 * shape.parameters  # the Transformers baseline lives on the same GPU
+        # The Transformers baseline lives on the same GPU; beside a model that several share there is none.
+        baseline = 0 if shared else 2 * shape.parameters
         room = int(0.9 * hardware.memory_free) - weights - baseline
         blocks = room // block_bytes
-        rule = "0.9 of the free GPU memory, less the weights of engine and baseline"
+        whose = "this GPU's part of the weights" if shared else "the weights of engine and baseline"
+        rule = f"0.9 of the free GPU memory, less {whose}"
     else:
         room = hardware.memory_free - weights
         wanted = max(one_sequence, -(-batch * length // (4 * block_size)))

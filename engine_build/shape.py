@@ -12,9 +12,12 @@ from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hub import fetch_configuration
 from flightline.engine_build.plan import ModelShape
 from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.shard import refusal
 from flightline.torch_engine.model.spec import ModelSpec
 
 HUB_PATIENCE_S = 2.5
+MOST_GPUS = 16
+"""That share a model."""
 EMBEDDED_SHAPE = ModelShape(
     layers=30,
     kv_heads=3,
@@ -23,6 +26,7 @@ EMBEDDED_SHAPE = ModelShape(
     parameters=134_515_008,
     linear_parameters=106_168_320,
     family="LlamaForCausalLM",
+    splits=(3,),
 )
 """So that preflight needs no package at all."""
 
@@ -88,6 +92,7 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         idle_parameters=idle_parameters(spec),
         family=spec.wrapper or spec.architecture,
         fp8=spec.fp8,
+        splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )
 
 

@@ -46,7 +46,7 @@ class Speed:
 
 def expected(shape: ModelShape, plan: Plan, hardware: Hardware) -> Speed | None:
     """None where nothing is known of the memory's rate."""
-    idle = shape.idle_parameters * DTYPE_BYTES[plan.compute_dtype]
+    idle = shape.idle_parameters * DTYPE_BYTES[plan.compute_dtype] // plan.tp
     step_bytes = max(1, plan.weights_bytes - idle)
     if plan.device == "cpu":
         rate = _copy_rate()

@@ -1,9 +1,8 @@
-"""``docs/SETTINGS.md``, made from the dataclasses that the commands read: ``python -m flightline.settings_page``."""
+"""The tables of ``docs/SETTINGS.md``, made from the dataclasses that the commands read."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from flightline import settings
@@ -12,17 +11,6 @@ from flightline.gateway.settings import GatewaySettings
 from flightline.loadtest.options import OPTIONS, CalibrateOptions, LoadOptions, UiOptions, WorkerOptions
 from flightline.supervisor.settings import ServeSettings
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/SETTINGS.md"
-HEAD = f"""# Settings
-
-Made from the dataclasses that the commands read, by `python -m flightline.settings_page`; a test holds the two
-together.
-
-A setting comes from the command line, else from the environment, else from its default. In the environment its name
-begins with `{settings.PREFIX}`. The short name without it is what `make` takes (`make serve HTTP_PORT=9000`); it is
-read where the long one is not set. An empty value counts as unset. A switch is `0` or `1`, and its flag may stand
-alone.
-"""
 COMMANDS: dict[str, type] = {
     "flightline build": BuildSettings,
     "flightline serve": ServeSettings,
@@ -36,9 +24,9 @@ COMMANDS: dict[str, type] = {
 """``flightline preflight`` reads the first, and the ports of the second."""
 
 
-def page() -> str:
-    """The whole text."""
-    return "\n".join([HEAD, *(section(command, cls) for command, cls in COMMANDS.items())])
+def parts() -> dict[str, str]:
+    """For ``flightline/pages.py``."""
+    return {"settings": "\n".join(section(command, cls) for command, cls in COMMANDS.items())}
 
 
 def section(command: str, cls: type) -> str:
@@ -57,7 +45,3 @@ def _row(field: dataclasses.Field[Any]) -> str:
         where += " (no short name)"
     cells = (flag, where, settings.shown_default(field), field.metadata["help"])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

@@ -38,6 +38,9 @@ from hyperframe.frame import Frame, GoAwayFrame
 CONNECT_S = 5.0
 CREDIT = 16 << 10
 """Bytes of a call that must have been taken before Triton is told; well below the window of 64 KiB."""
+LAST_STREAM = 2**31 - 2**20
+"""From here on the next call gets another connection: numbers of streams end at 2^31. A hundred calls a second take
+four months."""
 _LARGEST_WINDOW = 2**31 - 1
 _CONFIGURATION = H2Configuration(
     client_side=True,
@@ -306,6 +309,7 @@ class _Connection(asyncio.Protocol):
             if call.ended:
                 continue
             stream = self._http2.get_next_available_stream_id()
+            self.open = self.open and stream < LAST_STREAM
             timeout = f"{min(max(1, round(call.timeout_s * 1e3)), 99_999_999)}m"
             path = (b":path", call.path.encode())
             headers = [*self._pseudo_headers, path, *self._headers, (b"grpc-timeout", timeout.encode())]
@@ -374,9 +378,8 @@ class _Connection(asyncio.Protocol):
 
     def _moved_on(self) -> None:
         """One call less: the next may begin, or the connection end."""
-        if self.open:
-            self._start_queued()
-        elif not self._calls:
+        self._start_queued()
+        if not self.open and not self._calls:
             self._transport.close()
 
     def _lose(self, why: str) -> None:

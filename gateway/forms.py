@@ -53,26 +53,30 @@ class Counts:
     def __init__(self, job: Job) -> None:
         self._prompt = job.num_prompt_tokens
         self._choices = [0] * (len(job.prompts) * job.n)
+        self._n = job.n
+        self._cached: dict[int, int] = {}
+        """By prompt; of several choices the first counts: the others share what it has computed."""
 
     def note(self, piece: Piece) -> None:
         if piece.num_output_tokens:
             self._choices[piece.choice] = piece.num_output_tokens
+        if piece.num_cached_tokens is not None and piece.choice % self._n == 0:
+            self._cached[piece.choice] = piece.num_cached_tokens
 
     @property
     def generated(self) -> int:
         return sum(self._choices)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Of all choices; each prompt counts once."""
-        return usage(self._prompt, self.generated)
-
-
-def usage(prompt: int, generated: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-    }
+        made: dict[str, Any] = {
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self.generated,
+            "total_tokens": self._prompt + self.generated,
+        }
+        if self._cached:
+            made["prompt_tokens_details"] = {"cached_tokens": sum(self._cached.values())}
+        return made
 
 
 class _Base:

@@ -213,6 +213,8 @@ def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
         ("return_num_output_tokens", "BOOL", [True]),
         ("return_finish_reason", "BOOL", [True]),
     ]
+    if model.tells_cached_tokens:
+        made.append(("return_num_cached_tokens", "BOOL", [True]))
     if values["logit_bias"]:
         model.check_ids(values["logit_bias"], "logit_bias")
         made += bias_tensors(values["logit_bias"])

@@ -2,8 +2,8 @@
 
 ``TABLE`` says of each what it must be and what becomes of it. The server's own parameters are in it as
 ``client/params.py`` declares them, the other fields are declared here. Validation reads it, and so does
-``docs/GATEWAY.md`` (:mod:`flightline.gateway.params_page`). A field is honoured, or inert (it says nothing about the
-answer), or refused unless its value asks for nothing; one that is not in the table is refused too: nothing is ignored.
+``docs/GATEWAY.md``. A field is honoured, or inert (it says nothing about the answer), or refused unless its value asks
+for nothing; one that is not in the table is refused too: nothing is ignored.
 """
 
 from __future__ import annotations

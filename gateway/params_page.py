@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flightline.gateway.params import BOTH, CHAT, TABLE, Parameter, Rule
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/GATEWAY.md"
-BEGIN, END = (
-    "<!-- parameters: made by python -m flightline.gateway.params_page -->",
-    "<!-- end of parameters -->",
-)
 HEADS = {
     Rule.HONOURED: "| field | where | value | tensor | |\n|---|---|---|---|---|\n",
     Rule.REFUSED: "| field | where | values that pass | why |\n|---|---|---|---|\n",
 }
 
 
-def table() -> str:
-    """The Markdown between the marks."""
+def parts() -> dict[str, str]:
+    """For ``flightline/pages.py``."""
     inert = ", ".join(f"`{each.name}`" for each in TABLE if each.rule is Rule.INERT)
-    return "\n".join(
-        [
-            BEGIN,
-            "",
-            HEADS[Rule.HONOURED] + "\n".join(_honoured(each) for each in TABLE if each.rule is Rule.HONOURED),
-            "",
-            f"Accepted, and nothing follows from them: {inert}.",
-            "",
-            "Refused with a 400 that names the field, unless the value asks for nothing:",
-            "",
-            HEADS[Rule.REFUSED] + "\n".join(_refused(each) for each in TABLE if each.rule is Rule.REFUSED),
-            "",
-            END,
-        ]
+    paragraphs = (
+        HEADS[Rule.HONOURED] + "\n".join(_honoured(each) for each in TABLE if each.rule is Rule.HONOURED),
+        f"Accepted, and nothing follows from them: {inert}.",
+        "Refused with a 400 that names the field, unless the value asks for nothing:",
+        HEADS[Rule.REFUSED] + "\n".join(_refused(each) for each in TABLE if each.rule is Rule.REFUSED),
     )
+    return {"parameters": "\n\n".join(paragraphs)}
 
 
 def _where(parameter: Parameter) -> str:
@@ -59,13 +44,3 @@ def _refused(parameter: Parameter) -> str:
 
 def _json(value: object) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else f"{value!r}"
-
-
-def with_table(page: str) -> str:
-    """``page`` with the table as it is now."""
-    before, _, rest = page.partition(BEGIN)
-    return before + table() + rest.partition(END)[2]
-
-
-if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -33,6 +33,7 @@ class ServedModel:
         folder = Path(upstream.tokenizer_dir)
         self.names = gateway.served_names or (upstream.model,)
         self._lane = upstream.lane
+        self.tells_cached_tokens = upstream.tells_cached_tokens
         self.max_seq_len = upstream.max_seq_len
         self.created = int(time.time())
         self.vocabulary = Vocabulary(folder)

@@ -83,6 +83,8 @@ class Upstream:
     max_seq_len: int = 0
     lane: str = "torch"
     version: str = ""
+    tells_cached_tokens: bool = False
+    """Whether its ``text_generation`` knows how much of a prompt it found in the prefix cache."""
     tls_cert: str = ""
     """Triton's certificate, if its gRPC port speaks TLS."""
     tls_name: str = ""

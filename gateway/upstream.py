@@ -56,6 +56,8 @@ class Piece:
     top_ids: Sequence[int] = ()
     """As many for each token as ``top_logprobs`` asked for, one token after the other; -1: no token."""
     top_log_probs: Sequence[float] = ()
+    num_cached_tokens: int | None = None
+    """Of the prompt, in the last piece of a choice; None: it is not said."""
 
 
 _REASONS = {b"length": "length", b"end_id": "stop", b"stop_words": "stop"}
@@ -81,6 +83,8 @@ def read(message: service_pb2.ModelStreamInferResponse, first_choice: int) -> Pi
             piece.text = raw[4:].decode("utf-8", "replace")
         elif name == "num_output_tokens":
             (piece.num_output_tokens,) = _INT.unpack(raw)
+        elif name == "num_cached_tokens":
+            (piece.num_cached_tokens,) = _INT.unpack(raw)
         elif name == "finish_reason":
             if (reason := _REASONS.get(raw[4:])) is None:
                 raise errors.unavailable("the answer was cancelled by the server")

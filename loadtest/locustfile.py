@@ -15,15 +15,17 @@ from locust import User, constant, events, task
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
+from flightline import settings
 from flightline.client import wire
 from flightline.loadtest import llm_page
 from flightline.loadtest.collector import Collector
-from flightline.loadtest.openai_api import APIS, OPENAI
-from flightline.loadtest.schedule import PATTERNS
+from flightline.loadtest.openai_api import OPENAI
+from flightline.loadtest.options import IN_LOCUST, RunOptions
 from flightline.loadtest.session import Reporter, Session, plan_of
-from flightline.loadtest.workload import PRESETS
 from flightline.settings import SettingsError
 
+FORM_TOKENS = "64"
+"""Length of answers that Locust's own command line and page begin with."""
 collector: Collector | None = None
 """Of this process, if it is the master or the only one."""
 
@@ -31,41 +33,27 @@ collector: Collector | None = None
 @events.init_command_line_parser.add_listener
 def add_arguments(parser) -> None:
     """Options that the command line, the environment and the web UI's form offer."""
-    add = parser.add_argument
-    add("--workload", default="short", choices=list(PRESETS), env_var="WORKLOAD", help="What is asked")
-    add("--input-tokens", default="", env_var="INPUT_TOKENS", help="Length of prompts, or its distribution")
-    add(
-        "--output-tokens",
-        default="64",
-        env_var="OUTPUT_TOKENS",
-        help="Length of answers, or its distribution",
-    )
-    add("--turns", type=int, default=0, env_var="TURNS", help="Of a conversation; 0: as the workload has")
-    add("--prompts", default="", env_var="PROMPTS", help="Prompt file; empty: unique generated prompts")
-    add("--natural-length", action="store_true", help="Answers may end before --output-tokens")
-    add("--seed", type=int, default=0, env_var="SEED", help="Of prompts, lengths and arrivals")
-    add("--rate", default="", env_var="RATE", help="Open loop: requests/s, like 4, 1-8 or 2@30,8@30")
-    add("--arrivals", default="poisson", choices=list(PATTERNS), env_var="ARRIVALS", help="Of an open loop")
-    add("--burstiness", type=float, default=1.0, help="Shape of gamma arrivals; below 1 is burstier")
-    add("--trace", default="", env_var="TRACE", help="Open loop: JSONL file of requests to replay")
-    add("--trace-speed", type=float, default=1.0, help="2 replays a trace twice as fast")
-    add("--ramp-s", type=float, default=0.0, help="Seconds in which an open loop's rate rises from 0")
+    add, known = parser.add_argument, {field.name: field for field in settings.fields(RunOptions)}
+    for name in IN_LOCUST:
+        field = known[name]
+        if isinstance(field.default, bool):
+            add(settings.flag(field), action="store_true", help=field.metadata["help"])
+            continue
+        add(
+            settings.flag(field),
+            type=type(field.default),
+            default=FORM_TOKENS if name == "output_tokens" else field.default,
+            choices=field.metadata["choices"] or None,
+            env_var=settings.variables(field)[-1],
+            help=field.metadata["help"],
+        )
     add(
         "--arrive-for",
         type=float,
         default=0.0,
-        help="Seconds of arrivals, then the rest is awaited; 0: no end",
+        help="seconds of arrivals, then the rest is awaited; 0: no end",
     )
-    add("--model", default="", env_var="OPENAI_MODEL", help="OpenAI servers: the model's name")
-    add(
-        "--openai-api",
-        default="completions",
-        choices=list(APIS),
-        env_var="OPENAI_API",
-        help="OpenAI servers: which",
-    )
-    add("--token-ids", action="store_true", help="OpenAI servers: ask for token ids, to count by them")
-    add("--request-timeout", type=float, default=600.0, help="Seconds until a request has failed")
+    add("--model", default="", env_var="OPENAI_MODEL", help="of OpenAI servers: the model's name")
     hidden = {"include_in_web_ui": False}
     add("--records", default="", env_var="RECORDS", help="JSON-lines file to append to", **hidden)
     add("--first-prompt", type=int, default=0, help="Index of the first prompt", **hidden)

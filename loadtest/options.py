@@ -51,7 +51,7 @@ class LoadOptions:
     """What all commands share."""
 
     url: str = setting("", "gRPC address of a running server; empty: start the one that was built")
-    workload: str = setting("short", f"what is asked: {', '.join(PRESETS)}")
+    workload: str = setting("short", f"what is asked: {', '.join(PRESETS)}", choices=tuple(PRESETS))
     input_tokens: str = setting("", "length of prompts, like 128, uniform:64:256 or lognormal:180:0.8<=1500")
     output_tokens: str = setting("", "length of answers, exact; a number or a distribution")
     natural_length: bool = setting(False, "answers may end before that")
@@ -235,6 +235,21 @@ class SearchOptions(LoadOptions):
         )
 
 
+IN_LOCUST = (
+    *(
+        "workload",
+        "input_tokens",
+        "output_tokens",
+        "turns",
+        "prompts",
+        "natural_length",
+        "seed",
+        "rate",
+        "arrivals",
+    ),
+    *("burstiness", "trace", "trace_speed", "ramp_s", "openai_api", "token_ids", "request_timeout"),
+)
+"""Fields of ``RunOptions`` that are options of Locust's too, and stand in its page's form."""
 OPTIONS: dict[str, type[LoadOptions]] = {
     "run": RunOptions,
     "compare": CompareOptions,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flightline.loadtest.conditions import PROJECT
 from flightline.loadtest.metrics import Window, steady_window
-from flightline.loadtest.options import Arm, LoadOptions
+from flightline.loadtest.options import IN_LOCUST, Arm, LoadOptions
 from flightline.loadtest.records import (
     CLIENTS,
     RECORDS_FULL_STATUS,
@@ -183,35 +183,23 @@ def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) ->
         "-u": users,
         "-r": round(users / ramp_s, 3) if ramp_s else users,
         "-t": math.ceil(run_s if closed else run_s + options.drain_s),
-        "--workload": options.workload,
-        "--input-tokens": options.input_tokens,
-        "--turns": options.turns,
-        "--prompts": Path(options.prompts).resolve() if options.prompts else "",
-        "--seed": options.seed,
         "--model": arm.endpoint if arm.openai else "",
-        "--openai-api": arm.api,
-        "--request-timeout": options.request_timeout,
         "--first-prompt": trial.first_prompt,
         "--records": work / RECORDS,
         "--block": trial.name,
         "--exit-code-on-error": 0,  # the records tell what failed
     }
-    if options.output_tokens:
-        values["--output-tokens"] = options.output_tokens
-    else:
-        values["--output-tokens"] = ""  # as the workload has, and not the environment's
+    given = vars(options) | vars(level) | {"openai_api": arm.api, "token_ids": arm.token_ids}
+    given |= {name: Path(given[name]).resolve() for name in ("prompts", "trace") if given[name]}
+    switches = []
+    for name in IN_LOCUST:  # each of them: what is left out, Locust would take from the environment
+        flag = "--" + name.replace("_", "-")
+        if isinstance(given[name], bool):
+            switches += [flag] * given[name]
+        else:
+            values[flag] = given[name]
     if not closed:
-        values |= {
-            "--rate": level.rate,
-            "--trace": Path(level.trace).resolve() if level.trace else "",
-            "--trace-speed": level.trace_speed,
-            "--arrivals": options.arrivals,
-            "--burstiness": options.burstiness,
-            "--ramp-s": options.ramp_s,
-            "--arrive-for": run_s,
-        }
-    else:
-        values |= {"--rate": "", "--trace": ""}
+        values["--arrive-for"] = run_s
     if options.workers:
         values |= {
             "--master-bind-port": options.master_port,
@@ -224,8 +212,7 @@ def command(trial: Trial, options: LoadOptions, work: Path, locustfile: Path) ->
     words = [
         f"{name}={value}" if name.startswith("--") else f"{name}{value}" for name, value in values.items()
     ]
-    words += ["--natural-length"] if options.natural_length else []
-    words += ["--token-ids"] if arm.token_ids else []
+    words += switches
     words += ["--master"] if options.workers else []
     program = [sys.executable, "-m", "flightline.loadtest.locust_main", "--headless", "--only-summary"]
     return [*program, *words, OPENAI_USER if arm.openai else USER_CLASSES[arm.endpoint]]

@@ -14,6 +14,8 @@ import urllib.request
 from importlib import metadata
 from pathlib import Path
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from flightline.deployment import Deployment
 from flightline.gateway.settings import ProcessSettings, Upstream, default_processes
 from flightline.supervisor.errors import ServeError
@@ -67,6 +69,7 @@ def upstream(settings: ServeSettings, deployment: Deployment) -> Upstream:
         max_seq_len=int(parameter("max_seq_len")),
         lane=deployment.lane,
         version=_version(),
+        tells_cached_tokens='"return_num_cached_tokens"' in config,  # engines that were built before do not
         tls_cert=str(settings.tls_cert or ""),
         tls_name=_certified_name(settings.tls_cert) if settings.tls_cert else "",
     )
@@ -113,6 +116,9 @@ class GatewayProcess:
 
     def start(self) -> Child:
         """Returns at once."""
+        if self.child is not None:
+            # Nobody works on the requests that it was counting; its other counters stay.
+            mark_process_dead(self.child.pid, self._env[METRICS_FOLDER])  # type: ignore[no-untyped-call]
         command = [sys.executable, "-m", "flightline.gateway", self._settings.to_json()]
         Path(self._settings.heartbeat).touch()
         self.child = Child(self.name, command, self._env, self._log, [self.listener.fileno()])

@@ -7,6 +7,7 @@ comes before anything is installed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -31,6 +32,12 @@ COMFORTABLE_SEQUENCES = 8
 """Fewer full-length sequences in the KV cache than this is low on memory: batching is what makes serving fast."""
 SHARED_MEMORY = {1: 256 << 20, 2: 8 * GIB}
 """/dev/shm of a server on one GPU or CPU, and on several: Triton's Python models, and NCCL."""
+TP_SHOWN = (1, 2, 4, 8)
+LINKS = {
+    "NVLink": "are connected by NVLink",
+    "PCIe": "are connected by PCIe only: with TP each layer waits for its sums, DP does not",
+    "": "are connected in a way that nvidia-smi does not tell: TP wants NVLink",
+}
 COMPATIBLE, LOW, IMPOSSIBLE = "compatible", "low on memory", "impossible"
 
 
@@ -121,7 +128,7 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
     if refusal:
         return Verdict(lane, precision, IMPOSSIBLE, refusal)
     sizes = (asked.max_seq_len, asked.max_batch_size)
-    parallel = (asked.tp, asked.pp) if lane != "torch" else (1, 1)
+    parallel = (asked.tp, asked.pp)
     engines = asked.dp if lane == "torch" else 1
     try:
         plan = make_plan(
@@ -186,7 +193,8 @@ def _built_bytes(shape: ModelShape, chosen: Verdict) -> int:
 
 
 def _shared_memory(chosen: Verdict) -> str:
-    several = chosen.plan is not None and chosen.plan.world_size > 1
+    plan = chosen.plan
+    several = plan is not None and plan.world_size > 1 and plan.device == "cuda"
     needed = SHARED_MEMORY[2 if several else 1]
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -277,7 +285,12 @@ def report(
         f"{'  lane':<17}{'precision':<11}{'weights':>10}{'KV a token':>12}{'KV cache':>10}  verdict",
     ]
     lines += [_row(each, each is chosen) for each in table]
-    lines += ["", *_speed(shape, chosen, hardware), *_cost(model, chosen)]
+    lines += [
+        "",
+        *_speed(shape, chosen, hardware),
+        *_cost(model, chosen),
+        *_shared(shape, hardware, chosen, asked),
+    ]
     lines += [f"problem    {problem}" for problem in problems]
     if chosen.verdict == IMPOSSIBLE:
         lines.append(f"problem    {chosen.reason}")
@@ -326,6 +339,34 @@ def _speed(shape: ModelShape, chosen: Verdict, hardware: Hardware) -> list[str]:
     ]
 
 
+def _shared(shape: ModelShape, hardware: Hardware, chosen: Verdict, asked: Settings) -> list[str]:
+    """What each GPU would hold if several shared the model in backend torch, and how they are connected."""
+    if (
+        chosen.lane != "torch"
+        or hardware.device != "cuda"
+        or (hardware.count == 1 and chosen.plan is not None)
+    ):
+        return []
+    lines = []
+    for tp in TP_SHOWN:
+        one = dataclasses.replace(asked, tp=tp, dp=1)
+        enough = dataclasses.replace(hardware, count=max(hardware.count, tp))
+        verdict = _verdict("torch", chosen.precision, shape, enough, one)
+        plan, there = (
+            verdict.plan,
+            "" if tp <= hardware.count else f" ({hardware.count} of {tp} GPUs are here)",
+        )
+        held = verdict.reason
+        if plan is not None:
+            tokens = plan.num_kv_blocks * plan.block_size
+            each = f"{_gib(plan.weights_bytes)} of weights and {_gib(plan.kv_bytes)} of KV cache on each"
+            held = f"{each}, {tokens:,} tokens"
+        lines.append(f"{f'TP={tp}':<10} {held}{there}")
+    if hardware.count > 1:
+        lines.append(f"GPUs       {LINKS[host.linked()]}")
+    return lines
+
+
 def _machine(hardware: Hardware, gpus: list[host.Gpu]) -> str:
     if not gpus:
         return f"{hardware.name}, {hardware.cores} cores, {_gib(hardware.memory_free)} free; no NVIDIA GPU"
@@ -340,7 +381,7 @@ def _variables(chosen: Verdict, asked: Settings) -> str:
     words = [f"ENGINE={chosen.lane}", f"PRECISION={chosen.precision}"]
     if asked.model:
         words.insert(0, f"MODEL={asked.model}")
-    parallel = {"DP": asked.dp} if chosen.lane == "torch" else {"TP": asked.tp, "PP": asked.pp}
+    parallel = {"TP": asked.tp, **({"DP": asked.dp} if chosen.lane == "torch" else {"PP": asked.pp})}
     words += [f"{name}={count}" for name, count in parallel.items() if count > 1]
     return " ".join(words)
 

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flightline import pages
+from flightline.client.params import MOST_SEQUENCES
 from flightline.engine_build import models_page
+from flightline.model_repository.shared.responses import NO_TOKEN
+from flightline.model_repository.shared.words import MOST_WORDS
 from flightline.torch_engine.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +34,17 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|mailto:)([^)#]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_what_is_made_from_the_code_is_up_to_date(page: str) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == pages.text(page), "run python -m flightline.pages"
+
+
+def test_numbers_that_a_page_repeats() -> None:
+    text = (ROOT / "docs/TENSORS.md").read_text(encoding="utf-8")
+    for said in (f"values, {MOST_WORDS} at most", f"{NO_TOKEN} if fewer", f"(1 to {MOST_SEQUENCES})"):
+        assert said in text
 
 
 def test_files_of_the_architecture_exist() -> None:
@@ -76,12 +91,6 @@ def test_a_newcomers_questions_lead_to_what_answers_them() -> None:
         assert name in names(ast.parse((ROOT / file).read_text(encoding="utf-8"))), (
             f"{question}: {name} in {file}"
         )
-
-
-def test_the_page_of_models_is_made_from_the_families() -> None:
-    assert models_page.PAGE.read_text(encoding="utf-8") == models_page.page(), (
-        "run python -m flightline.engine_build.models_page"
-    )
 
 
 def test_every_family_of_the_page_is_tested() -> None:

@@ -81,12 +81,6 @@ def test_one_line_with_name_value_and_remedy(arguments: list[str], says: str) ->
         oven(*arguments)
 
 
-def test_the_page_is_made_of_the_settings() -> None:
-    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), (
-        "run python -m flightline.settings_page"
-    )
-
-
 def test_no_name_means_two_things() -> None:
     """``make`` gives a variable to every command: it is one field in one of them; all share the folder."""
     meanings: dict[str, set[tuple[str, str]]] = {}

@@ -41,9 +41,10 @@ from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk, Scheduler
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.siblings import Siblings
-from flightline.torch_engine.loading import load_runner
+from flightline.torch_engine.loading import gather_ranks, load_runner
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
+from flightline.torch_engine.parallel.ranks import RankLost
 from flightline.torch_engine.runner import SamplingFailed, Ticket
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -81,6 +82,7 @@ class Engine:
 
     Raises on construction:
         ConfigError, UnsupportedModel, UnsupportedTokenizer: the configuration or checkpoint cannot run.
+        RankLost: one of several ranks that share the model failed. :meth:`step` raises it, too; the engine has ended.
     """
 
     def __init__(
@@ -90,7 +92,12 @@ class Engine:
         checkpoint = checkpoint or Checkpoint(config.model_dir, load_spec(config.model_dir))
         spec = checkpoint.spec
         self.tokens = tokens or TokenBytes.from_dir(config.model_dir)
-        self.runner = load_runner(config, checkpoint)
+        self.ranks, checkpoint = gather_ranks(config, checkpoint)
+        try:
+            self.runner = load_runner(config, checkpoint, self.ranks)
+        except BaseException:
+            self.ranks.close()
+            raise
         self.model = self.runner.model
         self.kernels = self.model.kernels
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
@@ -113,9 +120,11 @@ class Engine:
 
     def _describe(self) -> str:
         spec, config = self.model.spec, self.config
+        ranks = config.tensor_parallel_size
+        where = config.device if ranks == 1 else f"{config.device}, shared by {ranks} ranks"
         return (
             f"{spec.architecture} with {spec.num_layers} layers, {self.kernels.describe(spec)} on "
-            f"{config.device}, {config.num_kv_blocks} KV blocks of "
+            f"{where}, {config.num_kv_blocks} KV blocks of "
             f"{config.block_size} tokens, {config.batch_scheduler_policy}{self.runner.describe()}"
         )
 
@@ -198,6 +207,8 @@ class Engine:
             try:
                 launched = self._launch(chunks)
                 self.failed_steps = 0
+            except RankLost:
+                raise
             except Exception as error:
                 outputs += self._launch_again(chunks, error)
         elif self._flight is None and self.guided and not outputs:
@@ -226,6 +237,8 @@ class Engine:
         """Queues what of a step depends on the tokens of the step before, which have been fetched."""
         try:
             self.runner.finish()
+        except RankLost:
+            raise
         except Exception as error:
             self.failed_steps += 1
             return self._fail(launched.chunks, error)
@@ -277,6 +290,8 @@ class Engine:
             return []
         try:
             sampled = flight.ticket()
+        except RankLost:
+            raise
         except Exception as error:
             self.failed_steps += 1
             return self._fail(flight.chunks, error)
@@ -416,6 +431,7 @@ class Engine:
     def close(self) -> None:
         """The last call. Other engines have workers to stop, too."""
         self.guided.close()
+        self.ranks.close()
 
     def audit(self) -> None:
         """Raises AssertionError if the block bookkeeping disagrees with the live sequences."""

@@ -66,6 +66,8 @@ def details(output: RequestOutput, options: Options, row: int, num_output_tokens
         made.update({name: _one(getattr(metrics, name), np.int32) for name in _PERF_INT32})
         made.update({name: _one(getattr(metrics, name), np.int64) for name in _PERF_INT64})
         made["acceptance_rate"] = _one(metrics.acceptance_rate, np.float32)
+    if options.num_cached_tokens and metrics and metrics.num_cached_tokens is not None:
+        made["num_cached_tokens"] = _one(metrics.num_cached_tokens, np.int32)
     if options.finish_reason and output.finish_reason:
         made["finish_reason"] = _one(output.finish_reason.encode(), np.object_)
     if options.token_ids:

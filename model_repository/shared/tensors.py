@@ -2,8 +2,7 @@
 
 ``TABLE`` lists every input tensor of NVIDIA's contract, and of what ``text_generation`` adds to it, once: what it is
 called in each model, which backends serve it, and what it becomes. Request parameters are in it as ``client/params.py``
-declares them, the other tensors are declared here. ``docs/TENSORS.md`` is made from it
-(:mod:`flightline.model_repository.tensors_page`).
+declares them, the other tensors are declared here. The tables of ``docs/TENSORS.md`` are made from it.
 """
 
 from __future__ import annotations
@@ -101,6 +100,7 @@ _OPTION = {
     "return_num_output_tokens": "num_output_tokens",
     "return_finish_reason": "finish_reason",
     "return_token_ids": "token_ids",
+    "return_num_cached_tokens": "num_cached_tokens",
 }
 """Parameters that fill a field of ``Options``."""
 
@@ -188,6 +188,7 @@ class Options:
     """Answers to each prompt."""
     finish_reason: bool = False
     token_ids: bool = False
+    num_cached_tokens: bool = False
     top_log_probs: int = 0
     """The most likely tokens in the place of each generated one: so many."""
 

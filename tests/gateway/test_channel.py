@@ -15,7 +15,7 @@ from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
 from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
-from flightline.gateway.channel import Call, CallFailed, Channel
+from flightline.gateway.channel import LAST_STREAM, Call, CallFailed, Channel
 
 T = TypeVar("T")
 PATIENCE_S = 30.0
@@ -292,6 +292,28 @@ def test_a_server_that_goes_away() -> None:
         peer.end(first)
         assert await everything(taken) == [b"one", b"two"]
         await until(peer.transport.is_closing)
+
+    served(test)
+
+
+def test_numbers_of_streams_end() -> None:
+    async def test(server: Server) -> None:
+        for number in range(2):
+            first = server.call()
+            peer = await server.peer(number)
+            (stream,) = await peer.asked()
+            peer.end(stream, [(":status", "200"), *OK])
+            assert await everything(first) == []
+            connection = server.channel._connection
+            assert connection is not None and connection.open
+            connection._http2.highest_outbound_stream_id = LAST_STREAM - 1
+            last = server.call()
+            (_, stream) = await peer.asked(2)
+            assert stream > LAST_STREAM and not connection.open
+            peer.say(stream, framed(b"fine"))
+            peer.end(stream)
+            assert await everything(last) == [b"fine"]
+            await until(peer.transport.is_closing)
 
     served(test)
 

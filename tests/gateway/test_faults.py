@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -101,16 +102,25 @@ def long_stream(llm: openai.OpenAI) -> openai.Stream:
 
 
 def status(server: Server, path: str, body: bytes | None = None) -> int:
+    try:
+        with opened(server, path, body) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def get(server: Server, path: str) -> str:
+    with opened(server, path) as answer:
+        return answer.read().decode()
+
+
+def opened(server: Server, path: str, body: bytes | None = None) -> Any:
     assert server.settings.tls_cert is not None
     trust = ssl.create_default_context(cafile=server.settings.tls_cert)
     request = urllib.request.Request(
         server.settings.http_url + path, body, {"Content-Type": "application/json"}
     )
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE_S, context=trust) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
+    return urllib.request.urlopen(request, timeout=PATIENCE_S, context=trust)
 
 
 def test_a_certificates_name(certificate: tuple[Path, Path]) -> None:
@@ -177,6 +187,8 @@ def test_killed_gateways_are_started_again(server: Server, llm: openai.OpenAI) -
     wait_until(lambda: not set(server.gateway_pids) & set(old))
     wait_until(lambda: server.engine.stats.active_requests == 0)
     wait_until(lambda: server.wait_ready(0.1))
+    counted = re.findall(r"^flightline_gateway_requests_in_flight\S* (\S+)", get(server, "/metrics"), re.M)
+    assert list(map(float, counted)) == [0.0]  # nor do the metrics count them for ever
 
 
 def test_frozen_gateways_are_started_again(server: Server, llm: openai.OpenAI) -> None:

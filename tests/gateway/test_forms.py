@@ -6,18 +6,13 @@ from typing import Any
 
 import pytest
 
-from flightline.gateway import errors, params_page
+from flightline.gateway import errors
 from flightline.gateway.logprobs import FLOOR, CompletionLogprobs, TokenNames, chat_entries
 from flightline.gateway.params import CHAT, COMPLETIONS, TABLE, Rule, parse
 from flightline.gateway.upstream import Piece
 from flightline.torch_engine.text.stream import TokenBytes
 
 TOKENS = TokenBytes([b"ab", "é".encode(), b"\xf0\x9f", b"\x99\x82", b""], special={4: b"<end>"})
-
-
-def test_the_page_of_parameters_is_up_to_date() -> None:
-    text = params_page.PAGE.read_text(encoding="utf-8")
-    assert text == params_page.with_table(text), "run python -m flightline.gateway.params_page"
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS])

@@ -29,6 +29,10 @@ def model(llm: openai.OpenAI) -> str:
     return card.id
 
 
+def totals(usage: Any) -> tuple[int, int, int]:
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def test_models(llm: openai.OpenAI, model: str) -> None:
     card = llm.models.retrieve(model)
     assert (card.id, card.object, card.max_model_len) == (model, "model", CONTEXT)
@@ -44,7 +48,7 @@ def test_a_completion_is_what_triton_says(llm: openai.OpenAI, model: str, served
     (choice,) = whole.choices
     assert (choice.text, choice.finish_reason) == (own.text, own.finish_reason)
     assert whole.usage is not None
-    counts = (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens)
+    counts = totals(whole.usage)
     assert counts == (
         own.num_input_tokens,
         own.num_output_tokens,
@@ -56,8 +60,10 @@ def test_a_completion_is_what_triton_says(llm: openai.OpenAI, model: str, served
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == own.text
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-2:] == [None, own.finish_reason]
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    # Where the machine is busy, tokens travel together, all of them at worst.
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert reasons == [None] * (len(reasons) - 1) + [own.finish_reason]
+    assert (chunks[-1].choices, totals(chunks[-1].usage)) == ([], counts)
     assert {(chunk.id, chunk.created, chunk.object) for chunk in chunks} == {
         (chunks[0].id, chunks[0].created, "text_completion")
     }
@@ -73,7 +79,7 @@ def test_a_chat_whole_and_streamed(llm: openai.OpenAI, model: str, served: Serve
     (choice,) = whole.choices
     assert (choice.message.role, choice.message.content) == ("assistant", prompted.choices[0].text)
     assert choice.finish_reason == prompted.choices[0].finish_reason
-    assert whole.usage == prompted.usage and whole.usage.prompt_tokens == len(ids)
+    assert totals(whole.usage) == totals(prompted.usage) and whole.usage.prompt_tokens == len(ids)
     asked: dict[str, Any] = {
         "model": model,
         "messages": HELLO,
@@ -87,7 +93,7 @@ def test_a_chat_whole_and_streamed(llm: openai.OpenAI, model: str, served: Serve
         *[None] * (len(chunks) - 2),
     ]
     assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, choice.finish_reason]
-    assert chunks[-1].usage == whole.usage
+    assert totals(chunks[-1].usage) == totals(whole.usage)
     stop = word_of(choice.message.content)
     with llm.chat.completions.stream(stop=stop, **asked) as stream:
         events = [event.type for event in stream]
@@ -143,12 +149,29 @@ def test_several_choices_of_several_prompts(llm: openai.OpenAI, model: str) -> N
         for choice in chunk.choices:
             again[choice.index] += choice.text
     assert list(again.values()) == texts
-    assert usage == whole.usage
+    assert totals(usage) == totals(whole.usage)
     assert usage.completion_tokens == sum(
         8 if choice.finish_reason == "length" else 0 for choice in whole.choices
     )
     alone = llm.completions.create(model=model, prompt="a token", seed=6, max_tokens=8)
     assert alone.choices[0].text == texts[3]  # choice i has the seed + i
+
+
+def test_tokens_from_the_prefix_cache(llm: openai.OpenAI, model: str) -> None:
+    """Whole blocks of the prompt, once for each prompt."""
+    asked: dict[str, Any] = {
+        "model": model,
+        "prompt": "never asked before: " + "a b c d " * 40,
+        "max_tokens": 2,
+    }
+    first, again = (llm.completions.create(**asked).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    cached = again.prompt_tokens_details.cached_tokens
+    assert first.prompt_tokens // 2 < cached < first.prompt_tokens
+    twice = llm.completions.create(**asked | {"prompt": [asked["prompt"]] * 2, "n": 2}).usage
+    assert twice.prompt_tokens_details.cached_tokens == 2 * cached
+    responded = llm.responses.create(model=model, input=asked["prompt"], max_output_tokens=16).usage
+    assert responded.input_tokens_details.cached_tokens == 0  # the chat template's text comes first
 
 
 def test_logprobs(llm: openai.OpenAI, model: str) -> None:

@@ -100,10 +100,12 @@ ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
         ("top_logprobs", "TYPE_INT32", [1]),
         ("return_token_ids", "TYPE_BOOL", [1]),
         ("return_finish_reason", "TYPE_BOOL", [1]),
+        ("return_num_cached_tokens", "TYPE_BOOL", [1]),
     ],
     "output": [
         ("finish_reason", "TYPE_STRING", [1]),
         ("token_ids", "TYPE_INT32", [-1]),
+        ("num_cached_tokens", "TYPE_INT32", [1]),
         ("top_token_ids", "TYPE_INT32", [-1, -1]),
         ("top_log_probs", "TYPE_FP32", [-1, -1]),
     ],

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flightline.client.params import DECLARED
-from flightline.model_repository import tensors_page
 from flightline.model_repository.shared.contract import NVIDIA, OURS
 from flightline.model_repository.shared.llmapi import LlmapiInputs
 from flightline.model_repository.shared.tensors import BY_NAME, ENGINE, TORCH, Inputs
@@ -302,12 +301,6 @@ def test_a_text_model_shows_one_text() -> None:
     inputs = Inputs({"beam_width": number(4)}, "trtllm-engine")
     with pytest.raises(RequestError, match=r"beam_width is 4: .* by this model; .* ask the model ensemble"):
         inputs.require_one_text()
-
-
-def test_the_page_is_made_from_the_table() -> None:
-    assert tensors_page.PAGE.read_text(encoding="utf-8") == tensors_page.page(), (
-        "run python -m flightline.model_repository.tensors_page"
-    )
 
 
 def test_bias() -> None:

@@ -74,6 +74,8 @@ def test_too_little_memory_changes_no_output(make_engine, policy: str, reuse: bo
         tight.add(number, request)
     whole = run(tight)
     assert [whole[number].token_ids for number in range(12)] == expected
+    # What a request finds again of its own was not cached when it began.
+    assert not any(whole[number].metrics.num_cached_tokens for number in range(12))
     if policy == "guaranteed_no_evict":
         assert tight.scheduler.num_preemptions == 0
     else:

@@ -256,6 +256,7 @@ def test_siblings_compute_their_prompt_once(make_engine: Make, reuse: bool, poli
     assert [output.sequence_index for output in outputs] == [0, 1, 2, 3]
     assert sum(computed) == 18 + 3 * 2 + 4 * 9
     assert [output.metrics.kv_cache_reused_blocks for output in outputs] == [0, 4, 4, 4]
+    assert [output.metrics.num_cached_tokens for output in outputs] == [0, 16, 16, 16]
     engine.audit()
     assert not len(engine.siblings) and engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
 

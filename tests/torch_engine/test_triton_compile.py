@@ -50,8 +50,12 @@ from flightline.torch_engine.kernels.gpu.activation import Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
-from flightline.torch_engine.kernels.gpu.norm import add_norm, gate
-from flightline.torch_engine.kernels.gpu.tokens import argmax, embed
+from flightline.torch_engine.kernels.gpu.norm import add_norm, add_up, gate
+from flightline.torch_engine.kernels.gpu.tokens import argmax, embed, remember
+from flightline.torch_engine.parallel.group import Alone
+
+class Three(Alone):
+    size, stack = 3, lambda self, x: torch.stack([x, x, x])
 
 hopper = sys.argv[1] == "90"
 bf16, one, ints = torch.bfloat16, torch.ones(()), torch.zeros(4, dtype=torch.int32)
@@ -63,6 +67,9 @@ for delta in (None, x, torch.zeros(4, 4, 4096)):
 gate(torch.zeros(4, 28672, dtype=bf16), "silu", bf16, form, one)
 quantise(x, Form.FP8_TOKEN if hopper else form)
 argmax(x, ints, ints, ints, None, ints, ints)
+argmax(x, ints, ints, ints, None, ints, ints, 4096, Three())
+remember(ints, ints, ints)
+add_up(torch.zeros(4, 4, 4096), x)
 dequantise(torch.zeros(32, 64, dtype=torch.int32), one[None], torch.zeros(64), None, bf16)
 scatter(torch.zeros(9, 9, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32))
 kind = torch.float8_e4m3fn if hopper else torch.int8

@@ -470,7 +470,7 @@ class TestEngine:
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
         with torch.inference_mode():
             engine.runner.capture([4], [MixedShape.of(rows, engine.runner.tile) for rows in (10, 18)])
-        monkeypatch.setattr(engine.runner, "_mixed", None)
+        monkeypatch.setattr(engine.runner, "_loose", None)
         assert [output.token_ids for output in engine.generate(requests)] == expected
 
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:

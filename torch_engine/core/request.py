@@ -214,6 +214,8 @@ class PerfMetrics:
     kv_cache_alloc_total_blocks: int = 0
     total_draft_tokens: int = 0
     total_accepted_draft_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that were found computed when it began; None: this lane does not say."""
 
     @property
     def acceptance_rate(self) -> float:

@@ -53,6 +53,8 @@ class Sequence:
     """Has the same prompt, and computes it first (``core/siblings.py``)."""
     new_blocks: int = 0
     reused_blocks: int = 0
+    num_cached: int = 0
+    """Tokens of the prompt that did not have to be computed when it began."""
     num_guessed: int = 0
     num_accepted: int = 0
     """Of the guessed tokens."""
@@ -184,6 +186,7 @@ class Sequence:
             kv_cache_alloc_total_blocks=self.new_blocks + self.reused_blocks,
             total_draft_tokens=self.num_guessed,
             total_accepted_draft_tokens=self.num_accepted,
+            num_cached_tokens=self.num_cached,
         )
 
     # KV blocks ---------------------------------------------------------------------------------
@@ -206,6 +209,10 @@ class Sequence:
         self.num_computed = len(cached) * blocks.block_size
         self.num_registered = len(cached)
         self.last_uid = blocks.uid(cached[-1]) if cached else ROOT
+        if (
+            not self.new_blocks + self.reused_blocks
+        ):  # afterwards it only finds again what it had to give back
+            self.num_cached = self.num_computed
         self.reused_blocks += len(cached)
         blocks.num_reused += len(cached)
 

@@ -76,7 +76,7 @@ def plain_names(stored: Iterable[str], spec: ModelSpec, folder: Path) -> dict[st
 
 def rows_of(spec: ModelSpec, module: str) -> Rows | None:
     """Where a checkpoint has the rows of ``module``; None if it has them as the engine does."""
-    layer = _LAYER.match(module)
+    layer = LAYER.match(module)
     if layer is None:
         return None
     prefix, name = layer.group(0), module[layer.end() :]
@@ -96,7 +96,7 @@ def rows_of(spec: ModelSpec, module: str) -> Rows | None:
     return Rows(module, 0, size, size, order)
 
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def head_order(rope: Rope, head_dim: int) -> tuple[int, ...] | None:
@@ -165,7 +165,7 @@ def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) ->
     """Tensors that may be there: scales, an unused copy of the tied head, and tables that old files stored."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("k_scale", "v_scale"):  # they come with unquantised weights, too
-        layer = _LAYER.match(name)
+        layer = LAYER.match(name)
         attention = f"self_attn.{leaf}", f"self_attn.{leaf[0]}_proj.{leaf}"
         return (
             layer is not None and int(layer.group(1)) < spec.num_layers and name[layer.end() :] in attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flightline.torch_engine.model.fields import UnsupportedModel
-from flightline.torch_engine.model.layout import Rows, Stored, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.layout import Stored, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.shard import WHOLE, Part, Shard
 from flightline.torch_engine.model.spec import ModelSpec
 
 
@@ -19,18 +21,34 @@ class Checkpoint:
     """Tensors by the names that Llama has for them, whatever the file calls them, read when asked for.
 
     What the file stores together is taken apart, and the rows of queries and keys come in the order that the
-    kernels' rotary embedding wants (:func:`layout.head_order`).
+    kernels' rotary embedding wants (:func:`layout.head_order`). Of a :meth:`part`, what its rank has of them.
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
 
     def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
         self.folder = Path(model_dir)
-        self.spec = spec
+        self.spec = self.whole = spec
+        """``whole`` is the model's, ``spec`` that of the decoder whose part this is."""
+        self.shard = Shard()
         self._open: dict[str, Any] = {}
         self._files = self._locate()
         self._names = plain_names(self._files, spec, self.folder)
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
+
+    def part(self, shard: Shard) -> Checkpoint:
+        """The same for one rank, with the spec of its decoder.
+
+        Raises:
+            UnsupportedModel: the model cannot be cut like that.
+        """
+        part = copy.copy(self)
+        part.shard, part.spec = shard, shard.of(self.whole)
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files itself."""
+        return {**self.__dict__, "_open": {}}
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
@@ -72,15 +90,22 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+        return self._find(name) is not None and not self._part(name).absent
 
     def _find(self, name: str) -> str | None:
         """The file's name of a tensor: its own, or that of the module which it is stored with."""
         if name not in self._names:
             module, _, leaf = name.rpartition(".")
-            rows = rows_of(self.spec, module)
+            rows = rows_of(self.whole, module)
             name = name if rows is None else f"{rows.module}.{leaf}"
         return self._names.get(name)
+
+    def _part(self, name: str) -> Part:
+        """What this rank has of a tensor that is there."""
+        stored = self._find(name)
+        if self.shard.size == 1 or stored is None:
+            return WHOLE
+        return self.shard.part(name, self._stored(stored).shape, self.whole)
 
     def raw(self, name: str) -> torch.Tensor:
         """A tensor in its stored dtype; of one with a row for each output, the rows of the module that was asked for.
@@ -90,11 +115,19 @@ class Checkpoint:
         stored = self._find(name)
         if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        tensor: torch.Tensor = self._file(self._files[stored]).get_tensor(stored)
-        rows = rows_of(self.spec, name.rpartition(".")[0])
-        if rows is None or tensor.dim() == 0 or tensor.shape[0] != rows.total:
-            return tensor
-        return _own_rows(tensor, rows)
+        file, part = self._file(self._files[stored]), self._part(name)
+        shape = self._stored(stored).shape
+        where = rows_of(self.whole, name.rpartition(".")[0])
+        if where is not None and (not shape or shape[0] != where.total):
+            where = None  # a scale of the whole
+        if where is None and part == WHOLE:
+            whole: torch.Tensor = file.get_tensor(stored)
+            return whole
+        start, stop = (0, shape[0]) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows, entry = slice(start + begin, start + end), file.get_slice(stored)
+        own: torch.Tensor = entry[rows, slice(*part.columns)] if part.columns else entry[rows]
+        return own if where is None or where.order is None else _ordered(own, where.order)
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
         """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
@@ -174,11 +207,9 @@ class Checkpoint:
         return torch.cat(codes), largest, inputs.amax(), bias
 
 
-def _own_rows(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    own = tensor[rows.start : rows.stop]
-    if rows.order is None:
-        return own
-    heads = own.view(-1, len(rows.order), *own.shape[1:])
-    if own.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
-        return heads.view(torch.uint8)[:, list(rows.order)].view(own.dtype).flatten(0, 1)
-    return heads[:, list(rows.order)].flatten(0, 1)
+def _ordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Rows of whole heads with the dimensions of each in this order."""
+    heads = rows.view(-1, len(order), *rows.shape[1:])
+    if rows.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
+        return heads.view(torch.uint8)[:, list(order)].view(rows.dtype).flatten(0, 1)
+    return heads[:, list(order)].flatten(0, 1)

@@ -110,6 +110,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
 
     # The step --------------------------------------------------------------------------------------
 
+    def summed(self, delta: torch.Tensor) -> torch.Tensor:
+        """Partial sums of this rank's own product are added up first: between GPUs every byte counts."""
+        if self.group.size > 1 and delta.dim() == 3:
+            shape = (delta.shape[1], delta.shape[2])
+            room = self.group.room(shape, self.dtype)
+            if room is None:
+                room = torch.empty(shape, dtype=self.dtype, device=delta.device)
+            delta = norm.add_up(delta, room)
+        return self.group.sum(delta)
+
     def embed(self, step: CudaStep, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return tokens.embed(step.ids, step.attention.slots, step.last, table, float(factor))
 
@@ -229,7 +239,7 @@ def _time_all(linears: list[Fp8Linear], x: Activation, plan: SkinnyPlan | None) 
         linears[0](x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
             for linear in linears:
                 linear(x)
         times: list[float] = []

@@ -61,14 +61,14 @@ def llama_engine(
     room = torch.cuda.mem_get_info()[0] * 0.9 - weights - 8e9
     config = EngineConfig(
         model_dir="random", device="cuda", compute_dtype="bfloat16", kv_dtype=options.kv,
-        weight_precision={"fp8": "auto", "bf16": "dequantised", "int8": "int8"}[options.precision],
+        weight_precision={"fp8": "auto", "int4": "auto", "bf16": "dequantised", "int8": "int8"}[options.precision],
         lm_head_precision=options.head, cuda_graphs=not options.no_graphs, cuda_tuning=not options.no_tuning,
         num_kv_blocks=min(60000, int(room / a_block)),
         max_batch_size=options.batch, max_num_tokens=options.budget, max_seq_len=4096, max_queue_size=0,
         enable_kv_cache_reuse=False, speculation_tokens=guesses,
     )  # fmt: skip
     started = time.perf_counter()
-    checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8")
+    checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8", int4=options.precision == "int4")
     engine = Engine(config, checkpoint, TokenBytes(vocabulary or [b"a"] * spec.vocab_size))
     freeze_garbage_collector()  # as the engine's server does
     report(
@@ -358,7 +358,7 @@ def main() -> int:
     parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="repeat the longest cases too")
-    parser.add_argument("--precision", choices=["fp8", "bf16", "int8"], default="fp8")
+    parser.add_argument("--precision", choices=["fp8", "int4", "bf16", "int8"], default="fp8")
     parser.add_argument("--kv", choices=["fp8", "int8", "bfloat16"], default="fp8")
     parser.add_argument("--head", choices=["auto", "fp8"], default="auto", help="auto = bf16")
     parser.add_argument("--no-graphs", action="store_true")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightline.engine_build.errors import BuildError
-from flightline.torch_engine.model.layout import Stored
+from flightline.torch_engine.model.quantization import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +108,37 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
+
+
+def write_tensors(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = 2 << 30
+) -> None:
+    """Writes safetensors files of about ``shard_bytes``, and an index if there are several; holds one in memory."""
+    from safetensors.torch import save_file
+
+    where: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    total = size = count = 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        count += 1
+        name = f"model-{count:05}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        where.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            close()
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    close()
+    if count == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def package(
             kv_dtype=plan.kv_dtype,
             kernels=kernels,
             kernel_dir="." if kernels == "native" else "",
-            weight_precision=plan.precision if integers else "auto",
+            weight_precision=plan.weight_precision,
             block_size=plan.block_size,
             num_kv_blocks=plan.num_kv_blocks,
             max_batch_size=plan.max_batch_size,

@@ -43,7 +43,11 @@ class ModelShape:
     family: str = ""
     """Architecture, as ``config.json`` names it."""
     fp8: bool = False
-    """The checkpoint is ModelOpt FP8 already."""
+    """The checkpoint is FP8 already."""
+    int4: bool = False
+    """The checkpoint is of 4-bit codes already."""
+    stored: str = "bf16"
+    """How the linears are stored, in words."""
     splits: tuple[int, ...] | None = None
     """Numbers of GPUs above 1 that can share each layer in backend torch; None: nobody has looked."""
 
@@ -77,6 +81,13 @@ class Plan:
     """Whole engines, each on a GPU of its own; the other numbers are of one."""
     kv_dtype: str = "auto"
     """Of backend torch: see :class:`EngineConfig`."""
+
+    @property
+    def weight_precision(self) -> str:
+        """Lane torch, as ``EngineConfig`` has it: on a GPU 4-bit codes are only ever the checkpoint's own."""
+        if self.precision not in INTEGERS or (self.precision == "int4" and self.device != "cpu"):
+            return "auto"
+        return self.precision
 
     @property
     def world_size(self) -> int:
@@ -258,6 +269,10 @@ def _choose_precision(
                 "MODEL is an FP8 checkpoint and ENGINE=trtllm-engine calibrates a bf16 one: give that, or use "
                 "ENGINE=trtllm-pytorch"
             )
+        if lane != "torch" and shape.stored != "ModelOpt FP8":
+            raise BuildError(
+                f"MODEL is {shape.stored}, which ENGINE={lane} was not tried with: use ENGINE=torch"
+            )
         if lacks_fp8:
             raise BuildError(
                 f"MODEL is an FP8 checkpoint; {too_old}: give the bf16 checkpoint and {alternatives}"
@@ -266,8 +281,10 @@ def _choose_precision(
             raise BuildError(
                 f"PRECISION={precision} cannot be made from an FP8 checkpoint: use PRECISION=fp8"
             )
-        reasons.append("precision fp8: the checkpoint is ModelOpt FP8 already")
+        reasons.append(f"precision fp8: the checkpoint is {shape.stored} already")
         return "fp8"
+    if shape.int4:
+        return _stored_int4(precision, lane, shape, hardware, reasons)
     if precision == AUTO:
         precision = next(name for name in offered if name not in refused)
         why = f"{too_old}, so {lane} takes {precision}" if lacks_fp8 else "the best that this machine runs"
@@ -292,6 +309,24 @@ def _choose_precision(
         )
     reasons.append(f"precision {precision}: asked for")
     return precision
+
+
+def _stored_int4(precision: str, lane: str, shape: ModelShape, hardware: Hardware, reasons: list[str]) -> str:
+    """Of a checkpoint of 4-bit codes: they stay what they are where a kernel reads them."""
+    if lane != "torch":
+        raise BuildError(f"MODEL is {shape.stored}, which ENGINE={lane} was not tried with: use ENGINE=torch")
+    offered = ("int4",) if hardware.device != "cpu" else ("int4", "bf16") if hardware.compiler else ("bf16",)
+    chosen = offered[0] if precision == AUTO else precision
+    if chosen not in offered:
+        raise BuildError(
+            f"PRECISION={precision} cannot be made from a checkpoint that is {shape.stored}: use "
+            f"PRECISION={' or '.join(offered)}, or give the bf16 checkpoint"
+        )
+    dequantised = f", dequantised at load{'' if hardware.compiler else ' (no C++ compiler for int4 kernels)'}"
+    reasons.append(
+        f"precision {chosen}: the checkpoint is {shape.stored}{dequantised if chosen == 'bf16' else ''}"
+    )
+    return chosen
 
 
 def _require_gpus(lane: str, tp: int, pp: int, shape: ModelShape, hardware: Hardware) -> None:
@@ -409,9 +444,12 @@ def _weights_bytes(
 ) -> int:
     wide = DTYPE_BYTES[dtype]
     if kernels == "cuda":  # each GPU has the whole embedding, and less than all of the head
+        rest = (shape.parameters - shape.linear_parameters) * wide
+        if shape.int4:  # with scales, and the largest weight of a layer written out for many rows
+            largest = shape.linear_parameters // shape.layers // 2
+            return int(0.6 * shape.linear_parameters / tp) + largest * wide // tp + rest
         stored = "int8_sq" if precision in INTEGERS else precision
-        shared = weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp)
-        return shared + (shape.parameters - shape.linear_parameters) * wide
+        return weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp) + rest
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
         linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))

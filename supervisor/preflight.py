@@ -274,7 +274,7 @@ def report(
     lines = [
         f"machine    {_machine(hardware, gpus)}",
         f"model      {model.name}: {shape.family}, {shape.parameters / 1e6:,.0f}M parameters, "
-        f"context {shape.max_position_embeddings}" + (", ModelOpt FP8 already" if shape.fp8 else ""),
+        f"context {shape.max_position_embeddings}" + (f", {shape.stored}" if shape.stored else ""),
     ]
     if gpus and not versions.installed():
         driver = gpus[0].driver

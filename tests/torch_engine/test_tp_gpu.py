@@ -21,6 +21,7 @@ import torch
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import GenerationRequest, Guide, SamplingParams
+from flightline.torch_engine.model.coded import Coded
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_gpu_engine import Fp8View, small_engine
 
@@ -44,14 +45,14 @@ ROOT = Path(__file__).parents[2]
 class SharedFp8View(Fp8View):
     """Codes of one scale for the whole tensor, whatever part of it a rank has: so do checkpoints keep theirs."""
 
-    def fused_fp8(
-        self, modules: list[str], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, torch.Tensor | None]:
         weight, bias = self.fused(modules, torch.float32)
-        scale = torch.tensor(4 / 448)
-        codes = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        input_scale = torch.tensor(16 / 448, device=device)
-        return codes.to(device), scale.to(device), input_scale, None if bias is None else bias.to(device)
+        scales = torch.full((len(weight), 1), 4 / 448)
+        codes = (weight / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+        coded = Coded(codes, scales, weight.shape[1], input_scale=torch.tensor(16 / 448)).to(device)
+        return coded, None if bias is None else bias.to(device, dtype)
 
 
 def model(folder: Path, family: str) -> Path:

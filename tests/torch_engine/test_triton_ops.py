@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import FinishReason, GenerationRequest, Guide, SamplingParams
+from flightline.torch_engine.model.coded import Coded
 from tests.tiny import tiny_checkpoint
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -36,10 +37,12 @@ if RUNS:
     from flightline.torch_engine.cuda_runner import MixedShape
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
     from flightline.torch_engine.kernels.gpu.attention import DecodePlan, attend, tile_tokens
+    from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
     from flightline.torch_engine.kernels.gpu.linear import (
         Fp8Head,
         Fp8Linear,
+        Fp8RowLinear,
         Int8Linear,
         SkinnyPlan,
         dequantise,
@@ -339,6 +342,24 @@ class TestKernels:
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
 
 
+def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
+    """Random codes of every value that ``kind`` has, with scales and offsets that all differ."""
+    name, offsets, group = kind.split("-")
+    groups = -(-inputs // int(group))
+    scales = 0.01 + torch.rand(outputs, groups, device=DEVICE) / 50
+    if name == "fp8":
+        codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return Coded(codes, scales, int(group))
+    bits = int(name.removeprefix("int"))
+    codes, zeros = (
+        torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
+        for size in (inputs, groups)
+    )
+    minima = -torch.rand(outputs, groups, device=DEVICE) * 2 ** (bits - 6)
+    order = torch.randperm(inputs, device=DEVICE) if group == "64" else None
+    return Coded(codes, scales.half(), int(group), zeros if offsets == "zeros" else minima, bits, order)
+
+
 class TestLinears:
     """Each linear on the activations that it asks for, against the product of the unquantised operands."""
 
@@ -371,6 +392,46 @@ class TestLinears:
         if not plan:
             biased = Fp8Linear(codes, scale, input_scale, bias.to(LINEAR_DTYPE), LINEAR_DTYPE)
             self.error(biased, x, expected + bias, 1e-2)
+
+    @pytest.mark.parametrize("plan", [None, (32, 64, 2), (64, 32, 4)])
+    @pytest.mark.parametrize("static", [True, False])
+    def test_fp8_by_output(self, operands, static: bool, plan: tuple | None) -> None:
+        x, weight, bias = operands
+        scales = weight.abs().amax(1) / 448
+        codes = (weight / scales[:, None]).to(torch.float8_e4m3fn)
+        input_scale = torch.tensor(8 / 448, device=DEVICE) if static else None
+        linear = Fp8RowLinear(codes, scales, input_scale, None, LINEAR_DTYPE)
+        if plan:
+            linear.plan = SkinnyPlan(*plan, 4, 2)
+        else:
+            linear.bias = bias.to(LINEAR_DTYPE)
+        x_scales = input_scale if static else x.float().abs().amax(1, keepdim=True) / 448
+        rounded = (x.float() / x_scales).to(torch.float8_e4m3fn).float() * x_scales
+        expected = rounded @ (codes.float() * scales[:, None]).t() + (0 if plan else bias)
+        self.error(linear, x, expected, 1e-2)
+
+    @pytest.mark.parametrize(
+        ("rows", "kind"),
+        [
+            *((rows, "fp8-none-128") for rows in (5, 70, 130)),
+            *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
+            *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
+            *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+        ],
+    )
+    def test_in_groups(self, rows: int, kind: str) -> None:
+        """Few rows, several pieces of rows, and so many that the weight is written out."""
+        # bf16 is what the interpreter cannot do; fp16 goes the same way.
+        dtype = torch.float16 if INTERPRETED and rows % 2 else LINEAR_DTYPE
+        coded = coded_weight(kind, 192, 384)
+        x = torch.randn(rows, 384, device=DEVICE).to(dtype)
+        bias = torch.randn(192, device=DEVICE).to(dtype)
+        linear = GroupedLinear(coded, bias, dtype, Scratch(dtype, DEVICE), 1)
+        expected = x.float() @ coded.values(torch.float32).t() + bias.float()
+        plans = linear.plans if rows <= FEW_ROWS else linear.plans[:1]
+        for plan in plans[:: 3 if INTERPRETED else 1]:
+            linear.plan = plan
+            self.error(linear, x, expected, tolerance_of(dtype))
 
     def test_int8(self, operands) -> None:
         x, weight, bias = operands

@@ -111,4 +111,4 @@ def name_of(dtype: torch.dtype) -> str:
 
 def computed_in(spec: ModelSpec, dtype: torch.dtype) -> str:
     """How a device without FP8 computes a checkpoint's weights, for the log."""
-    return f"FP8 weights, computed in {name_of(dtype)}" if spec.fp8 else name_of(dtype)
+    return f"{spec.stored} weights, computed in {name_of(dtype)}" if spec.quantization else name_of(dtype)

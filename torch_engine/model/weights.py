@@ -5,14 +5,28 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flightline.torch_engine.model.coded import Coded, stack
 from flightline.torch_engine.model.fields import UnsupportedModel
-from flightline.torch_engine.model.layout import Stored, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.int4 import read_int4
+from flightline.torch_engine.model.layout import check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.quantization import (
+    BESIDE_CODES,
+    BESIDE_INT4,
+    BLOCK,
+    FP8,
+    INPUT_SCALES,
+    KV_SCALES,
+    WEIGHT_SCALES,
+    Stored,
+    codes_of,
+)
 from flightline.torch_engine.model.shard import WHOLE, Part, Shard
 from flightline.torch_engine.model.spec import ModelSpec
 
@@ -129,20 +143,87 @@ class Checkpoint:
         own: torch.Tensor = entry[rows, slice(*part.columns)] if part.columns else entry[rows]
         return own if where is None or where.order is None else _ordered(own, where.order)
 
-    def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
-        """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
+    def _tensor(self, name: str) -> torch.Tensor:
+        """By the file's own name."""
+        tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
+        return tensor
 
-        Loaders that ignore the scales run garbage without an error (Transformers does), so an FP8 tensor
-        without a scale is refused.
+    def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
+        """``<module>.weight`` [N, K] in ``dtype``; codes times their scales."""
+        coded = self.coded(module)
+        return self.raw(f"{module}.weight").to(dtype) if coded is None else coded.values(dtype)
+
+    def coded(self, module: str) -> Coded | None:
+        """``<module>.weight`` as it is stored; None if that is in plain numbers."""
+        where = rows_of(self.whole, module)
+        coded = self._codes(module if where is None else where.module)
+        if coded is None:
+            return None
+        part = self.shard.part(f"{module}.weight", tuple(coded.codes.shape), self.whole)
+        if where is None and part == WHOLE:
+            return coded
+        start, stop = (0, len(coded.codes)) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows = torch.arange(start + begin, start + end)
+        own = coded.rows(rows if where is None or where.order is None else _ordered(rows, where.order))
+        if part.columns is None:
+            return own
+        cut = own.columns(*part.columns)
+        if cut is None:
+            raise UnsupportedModel(
+                f"{self.folder}: {module} cannot be shared by {self.shard.size} GPUs: inputs of one scale would lie on "
+                "two; use TP=1"
+            )
+        return cut
+
+    def _codes(self, module: str) -> Coded | None:
+        """Of a whole module as the file has it, by its name in a model without a wrapper.
+
+        Loaders that ignore the scales run garbage without an error (Transformers does), so codes without a scale are
+        refused.
         """
-        weight = self.raw(f"{module}.weight")
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight.to(dtype)
-        if f"{module}.weight_scale" not in self:
+
+        def read(leaf: str) -> torch.Tensor | None:
+            name = self._names.get(f"{module}.{leaf}")
+            return None if name is None else self._tensor(name)
+
+        def first(leaves: tuple[str, ...]) -> torch.Tensor | None:
+            return next((tensor.float() for leaf in leaves if (tensor := read(leaf)) is not None), None)
+
+        quantization, weight = self.spec.quantization, self._names.get(f"{module}.weight")
+        if quantization is not None and codes_of(module, quantization) in self._names:
+            return read_int4(read, quantization, module)
+        if weight is None or self._stored(weight).dtype != FP8:
+            return None
+        scales = first(WEIGHT_SCALES)
+        if scales is None or quantization is None:
             raise UnsupportedModel(
                 f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
             )
-        return (weight.float() * self.raw(f"{module}.weight_scale").float()).to(dtype)
+        codes = self._tensor(weight)
+        rows, inputs = codes.shape
+        if quantization.blocks:
+            return Coded(codes, scales.repeat_interleave(BLOCK, 0)[:rows], BLOCK)
+        known = first(INPUT_SCALES) if quantization.static else None
+        scales = scales.reshape(-1, 1).expand(rows, 1).contiguous()
+        return Coded(codes, scales, inputs, input_scale=None if known is None else known.reshape(()))
+
+    def codes(self) -> Iterator[tuple[str, Coded]]:
+        """The modules that are stored as codes, as the file has them, one at a time."""
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in self._names):
+            if (coded := self._codes(module)) is not None:
+                yield module, coded
+
+    def plain_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """What an unquantised checkpoint without a wrapper would hold, one tensor at a time; codes in ``dtype``."""
+        packing = self.spec.quantization.packing if self.spec.quantization else ""
+        beside = (*BESIDE_INT4.get(packing, BESIDE_CODES), *KV_SCALES)
+        for module, coded in self.codes():
+            yield f"{module}.weight", coded.values(dtype)
+        for plain, name in self._names.items():
+            leaf = plain.rpartition(".")[2]
+            if leaf not in beside and not (leaf == "weight" and self._stored(name).dtype == FP8):
+                yield plain, self._tensor(name)
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
@@ -168,43 +249,25 @@ class Checkpoint:
 
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights of several linears stacked along the output, and their biases if they have any."""
-        weight = torch.cat([self.weight(module, dtype) for module in modules])
+        return torch.cat([self.weight(module, dtype) for module in modules]), self._biases(modules, dtype)
+
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, torch.Tensor | None] | None:
+        """As :meth:`fused`, with the weights as they are stored; None if they are not, or not alike."""
+        parts = [self.coded(module) for module in modules]
+        coded = [part.to(device) for part in parts if part is not None]
+        if len(coded) != len(parts) or (stacked := stack(coded)) is None:
+            return None
+        bias = self._biases(modules, dtype)
+        return stacked, None if bias is None else bias.to(device)
+
+    def _biases(self, modules: list[str], dtype: torch.dtype) -> torch.Tensor | None:
         biases = [self.bias(module, dtype) for module in modules]
         present = [bias for bias in biases if bias is not None]
-        if not present:
-            return weight, None
-        if len(present) != len(biases):
+        if present and len(present) != len(biases):
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
-        return weight, torch.cat(present)
-
-    def fused_fp8(
-        self, modules: list[str], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Stacked e4m3 codes, their one weight scale, the input scale and the bias, on ``device``.
-
-        None if the modules are not FP8 with a static input scale. Where their scales differ, the codes are
-        requantised to the largest (our own checkpoints have equal ones: nothing changes).
-        """
-        scaled = [f"{module}.{kind}" for module in modules for kind in ("weight_scale", "input_scale")]
-        if any(name not in self for name in scaled):
-            return None
-        codes = [self.raw(f"{module}.weight").to(device) for module in modules]
-        if any(part.dtype != torch.float8_e4m3fn for part in codes):
-            return None
-        scales = [self.raw(f"{module}.weight_scale").float().to(device) for module in modules]
-        largest = torch.stack(scales).amax()
-        codes = [
-            part
-            if torch.equal(scale, largest)
-            else (part.float() * (scale / largest)).clamp_(-448, 448).to(torch.float8_e4m3fn)
-            for part, scale in zip(codes, scales, strict=True)
-        ]
-        inputs = torch.stack([self.raw(f"{module}.input_scale").float().to(device) for module in modules])
-        biases = [self.raw(f"{module}.bias") for module in modules if f"{module}.bias" in self]
-        if biases and len(biases) != len(modules):
-            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
-        bias = torch.cat(biases).to(device) if biases else None
-        return torch.cat(codes), largest, inputs.amax(), bias
+        return torch.cat(present) if present else None
 
 
 def _ordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

@@ -277,7 +277,7 @@ _FAMILIES = (
         "Olmo3ForCausalLM",
         "olmo3",
         models="OLMo 3",
-        keys=names("sliding_window"),
+        keys=names("sliding_window rope_local_base_freq"),
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
         windowed_layers=_last_of_four_full,
         norms=_OLMO_NORMS,

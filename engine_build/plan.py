@@ -123,16 +123,17 @@ def make_plan(
     """
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
-    if hardware.device == "cpu" and tp > 1 and lane == "torch":
+    tries_tp = hardware.device == "cpu" and tp > 1 and lane == "torch"
+    if tries_tp:
         reasons.append(
-            f"TP={tp} on a CPU is for trying it out: the compiled kernels run in one process, faster"
+            f"kernels pytorch: TP={tp} on a CPU is for trying it out; the compiled ones are faster, in one process"
         )
         hardware = dataclasses.replace(hardware, compiler=None)
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
     _require_gpus(lane, tp, pp, shape, hardware)
     _require_engines(lane, dp, tp, hardware, reasons)
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
-    kernels = _choose_kernels(lane, hardware, reasons)
+    kernels = "pytorch" if tries_tp else _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
     on_cpu = hardware.device == "cpu"
     if on_cpu:  # its engines share the memory; of GPUs each has one

@@ -140,6 +140,7 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
             *parallel,
             dp=engines,
             max_num_tokens=asked.max_num_tokens,
+            max_gap_ms=asked.max_gap_ms,
         )
     except BuildError as error:
         return Verdict(lane, precision, IMPOSSIBLE, str(error))

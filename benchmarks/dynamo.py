@@ -5,8 +5,9 @@
 Run by the Python of the environment that has Dynamo (docs/SCALE.md), needs a build, and Debian's ``etcd-server`` unless
 ``--discovery file``.
 
-* migration: conversations of two turns, many at once, three times: undisturbed, with one worker and its engine killed
-  (SIGKILL) in the middle, and with one told to end (SIGTERM). Every request must end with the text of the first round.
+* migration: conversations of two turns, many at once, four times: undisturbed, with one worker and its engine killed
+  (SIGKILL) in the middle, with only its engine killed, and with one told to end (SIGTERM). Every request must end with
+  the text of the first round.
 * routing: long conversations turn by turn, once with the router by KV cache and once round robin, each with fresh
   workers: output tokens/s of both.
 
@@ -62,6 +63,11 @@ class Fleet:
 
     url: str
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def kill_engine(self, name: str) -> None:
+        """The engine alone: its worker is there to say so."""
+        for process in psutil.Process(self.processes[name].pid).children():
+            _end(process.pid)
 
     def end_worker(self, name: str) -> None:
         """As Kubernetes ends a pod."""
@@ -253,11 +259,12 @@ def migration(options: argparse.Namespace, folder: Path) -> bool:
     )
     right: dict[tuple[int, int], str] = {}
     good = True
-    for name in ("undisturbed", "SIGKILL", "SIGTERM"):
+    for name in ("undisturbed", "SIGKILL", "its engine", "SIGTERM"):
         part = folder / name
         part.mkdir()
         with fleet(options.build_dir, "kv", options.discovery, part) as running:
             disturbs = {"SIGKILL": running.kill_worker, "SIGTERM": running.end_worker}
+            disturbs["its engine"] = running.kill_engine
             found = asyncio.run(disturbed(running, load, disturbs.get(name)))
         right = right or found.texts
         changed = sum(right.get(key) != text for key, text in found.texts.items())

@@ -61,14 +61,14 @@ def llama_engine(
     room = torch.cuda.mem_get_info()[0] * 0.9 - weights - 8e9
     config = EngineConfig(
         model_dir="random", device="cuda", compute_dtype="bfloat16", kv_dtype=options.kv,
-        weight_precision={"fp8": "auto", "bf16": "dequantised", "int8": "int8"}[options.precision],
+        weight_precision={"fp8": "auto", "int4": "auto", "bf16": "dequantised", "int8": "int8"}[options.precision],
         lm_head_precision=options.head, cuda_graphs=not options.no_graphs, cuda_tuning=not options.no_tuning,
         num_kv_blocks=min(60000, int(room / a_block)),
         max_batch_size=options.batch, max_num_tokens=options.budget, max_seq_len=4096, max_queue_size=0,
         enable_kv_cache_reuse=False, speculation_tokens=guesses,
     )  # fmt: skip
     started = time.perf_counter()
-    checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8")
+    checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8", int4=options.precision == "int4")
     engine = Engine(config, checkpoint, TokenBytes(vocabulary or [b"a"] * spec.vocab_size))
     freeze_garbage_collector()  # as the engine's server does
     report(
@@ -175,17 +175,49 @@ def guided(options: argparse.Namespace) -> None:
     for rows in (1, 64):
         sizes = argparse.Namespace(rows=rows, rounds=options.repeats, tokens=128, greedy=False)
         report(part="guided", rows=rows, rates=compare(engine, prompts[: 2 * rows], sizes))
-    for name, guide in (("drawn", None), ("guided", RECORDS)):
-        for number, prompt in enumerate(prompts[:64]):
+    for name, guides in (
+        ("64 drawn", (None,)),
+        ("64 guided", (RECORDS,)),
+        ("128, half guided", (None, RECORDS)),
+    ):
+        count = int(name.split()[0].strip(","))
+        for number, prompt in enumerate(prompts[:count]):
             sampling = SamplingParams(0.8, top_p=0.95, seed=number)
+            guide = guides[number % len(guides)]
             engine.add(number, GenerationRequest(prompt, 200, sampling, end_id=-1, guide=guide))
         while any(sequence.num_generated < 2 for sequence in engine.sequences.values()):
             engine.step()
-        waited = Waiting(engine)
-        by_kernel(f"decode 64 {name}", engine.step, 20)
-        report(part="host waits", what=name, ms_of_24_steps=round(waited.stop() * 1e3, 1))
+        by_kernel(f"decode {name}", engine.step, 20)
+        report(part="host", what=name, ms_a_step=host_times(engine, 40))
         for key in list(engine.sequences):
             engine.cancel(key)
+
+
+def host_times(engine: Engine, steps: int) -> dict[str, float]:
+    """Milliseconds a step in what a step calls; ``_fetch`` waits for the device, the others are the host's own."""
+    spent: dict[str, float] = defaultdict(float)
+    owners = {
+        "schedule": engine.scheduler, "launch": engine.runner, "_fetch": engine, "finish": engine.runner,
+        "_mask": engine.runner, "allow": engine.runner.sampling, "step": engine,
+    }  # fmt: skip
+
+    def timed(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return real(*arguments)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return call
+
+    for name, owner in owners.items():
+        setattr(owner, name, timed(name, getattr(owner, name)))
+    for _ in range(steps):
+        engine.step()
+    for name, owner in owners.items():
+        delattr(owner, name)
+    return {name: round(seconds / steps * 1e3, 3) for name, seconds in spent.items()}
 
 
 class Watch:
@@ -358,7 +390,7 @@ def main() -> int:
     parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="repeat the longest cases too")
-    parser.add_argument("--precision", choices=["fp8", "bf16", "int8"], default="fp8")
+    parser.add_argument("--precision", choices=["fp8", "int4", "bf16", "int8"], default="fp8")
     parser.add_argument("--kv", choices=["fp8", "int8", "bfloat16"], default="fp8")
     parser.add_argument("--head", choices=["auto", "fp8"], default="auto", help="auto = bf16")
     parser.add_argument("--no-graphs", action="store_true")

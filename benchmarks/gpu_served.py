@@ -107,9 +107,11 @@ def layers(source: RandomCheckpoint, spec: ModelSpec, device: str) -> Iterator[d
             tensors[f"model.layers.{index}.{kind}.weight"] = source.raw("norm.weight")
         for linear in LINEARS:
             name = f"model.layers.{index}.{linear}"
-            codes, scale, input_scale, _ = source.fused_fp8([name], torch.device(device))
-            tensors[f"{name}.weight"] = codes
-            tensors[f"{name}.weight_scale"], tensors[f"{name}.input_scale"] = scale, input_scale
+            coded = source.coded(name)
+            assert coded is not None and coded.input_scale is not None
+            tensors[f"{name}.weight"] = coded.codes
+            tensors[f"{name}.weight_scale"] = coded.scales[0, 0].clone()
+            tensors[f"{name}.input_scale"] = coded.input_scale
         yield tensors
 
 

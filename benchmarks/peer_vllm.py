@@ -29,6 +29,12 @@ SHAPE = {
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
 }  # fmt: skip
+SHAPES = {
+    "8b": SHAPE,
+    "70b": SHAPE | {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    },
+}  # fmt: skip
 
 
 def main() -> None:
@@ -39,6 +45,8 @@ def main() -> None:
     parser.add_argument("--sampling", default="greedy", help=f"comma-separated: {', '.join(ALL)}")
     parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument(
         "--flashinfer", action="store_true", help="vLLM's FlashInfer sampler (compiles at first use)"
     )
@@ -48,10 +56,11 @@ def main() -> None:
     import vllm
 
     folder = tempfile.mkdtemp()
-    Path(folder, "config.json").write_text(json.dumps(SHAPE))
+    Path(folder, "config.json").write_text(json.dumps(SHAPES[options.shape]))
     llm = vllm.LLM(
         folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=512, max_logprobs=20,
         gpu_memory_utilization=0.88, enable_prefix_caching=False, quantization="fp8", kv_cache_dtype="fp8",
+        tensor_parallel_size=options.tp,
     )  # fmt: skip
     chance = random.Random(0)
 

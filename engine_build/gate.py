@@ -19,7 +19,9 @@ from flightline.engine_build import source_model
 from flightline.engine_build.errors import BuildError, GateRefused
 from flightline.engine_build.hf_format import read_tensors
 from flightline.engine_build.prompts import Sample
-from flightline.engine_build.quantize import to_e4m3
+from flightline.engine_build.quantize import E4M3_MAX
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.weights import Checkpoint
 
 MAX_PERPLEXITY_RISE = 0.04
 MIN_AGREEMENT = 0.85
@@ -206,21 +208,28 @@ def _decoded(model: Any, window: list[int]) -> Decoded:
 
 def become_w8a8(model: Any, quantized: Path) -> Any:
     """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it."""
-    tensors = dict(read_tensors(quantized))
-    modules = dict(model.named_modules())
-    for name in tensors:
-        if not name.endswith(".weight_scale"):
-            continue
-        layer = name.removesuffix(".weight_scale")
+    modules = {
+        name.replace("model.language_model.", "model.", 1): each for name, each in model.named_modules()
+    }
+    for name, coded in Checkpoint(quantized, load_spec(quantized)).codes():
         with torch.no_grad():
-            modules[layer].weight.copy_(tensors[f"{layer}.weight"].float() * tensors[name])
-        modules[layer].register_forward_pre_hook(_rounding(float(tensors[f"{layer}.input_scale"])))
+            modules[name].weight.copy_(coded.values(torch.float32))
+        if coded.scales.shape[1] == 1:  # in groups and blocks the activations stay as they are
+            modules[name].register_forward_pre_hook(_rounding(coded.input_scale))
     return model
 
 
-def _rounding(scale: float) -> Any:
+def _rounding(known: torch.Tensor | None) -> Any:
+    """To e4m3 with the scale that is known, else with one for each row."""
+
     def hook(module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return (to_e4m3(args[0], scale).float() * scale).to(args[0].dtype)
+        x = args[0]
+        if known is None:
+            scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
+        else:
+            scale = known.to(x.device)
+        codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return (codes.float() * scale).to(x.dtype)
 
     return hook
 

@@ -1,7 +1,7 @@
 """Reading a GGUF file: header, then tensors on demand.
 
-The reader of the ``gguf`` package makes a numpy view of every vocabulary entry, which takes seconds; only its
-dequantisation is used. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The reader of the ``gguf`` package makes a numpy view of every vocabulary entry, which takes seconds; only its table of
+types is used. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -42,23 +42,35 @@ class GgufFile:
         except (OSError, ValueError, KeyError, struct.error) as error:
             raise BuildError(f"{path} is not a readable GGUF file ({error}): fetch it again") from None
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and float32 values, with the shape as numpy and torch write it (rows first)."""
+    @property
+    def entries(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape as numpy and torch write it (rows first), and type of each tensor."""
+        return [(name, shape, _type_name(kind)) for name, shape, kind, _ in self._tensors]
+
+    def raw_tensors(self) -> Iterator[tuple[str, tuple[int, ...], str, np.ndarray]]:
+        """As :attr:`entries`, each with its bytes, [rows, bytes of a row], mapped from the file.
+
+        Raises BuildError if the file is cut short.
+        """
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
 
         data = np.memmap(self.path, dtype=np.uint8, mode="r")
         for name, shape, kind, offset in self._tensors:
-            kind = GGMLQuantizationType(kind)
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            start = self._data_start + offset
-            size = int(np.prod(shape)) // block * block_bytes
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            start, size = self._data_start + offset, int(np.prod(shape)) // block * block_bytes
+            if start + size > len(data):
+                raise BuildError(f"{self.path} is cut short at tensor {name}: fetch it again")
             raw = data[start : start + size].reshape(*shape[:-1], -1)
-            if kind == GGMLQuantizationType.F32:
-                raw = raw.view(np.float32)
-            elif kind == GGMLQuantizationType.F16:
-                raw = raw.view(np.float16)
-            yield name, dequantize(raw, kind).reshape(shape)
+            yield name, shape, _type_name(kind), raw
+
+
+def _type_name(kind: int) -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(kind).name
+    except ValueError:
+        return f"type {kind}"
 
 
 def _scalar(file: BinaryIO, code: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightline.engine_build.errors import BuildError
-from flightline.torch_engine.model.layout import Stored
+from flightline.torch_engine.model.quantization import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,37 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
+def write_tensors(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = 2 << 30
+) -> None:
+    """Writes safetensors files of about ``shard_bytes``, and an index if there are several; holds one in memory."""
+    from safetensors.torch import save_file
+
+    where: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    total = size = count = 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        count += 1
+        name = f"model-{count:05}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        where.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            close()
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    close()
+    if count == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
 def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with ``rope_parameters`` (Transformers 5) and ``rope_theta``, ``rope_scaling`` (before).
 
@@ -131,7 +162,7 @@ def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
         config["rope_parameters"] = new
     main = new.get("full_attention", new)
     config["rope_theta"] = main.get("rope_theta", 10000.0)
-    if "sliding_attention" in new:
+    if "sliding_attention" in new and config.get("model_type") != "olmo3":  # which has no such key
         config["rope_local_base_freq"] = new["sliding_attention"].get("rope_theta", 10000.0)
     if main.get("rope_type", "default") != "default":
         config["rope_scaling"] = {key: value for key, value in main.items() if key != "rope_theta"}

@@ -58,12 +58,14 @@ def package(
             kv_dtype=plan.kv_dtype,
             kernels=kernels,
             kernel_dir="." if kernels == "native" else "",
-            weight_precision=plan.precision if integers else "auto",
+            weight_precision=plan.weight_precision,
             block_size=plan.block_size,
             num_kv_blocks=plan.num_kv_blocks,
             max_batch_size=plan.max_batch_size,
             max_num_tokens=plan.max_num_tokens,
+            max_gap_ms=plan.max_gap_ms,
             max_seq_len=plan.max_seq_len,
+            tensor_parallel_size=plan.tp,
         ).save(fresh)
         if check is not None:
             facts = facts | check(fresh)

@@ -38,8 +38,18 @@ class ModelShape:
     parameters: int
     linear_parameters: int
     """Of those, the weights of the decoder's linear layers: what FP8 halves."""
+    idle_parameters: int = 0
+    """Of all, what a step for one token does not read: the embedding beside an output head of its own."""
+    family: str = ""
+    """Architecture, as ``config.json`` names it."""
     fp8: bool = False
-    """The checkpoint is ModelOpt FP8 already."""
+    """The checkpoint is FP8 already."""
+    int4: bool = False
+    """The checkpoint is of 4-bit codes already."""
+    stored: str = "bf16"
+    """How the linears are stored, in words."""
+    splits: tuple[int, ...] | None = None
+    """Numbers of GPUs above 1 that can share each layer in backend torch; None: nobody has looked."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,17 @@ class Plan:
     """GPUs that share the layers."""
     dp: int = 1
     """Whole engines, each on a GPU of its own; the other numbers are of one."""
+    max_gap_ms: int = 0
+    """Of lane torch; 0: no bound."""
     kv_dtype: str = "auto"
     """Of backend torch: see :class:`EngineConfig`."""
+
+    @property
+    def weight_precision(self) -> str:
+        """Lane torch, as ``EngineConfig`` has it: on a GPU 4-bit codes are only ever the checkpoint's own."""
+        if self.precision not in INTEGERS or (self.precision == "int4" and self.device != "cpu"):
+            return "auto"
+        return self.precision
 
     @property
     def world_size(self) -> int:
@@ -94,6 +113,7 @@ def make_plan(
     refused: tuple[str, ...] = (),
     dp: int = 1,
     max_num_tokens: int | None = None,
+    max_gap_ms: int | None = None,
     kv_dtype: str | None = None,
 ) -> Plan:
     """Decides everything the engine needs to know.
@@ -106,11 +126,21 @@ def make_plan(
     """
     reasons = [hardware.note] if hardware.note else []
     lane = _choose_lane(lane, hardware, reasons)
+    tries_tp = hardware.device == "cpu" and tp > 1 and lane == "torch"
+    if tries_tp:
+        reasons.append(
+            f"kernels pytorch: TP={tp} on a CPU is for trying it out; the compiled ones are faster, in one process"
+        )
+        hardware = dataclasses.replace(hardware, compiler=None)
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
-    _require_gpus(lane, tp * pp, hardware)
-    _require_engines(lane, dp, hardware, reasons)
+    _require_gpus(lane, tp, pp, shape, hardware)
+    _require_engines(lane, dp, tp, hardware, reasons)
+    if max_gap_ms and lane != "torch":
+        raise BuildError(
+            f"MAX_GAP_MS={max_gap_ms} is for ENGINE=torch, not {lane}: set MAX_NUM_TOKENS instead"
+        )
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
-    kernels = _choose_kernels(lane, hardware, reasons)
+    kernels = "pytorch" if tries_tp else _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
     on_cpu = hardware.device == "cpu"
     if on_cpu:  # its engines share the memory; of GPUs each has one
@@ -127,10 +157,11 @@ def make_plan(
     if kv_dtype == "int8" or (
         on_cpu and precision in INTEGERS
     ):  # with a float32 scale for each token and head
-        per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1)
+        per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim + 4, 1, tp, pp)
     else:
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
-    blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons)
+    shared = lane == "torch" and tp > 1
+    blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons, shared)
     return Plan(
         lane=lane,
         precision=precision,
@@ -141,6 +172,7 @@ def make_plan(
         max_seq_len=length,
         max_batch_size=batch,
         max_num_tokens=step_tokens,
+        max_gap_ms=max_gap_ms or 0,
         block_size=block_size,
         num_kv_blocks=blocks,
         kv_bytes=blocks * block_size * per_token,
@@ -246,6 +278,10 @@ def _choose_precision(
                 "MODEL is an FP8 checkpoint and ENGINE=trtllm-engine calibrates a bf16 one: give that, or use "
                 "ENGINE=trtllm-pytorch"
             )
+        if lane != "torch" and shape.stored != "ModelOpt FP8":
+            raise BuildError(
+                f"MODEL is {shape.stored}, which ENGINE={lane} was not tried with: use ENGINE=torch"
+            )
         if lacks_fp8:
             raise BuildError(
                 f"MODEL is an FP8 checkpoint; {too_old}: give the bf16 checkpoint and {alternatives}"
@@ -254,8 +290,10 @@ def _choose_precision(
             raise BuildError(
                 f"PRECISION={precision} cannot be made from an FP8 checkpoint: use PRECISION=fp8"
             )
-        reasons.append("precision fp8: the checkpoint is ModelOpt FP8 already")
+        reasons.append(f"precision fp8: the checkpoint is {shape.stored} already")
         return "fp8"
+    if shape.int4:
+        return _stored_int4(precision, lane, shape, hardware, reasons)
     if precision == AUTO:
         precision = next(name for name in offered if name not in refused)
         why = f"{too_old}, so {lane} takes {precision}" if lacks_fp8 else "the best that this machine runs"
@@ -282,12 +320,40 @@ def _choose_precision(
     return precision
 
 
-def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
-    if lane == "torch" and wanted > 1:
+def _stored_int4(precision: str, lane: str, shape: ModelShape, hardware: Hardware, reasons: list[str]) -> str:
+    """Of a checkpoint of 4-bit codes: they stay what they are where a kernel reads them."""
+    if lane != "torch":
+        raise BuildError(f"MODEL is {shape.stored}, which ENGINE={lane} was not tried with: use ENGINE=torch")
+    offered = ("int4",) if hardware.device != "cpu" else ("int4", "bf16") if hardware.compiler else ("bf16",)
+    chosen = offered[0] if precision == AUTO else precision
+    if chosen not in offered:
         raise BuildError(
-            f"TP times PP is {wanted}, but an engine of ENGINE=torch runs on one GPU: use DP={wanted} for that many "
-            "engines, or ENGINE=trtllm-pytorch"
+            f"PRECISION={precision} cannot be made from a checkpoint that is {shape.stored}: use "
+            f"PRECISION={' or '.join(offered)}, or give the bf16 checkpoint"
         )
+    dequantised = f", dequantised at load{'' if hardware.compiler else ' (no C++ compiler for int4 kernels)'}"
+    reasons.append(
+        f"precision {chosen}: the checkpoint is {shape.stored}{dequantised if chosen == 'bf16' else ''}"
+    )
+    return chosen
+
+
+def _require_gpus(lane: str, tp: int, pp: int, shape: ModelShape, hardware: Hardware) -> None:
+    if lane == "torch" and pp > 1:
+        raise BuildError(
+            f"PP={pp} is for the TensorRT-LLM backends: with ENGINE=torch GPUs share each layer (TP={pp}), or have "
+            f"whole engines (DP={pp})"
+        )
+    if lane == "torch" and tp > 1 and shape.splits is not None and tp not in shape.splits:
+        fitting = " or ".join(f"TP={number}" for number in shape.splits if number <= 16) or "DP"
+        raise BuildError(
+            f"TP={tp} does not divide this model's heads and MLP into equal parts: use {fitting}"
+        )
+    if lane == "torch" and hardware.device == "cpu":
+        if tp > hardware.cores:
+            raise BuildError(f"TP={tp} wants a CPU core for each, but {hardware.cores} are there: lower TP")
+        return
+    wanted = tp * pp
     if wanted > max(1, hardware.count):
         raise BuildError(
             f"TP times PP is {wanted}, but {hardware.count} GPU(s) are visible: lower TP or PP, or show more "
@@ -295,21 +361,28 @@ def _require_gpus(lane: str, wanted: int, hardware: Hardware) -> None:
         )
 
 
-def _require_engines(lane: str, wanted: int, hardware: Hardware, reasons: list[str]) -> None:
+def _require_engines(lane: str, wanted: int, tp: int, hardware: Hardware, reasons: list[str]) -> None:
     on_cpu = hardware.device == "cpu"
     if lane != "torch" and wanted > 1:
         raise BuildError(f"DP={wanted} is for ENGINE=torch, and this is {lane}: use TP, or leave DP out")
     there = hardware.cores if on_cpu else max(1, hardware.count)
-    if wanted > there:
+    if lane == "torch" and wanted * tp > there:
         what = "CPU core(s) are there" if on_cpu else "GPU(s) are visible"
-        raise BuildError(
-            f"DP={wanted} wants a part of the machine for each engine, but {there} {what}: lower DP"
+        asked = f"DP={wanted}" if tp == 1 else f"DP={wanted} with TP={tp}"
+        raise BuildError(f"{asked} wants a part of the machine for each engine, but {there} {what}: lower DP")
+    if lane == "torch" and tp > 1 and not on_cpu:
+        reasons.append(
+            f"{tp} GPUs share each layer: each has its part of the weights and of the KV cache; over PCIe instead of "
+            "NVLink a step waits for its sums (nvidia-smi topo -m tells which)"
         )
     if wanted > 1:
-        each = f"{hardware.cores // wanted} of the {hardware.cores} cores" if on_cpu else "a GPU of its own"
+        own = "a GPU of its own" if tp == 1 else f"{tp} GPUs of its own"
+        each = f"{hardware.cores // wanted} of the {hardware.cores} cores" if on_cpu else own
         reasons.append(f"{wanted} engines, each with {each} and a KV cache of its own")
-    elif lane == "torch" and hardware.count > 1:
-        reasons.append(f"1 of {hardware.count} GPUs is used: DP={hardware.count} runs an engine on each")
+    elif lane == "torch" and hardware.count > tp:
+        engines = hardware.count // tp
+        with_dp = f": DP={engines} runs an engine on each" if tp == 1 else f": DP={engines} runs more engines"
+        reasons.append(f"{tp} of {hardware.count} GPUs is used{with_dp if engines > 1 else ''}")
 
 
 def _choose_kernels(lane: str, hardware: Hardware, reasons: list[str]) -> str:
@@ -379,13 +452,18 @@ def _weights_bytes(
     shape: ModelShape, precision: str, dtype: str, kernels: str, on_cpu: bool, tp: int, pp: int
 ) -> int:
     wide = DTYPE_BYTES[dtype]
-    if precision in INTEGERS and not on_cpu:  # the head and the embedding are not quantised
-        return weight_bytes(shape.parameters, shape.linear_parameters, "int8_sq", wide, tp, pp)
+    if kernels == "cuda":  # each GPU has the whole embedding, and less than all of the head
+        rest = (shape.parameters - shape.linear_parameters) * wide
+        if shape.int4:  # with scales, and the largest weight of a layer written out for many rows
+            largest = shape.linear_parameters // shape.layers // 2
+            return int(0.6 * shape.linear_parameters / tp) + largest * wide // tp + rest
+        stored = "int8_sq" if precision in INTEGERS else precision
+        return weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp) + rest
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
         linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:
-        return shape.parameters * (2 if kernels == "native" else wide)
+        return shape.parameters * (2 if kernels == "native" else wide)  # TP: of all processes together, about
     return weight_bytes(shape.parameters, shape.linear_parameters, precision, wide, tp, pp)
 
 
@@ -398,15 +476,18 @@ def _kv_blocks(
     shape: ModelShape,
     hardware: Hardware,
     reasons: list[str],
+    shared: bool = False,
 ) -> int:
     """Blocks of ``block_size`` tokens on each GPU; always enough for one sequence of full length."""
     block_bytes = block_size * per_token
     one_sequence = -(-length // block_size)
     if hardware.device == "cuda":
-        baseline = 2 * shape.parameters  # the Transformers baseline lives on the same GPU
+        # The Transformers baseline lives on the same GPU; beside a model that several share there is none.
+        baseline = 0 if shared else 2 * shape.parameters
         room = int(0.9 * hardware.memory_free) - weights - baseline
         blocks = room // block_bytes
-        rule = "0.9 of the free GPU memory, less the weights of engine and baseline"
+        whose = "this GPU's part of the weights" if shared else "the weights of engine and baseline"
+        rule = f"0.9 of the free GPU memory, less {whose}"
     else:
         room = hardware.memory_free - weights
         wanted = max(one_sequence, -(-batch * length // (4 * block_size)))

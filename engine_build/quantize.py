@@ -29,11 +29,13 @@ from flightline.engine_build.hf_format import (
     with_both_rope_spellings,
     with_common_tokenizer_class,
     write_json,
+    write_tensors,
 )
 from flightline.engine_build.prompts import Sample
 from flightline.torch_engine.model.config_json import load_spec, plain_config
 from flightline.torch_engine.model.layout import plain_names
 from flightline.torch_engine.model.spec import ModelSpec
+from flightline.torch_engine.model.weights import Checkpoint
 
 E4M3_MAX = 448.0
 MAX_SAMPLE_TOKENS = 512
@@ -201,16 +203,8 @@ def _write_configs(source: Path, exported: Path, folder: Path) -> None:
 
 
 def dequantize(source: Path, folder: Path) -> None:
-    """Writes the bf16 checkpoint that an FP8 one stands for: what plain Transformers can run."""
-    tensors = _plain_tensors(source, load_spec(source))
-    plain = {}
-    for name, tensor in tensors.items():
-        layer = name.removesuffix(".weight")
-        if f"{layer}.weight_scale" in tensors and name.endswith(".weight"):
-            plain[name] = (tensor.float() * tensors[f"{layer}.weight_scale"].float()).to(torch.bfloat16)
-        elif not name.endswith("_scale"):
-            plain[name] = tensor
-    save_torch_state_dict(plain, folder, max_shard_size="5GB")
+    """Writes the bf16 checkpoint that a quantised one stands for: what plain Transformers can run."""
+    write_tensors(Checkpoint(source, load_spec(source)).plain_tensors(torch.bfloat16), folder)
     config = with_both_rope_spellings(plain_config(read_json(source / "config.json")))
     config.pop("quantization_config", None)
     write_json(folder / "config.json", config)

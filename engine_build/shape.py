@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from flightline.engine_build.checkpoint import EMBEDDED_MODEL, check_small_files, require_hub_id, slug
+from flightline.engine_build.checkpoint import (
+    EMBEDDED_MODEL,
+    check_small_files,
+    is_gguf,
+    require_hub_id,
+    slug,
+)
 from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hub import fetch_configuration
 from flightline.engine_build.plan import ModelShape
 from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.shard import refusal
 from flightline.torch_engine.model.spec import ModelSpec
 
 HUB_PATIENCE_S = 2.5
+MOST_GPUS = 16
+"""That share a model."""
 EMBEDDED_SHAPE = ModelShape(
     layers=30,
     kv_heads=3,
@@ -22,6 +33,8 @@ EMBEDDED_SHAPE = ModelShape(
     max_position_embeddings=8192,
     parameters=134_515_008,
     linear_parameters=106_168_320,
+    family="LlamaForCausalLM",
+    splits=(3,),
 )
 """So that preflight needs no package at all."""
 
@@ -48,11 +61,27 @@ def look_up(model: str) -> Model:
     if path.is_dir():
         check_small_files(path)
         return Model(slug(path.resolve().name), of_spec(load_spec(path)), 0)
+    if is_gguf(path):
+        return Model(slug(path.stem), of_spec(_gguf_spec(path)), 0)
     require_hub_id(model)
     folder = _from_hub(model)
     shape = of_spec(load_spec(folder))
     fetched = any(folder.glob("model*.safetensors"))
     return Model(slug(model), shape, 0 if fetched else (1 if shape.fp8 else 2) * shape.parameters)
+
+
+def _gguf_spec(path: Path) -> ModelSpec:
+    """Of the file's header."""
+    if importlib.util.find_spec("gguf") is None:
+        raise BuildError(f"MODEL={path} cannot be looked up yet: run 'make setup'")
+    from flightline.engine_build.gguf_import import write_configuration
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_configuration(path, Path(folder))
+        try:
+            return load_spec(folder)
+        except UnsupportedModel as error:
+            raise BuildError(f"MODEL={path}: {error}") from None
 
 
 def _from_hub(model: str) -> Path:
@@ -84,5 +113,15 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         max_position_embeddings=spec.max_position_embeddings,
         parameters=linear + norms + embeddings,
         linear_parameters=linear,
+        idle_parameters=idle_parameters(spec),
+        family=spec.wrapper or spec.architecture,
         fp8=spec.fp8,
+        int4=spec.int4,
+        stored=spec.stored,
+        splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )
+
+
+def idle_parameters(spec: ModelSpec) -> int:
+    """What a step for one token does not read."""
+    return 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size

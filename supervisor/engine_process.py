@@ -95,8 +95,8 @@ class EngineProcess:
         return f"{self.name} has stopped answering" if self.stuck else ""
 
 
-def share(number: int, count: int, device: str) -> Share:
-    """What engine ``number`` of ``count`` gets: one GPU of several, or its part of the CPU's cores.
+def share(number: int, count: int, device: str, gpus: int = 1) -> Share:
+    """What engine ``number`` of ``count`` gets: ``gpus`` of several, or its part of the CPU's cores.
 
     Raises:
         ServeError: fewer GPUs are visible than there are engines.
@@ -105,13 +105,15 @@ def share(number: int, count: int, device: str) -> Share:
     if count == 1:
         return Share(env)
     if device == "cuda":
-        visible = env[VISIBLE].split(",") if env.get(VISIBLE) else [str(index) for index in range(count)]
-        if len(visible) < count:
+        wanted = count * gpus
+        visible = env[VISIBLE].split(",") if env.get(VISIBLE) else [str(index) for index in range(wanted)]
+        if len(visible) < wanted:
+            each = f" of {gpus} GPUs each (TP={gpus})" if gpus > 1 else ""
             raise ServeError(
-                f"{VISIBLE}={env[VISIBLE]} shows {len(visible)} GPU(s), and {count} engines were built (DP={count}): "
-                "show more, or build again with a lower DP"
+                f"{VISIBLE}={env[VISIBLE]} shows {len(visible)} GPU(s), and {count} engines were built (DP={count})"
+                f"{each}: show more, or build again with a lower DP"
             )
-        return Share(env | {VISIBLE: visible[number]})
+        return Share(env | {VISIBLE: ",".join(visible[number * gpus : (number + 1) * gpus])})
     cores = sorted(os.sched_getaffinity(0))
     begin, end = (len(cores) * index // count for index in (number, number + 1))
     return Share(env, frozenset(cores[begin:end]))

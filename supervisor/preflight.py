@@ -7,6 +7,7 @@ comes before anything is installed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -21,6 +22,7 @@ from flightline.engine_build.memory import fp8_build_cost
 from flightline.engine_build.plan import AUTO, LANES, ModelShape, Plan, available_precisions, make_plan
 from flightline.engine_build.settings import Settings, parse
 from flightline.engine_build.shape import Model, look_up
+from flightline.engine_build.speed import expected
 from flightline.engine_build.trtllm import containers, host, versions
 from flightline.supervisor.errors import ServeError
 from flightline.supervisor.settings import ServeSettings
@@ -30,6 +32,12 @@ COMFORTABLE_SEQUENCES = 8
 """Fewer full-length sequences in the KV cache than this is low on memory: batching is what makes serving fast."""
 SHARED_MEMORY = {1: 256 << 20, 2: 8 * GIB}
 """/dev/shm of a server on one GPU or CPU, and on several: Triton's Python models, and NCCL."""
+TP_SHOWN = (1, 2, 4, 8)
+LINKS = {
+    "NVLink": "are connected by NVLink",
+    "PCIe": "are connected by PCIe only: with TP each layer waits for its sums, DP does not",
+    "": "are connected in a way that nvidia-smi does not tell: TP wants NVLink",
+}
 COMPATIBLE, LOW, IMPOSSIBLE = "compatible", "low on memory", "impossible"
 
 
@@ -120,7 +128,7 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
     if refusal:
         return Verdict(lane, precision, IMPOSSIBLE, refusal)
     sizes = (asked.max_seq_len, asked.max_batch_size)
-    parallel = (asked.tp, asked.pp) if lane != "torch" else (1, 1)
+    parallel = (asked.tp, asked.pp)
     engines = asked.dp if lane == "torch" else 1
     try:
         plan = make_plan(
@@ -132,6 +140,7 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
             *parallel,
             dp=engines,
             max_num_tokens=asked.max_num_tokens,
+            max_gap_ms=asked.max_gap_ms,
         )
     except BuildError as error:
         return Verdict(lane, precision, IMPOSSIBLE, str(error))
@@ -185,7 +194,8 @@ def _built_bytes(shape: ModelShape, chosen: Verdict) -> int:
 
 
 def _shared_memory(chosen: Verdict) -> str:
-    several = chosen.plan is not None and chosen.plan.world_size > 1
+    plan = chosen.plan
+    several = plan is not None and plan.world_size > 1 and plan.device == "cuda"
     needed = SHARED_MEMORY[2 if several else 1]
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -264,8 +274,8 @@ def report(
     shape = model.shape
     lines = [
         f"machine    {_machine(hardware, gpus)}",
-        f"model      {model.name}: {shape.parameters / 1e6:,.0f}M parameters, context {shape.max_position_embeddings}"
-        + (", ModelOpt FP8 already" if shape.fp8 else ""),
+        f"model      {model.name}: {shape.family}, {shape.parameters / 1e6:,.0f}M parameters, "
+        f"context {shape.max_position_embeddings}" + (f", {shape.stored}" if shape.stored else ""),
     ]
     if gpus and not versions.installed():
         driver = gpus[0].driver
@@ -276,7 +286,12 @@ def report(
         f"{'  lane':<17}{'precision':<11}{'weights':>10}{'KV a token':>12}{'KV cache':>10}  verdict",
     ]
     lines += [_row(each, each is chosen) for each in table]
-    lines += ["", *_cost(model, chosen)]
+    lines += [
+        "",
+        *_speed(shape, chosen, hardware),
+        *_cost(model, chosen),
+        *_shared(shape, hardware, chosen, asked),
+    ]
     lines += [f"problem    {problem}" for problem in problems]
     if chosen.verdict == IMPOSSIBLE:
         lines.append(f"problem    {chosen.reason}")
@@ -314,6 +329,45 @@ def _cost(model: Model, chosen: Verdict) -> list[str]:
     ]
 
 
+def _speed(shape: ModelShape, chosen: Verdict, hardware: Hardware) -> list[str]:
+    """What one request may get, of the lane whose kernels are known."""
+    speed = expected(shape, chosen.plan, hardware) if chosen.plan and chosen.lane == "torch" else None
+    if speed is None:
+        return []
+    return [
+        f"speed      about {speed.tokens_a_second:,.0f} tokens/s for one request: a step reads "
+        f"{_gib(speed.step_bytes)} of weights ({speed.basis}); requests that run together share the reading"
+    ]
+
+
+def _shared(shape: ModelShape, hardware: Hardware, chosen: Verdict, asked: Settings) -> list[str]:
+    """What each GPU would hold if several shared the model in backend torch, and how they are connected."""
+    if (
+        chosen.lane != "torch"
+        or hardware.device != "cuda"
+        or (hardware.count == 1 and chosen.plan is not None)
+    ):
+        return []
+    lines = []
+    for tp in TP_SHOWN:
+        one = dataclasses.replace(asked, tp=tp, dp=1)
+        enough = dataclasses.replace(hardware, count=max(hardware.count, tp))
+        verdict = _verdict("torch", chosen.precision, shape, enough, one)
+        plan, there = (
+            verdict.plan,
+            "" if tp <= hardware.count else f" ({hardware.count} of {tp} GPUs are here)",
+        )
+        held = verdict.reason
+        if plan is not None:
+            tokens = plan.num_kv_blocks * plan.block_size
+            each = f"{_gib(plan.weights_bytes)} of weights and {_gib(plan.kv_bytes)} of KV cache on each"
+            held = f"{each}, {tokens:,} tokens"
+        lines.append(f"{f'TP={tp}':<10} {held}{there}")
+    if hardware.count > 1:
+        lines.append(f"GPUs       {LINKS[host.linked()]}")
+    return lines
+
+
 def _machine(hardware: Hardware, gpus: list[host.Gpu]) -> str:
     if not gpus:
         return f"{hardware.name}, {hardware.cores} cores, {_gib(hardware.memory_free)} free; no NVIDIA GPU"
@@ -328,7 +382,7 @@ def _variables(chosen: Verdict, asked: Settings) -> str:
     words = [f"ENGINE={chosen.lane}", f"PRECISION={chosen.precision}"]
     if asked.model:
         words.insert(0, f"MODEL={asked.model}")
-    parallel = {"DP": asked.dp} if chosen.lane == "torch" else {"TP": asked.tp, "PP": asked.pp}
+    parallel = {"TP": asked.tp, **({"DP": asked.dp} if chosen.lane == "torch" else {"PP": asked.pp})}
     words += [f"{name}={count}" for name, count in parallel.items() if count > 1]
     return " ".join(words)
 

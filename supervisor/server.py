@@ -143,6 +143,10 @@ class Server:
         """
         triton.check_python(self._triton_home)
         self.deployment = deployed(self.settings.build_dir)
+        shared = self.deployment.lane == "torch" and self.deployment.world_size > 1
+        if shared and self.deployment.device == "cuda" and self.settings.baseline:
+            self._say("no baseline: it runs on one GPU, and the engine has the memory of all of its own")
+            self.settings = replace(self.settings, baseline=False)
         if self.deployment.lane != "torch":
             self._world_size = guard.check(
                 self.deployment.lane, self.deployment.engine_dir, guard.observe(), self.settings.rank_hosts
@@ -309,7 +313,8 @@ class Server:
             self._client = InTriton(f"{self.settings.metrics_url}/metrics", info)
             return
         count = self.deployment.dp
-        shares = [engine_process.share(number, count, self.deployment.device) for number in range(count)]
+        device, gpus = self.deployment.device, self.deployment.world_size
+        shares = [engine_process.share(number, count, device, gpus) for number in range(count)]
         self._client = Replicas(self._sockets)
         for number, (client, share) in enumerate(zip(self._client.engines, shares, strict=True)):
             name = "the engine process" if count == 1 else f"engine process {number + 1} of {count}"

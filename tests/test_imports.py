@@ -19,7 +19,20 @@ PARTS = [
     path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py" if path.stem[0] != "_"
 ]
 """Folders and files of the package."""
-ENGINE = ("text", "core", "model", "kernels", "runner", "cuda_runner", "loading", "engine", "process")
+ENGINE = (
+    *(
+        "text",
+        "core",
+        "parallel",
+        "model",
+        "kernels",
+        "runner",
+        "cuda_runner",
+        "loading",
+        "engine",
+        "process",
+    ),
+)
 """Folders and files of ``torch_engine``, the lowest first: each may import those before it."""
 KERNELS = ("reference", "cpu", "gpu")
 

@@ -13,21 +13,29 @@ follow, it has a slot of its own in the sampling's tables, a fork: there the gue
 Tokens that a grammar decides over are chosen by :meth:`CudaRunner.finish`, after the tokens of the step before were
 fetched and while the device computes the forward pass; the others of that step with them. They get no guesses.
 
+Where several ranks share the model, the first tells the others the integers of each step (:class:`Order`), and they
+replay the same graphs on theirs: NCCL and symmetric memory are in the graphs. The likeliest token of each row is the
+best of what each rank finds in its part of the vocabulary; where a request asks for more, the first rank gathers the
+logits, chooses, and tells the others the tokens, on the device.
+
 Steps with prompt chunks up to ``MIXED_ROWS[-1]`` tokens replay graphs of their own, where the host would need longer to
 launch the kernels than the device to run them; larger ones run without a graph.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llguidance import LLExecutor
 from numpy.typing import NDArray
 
@@ -37,7 +45,7 @@ from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.speculation import MOST_ROWS
-from flightline.torch_engine.kernels.gpu.attention import tile_tokens
+from flightline.torch_engine.kernels.gpu.attention import LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, scatter
@@ -45,8 +53,9 @@ from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
 from flightline.torch_engine.kernels.gpu.sampling_tables import Choice
 from flightline.torch_engine.kernels.gpu.steps import CudaStep
-from flightline.torch_engine.kernels.gpu.tokens import argmax
+from flightline.torch_engine.kernels.gpu.tokens import argmax, remember
 from flightline.torch_engine.model.decoder import Model
+from flightline.torch_engine.parallel.ranks import Ranks, Single
 from flightline.torch_engine.runner import Ticket
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -84,6 +93,26 @@ class MixedShape:
         return rows <= self.rows and tiles <= self.tiles and samples <= self.samples
 
 
+@dataclass(frozen=True)
+class Order:
+    """A step as the device gets it: the same on every rank."""
+
+    parts: list[NDArray[Any]]
+    """int32, laid out as the graph or :meth:`CudaRunner._loose` wants them."""
+    updates: list[tuple[int, int]]
+    """New entries of the block tables: where, and what."""
+    graph: int | MixedShape | None
+    """Rows of a step of single tokens, or the shape of one with prompt chunks; None: it has none of its own."""
+    decodes: int = 0
+    """Of a step without a graph: rows of single tokens, which come first."""
+    longest: int = 0
+    """Of a step without a graph: the longest context of its prompt chunks."""
+    long: bool = False
+    """Of a step without a graph: its tiles are those of long prompts."""
+    plain: bool = True
+    """Nothing but the likeliest tokens is asked for."""
+
+
 class Computed(NamedTuple):
     """A forward pass that is queued: what went in, and its logits, valid until the next one."""
 
@@ -98,18 +127,18 @@ class Captured:
     """
 
     def __init__(
-        self, forward: Callable[[], Computed], choose: Callable[[Computed], None], pool: Any
+        self, forward: Callable[[], Computed], choose: Callable[[Computed], None], pool: Any, mode: str
     ) -> None:
-        """``pool`` is the memory that graphs share; None: do not capture."""
+        """``pool`` is the memory that graphs share; None: do not capture. ``mode`` is ``capture_error_mode``."""
         self._forward, self._choose = forward, choose
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         if pool is not None:
             choose(forward())  # compiles the kernels and warms the libraries up outside of the capture
             torch.cuda.synchronize()
             graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[0], pool=pool):
+            with torch.cuda.graph(graphs[0], pool=pool, capture_error_mode=mode):
                 self._computed = forward()
-            with torch.cuda.graph(graphs[1], pool=pool):
+            with torch.cuda.graph(graphs[1], pool=pool, capture_error_mode=mode):
                 choose(self._computed)
             self._graphs = graphs
 
@@ -166,9 +195,15 @@ class CudaRunner:
 
     @torch.inference_mode()
     def __init__(
-        self, model: Model[CudaLinear, KVCache, CudaStep], kernels: CudaKernels, config: EngineConfig
+        self,
+        model: Model[CudaLinear, KVCache, CudaStep],
+        kernels: CudaKernels,
+        config: EngineConfig,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
+        self.ranks = ranks or Single()
+        self.group = self.ranks.group
         self.caches = model.new_caches(
             config.num_kv_blocks + 1, config.block_size
         )  # one block for padding rows
@@ -192,7 +227,13 @@ class CudaRunner:
         self.sampling = DeviceSampling(slots + 1 + forks, spec.vocab_size, device)
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
-        self.tile = tile_tokens(kernels.dtype, spec.num_groups)
+        self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
+        # Several ranks would have to agree on a plan, and each times its own.
+        if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
+            kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
+        long_plan = kernels.long_prefill
+        self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
+        """Tokens of a tile of long prompts; 0: as of all."""
         mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
         # Ids, slots, positions, holds, forks; tiles; sampled rows, slots, holds; new entries of the block tables;
@@ -201,6 +242,15 @@ class CudaRunner:
         capacity = 5 * longest + 4 * tiles + 3 * samples + 2 * slots * self.width + 11 * ALIGNMENT
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
+        self.ranks.meet(
+            {"blocks": config.num_kv_blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"}
+        )
+        self._own_scales: torch.Tensor | None = None
+        self._scales: torch.Tensor | None = None
+        """Of this rank's logits, and of those of the whole vocabulary."""
+        if model.lm_head.column_scales is not None:
+            self._own_scales = F.pad(model.lm_head.column_scales, (0, model.padding), value=1.0)
+            self._scales = self._gathered(self._own_scales[None])[0]
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
         self._slots: dict[Sequence, int] = {}
         self._free = list(range(slots))[::-1]
@@ -241,17 +291,21 @@ class CudaRunner:
     def capture(self, sizes: list[int], mixed: list[MixedShape]) -> None:
         """A graph for each batch size and shape, largest first: the smaller ones fit the memory of the larger."""
         pool, before = None, 0
+        # NCCL has a thread that looks after its events, whatever this one captures.
+        mode = "global" if self.group.size == 1 else "thread_local"
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             before = torch.cuda.mem_get_info()[0]
             pool = torch.cuda.graph_pool_handle()
         for shape in sorted(mixed, key=lambda shape: -shape.rows):
             self._upload(self.staging[0], self._padded(shape, np.empty((3, 0)), [], []), [])
-            self.mixed[shape] = Captured(functools.partial(self._mixed_forward, shape), self._choose, pool)
+            self.mixed[shape] = Captured(
+                functools.partial(self._mixed_forward, shape), self._choose, pool, mode
+            )
         self.mixed = dict(reversed(self.mixed.items()))
         for size in sorted(sizes, reverse=True):
             self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size, []), [])
-            self.graphs[size] = Captured(functools.partial(self._decode, size), self._choose, pool)
+            self.graphs[size] = Captured(functools.partial(self._decode, size), self._choose, pool, mode)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
@@ -262,7 +316,9 @@ class CudaRunner:
             columns = np.zeros((3, count), dtype=np.int32)
             columns[1], columns[2] = self.spare, np.arange(count)
             tiles = self._tiles(0, count, 0, self.spare)
-            self._choose(self._mixed(self.staging[0], columns, tiles, [(count - 1, self.spare, 0)], [], 0))
+            self._carry_out(
+                self._loose(columns, tiles, [(count - 1, self.spare, 0)], [], 0), self.staging[0]
+            )()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
 
@@ -309,19 +365,31 @@ class CudaRunner:
             step.logit_slots,
             self.last,
             tokens,
-            self.model.lm_head.column_scales,
+            self._own_scales,
             step.holds,
             self.ends,
+            self.model.first_token,
+            self.group,
         )
         return Computed(step, logits)
 
     def _choose(self, computed: Computed) -> None:
         """Queues the choice of all rows' tokens, as their slots' requests ask."""
         step, logits = computed
-        sample(
-            logits, self.model.lm_head.column_scales, self.model.spec.logit_softcap, step.logit_rows, step.logit_slots,
-            step.attention.positions, self.sampling.tables, self.last, self.choice,
-        )  # fmt: skip
+        logits = self._gathered(logits)
+        tokens = self.tokens[: logits.shape[0]]
+        if self.group.rank == 0:
+            sample(
+                logits, self._scales, self.model.spec.logit_softcap, step.logit_rows, step.logit_slots,
+                step.attention.positions, self.sampling.tables, self.last, self.choice,
+            )  # fmt: skip
+        self.group.told(tokens)
+        if self.group.rank > 0:
+            remember(tokens, step.logit_slots, self.last)
+
+    def _gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """All ranks' columns, without those of no token: [rows, vocab]."""
+        return self.group.columns(values)[:, : self.model.spec.vocab_size].contiguous()
 
     # Steps -----------------------------------------------------------------------------------------
 
@@ -334,9 +402,13 @@ class CudaRunner:
         self._join()
         # A prompt's token that chooses nothing is no decode: what its row drew would count as said.
         if all(chunk.num_tokens == chunk.num_sampled for chunk in chunks):
-            choose = self._launch_decodes(chunks, staging)
+            order = self._order_decodes(chunks)
         else:
-            choose = self._launch_mixed(chunks, staging)
+            order = self._order_mixed(chunks)
+        order = dataclasses.replace(order, plain=plain)
+        self.ranks.tell(order)
+        with self._together():
+            choose = self._carry_out(order, staging)
         told = [sequence.num_told for sequence in sampling]
         asks = max(told, default=-1) >= 0
         count = len(sampling)
@@ -363,7 +435,9 @@ class CudaRunner:
 
         def fetch() -> list[Sampled]:
             if staging.event is not None:
-                staging.event.synchronize()
+                with self._together():
+                    staging.event.synchronize()
+            self.ranks.done()
             tokens = staging.tokens[:count].tolist()
             if not asks:
                 return [Sampled(token) for token in tokens]
@@ -376,7 +450,49 @@ class CudaRunner:
         """Queues the choice of the launched step's tokens, if that had to wait for the tokens before it."""
         unfinished, self._unfinished = self._unfinished, None
         if unfinished is not None:
-            unfinished()
+            with self._together():
+                unfinished()
+
+    @torch.inference_mode()
+    def follow(self, told: Order) -> None:
+        """Queues another rank's step. Its inputs' memory is used again when the device has read them."""
+        self.staging.reverse()
+        staging = self.staging[0]
+        if staging.event is not None:
+            staging.event.synchronize()
+        choose = self._carry_out(told, staging)
+        if not told.plain:
+            choose()
+        if staging.event is not None:
+            staging.event.record()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What the ranks do at the same place: if one fails there, all have."""
+        try:
+            yield
+        except Exception as error:
+            self.ranks.lost(error)
+            raise
+
+    def _carry_out(self, order: Order, staging: Staging) -> Callable[[], None]:
+        """Queues the forward pass; returns what queues the choice of the tokens."""
+        placed = self._upload(staging, order.parts, order.updates)
+        if isinstance(order.graph, MixedShape):
+            captured = self.mixed[order.graph]
+        elif order.graph is None:
+            ids, slots, positions, tiles, *logits = placed
+            where = AttentionInput(
+                slots, positions, self.tables, order.decodes, tiles.view(-1, 4), order.longest, order.long
+            )
+            computed = self._forward(CudaStep(ids, where, self.last, *logits))
+            return functools.partial(self._choose, computed)
+        elif not self.graphs:
+            return functools.partial(self._choose, self._decode(order.graph))
+        else:
+            captured = self.graphs[order.graph]
+        captured.replay()
+        return captured.choose
 
     def _mask(self, guided: dict[int, Sequence]) -> None:
         """Queues what the grammars of slots' sequences allow now; of those that have just ended nobody looks at it."""
@@ -389,8 +505,8 @@ class CudaRunner:
             fill(list(grammars.values()), self.sampling.new_masks(len(grammars)), self._executor)
             self.sampling.allow(list(grammars))
 
-    def _launch_decodes(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
-        """Returns what queues the choice of the tokens; so does :meth:`_launch_mixed`."""
+    def _order_decodes(self, chunks: list[Chunk]) -> Order:
+        """The step of single tokens and guesses."""
         rows: list[tuple[int, int, int, int]] = []
         updates: list[tuple[int, int]] = []
         for chunk in chunks:
@@ -401,11 +517,7 @@ class CudaRunner:
         if self.graphs:
             size = next(size for size in reversed(self.graphs) if size >= len(rows))
         rows += [(0, self.spare, 0, 0)] * (size - len(rows))
-        self._upload(staging, self._columns(rows, self._forked), updates)
-        if not self.graphs:
-            return functools.partial(self._choose, self._decode(size))
-        self.graphs[size].replay()
-        return self.graphs[size].choose
+        return Order(self._columns(rows, self._forked), updates, size)
 
     @staticmethod
     def _columns(rows: list[tuple[int, int, int, int]], forked: list[Fork]) -> list[NDArray[Any]]:
@@ -464,10 +576,11 @@ class CudaRunner:
 
     # Prompts ---------------------------------------------------------------------------------------
 
-    def _launch_mixed(self, chunks: list[Chunk], staging: Staging) -> Callable[[], None]:
+    def _order_mixed(self, chunks: list[Chunk]) -> Order:
         singles: list[tuple[int, int, int, int]] = []  # decodes come first
         columns: list[NDArray[Any]] = []
         tiles: list[tuple[int, int, int, int]] = []
+        prompts: list[tuple[int, int, int, int]] = []
         sampled: list[tuple[int, int, int]] = []
         updates: list[tuple[int, int]] = []
         total = 0
@@ -483,7 +596,8 @@ class CudaRunner:
                 rows[1] = slot
                 rows[2] = np.arange(first, first + count)
                 columns.append(rows)
-                tiles += self._tiles(total, count, first, slot)
+                prompts.append((total, count, first, slot))
+                tiles += self._tiles(*prompts[-1])
             total += count
             if chunk.samples:
                 sampled.append((total - 1, slot, holds))
@@ -493,14 +607,14 @@ class CudaRunner:
         shape = self._shape(total, len(tiles), len(sampled), singles)
         if shape is not None:  # its decodes are tiles of one token
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
+        long = bool(shape is None and self.long_tile) and max(each[1] + each[2] for each in prompts) >= LONG
+        if long:
+            tiles = [tile for each in prompts for tile in self._tiles(*each, self.long_tile)]
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
         if shape is not None:
-            self._upload(staging, self._padded(shape, step, tiles, sampled), updates)
-            self.mixed[shape].replay()
-            return self.mixed[shape].choose
-        computed = self._mixed(staging, step, tiles, sampled, updates, len(singles))
-        return functools.partial(self._choose, computed)
+            return Order(self._padded(shape, step, tiles, sampled), updates, shape)
+        return self._loose(step, tiles, sampled, updates, len(singles), long)
 
     def _shape(
         self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
@@ -511,31 +625,31 @@ class CudaRunner:
         fitting = (shape for shape in self.mixed if shape.holds(rows, tiles + len(decodes), samples))
         return next(fitting, None)
 
-    def _tiles(self, row: int, count: int, first: int, slot: int) -> list[tuple[int, int, int, int]]:
+    def _tiles(
+        self, row: int, count: int, first: int, slot: int, tile: int = 0
+    ) -> list[tuple[int, int, int, int]]:
         """The pieces of a prompt chunk that starts at ``row`` of the step and at position ``first``."""
+        tile = tile or self.tile
         return [
-            (row + begin, min(self.tile, count - begin), first + begin, slot)
-            for begin in range(0, count, self.tile)
+            (row + begin, min(tile, count - begin), first + begin, slot) for begin in range(0, count, tile)
         ]
 
-    def _mixed(
+    def _loose(
         self,
-        staging: Staging,
         columns: NDArray[Any],
         tiles: list[tuple[int, int, int, int]],
         sampled: list[tuple[int, int, int]],
         updates: list[tuple[int, int]],
         decodes: int,
-    ) -> Computed:
+        long: bool = False,
+    ) -> Order:
         """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows, their slots and holds."""
         if not sampled:  # the head wants a row; its token goes where nobody looks
             sampled = [(0, self.spare, 0)]
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
         parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
-        ids, slots, positions, tile_table, *logits = self._upload(staging, parts, updates)
         longest = max((first + count for _, count, first, _ in tiles), default=0)
-        where = AttentionInput(slots, positions, self.tables, decodes, tile_table.view(-1, 4), longest)
-        return self._forward(CudaStep(ids, where, self.last, *logits))
+        return Order(parts, updates, None, decodes, longest, long)
 
     def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int, int]:
         """Token id, slot, position and hold of a sequence's next token; notes what its row of the table lacks."""

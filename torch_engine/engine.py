@@ -41,9 +41,11 @@ from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk, Scheduler
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.siblings import Siblings
-from flightline.torch_engine.loading import load_runner
+from flightline.torch_engine.core.step_times import NOTHING, Work
+from flightline.torch_engine.loading import gather_ranks, load_runner
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
+from flightline.torch_engine.parallel.ranks import RankLost
 from flightline.torch_engine.runner import SamplingFailed, Ticket
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -70,6 +72,8 @@ class Flight:
 
     chunks: list[Chunk]
     ticket: Ticket
+    work: Work
+    launched_ns: int
 
 
 class Engine:
@@ -81,6 +85,7 @@ class Engine:
 
     Raises on construction:
         ConfigError, UnsupportedModel, UnsupportedTokenizer: the configuration or checkpoint cannot run.
+        RankLost: one of several ranks that share the model failed. :meth:`step` raises it, too; the engine has ended.
     """
 
     def __init__(
@@ -90,7 +95,12 @@ class Engine:
         checkpoint = checkpoint or Checkpoint(config.model_dir, load_spec(config.model_dir))
         spec = checkpoint.spec
         self.tokens = tokens or TokenBytes.from_dir(config.model_dir)
-        self.runner = load_runner(config, checkpoint)
+        self.ranks, checkpoint = gather_ranks(config, checkpoint)
+        try:
+            self.runner = load_runner(config, checkpoint, self.ranks)
+        except BaseException:
+            self.ranks.close()
+            raise
         self.model = self.runner.model
         self.kernels = self.model.kernels
         self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
@@ -108,14 +118,17 @@ class Engine:
         self._counts: Counter[str] = Counter()
         """Of EngineStats' fields those that steps add to."""
         self._flight: Flight | None = None
+        self._fetched_ns = 0
         self.failed_steps = 0
         """Steps in a row that failed as a whole."""
 
     def _describe(self) -> str:
         spec, config = self.model.spec, self.config
+        ranks = config.tensor_parallel_size
+        where = config.device if ranks == 1 else f"{config.device}, shared by {ranks} ranks"
         return (
             f"{spec.architecture} with {spec.num_layers} layers, {self.kernels.describe(spec)} on "
-            f"{config.device}, {config.num_kv_blocks} KV blocks of "
+            f"{where}, {config.num_kv_blocks} KV blocks of "
             f"{config.block_size} tokens, {config.batch_scheduler_policy}{self.runner.describe()}"
         )
 
@@ -198,6 +211,8 @@ class Engine:
             try:
                 launched = self._launch(chunks)
                 self.failed_steps = 0
+            except RankLost:
+                raise
             except Exception as error:
                 outputs += self._launch_again(chunks, error)
         elif self._flight is None and self.guided and not outputs:
@@ -214,18 +229,24 @@ class Engine:
         return any(chunk.guesses for chunk in flight.chunks) or self.scheduler.expects_guesses()
 
     def _launch(self, chunks: list[Chunk]) -> Flight:
+        start, work = time.monotonic_ns(), NOTHING
+        if self.scheduler.times is not None:
+            for chunk in chunks:
+                work += chunk.work
         sampling = [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)]
         ticket = self.runner.launch(chunks, sampling)
         for chunk in chunks:
             chunk.sequence.computed(self.blocks, chunk.num_tokens)
             if chunk.samples:
                 chunk.sequence.num_pending += 1
-        return Flight(chunks, ticket)
+        return Flight(chunks, ticket, work, start)
 
     def _finish(self, launched: Flight) -> Outputs:
         """Queues what of a step depends on the tokens of the step before, which have been fetched."""
         try:
             self.runner.finish()
+        except RankLost:
+            raise
         except Exception as error:
             self.failed_steps += 1
             return self._fail(launched.chunks, error)
@@ -277,11 +298,14 @@ class Engine:
             return []
         try:
             sampled = flight.ticket()
+        except RankLost:
+            raise
         except Exception as error:
             self.failed_steps += 1
             return self._fail(flight.chunks, error)
         outputs: Outputs = []
         now, at = time.monotonic_ns(), 0
+        self._time(flight, now)
         for chunk in flight.chunks:
             if not chunk.samples:
                 continue
@@ -300,6 +324,14 @@ class Engine:
             if sequence.finish_reason is not None:
                 self._retire(sequence)
         return outputs
+
+    def _time(self, flight: Flight, now_ns: int) -> None:
+        """Tells the scheduler how long a step has taken: since its launch, or since the step before it if later."""
+        if self.scheduler.times is not None:
+            begin_ns = max(flight.launched_ns, self._fetched_ns)
+            prompts = any(chunk.num_tokens - len(chunk.guesses) > 1 for chunk in flight.chunks)
+            self.scheduler.times.observe(flight.work, (now_ns - begin_ns) / 1e9, prompts)
+        self._fetched_ns = now_ns
 
     @staticmethod
     def _append(sequence: Sequence, token: Sampled, now_ns: int) -> RequestOutput | None:
@@ -416,6 +448,7 @@ class Engine:
     def close(self) -> None:
         """The last call. Other engines have workers to stop, too."""
         self.guided.close()
+        self.ranks.close()
 
     def audit(self) -> None:
         """Raises AssertionError if the block bookkeeping disagrees with the live sequences."""

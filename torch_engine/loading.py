@@ -9,24 +9,40 @@ from flightline.torch_engine.kernels.choice import choose
 from flightline.torch_engine.kernels.cpu.native import NativeKernels
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
 from flightline.torch_engine.model.decoder import Model
+from flightline.torch_engine.model.shard import Shard
 from flightline.torch_engine.model.weights import Checkpoint
+from flightline.torch_engine.parallel.ranks import Leader, Ranks, Single
 from flightline.torch_engine.runner import Runner, StepRunner
 
 
+def gather_ranks(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Ranks, Checkpoint]:
+    """Starts the other ranks, if several share the model; returns rank 0's part of the checkpoint with them.
+
+    Raises:
+        ConfigError, UnsupportedModel: the model cannot be shared by so many.
+        RankLost: one of them could not start.
+    """
+    if config.tensor_parallel_size == 1:
+        return Single(), checkpoint
+    part = checkpoint.part(Shard(0, config.tensor_parallel_size))
+    return Leader(config, checkpoint), part
+
+
 @torch.inference_mode()
-def load_runner(config: EngineConfig, checkpoint: Checkpoint) -> StepRunner:
-    """Loads ``checkpoint`` and makes room for its KV cache.
+def load_runner(config: EngineConfig, checkpoint: Checkpoint, ranks: Ranks) -> StepRunner:
+    """Loads this rank's part of a checkpoint and makes room for its KV cache.
 
     Raises:
         ConfigError, UnsupportedModel: the configuration or checkpoint cannot run here.
         MemoryError: the KV cache does not fit.
+        RankLost: another rank failed.
     """
-    kernels, longest = choose(config), config.max_seq_len
+    kernels, longest = choose(config, ranks.group), config.max_seq_len
     room = config.num_kv_blocks, config.block_size
     if isinstance(kernels, PyTorchKernels):
-        return Runner(Model(checkpoint, kernels, longest), kernels, *room)
+        return Runner(Model(checkpoint, kernels, longest), kernels, *room, ranks)
     if isinstance(kernels, NativeKernels):
         return Runner(Model(checkpoint, kernels, longest), kernels, *room)
     from flightline.torch_engine.cuda_runner import CudaRunner  # needs Triton's language
 
-    return CudaRunner(Model(checkpoint, kernels, longest), kernels, config)
+    return CudaRunner(Model(checkpoint, kernels, longest), kernels, config, ranks)

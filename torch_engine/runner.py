@@ -15,6 +15,7 @@ from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.model.decoder import Model
 from flightline.torch_engine.model.kernel_interface import CacheT, HostKernels, LinearT, StepT
+from flightline.torch_engine.parallel.ranks import Ranks, Single
 
 Ticket = Callable[[], list[Sampled]]
 """A launched step; calling it waits for the tokens of the sequences that sampled."""
@@ -51,6 +52,9 @@ class StepRunner(Protocol):
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
 
+    def follow(self, told: Any) -> None:
+        """Runs this rank's part of a step that rank 0 has told."""
+
 
 class Runner(Generic[LinearT, CacheT, StepT]):
     """Computes a step while the caller waits."""
@@ -64,11 +68,14 @@ class Runner(Generic[LinearT, CacheT, StepT]):
         kernels: HostKernels[LinearT, CacheT, StepT],
         num_blocks: int,
         block_size: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
+        self.ranks = ranks or Single()
         self.kernels = kernels
         self.caches = model.new_caches(num_blocks, block_size)
         self.steps = kernels.steps(block_size)
+        self.ranks.meet({"blocks": num_blocks})
 
     def describe(self) -> str:
         return ""
@@ -76,7 +83,14 @@ class Runner(Generic[LinearT, CacheT, StepT]):
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
-        logits = self.model.forward(self.steps.build(chunks), self.caches)
+        step = self.steps.build(chunks)
+        self.ranks.tell(step)
+        try:
+            logits = self.model.forward(step, self.caches)
+        except Exception as error:
+            self.ranks.lost(error)
+            raise
+        self.ranks.done()
         try:
             sampled = sample(logits, rows_of(chunks), self.kernels) if sampling else []
         except Exception as error:
@@ -92,3 +106,6 @@ class Runner(Generic[LinearT, CacheT, StepT]):
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         self.steps.forget(sequence)
+
+    def follow(self, told: StepT) -> None:
+        self.model.forward(told, self.caches)

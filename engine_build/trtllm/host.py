@@ -36,6 +36,27 @@ def gpus() -> list[Gpu]:
     return parse(found.stdout) if found.returncode == 0 else []
 
 
+def linked() -> str:
+    """How the GPUs of this host reach each other: ``NVLink`` if each reaches all others by it, else ``PCIe``.
+
+    Empty if that is not known.
+    """
+    try:
+        found = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=4)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return parse_links(found.stdout) if found.returncode == 0 else ""
+
+
+def parse_links(text: str) -> str:
+    """``nvidia-smi topo -m``: a row for each GPU with what connects it to each: ``X``, ``NV18``, ``SYS``, ..."""
+    rows = [line.split() for line in text.splitlines() if line.startswith("GPU")]
+    links = [cell for row in rows for cell in row[1 : len(rows) + 1] if cell != "X"]
+    if not links:
+        return ""
+    return "NVLink" if all(cell.startswith("NV") for cell in links) else "PCIe"
+
+
 def parse(text: str) -> list[Gpu]:
     """Rows of ``nvidia-smi``'s CSV; a row that is no GPU is left out."""
     found = []

@@ -377,3 +377,12 @@ def test_what_scales_fires_when_requests_wait_and_not_before(tmp_path: Path) -> 
         [promtool, "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_guides_values_are_those_that_are_tried() -> None:
+    guide = (CHART.parents[2] / "docs/SCALE.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^`70b\.yaml`.*?```yaml\n(.*?)```", guide, re.S | re.M)
+    assert yaml.safe_load(block) == yaml.safe_load(VALUES["llama-70b"].read_text(encoding="utf-8"))
+    known = {field.removeprefix("engine.") for field in re.findall(r"`(engine\.\w+)`", guide)}
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    assert known <= values["engine"].keys()

@@ -70,7 +70,9 @@ def test_unsupported_architecture_lists_the_supported(model: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "'aqlm' is not supported; supported are bf16"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "bits=3 is not valid: only 4"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "no tensor has such codes"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "NVFP4"),
         ({"architectures": None}, "names no architecture"),
         ({"hidden_act": "relu6"}, "relu6"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from flightline.engine_build.hf_format import (
 )
 from flightline.engine_build.prompts import Sample
 from flightline.engine_build.quantize import dequantize, quantize, to_e4m3
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.layout import plain_names
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 SAMPLES = [Sample(text="the quick brown fox " * count) for count in range(1, 9)]
@@ -151,8 +154,13 @@ def test_every_family_quantises(tmp_path: Path, family: str) -> None:
     seen = quantize(source, SAMPLES, target, "cpu", "float32")
     assert seen.samples == 8
     quantized = dict(read_tensors(target))
-    assert sum(name.endswith(".weight_scale") for name in quantized) == 14
-    assert ("lm_head.weight" in quantized) == (not family.startswith("gemma"))
+    spec = load_spec(source)
+    names = plain_names(dict(read_tensors(source)), spec, source)
+    linears = [name for name in names if name.endswith("_proj.weight")]
+    assert {name for name in quantized if name.endswith(".weight_scale")} == {
+        f"{name}_scale" for name in linears
+    }
+    assert ("lm_head.weight" in quantized) == (not spec.tie_embeddings)
     text = GATE_TEXT.read_text(encoding="utf-8")
     result = gate.measure(source, becoming(target), text, SAMPLES[:2], "cpu", "float32")
     assert abs(result.perplexity_rise) < 0.1
@@ -197,12 +205,14 @@ def test_the_error_of_the_rise_is_that_of_paired_differences() -> None:
 
 def test_gate_sees_bad_weights(fp8_build: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
     """A scale that is off by two in one layer is enough."""
-    tensors = dict(read_tensors(Path(fp8_build["model_dir"])))
+    folder = tmp_path / "bad"
+    shutil.copytree(fp8_build["model_dir"], folder)
+    tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight_scale"] *= 2
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     text, prompts = "the lazy dog jumps " * 200, [Sample(text="the quick"), Sample(text="a token is")]
     good = gate.measure(tiny, becoming(Path(fp8_build["model_dir"])), text, prompts, "cpu", "float32")
-    bad = gate.measure(tiny, becoming(tmp_path), text, prompts, "cpu", "float32")
+    bad = gate.measure(tiny, becoming(folder), text, prompts, "cpu", "float32")
     assert bad.agreement < good.agreement - 0.2
 
 

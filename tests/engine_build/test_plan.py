@@ -22,7 +22,9 @@ CPU_COMPILER = dataclasses.replace(CPU, compiler="/usr/bin/g++")
 CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
 
 SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
-LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856)
+LLAMA_8B = ModelShape(
+    32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, 525_336_576, "LlamaForCausalLM", splits=(2, 4, 8, 16)
+)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,9 @@ def test_choice(hardware: Hardware, lane: str, precision: str, want: tuple[str, 
         (T4, {}, ["Tesla T4", "7.5", "8.0", "CUDA_VISIBLE_DEVICES"]),
         (CPU, {"precision": "fp4"}, ["PRECISION=fp4", "fp8, nvfp4, int8, int4, int8_sq, int4_awq, bf16"]),
         (A100, {"lane": "trtllm-engine", "precision": "nvfp4"}, ["nvfp4", "A100", "int8_sq, int4_awq, bf16"]),
-        (H200, {"tp": 2}, ["TP times PP is 2", "use DP=2 for that many engines", "trtllm-pytorch"]),
+        (H200, {"tp": 2}, ["TP times PP is 2, but 1 GPU(s) are visible"]),
+        (PAIR, {"pp": 2}, ["PP=2 is for the TensorRT-LLM backends", "(TP=2)", "(DP=2)"]),
+        (PAIR, {"tp": 2, "dp": 2}, ["DP=2 with TP=2 wants a part of the machine", "2 GPU(s) are visible"]),
         (H200, {"dp": 2}, ["DP=2", "1 GPU(s) are visible", "lower DP"]),
         (PAIR, {"dp": 2, "lane": "trtllm-pytorch"}, ["DP=2 is for ENGINE=torch", "use TP"]),
         (CPU, {"dp": 64}, ["DP=64", "CPU core(s) are there", "lower DP"]),
@@ -198,6 +202,13 @@ def test_kv_bytes_of_llama_8b() -> None:
     assert kv_bytes_per_token(32, 8, 128, 1, tp=16) == kv_bytes_per_token(32, 8, 128, 1, tp=8)  # copies
 
 
+def test_the_gap_of_streams_is_bounded_by_our_engine_alone() -> None:
+    assert make_plan(SMALL, CPU).max_gap_ms == 0
+    assert make_plan(SMALL, CPU, max_gap_ms=50).max_gap_ms == 50
+    with pytest.raises(BuildError, match="MAX_GAP_MS=50 is for ENGINE=torch, not trtllm-pytorch"):
+        make_plan(SMALL, H200, "trtllm-pytorch", max_gap_ms=50)
+
+
 def test_cpu_pool() -> None:
     plan = make_plan(SMALL, CPU)
     assert (plan.max_seq_len, plan.max_batch_size, plan.max_num_tokens, plan.block_size) == (
@@ -226,6 +237,36 @@ def test_a_cpu_with_a_compiler_gets_compiled_kernels_and_one_without_is_told() -
     assert (plain.kernels, plain.compute_dtype) == ("pytorch", "bfloat16")
     assert any("no C++ compiler" in reason for reason in plain.reasons)
     assert make_plan(SMALL, H200).kernels == "cuda"
+
+
+def test_gpus_that_share_each_layer() -> None:
+    """Half the linears and half of a token's keys on each; what does not divide is refused with what does."""
+    llama = LLAMA_8B
+    alone, pair = make_plan(llama, PAIR, precision="fp8"), make_plan(llama, PAIR, precision="fp8", tp=2)
+    per_token = [plan.kv_bytes // (plan.num_kv_blocks * plan.block_size) for plan in (alone, pair)]
+    assert per_token == [64 * 1024, 32 * 1024] and pair.num_kv_blocks > 2 * alone.num_kv_blocks
+    assert alone.weights_bytes - pair.weights_bytes == llama.linear_parameters / 2 and pair.world_size == 2
+    assert any("2 GPUs share each layer" in reason for reason in pair.reasons)
+    with pytest.raises(BuildError, match=r"TP=2 does not divide this model's heads .*: use TP=3"):
+        make_plan(dataclasses.replace(llama, splits=(3,)), PAIR, tp=2)
+    tried = make_plan(
+        llama, dataclasses.replace(CPU, compiler="/usr/bin/g++", cores=2, memory_free=64 * GIB), tp=2
+    )
+    assert (tried.kernels, tried.tp) == ("pytorch", 2)
+
+
+def test_a_checkpoint_of_4_bits_stays_one() -> None:
+    shape = dataclasses.replace(LLAMA_8B, int4=True, stored="AWQ, 4 bits in groups of 128")
+    gpu, cpu = (make_plan(shape, hardware) for hardware in (H200, CPU_COMPILER))
+    assert (gpu.precision, gpu.weight_precision) == ("int4", "auto")
+    assert (cpu.precision, cpu.weight_precision) == ("int4", "int4")
+    assert gpu.weights_bytes < 0.45 * make_plan(LLAMA_8B, H200, precision="bf16").weights_bytes
+    assert make_plan(dataclasses.replace(SMALL, int4=True), CPU).precision == "bf16"
+    for hardware, asked in ((H200, "fp8"), (CPU_COMPILER, "int8")):
+        with pytest.raises(BuildError, match=rf"PRECISION={asked} cannot be made.*AWQ.*use PRECISION=int4"):
+            make_plan(shape, hardware, precision=asked)
+    with pytest.raises(BuildError, match=r"AWQ, 4 bits.*ENGINE=trtllm-pytorch.*use ENGINE=torch"):
+        make_plan(shape, H200, "trtllm-pytorch")
 
 
 def test_tensorrt_llm_lanes_cache_in_fp8() -> None:

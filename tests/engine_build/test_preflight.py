@@ -19,7 +19,7 @@ from flightline.engine_build.hardware import cpu
 from flightline.engine_build.memory import fp8_build_cost
 from flightline.engine_build.plan import available_precisions
 from flightline.engine_build.shape import look_up
-from flightline.engine_build.trtllm import versions
+from flightline.engine_build.trtllm import host, versions
 from flightline.supervisor import preflight
 from tests.engine_build.test_plan import LLAMA_8B
 from tests.serving import free_ports
@@ -102,6 +102,16 @@ def test_an_h200_runs_every_lane(report: Report) -> None:
     assert output.splitlines()[-1] == "next       make bench ENGINE=torch PRECISION=fp8"
 
 
+def test_a_speed_near_the_one_that_was_measured(report: Report) -> None:
+    """374 tokens/s on an H200 (benchmarks/h200); nothing where the memory's rate is not known."""
+    _, output = report(H200)
+    assert ": LlamaForCausalLM, 8,030M parameters, context 131072" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("speed ")]
+    assert 300 < int(line.split()[2]) < 420 and "4.8 TB/s" in line
+    assert "speed " not in report("NVIDIA Unheard-of, 9.0, 143771, 143000, 590.44.01")[1]
+    assert "a core's copy just now" in report()[1]
+
+
 def test_an_a100_has_no_fp8(report: Report) -> None:
     code, output = report(A100, ENGINE="trtllm-engine")
     assert code == 0
@@ -154,11 +164,11 @@ def test_more_gpus_than_there_are(report: Report) -> None:
     _, output = report(H200, H200, ENGINE="trtllm-engine", TP="2")
     assert "4.2 GiB" in row(output, "trtllm-engine", "fp8")
     assert " TP=2" in output.splitlines()[-1]
-    _, output = report(H200, ENGINE="torch", DP="2")
+    _, output = report(H200, ENGINE="torch", DP="2", TP="1")
     assert "DP=2 wants a part of the machine for each engine, but 1 GPU(s) are visible" in row(
         output, "torch", "fp8"
     )
-    _, output = report(H200, H200, ENGINE="torch", DP="2")
+    _, output = report(H200, H200, ENGINE="torch", DP="2", TP="1")
     assert output.splitlines()[-1] == "next       make bench ENGINE=torch PRECISION=fp8 DP=2"
 
 
@@ -272,3 +282,23 @@ def test_it_needs_nothing_but_python(tmp_path: Path) -> None:
     )
     assert "compatible" in row(done.stdout, "torch", "fp8"), done.stderr
     assert done.stdout.splitlines()[-1].startswith("next       make bench ENGINE=torch")
+
+
+def test_gpus_that_share_a_model(report: Report) -> None:
+    """What each would hold, for as many as there are and more; and what to type."""
+    _, output = report(H200, H200, ENGINE="torch", TP="2", PRECISION="fp8")
+    lines = {line.split()[0]: line for line in output.splitlines() if line}
+    assert (
+        "of weights" in lines["TP=1"]
+        and "tokens" in lines["TP=2"]
+        and "(2 of 8 GPUs are here)" in lines["TP=8"]
+    )
+    assert "does not tell" in lines["GPUs"]
+    assert " TP=2" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("link", "told"), [("NV18", "NVLink"), ("SYS", "PCIe")])
+def test_links_between_gpus(link: str, told: str) -> None:
+    text = f"\t\x1b[4mGPU0\tGPU1\tCPU Affinity\x1b[0m\nGPU0\t X \t{link}\t0-63\nGPU1\t{link}\t X \t0-63\n\nLegend:\n"
+    assert host.parse_links(text) == told
+    assert host.parse_links("Failed to initialize NVML") == ""

@@ -22,6 +22,7 @@ from flightline.engine_build.quantize import quantize
 from flightline.engine_build.trtllm import build as trtllm_build
 from tests.engine_build import trtllm_tools
 from tests.engine_build.test_plan import A100, H200
+from tests.packing import FP8_FORMATS, rewrite
 from tests.tiny import tiny_checkpoint
 
 Make = Callable[..., dict[str, Any]]
@@ -172,8 +173,7 @@ def test_engine_on_1_3(
 
 
 def test_fp8_checkpoint_as_source(tools: None, tiny: Path, tmp_path: Path, make_build: Make) -> None:
-    source = tmp_path / "fp8"
-    shutil.copytree(tiny, source)
+    source, _ = rewrite(tiny, tmp_path / "fp8", *FP8_FORMATS["modelopt"])
     shutil.copyfile(trtllm_tools.DATA / "modelopt_hf_quant_config.json", source / "hf_quant_config.json")
     with pytest.raises(BuildError, match=r"FP8 checkpoint.*trtllm-engine calibrates.*ENGINE=trtllm-pytorch"):
         make_build(source, tmp_path / "build", "--engine", "trtllm-engine")

@@ -225,6 +225,7 @@ def test_a_frozen_engine_is_noticed_though_the_other_answers(pair: Server, lines
 def test_each_engine_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [share(n, 2, "cuda").env["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["0", "1"]
+    assert [share(n, 2, "cuda", 2).env["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["0,1", "2,3"]
     assert "CUDA_VISIBLE_DEVICES" not in share(0, 1, "cuda").env
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3f2")
     assert [share(n, 2, "cuda").env["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["5", "GPU-3f2"]

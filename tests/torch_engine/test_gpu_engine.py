@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flightline.engine_build.build import CALIBRATION, GATE_PROMPTS
@@ -27,7 +28,8 @@ from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.speculation import Speculation
 from flightline.torch_engine.engine import Engine
-from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.coded import Coded
+from flightline.torch_engine.model.config_json import load_spec, transformers_class
 from flightline.torch_engine.model.weights import Checkpoint
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS
@@ -93,18 +95,20 @@ class Fp8View(Checkpoint):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, load_spec(folder))
 
-    def fused_fp8(
-        self, modules: list[str], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, torch.Tensor | None]:
         weight, bias = self.fused(modules, torch.float32)
         scale = weight.abs().amax() / 448
         codes = (weight / scale).to(torch.float8_e4m3fn)
-        input_scale = torch.tensor(16 / 448, device=device)
-        return codes.to(device), scale.to(device), input_scale, None if bias is None else bias.to(device)
+        scales = scale.expand(weight.shape[0], 1).contiguous()
+        coded = Coded(codes, scales, weight.shape[1], input_scale=torch.tensor(16 / 448)).to(device)
+        return coded, None if bias is None else bias.to(device, dtype)
 
 
 def reference(folder: Path, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    auto_class = getattr(transformers, transformers_class(folder))
+    model = auto_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval().to(DEVICE)
 
 

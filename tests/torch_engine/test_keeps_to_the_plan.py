@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
+from flightline.torch_engine.model.coded import Coded
 
 pytest.importorskip(
     "triton"
@@ -33,9 +34,10 @@ def test_the_kv_cache_is_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fp8_weights_are_not_quietly_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = (torch.zeros(16, 16), torch.ones(()), torch.ones(()), None)
+    codes = torch.zeros(16, 16).to(torch.float8_e4m3fn)
+    stored = Coded(codes, torch.ones(16, 1), 16, input_scale=torch.ones(()))
     checkpoint = SimpleNamespace(
-        fused_fp8=lambda modules, device: stored,
+        fused_coded=lambda modules, dtype, device: (stored, None),
         fused=lambda modules, dtype: (torch.zeros(16, 16, dtype=dtype), None),
     )
     old = kernels(monkeypatch, (8, 0))

@@ -121,7 +121,10 @@ def integer_linear(
     """As a layer or the output head has it: 7 bits are the head's beside int4 layers."""
     if bits == 7:
         return kernels.linear(weight, bias)
-    return kernels.load_linear(SimpleNamespace(fused=lambda modules, dtype: (weight, bias)), ["mlp.up_proj"])
+    checkpoint = SimpleNamespace(
+        fused=lambda modules, dtype: (weight, bias), fused_coded=lambda modules, dtype, device: None
+    )
+    return kernels.load_linear(checkpoint, ["mlp.up_proj"])
 
 
 PRECISIONS = {8: "int8", 7: "int4", 4: "int4"}

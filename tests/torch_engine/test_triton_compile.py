@@ -48,10 +48,16 @@ JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
 from flightline.torch_engine.kernels.gpu.activation import Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
+from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
-from flightline.torch_engine.kernels.gpu.norm import add_norm, gate
-from flightline.torch_engine.kernels.gpu.tokens import argmax, embed
+from flightline.torch_engine.kernels.gpu.norm import add_norm, add_up, gate
+from flightline.torch_engine.kernels.gpu.tokens import argmax, embed, remember
+from flightline.torch_engine.model.coded import Coded
+from flightline.torch_engine.parallel.group import Alone
+
+class Three(Alone):
+    size, stack = 3, lambda self, x: torch.stack([x, x, x])
 
 hopper = sys.argv[1] == "90"
 bf16, one, ints = torch.bfloat16, torch.ones(()), torch.zeros(4, dtype=torch.int32)
@@ -63,6 +69,9 @@ for delta in (None, x, torch.zeros(4, 4, 4096)):
 gate(torch.zeros(4, 28672, dtype=bf16), "silu", bf16, form, one)
 quantise(x, Form.FP8_TOKEN if hopper else form)
 argmax(x, ints, ints, ints, None, ints, ints)
+argmax(x, ints, ints, ints, None, ints, ints, 4096, Three())
+remember(ints, ints, ints)
+add_up(torch.zeros(4, 4, 4096), x)
 dequantise(torch.zeros(32, 64, dtype=torch.int32), one[None], torch.zeros(64), None, bf16)
 scatter(torch.zeros(9, 9, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32))
 kind = torch.float8_e4m3fn if hopper else torch.int8
@@ -72,13 +81,23 @@ qkv = torch.zeros(4, 48 * 128, dtype=bf16)
 rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
-    plan = decode_plan(sequences, 8, 4, 128, 132)
+    plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
     attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
 if hopper:
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)
     for plan in (plans[0], plans[-1]):
         skinny_linear(codes[:1], codes, one, one, plan)
+    skinny_linear(codes[:1], codes, torch.ones(1), torch.ones(6144), plans[0])
+zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
+packed = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
+if hopper:
+    packed.append(Coded(codes, torch.ones(6144, 32), 128))
+for coded in packed:
+    linear = GroupedLinear(coded, None, bf16, Scratch(bf16, torch.device("cpu")), 132)
+    for rows in (1, 64):
+        linear._few(torch.zeros(rows, 4096, dtype=bf16))
+    linear.weight()
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
 from flightline.torch_engine.kernels.gpu.sampling_tables import Choice, Tables
 tables = Tables.empty(4, 128256, torch.device("cpu"))
@@ -101,6 +120,8 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     prefill = {unit for _, units, _ in found["_prefill_kernel"] for unit in units}
     assert prefill == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
     assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
+    units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
+    assert all(used == units for _, used, _ in found["_product_kernel"])
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"]
     assert not any(bytewise for _, _, bytewise in attention)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import FinishReason, GenerationRequest, Guide, SamplingParams
+from flightline.torch_engine.model.coded import Coded
 from tests.tiny import tiny_checkpoint
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -35,11 +36,13 @@ if RUNS:
     from flightline.engine_build.engine_model import EngineModel
     from flightline.torch_engine.cuda_runner import MixedShape
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, attend, tile_tokens
+    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
+    from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
     from flightline.torch_engine.kernels.gpu.linear import (
         Fp8Head,
         Fp8Linear,
+        Fp8RowLinear,
         Int8Linear,
         SkinnyPlan,
         dequantise,
@@ -291,6 +294,7 @@ class TestKernels:
         chance = random.Random(heads * size)
         torch.manual_seed(size)
         block_size, width = 16, 16
+        prefill = PrefillPlan(32, 32, 4, 2) if heads % 2 else PrefillPlan(64, 16, 4, 1)
         slots, positions, tiles, tables, known = [], [], [], [], []
         free = chance.sample(range(1, 100), 99)
         lengths = [(1, 1), (130, 1), (65, 1), (17, 17), (150, 37), (90, 2)]
@@ -301,7 +305,7 @@ class TestKernels:
             tables.append([free.pop() for _ in range(-(-context // block_size))] + [0] * width)
             tables[-1] = tables[-1][:width]
             if count > 1:
-                each = tile_tokens(dtype, heads // kv_heads)
+                each = prefill.tokens(heads // kv_heads)
                 for begin in range(0, count, each):
                     rows = min(each, count - begin)
                     tiles.append([step_rows + begin, rows, context - count + begin, slot])
@@ -329,14 +333,57 @@ class TestKernels:
             block = tables[slot][position // block_size]
             close(got[block, :, :, position % block_size], writes[row], tolerance)
         scale = torch.tensor(0.01, device=DEVICE)
-        kinds = [(4, Form.PLAIN), (4, Form.FP8_STATIC), (1, Form.PLAIN)]
+        kinds = [(3, Form.PLAIN), (3, Form.FP8_STATIC), (0, Form.PLAIN)]
         if INTERPRETED:  # either, by the case
             del kinds[1 + heads % 2]
-        for splits, form in kinds:
-            plan = DecodePlan(splits, 32, 2)
-            out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale).float()
+        for extra, form in kinds:
+            plan = DecodePlan(extra, 32, 32, 2)
+            out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
+
+    def test_the_longest_rows_are_cut(self) -> None:
+        """Whatever else is in the batch, and never into more pieces than there are programs."""
+        chance = random.Random(5)
+        for lengths, extra, keys, window in (
+            ([1], 4, 32, None), ([5000], 65, 64, None), ([30] * 255 + [100_000], 33, 4096, None),
+            ([70, 70, 70], 8, 32, None), ([20_000, 3, 9_000, 1], 16, 64, 500),
+            ([chance.randrange(1, 9000) for _ in range(77)], 33, 128, None),
+        ):  # fmt: skip
+            rows = len(lengths)
+            integers = {"dtype": torch.int32, "device": DEVICE}
+            positions, nothing = torch.tensor(lengths, **integers) - 1, torch.zeros(rows, **integers)
+            step = AttentionInput(nothing, positions, nothing[:, None], rows, None)
+            table = Shares.of(step, DecodePlan(extra, keys, 32, 2), window).table.tolist()
+            each, count, cut = table[:3]
+            assert Shares.of(step, DecodePlan(extra, keys, 32, 2), window).table.tolist()[:3] == table[:3]
+            pieces = [-(-min(length, window or length) // each) for length in lengths]
+            assert each >= keys and each % 32 == 0 and count == sum(pieces) - rows <= extra
+            owners = [row for row, many in enumerate(pieces) for _ in range(many - 1)]
+            assert table[3 : 3 + count] == owners
+            assert table[3 + extra : 3 + extra + cut] == sorted(set(owners))
+            firsts = table[3 + 2 * extra :]
+            assert firsts == [sum(many - 1 for many in pieces[:row]) for row in range(rows)]
+            if max(lengths) == 100_000:
+                assert pieces[-1] == 25 and sum(pieces) == rows + 24
+
+
+def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
+    """Random codes of every value that ``kind`` has, with scales and offsets that all differ."""
+    name, offsets, group = kind.split("-")
+    groups = -(-inputs // int(group))
+    scales = 0.01 + torch.rand(outputs, groups, device=DEVICE) / 50
+    if name == "fp8":
+        codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return Coded(codes, scales, int(group))
+    bits = int(name.removeprefix("int"))
+    codes, zeros = (
+        torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
+        for size in (inputs, groups)
+    )
+    minima = -torch.rand(outputs, groups, device=DEVICE) * 2 ** (bits - 6)
+    order = torch.randperm(inputs, device=DEVICE) if group == "64" else None
+    return Coded(codes, scales.half(), int(group), zeros if offsets == "zeros" else minima, bits, order)
 
 
 class TestLinears:
@@ -371,6 +418,46 @@ class TestLinears:
         if not plan:
             biased = Fp8Linear(codes, scale, input_scale, bias.to(LINEAR_DTYPE), LINEAR_DTYPE)
             self.error(biased, x, expected + bias, 1e-2)
+
+    @pytest.mark.parametrize("plan", [None, (32, 64, 2), (64, 32, 4)])
+    @pytest.mark.parametrize("static", [True, False])
+    def test_fp8_by_output(self, operands, static: bool, plan: tuple | None) -> None:
+        x, weight, bias = operands
+        scales = weight.abs().amax(1) / 448
+        codes = (weight / scales[:, None]).to(torch.float8_e4m3fn)
+        input_scale = torch.tensor(8 / 448, device=DEVICE) if static else None
+        linear = Fp8RowLinear(codes, scales, input_scale, None, LINEAR_DTYPE)
+        if plan:
+            linear.plan = SkinnyPlan(*plan, 4, 2)
+        else:
+            linear.bias = bias.to(LINEAR_DTYPE)
+        x_scales = input_scale if static else x.float().abs().amax(1, keepdim=True) / 448
+        rounded = (x.float() / x_scales).to(torch.float8_e4m3fn).float() * x_scales
+        expected = rounded @ (codes.float() * scales[:, None]).t() + (0 if plan else bias)
+        self.error(linear, x, expected, 1e-2)
+
+    @pytest.mark.parametrize(
+        ("rows", "kind"),
+        [
+            *((rows, "fp8-none-128") for rows in (5, 70, 130)),
+            *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
+            *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
+            *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+        ],
+    )
+    def test_in_groups(self, rows: int, kind: str) -> None:
+        """Few rows, several pieces of rows, and so many that the weight is written out."""
+        # bf16 is what the interpreter cannot do; fp16 goes the same way.
+        dtype = torch.float16 if INTERPRETED and rows % 2 else LINEAR_DTYPE
+        coded = coded_weight(kind, 192, 384)
+        x = torch.randn(rows, 384, device=DEVICE).to(dtype)
+        bias = torch.randn(192, device=DEVICE).to(dtype)
+        linear = GroupedLinear(coded, bias, dtype, Scratch(dtype, DEVICE), 1)
+        expected = x.float() @ coded.values(torch.float32).t() + bias.float()
+        plans = linear.plans if rows <= FEW_ROWS else linear.plans[:1]
+        for plan in plans[:: 3 if INTERPRETED else 1]:
+            linear.plan = plan
+            self.error(linear, x, expected, tolerance_of(dtype))
 
     def test_int8(self, operands) -> None:
         x, weight, bias = operands
@@ -470,7 +557,7 @@ class TestEngine:
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
         with torch.inference_mode():
             engine.runner.capture([4], [MixedShape.of(rows, engine.runner.tile) for rows in (10, 18)])
-        monkeypatch.setattr(engine.runner, "_mixed", None)
+        monkeypatch.setattr(engine.runner, "_loose", None)
         assert [output.token_ids for output in engine.generate(requests)] == expected
 
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:
@@ -537,7 +624,7 @@ class TestEngine:
         assert told(engine) == expected
         assert all(re.fullmatch(guide.text, text) for _, text, _ in expected[::2])
         steady = ["launch", "_fetch", "finish", "allow"]
-        assert sum(order[at : at + 4] == steady for at in range(len(order))) >= 3
+        assert sum(order[at : at + 4] == steady for at in range(len(order))) >= 2
         assert order.count("allow") < order.count("launch"), "steps of plain rows alone need no masks"
         engine.audit()
 

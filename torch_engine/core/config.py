@@ -18,6 +18,7 @@ KV_DTYPES = ("auto", *COMPUTE_DTYPES, "fp8", "int8")
 WEIGHT_PRECISIONS = ("auto", "dequantised", "int8", "int4")
 CPU_ISAS = ("auto", "avx512", "avx2", "portable")
 LM_HEAD_PRECISIONS = ("auto", "fp8")
+ALL_REDUCES = ("auto", "nccl")
 FP8_CAPABILITY = (8, 9)
 """Least CUDA compute capability with FP8 matrix products (Ada, Hopper, Blackwell): NVIDIA, CUDA C++ Programming Guide,
 table of features by capability. Plan, engine and the guard before a start all read it here."""
@@ -33,8 +34,10 @@ MOST = {
     "max_batch_size": 65536,
     "max_num_tokens": 2**20,
     "max_seq_len": 2**31 - 1,
+    "max_gap_ms": 2**31 - 1,
     "speculation_tokens": 64,
     "num_threads": 1024,
+    "tensor_parallel_size": 64,
     "max_queue_size": 2**31 - 1,
     "max_queue_delay_ms": 2**31 - 1,
 }
@@ -82,6 +85,9 @@ class EngineConfig:
     """Most requests in flight in one step."""
     max_num_tokens: int = 512
     """Token budget of one step: decode tokens first, the rest goes to prefill chunks."""
+    max_gap_ms: int = 0
+    """Longest time between two tokens of a stream that the prompts of others may cause: their chunks are sized by how
+    long steps have taken. 0 = ``max_num_tokens`` alone bounds them."""
     max_seq_len: int = 2048
     """Prompt plus output of one request."""
     batch_scheduler_policy: str = "guaranteed_no_evict"
@@ -90,8 +96,12 @@ class EngineConfig:
     speculation_tokens: int = 0
     """Most tokens guessed beside each decode, where that is likely to pay (``core/speculation.py``); 0 = none.
     On a GPU the host then waits before and after a step with guesses."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the model, each a process with its part of the weights and the KV cache; on GPUs, one each."""
+    all_reduce: str = "auto"
+    """CUDA, between ranks: ``auto`` adds up small sums over symmetric memory where that works, ``nccl`` never does."""
     num_threads: int = 0
-    """Intra-op threads; 0 = the cores of this process, less one from four cores up."""
+    """Intra-op threads of each rank; 0 = its part of the cores of this process, less one from four cores up."""
     max_queue_size: int = 256
     """Requests that may wait; one more is refused with UNAVAILABLE. 0 = unlimited."""
     max_queue_delay_ms: int = 0
@@ -123,6 +133,7 @@ class EngineConfig:
             ("lm_head_precision", LM_HEAD_PRECISIONS),
             ("kv_dtype", KV_DTYPES),
             ("cpu_isa", CPU_ISAS),
+            ("all_reduce", ALL_REDUCES),
         ):
             require(getattr(self, name) in allowed, name, f"use one of {', '.join(allowed)}")
         require(
@@ -130,10 +141,30 @@ class EngineConfig:
             "batch_scheduler_policy",
             f"use one of {', '.join(SCHEDULER_POLICIES)}",
         )
-        for name in ("block_size", "num_kv_blocks", "max_batch_size", "max_num_tokens", "max_seq_len"):
+        for name in (
+            "block_size", "num_kv_blocks", "max_batch_size", "max_num_tokens", "max_seq_len", "tensor_parallel_size",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "use a positive number")
-        for name in ("num_threads", "max_queue_size", "max_queue_delay_ms", "speculation_tokens"):
+        for name in (
+            "num_threads",
+            "max_queue_size",
+            "max_queue_delay_ms",
+            "max_gap_ms",
+            "speculation_tokens",
+        ):
             require(getattr(self, name) >= 0, name, "use 0 or a positive number")
+        native = self.kernels == "native" or (self.kernels == "auto" and bool(self.kernel_dir))
+        require(
+            self.tensor_parallel_size == 1 or not native,
+            "tensor_parallel_size",
+            "the compiled CPU kernels use all cores from one process: use 1, or kernels='pytorch'",
+        )
+        require(
+            self.tensor_parallel_size == 1 or self.device in DEVICES,
+            "device",
+            f"tensor_parallel_size={self.tensor_parallel_size} ranks take the devices in their order: use cuda, and "
+            "choose them with CUDA_VISIBLE_DEVICES",
+        )
         require(self.abandon_after_s > 0, "abandon_after_s", "use a positive number of seconds")
         require(
             self.num_kv_blocks * self.block_size >= self.max_seq_len,
@@ -145,6 +176,11 @@ class EngineConfig:
             self.max_num_tokens >= self.max_batch_size,
             "max_num_tokens",
             f"it must hold one token for each of max_batch_size={self.max_batch_size} requests",
+        )
+        require(
+            self.enable_chunked_context or not self.max_gap_ms,
+            "max_gap_ms",
+            "a prompt that is not cut takes as long as it takes; set enable_chunked_context=true",
         )
         require(
             self.enable_chunked_context or self.max_num_tokens >= self.max_seq_len,

@@ -9,6 +9,7 @@ import torch
 
 from flightline.torch_engine.model.kernel_interface import CacheT, Decoder, Layer, LinearT
 from flightline.torch_engine.model.spec import ModelSpec
+from flightline.torch_engine.parallel.group import Alone, Group
 
 
 class Rows(Protocol):
@@ -30,9 +31,15 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
     H query heads, V key/value heads, D head size.
     """
 
+    group: Group = Alone()
+
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
+
+    def summed(self, delta: torch.Tensor) -> torch.Tensor:
+        """All ranks' ``delta`` together: what a linear gives of which each rank has some of the inputs."""
+        return self.group.sum(delta)
 
     @abstractmethod
     def add_norm(
@@ -70,17 +77,17 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
     def decode(
         self, model: Decoder[LinearT], x: torch.Tensor, caches: list[CacheT], step: RowsT
     ) -> torch.Tensor:
-        """From embeddings to the output head's logits [sampled, vocab]."""
+        """From embeddings to the output head's logits [sampled, vocab], of this rank's part of the vocabulary."""
         eps = model.spec.norm_eps
         delta: torch.Tensor | None = None
         post: torch.Tensor | None = None
         for layer, cache in zip(model.layers, caches, strict=True):
             h, x = self.add_norm(x, delta, post, layer.input_norm, eps, layer.qkv)
             h = self.attention(layer.qkv(h), layer, model.spec, model.ropes[layer.spec.rope], cache, step)
-            delta = layer.out(h)
+            delta = self.summed(layer.out(h))
             h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, layer.gate_up)
             h = self.gate(layer.gate_up(h), model.spec.activation, layer.down)
-            delta, post = layer.down(h), layer.mlp_out_norm
+            delta, post = self.summed(layer.down(h)), layer.mlp_out_norm
         if step.logit_rows is not None:
             x = x.index_select(0, step.logit_rows)
             delta = None if delta is None else delta.index_select(-2, step.logit_rows)
@@ -104,4 +111,4 @@ def name_of(dtype: torch.dtype) -> str:
 
 def computed_in(spec: ModelSpec, dtype: torch.dtype) -> str:
     """How a device without FP8 computes a checkpoint's weights, for the log."""
-    return f"FP8 weights, computed in {name_of(dtype)}" if spec.fp8 else name_of(dtype)
+    return f"{spec.stored} weights, computed in {name_of(dtype)}" if spec.quantization else name_of(dtype)

@@ -18,6 +18,7 @@ from flightline.torch_engine.model.families import (
     turning_layers,
 )
 from flightline.torch_engine.model.fields import Fields, UnsupportedModel, check_keys, check_wrapper_keys
+from flightline.torch_engine.model.quantization import read_quantization
 from flightline.torch_engine.model.rope_settings import read_rope
 from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 
@@ -37,7 +38,9 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
     folder = Path(model_dir)
     source = folder / "config.json"
     family, fields, wrapper = _text_model(Fields(read_json(source), source))
-    fp8 = _is_fp8(folder, fields)  # said first: what quantises a model often brings keys of its own
+    quantization = read_quantization(
+        folder, fields
+    )  # first: what quantises a model often brings keys of its own
     check_keys(fields.config, family.architecture, family.keys, family.code, source)
     fields = Fields({**family.defaults, **fields.config}, fields.source)
 
@@ -79,7 +82,7 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         attention_softcap=_softcap(fields, family, "attn_logit_softcapping"),
         logit_softcap=_softcap(fields, family, "final_logit_softcapping"),
         logit_divisor=_multiplier(fields, family, "logits_scaling"),
-        fp8=fp8,
+        quantization=quantization,
         qkv_bias=attention_bias or family.qkv_bias,
         out_bias=attention_bias and family.out_bias,
         mlp_bias=fields.flag("mlp_bias", False),
@@ -108,7 +111,7 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
     """The family, its configuration, and the architecture that wraps it, if one does."""
     architecture = (fields.words("architectures") or ["?"])[0]
     if architecture in WRAPPERS:
-        check_wrapper_keys(fields.config, architecture, WRAPPERS[architecture], fields.source)
+        check_wrapper_keys(fields.config, architecture, WRAPPERS[architecture].keys, fields.source)
         text = _unwrapped(fields, architecture)
         return FAMILIES[text["architectures"][0]], Fields(text, fields.source), architecture
     if architecture not in FAMILIES:
@@ -122,10 +125,10 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
 def _unwrapped(fields: Fields, architecture: str) -> dict[str, Any]:
     text = fields.table("text_config")
     kind = str(text.get("model_type"))
-    if kind not in BY_MODEL_TYPE:
+    if kind not in WRAPPERS[architecture].texts:
         raise UnsupportedModel(
             f"{fields.source}: text_config of {architecture} is a {kind!r}, which is not supported; supported are "
-            f"{', '.join(BY_MODEL_TYPE)}"
+            f"{', '.join(WRAPPERS[architecture].texts)}"
         )
     shared = {key: fields.config[key] for key in SHARED if fields.config.get(key) is not None}
     return {**text, **shared, "architectures": [BY_MODEL_TYPE[kind].architecture]}
@@ -218,19 +221,3 @@ def _end_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     declared = Fields(read_json(path), path).ids("eos_token_id") if path.exists() else None
     return declared or own or ()
-
-
-def _is_fp8(folder: Path, fields: Fields) -> bool:
-    path = folder / "hf_quant_config.json"
-    quantization = fields.table("quantization_config")
-    if path.exists():
-        quantization = Fields(read_json(path), path).table("quantization")
-    if not quantization:
-        return False
-    algorithm = quantization.get("quant_algo")
-    if algorithm != "FP8":
-        method = algorithm or quantization.get("quant_method")
-        raise UnsupportedModel(
-            f"{folder}: quantisation {method!r} is not supported; supported are bf16 checkpoints and ModelOpt FP8"
-        )
-    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Generic
 
 import torch
+import torch.nn.functional as F
 
 from flightline.torch_engine.model.kernel_interface import CacheT, Kernels, Layer, LinearT, StepT
 from flightline.torch_engine.model.rope import rope_table
@@ -12,7 +13,10 @@ from flightline.torch_engine.model.weights import Checkpoint
 
 
 class Model(Generic[LinearT, CacheT, StepT]):
-    """Weights of a checkpoint, prepared for one implementation of the kernels."""
+    """Weights of a checkpoint, prepared for one implementation of the kernels; one rank's, if several share the model.
+
+    Ranks run the same steps at the same time, and their kernels' ``group`` adds up what they have computed.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, kernels: Kernels[LinearT, CacheT, StepT], max_seq_len: int
@@ -27,9 +31,12 @@ class Model(Generic[LinearT, CacheT, StepT]):
         self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=rounded)
         self.layers = [self._load_layer(checkpoint, index) for index in range(spec.num_layers)]
         self.norm = self._norm(checkpoint, "model.norm") / spec.logit_divisor  # the head is linear
+        self.first_token, beyond, self.padding = checkpoint.shard.vocabulary(spec.vocab_size)
+        """Of this rank's part of the vocabulary; ranks have equally many logits, the last ones -inf of no token."""
         tied = spec.tie_embeddings and "lm_head.weight" not in checkpoint
         if tied:
-            self.lm_head = kernels.linear(self.embedding, checkpoint.bias("lm_head", dtype))
+            own = self.embedding[self.first_token : beyond]
+            self.lm_head = kernels.linear(own, checkpoint.bias("lm_head", dtype))
         else:
             self.lm_head = kernels.load_linear(checkpoint, ["lm_head"])
         self.ropes = {
@@ -91,15 +98,17 @@ class Model(Generic[LinearT, CacheT, StepT]):
             ) from None
 
     def forward(self, step: StepT, caches: list[CacheT]) -> torch.Tensor:
-        """Runs one step; fills the caches and returns logits [sampled, vocab] in float32."""
-        return self.finished(self.raw_logits(step, caches))
+        """Runs one step; fills the caches and returns logits [sampled, vocab] in float32, on every rank."""
+        logits = self.finished(self.raw_logits(step, caches))
+        return self.kernels.group.columns(logits)[:, : self.spec.vocab_size]
 
     def raw_logits(self, step: StepT, caches: list[CacheT]) -> torch.Tensor:
-        """Logits as the output head gives them: their order is right, their values are before the soft cap."""
+        """This rank's logits as the output head gives them: their order is right, their values before the soft cap."""
         x = self.kernels.embed(step, self.embedding, self.embedding_scale)
-        return self.kernels.decode(self, x, caches, step)
+        logits = self.kernels.decode(self, x, caches, step)
+        return F.pad(logits, (0, self.padding), value=-torch.inf) if self.padding else logits
 
     def finished(self, logits: torch.Tensor) -> torch.Tensor:
-        """Raw logits in float32, soft-capped where the model asks for it."""
+        """Raw logits of one rank in float32, soft-capped where the model asks for it."""
         logits, cap = self.kernels.float_logits(logits, self.lm_head), self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -15,6 +15,7 @@ from flightline.torch_engine.core.sampling import Sampler
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder
 from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
+from flightline.torch_engine.parallel.group import Group
 
 
 class Linear(Protocol):
@@ -67,6 +68,8 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
     device: torch.device
     dtype: torch.dtype
     """Of activations and embeddings."""
+    group: Group
+    """The ranks that share the model."""
 
     def describe(self, spec: ModelSpec) -> str:
         """How this model's weights are kept and computed, for the log."""

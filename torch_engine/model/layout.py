@@ -6,25 +6,25 @@ A missing or foreign tensor means weights of another model under this configurat
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.quantization import (
+    BESIDE_CODES,
+    BESIDE_INT4,
+    FP8,
+    PLAIN,
+    SUPPORTED,
+    Stored,
+    check_codes,
+    check_int4,
+    codes_of,
+)
 from flightline.torch_engine.model.spec import ModelSpec, Rope
-
-PLAIN = ("F32", "BF16", "F16")
-FP8 = "F8_E4M3"
-SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as the header of a safetensors file describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def plain_names(stored: Iterable[str], spec: ModelSpec, folder: Path) -> dict[st
 
 def rows_of(spec: ModelSpec, module: str) -> Rows | None:
     """Where a checkpoint has the rows of ``module``; None if it has them as the engine does."""
-    layer = _LAYER.match(module)
+    layer = LAYER.match(module)
     if layer is None:
         return None
     prefix, name = layer.group(0), module[layer.end() :]
@@ -96,7 +96,7 @@ def rows_of(spec: ModelSpec, module: str) -> Rows | None:
     return Rows(module, 0, size, size, order)
 
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def head_order(rope: Rope, head_dim: int) -> tuple[int, ...] | None:
@@ -124,14 +124,28 @@ def check_tensors(spec: ModelSpec, stored: Mapping[str, Stored], folder: Path) -
     again = "fetch the weights and config.json of one checkpoint"
     foreign = [name for name in stored if name not in wanted and not _known(name, spec, wanted)]
     for name, extents in wanted.items():
+        codes = codes_of(name.removesuffix(".weight"), spec.quantization)
+        if codes in stored and name not in stored and spec.quantization is not None:
+            shape = tuple(sizes[extent] for extent in extents)
+            check_int4(name.removesuffix(".weight"), shape, stored, spec.quantization, folder)
+            continue
         if name not in stored:
             instead = f" (it has {foreign[0]}, which no {spec.architecture} has)" if foreign else ""
             raise UnsupportedModel(f"{folder} lacks the tensor {name}{instead}: {again}")
         _check_tensor(name, stored, tuple(sizes[extent] for extent in extents), extents, spec, folder)
+    if spec.quantization is not None and not any(_is_codes(name, stored, spec) for name in wanted):
+        raise UnsupportedModel(
+            f"{folder}: its configuration says {spec.quantization.name}, and no tensor has such codes: {again}"
+        )
     if foreign:
         raise UnsupportedModel(
             f"{folder}: tensor {foreign[0]} is none of a {spec.architecture} with this config.json: {again}"
         )
+
+
+def _is_codes(name: str, stored: Mapping[str, Stored], spec: ModelSpec) -> bool:
+    codes = codes_of(name.removesuffix(".weight"), spec.quantization) or name
+    return codes in stored and (codes != name or stored[name].dtype == FP8)
 
 
 def _check_tensor(
@@ -151,27 +165,26 @@ def _check_tensor(
         )
     if found.dtype not in (*PLAIN, FP8):
         raise UnsupportedModel(
-            f"{folder}: {name} is stored as {found.dtype}, which is not supported: use bf16 or ModelOpt FP8"
+            f"{folder}: {name} is stored as {found.dtype}, which is not supported; supported are {SUPPORTED}"
         )
     if found.dtype == FP8:
-        scale = f"{name.removesuffix('.weight')}.weight_scale"
-        if not spec.fp8 or scale not in stored:
-            raise UnsupportedModel(
-                f"{folder}: {name} is FP8 but has no weight_scale: fetch the checkpoint again"
-            )
+        check_codes(name.removesuffix(".weight"), shape, stored, spec.quantization, folder)
 
 
 def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) -> bool:
     """Tensors that may be there: scales, an unused copy of the tied head, and tables that old files stored."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("k_scale", "v_scale"):  # they come with unquantised weights, too
-        layer = _LAYER.match(name)
+        layer = LAYER.match(name)
         attention = f"self_attn.{leaf}", f"self_attn.{leaf[0]}_proj.{leaf}"
         return (
             layer is not None and int(layer.group(1)) < spec.num_layers and name[layer.end() :] in attention
         )
-    if leaf in SCALES:
-        return spec.fp8 and f"{module}.weight" in wanted
+    packing = spec.quantization.packing if spec.quantization else ""
+    if leaf in BESIDE_CODES if not packing else leaf in BESIDE_INT4[packing]:
+        return spec.quantization is not None and f"{module}.weight" in wanted
+    if packing == "gptq" and leaf == "bias":  # its first tool gave one to every module
+        return f"{module}.weight" in wanted
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 
@@ -243,3 +256,10 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     if not spec.tie_embeddings:
         wanted["lm_head.weight"] = ("vocab_size", HIDDEN)
     return wanted
+
+
+def count(spec: ModelSpec) -> tuple[int, int]:
+    """Numbers that the model has, and those of its linears, whatever they are stored as."""
+    sizes = _sizes(spec)
+    counts = {name: math.prod(sizes[extent] for extent in extents) for name, extents in _wanted(spec).items()}
+    return sum(counts.values()), sum(size for name, size in counts.items() if name.endswith("_proj.weight"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flightline.torch_engine.model.quantization import Quantization
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -83,14 +85,29 @@ class ModelSpec:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     logit_divisor: float = 1.0
-    fp8: bool = False
-    """ModelOpt unified FP8: e4m3 weights with ``weight_scale`` and ``input_scale``."""
+    quantization: Quantization | None = None
+    """How the linears are stored; None = as plain numbers."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     fused: Fused = ()
     wrapper: str = ""
     """Architecture whose language part this is, like ``Gemma3ForConditionalGeneration``; empty if it stands alone."""
+
+    @property
+    def fp8(self) -> bool:
+        """Linears are stored as e4m3 codes."""
+        return self.quantization is not None and not self.quantization.int4
+
+    @property
+    def int4(self) -> bool:
+        """Linears are stored as codes of 4 bits."""
+        return self.quantization is not None and self.quantization.int4
+
+    @property
+    def stored(self) -> str:
+        """How the linears are stored, in words."""
+        return "bf16" if self.quantization is None else self.quantization.name
 
     @property
     def num_layers(self) -> int:

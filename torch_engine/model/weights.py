@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flightline.torch_engine.model.coded import Coded, stack
 from flightline.torch_engine.model.fields import UnsupportedModel
-from flightline.torch_engine.model.layout import Rows, Stored, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.int4 import read_int4
+from flightline.torch_engine.model.layout import check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.quantization import (
+    BESIDE_CODES,
+    BESIDE_INT4,
+    BLOCK,
+    FP8,
+    INPUT_SCALES,
+    KV_SCALES,
+    WEIGHT_SCALES,
+    Stored,
+    codes_of,
+)
+from flightline.torch_engine.model.shard import WHOLE, Part, Shard
 from flightline.torch_engine.model.spec import ModelSpec
 
 
@@ -19,18 +35,34 @@ class Checkpoint:
     """Tensors by the names that Llama has for them, whatever the file calls them, read when asked for.
 
     What the file stores together is taken apart, and the rows of queries and keys come in the order that the
-    kernels' rotary embedding wants (:func:`layout.head_order`).
+    kernels' rotary embedding wants (:func:`layout.head_order`). Of a :meth:`part`, what its rank has of them.
 
     Raises UnsupportedModel on construction if a file is damaged, or a tensor missing, misshapen or foreign.
     """
 
     def __init__(self, model_dir: str | Path, spec: ModelSpec) -> None:
         self.folder = Path(model_dir)
-        self.spec = spec
+        self.spec = self.whole = spec
+        """``whole`` is the model's, ``spec`` that of the decoder whose part this is."""
+        self.shard = Shard()
         self._open: dict[str, Any] = {}
         self._files = self._locate()
         self._names = plain_names(self._files, spec, self.folder)
         check_tensors(spec, {name: self._stored(name) for name in self._files}, self.folder)
+
+    def part(self, shard: Shard) -> Checkpoint:
+        """The same for one rank, with the spec of its decoder.
+
+        Raises:
+            UnsupportedModel: the model cannot be cut like that.
+        """
+        part = copy.copy(self)
+        part.shard, part.spec = shard, shard.of(self.whole)
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files itself."""
+        return {**self.__dict__, "_open": {}}
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
@@ -72,15 +104,22 @@ class Checkpoint:
             raise self._damaged(file, error) from None
 
     def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+        return self._find(name) is not None and not self._part(name).absent
 
     def _find(self, name: str) -> str | None:
         """The file's name of a tensor: its own, or that of the module which it is stored with."""
         if name not in self._names:
             module, _, leaf = name.rpartition(".")
-            rows = rows_of(self.spec, module)
+            rows = rows_of(self.whole, module)
             name = name if rows is None else f"{rows.module}.{leaf}"
         return self._names.get(name)
+
+    def _part(self, name: str) -> Part:
+        """What this rank has of a tensor that is there."""
+        stored = self._find(name)
+        if self.shard.size == 1 or stored is None:
+            return WHOLE
+        return self.shard.part(name, self._stored(stored).shape, self.whole)
 
     def raw(self, name: str) -> torch.Tensor:
         """A tensor in its stored dtype; of one with a row for each output, the rows of the module that was asked for.
@@ -90,26 +129,101 @@ class Checkpoint:
         stored = self._find(name)
         if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
-        tensor: torch.Tensor = self._file(self._files[stored]).get_tensor(stored)
-        rows = rows_of(self.spec, name.rpartition(".")[0])
-        if rows is None or tensor.dim() == 0 or tensor.shape[0] != rows.total:
-            return tensor
-        return _own_rows(tensor, rows)
+        file, part = self._file(self._files[stored]), self._part(name)
+        shape = self._stored(stored).shape
+        where = rows_of(self.whole, name.rpartition(".")[0])
+        if where is not None and (not shape or shape[0] != where.total):
+            where = None  # a scale of the whole
+        if where is None and part == WHOLE:
+            whole: torch.Tensor = file.get_tensor(stored)
+            return whole
+        start, stop = (0, shape[0]) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows, entry = slice(start + begin, start + end), file.get_slice(stored)
+        own: torch.Tensor = entry[rows, slice(*part.columns)] if part.columns else entry[rows]
+        return own if where is None or where.order is None else _ordered(own, where.order)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """By the file's own name."""
+        tensor: torch.Tensor = self._file(self._files[name]).get_tensor(name)
+        return tensor
 
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
-        """``<module>.weight`` in ``dtype``; FP8 codes times their scale.
+        """``<module>.weight`` [N, K] in ``dtype``; codes times their scales."""
+        coded = self.coded(module)
+        return self.raw(f"{module}.weight").to(dtype) if coded is None else coded.values(dtype)
 
-        Loaders that ignore the scales run garbage without an error (Transformers does), so an FP8 tensor
-        without a scale is refused.
+    def coded(self, module: str) -> Coded | None:
+        """``<module>.weight`` as it is stored; None if that is in plain numbers."""
+        where = rows_of(self.whole, module)
+        coded = self._codes(module if where is None else where.module)
+        if coded is None:
+            return None
+        part = self.shard.part(f"{module}.weight", tuple(coded.codes.shape), self.whole)
+        if where is None and part == WHOLE:
+            return coded
+        start, stop = (0, len(coded.codes)) if where is None else (where.start, where.stop)
+        begin, end = part.rows or (0, stop - start)
+        rows = torch.arange(start + begin, start + end)
+        own = coded.rows(rows if where is None or where.order is None else _ordered(rows, where.order))
+        if part.columns is None:
+            return own
+        cut = own.columns(*part.columns)
+        if cut is None:
+            raise UnsupportedModel(
+                f"{self.folder}: {module} cannot be shared by {self.shard.size} GPUs: inputs of one scale would lie on "
+                "two; use TP=1"
+            )
+        return cut
+
+    def _codes(self, module: str) -> Coded | None:
+        """Of a whole module as the file has it, by its name in a model without a wrapper.
+
+        Loaders that ignore the scales run garbage without an error (Transformers does), so codes without a scale are
+        refused.
         """
-        weight = self.raw(f"{module}.weight")
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight.to(dtype)
-        if f"{module}.weight_scale" not in self:
+
+        def read(leaf: str) -> torch.Tensor | None:
+            name = self._names.get(f"{module}.{leaf}")
+            return None if name is None else self._tensor(name)
+
+        def first(leaves: tuple[str, ...]) -> torch.Tensor | None:
+            return next((tensor.float() for leaf in leaves if (tensor := read(leaf)) is not None), None)
+
+        quantization, weight = self.spec.quantization, self._names.get(f"{module}.weight")
+        if quantization is not None and codes_of(module, quantization) in self._names:
+            return read_int4(read, quantization, module)
+        if weight is None or self._stored(weight).dtype != FP8:
+            return None
+        scales = first(WEIGHT_SCALES)
+        if scales is None or quantization is None:
             raise UnsupportedModel(
                 f"{self.folder}: {module}.weight is FP8 but has no weight_scale: build it again"
             )
-        return (weight.float() * self.raw(f"{module}.weight_scale").float()).to(dtype)
+        codes = self._tensor(weight)
+        rows, inputs = codes.shape
+        if quantization.blocks:
+            return Coded(codes, scales.repeat_interleave(BLOCK, 0)[:rows], BLOCK)
+        known = first(INPUT_SCALES) if quantization.static else None
+        scales = scales.reshape(-1, 1).expand(rows, 1).contiguous()
+        return Coded(codes, scales, inputs, input_scale=None if known is None else known.reshape(()))
+
+    def codes(self) -> Iterator[tuple[str, Coded]]:
+        """The modules that are stored as codes, as the file has them, one at a time."""
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in self._names):
+            if (coded := self._codes(module)) is not None:
+                yield module, coded
+
+    def plain_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """What an unquantised checkpoint without a wrapper would hold, one tensor at a time; codes in ``dtype``."""
+        packing = self.spec.quantization.packing if self.spec.quantization else ""
+        beside = (*BESIDE_INT4.get(packing, BESIDE_CODES), *KV_SCALES)
+        for module, coded in self.codes():
+            yield f"{module}.weight", coded.values(dtype)
+        for plain, name in self._names.items():
+            leaf = plain.rpartition(".")[2]
+            if leaf not in beside and not (leaf == "weight" and self._stored(name).dtype == FP8):
+                yield plain, self._tensor(name)
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"
@@ -135,50 +249,30 @@ class Checkpoint:
 
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights of several linears stacked along the output, and their biases if they have any."""
-        weight = torch.cat([self.weight(module, dtype) for module in modules])
+        return torch.cat([self.weight(module, dtype) for module in modules]), self._biases(modules, dtype)
+
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, torch.Tensor | None] | None:
+        """As :meth:`fused`, with the weights as they are stored; None if they are not, or not alike."""
+        parts = [self.coded(module) for module in modules]
+        coded = [part.to(device) for part in parts if part is not None]
+        if len(coded) != len(parts) or (stacked := stack(coded)) is None:
+            return None
+        bias = self._biases(modules, dtype)
+        return stacked, None if bias is None else bias.to(device)
+
+    def _biases(self, modules: list[str], dtype: torch.dtype) -> torch.Tensor | None:
         biases = [self.bias(module, dtype) for module in modules]
         present = [bias for bias in biases if bias is not None]
-        if not present:
-            return weight, None
-        if len(present) != len(biases):
+        if present and len(present) != len(biases):
             raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
-        return weight, torch.cat(present)
-
-    def fused_fp8(
-        self, modules: list[str], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Stacked e4m3 codes, their one weight scale, the input scale and the bias, on ``device``.
-
-        None if the modules are not FP8 with a static input scale. Where their scales differ, the codes are
-        requantised to the largest (our own checkpoints have equal ones: nothing changes).
-        """
-        scaled = [f"{module}.{kind}" for module in modules for kind in ("weight_scale", "input_scale")]
-        if any(name not in self for name in scaled):
-            return None
-        codes = [self.raw(f"{module}.weight").to(device) for module in modules]
-        if any(part.dtype != torch.float8_e4m3fn for part in codes):
-            return None
-        scales = [self.raw(f"{module}.weight_scale").float().to(device) for module in modules]
-        largest = torch.stack(scales).amax()
-        codes = [
-            part
-            if torch.equal(scale, largest)
-            else (part.float() * (scale / largest)).clamp_(-448, 448).to(torch.float8_e4m3fn)
-            for part, scale in zip(codes, scales, strict=True)
-        ]
-        inputs = torch.stack([self.raw(f"{module}.input_scale").float().to(device) for module in modules])
-        biases = [self.raw(f"{module}.bias") for module in modules if f"{module}.bias" in self]
-        if biases and len(biases) != len(modules):
-            raise UnsupportedModel(f"{self.folder}: only some of {', '.join(modules)} have a bias")
-        bias = torch.cat(biases).to(device) if biases else None
-        return torch.cat(codes), largest, inputs.amax(), bias
+        return torch.cat(present) if present else None
 
 
-def _own_rows(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    own = tensor[rows.start : rows.stop]
-    if rows.order is None:
-        return own
-    heads = own.view(-1, len(rows.order), *own.shape[1:])
-    if own.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
-        return heads.view(torch.uint8)[:, list(rows.order)].view(own.dtype).flatten(0, 1)
-    return heads[:, list(rows.order)].flatten(0, 1)
+def _ordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Rows of whole heads with the dimensions of each in this order."""
+    heads = rows.view(-1, len(order), *rows.shape[1:])
+    if rows.dtype == torch.float8_e4m3fn:  # torch does not move e4m3 by index everywhere
+        return heads.view(torch.uint8)[:, list(order)].view(rows.dtype).flatten(0, 1)
+    return heads[:, list(order)].flatten(0, 1)

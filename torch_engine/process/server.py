@@ -33,6 +33,7 @@ from flightline.torch_engine.core.request import (
 )
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.parallel.ranks import RankLost
 from flightline.torch_engine.process.client import hang_up
 from flightline.torch_engine.process.interface import CacheTeller, ServedEngine
 from flightline.torch_engine.process.log import logger
@@ -218,7 +219,10 @@ class EngineServer:
             self._run_commands()
             if self._stopping or not self.engine.busy:
                 continue
-            outputs = self.engine.step()
+            try:
+                outputs = self.engine.step()
+            except RankLost:  # who watches the ranks has said which, and why
+                return 1
             for key, output in outputs:
                 self._put(key, output)
             self._flush()
@@ -354,7 +358,9 @@ class EngineServer:
 
 def main(arguments: list[str] | None = None) -> int:
     def load(engine_dir: str) -> Engine:
+        logger("engine")
         engine = Engine(EngineConfig.load(engine_dir))
+        engine.ranks.ends_process = True
         engine.guided.grammars.warm_up()
         freeze_garbage_collector()
         return engine
@@ -384,6 +390,8 @@ def run(
     try:
         engine = load(options.engine_dir)
         server = EngineServer(engine, options.socket)
+    except RankLost:
+        return 1
     except errors as error:
         print(f"engine: {error}", file=sys.stderr)
         return 1

@@ -387,6 +387,16 @@ struct Range {
     }
 };
 
+// The code of input `i` of a group's column, in place; the group's codes are zero before.
+template <class Weights>
+inline void put_code(uint8_t* codes, int64_t i, int64_t column, uint8_t code) {
+    if constexpr (std::is_same_v<Weights, Codes<4>>) {
+        codes[i % 16 / 4 * 64 + column * 4 + i % 4] |= static_cast<uint8_t>(code << (i < 16 ? 0 : 4));
+    } else {
+        codes[i / 4 * 64 + column * 4 + i % 4] = code;
+    }
+}
+
 // Rounds one group of one column of weights, `count` of them, to codes.
 template <class Weights>
 inline void pack_group(const float* values, int64_t count, float unit, int column, uint8_t* group) {
@@ -406,12 +416,7 @@ inline void pack_group(const float* values, int64_t count, float unit, int colum
     for (int64_t i = 0; i < count; i++) {
         float code = scale > 0.f ? std::nearbyint((values[i] - minimum) / scale) : 0.f;
         code = std::fmin(std::fmax(code, kSigned ? -127.f : 0.f), Weights::kTop);
-        if constexpr (std::is_same_v<Weights, Codes<4>>) {
-            uint8_t& byte = codes[i % 16 / 4 * 64 + column * 4 + i % 4];
-            byte |= static_cast<uint8_t>(code) << (i < 16 ? 0 : 4);
-        } else {
-            codes[i / 4 * 64 + column * 4 + i % 4] = static_cast<uint8_t>(static_cast<int8_t>(code));
-        }
+        put_code<Weights>(codes, i, column, static_cast<uint8_t>(static_cast<int8_t>(code)));
     }
 }
 
@@ -432,6 +437,41 @@ void pack_ints(Pool& pool, const float* w, int64_t n, int64_t k_size, uint8_t* p
             std::memcpy(panel + c * sizeof(float), &unit, sizeof unit);
             for (int64_t g = 0; g < groups; g++) {
                 pack_group<Weights>(column + g * kGroup, count(g), unit, c, panel + kUnits + g * Weights::kBytes);
+            }
+        }
+    });
+}
+
+// Codes that are given, [n, k] bytes of 4 or 7 bits (unsigned) or int8, with a scale and a minimum (null = none) for
+// `group` inputs each, [n, groups of k], a whole number of ours -> panels; `packed` is zero before. Codes stay as they
+// are; scales are rounded to the column's unit, minima to bfloat16.
+template <class Weights>
+void pack_codes(Pool& pool, const uint8_t* w, const float* scales, const float* minima, int64_t n, int64_t k_size,
+                int64_t group, uint8_t* packed) {
+    const int64_t groups = groups_of(k_size), panels = (n + kColumns - 1) / kColumns;
+    const int64_t theirs = (k_size + group - 1) / group;
+    pool.run(panels, true, [&](int64_t p) {
+        uint8_t* panel = packed + p * (kUnits + groups * Weights::kBytes);
+        for (int64_t c = 0; c < kColumns && p * kColumns + c < n; c++) {
+            const int64_t row = p * kColumns + c;
+            float largest = 0.f;
+            for (int64_t g = 0; g < theirs; g++) largest = std::fmax(largest, std::fabs(scales[row * theirs + g]));
+            const float unit = largest / Weights::kScales;
+            std::memcpy(panel + c * sizeof(float), &unit, sizeof unit);
+            if (!(unit > 0.f)) continue;
+            for (int64_t g = 0; g < groups; g++) {
+                uint8_t* to = panel + kUnits + g * Weights::kBytes;
+                const int64_t at = row * theirs + g * kGroup / group;
+                const int16_t scale = static_cast<int16_t>(std::nearbyint(scales[at] / unit));
+                std::memcpy(to + c * 2, &scale, 2);
+                if constexpr (!std::is_same_v<Weights, Int8>) {
+                    const uint16_t minimum = to_bfloat16(minima[at] / unit);
+                    std::memcpy(to + (kColumns + c) * 2, &minimum, 2);
+                }
+                const int64_t count = std::min<int64_t>(k_size - g * kGroup, kGroup);
+                for (int64_t i = 0; i < count; i++) {
+                    put_code<Weights>(to + Weights::kWeights, i, c, w[row * k_size + g * kGroup + i]);
+                }
             }
         }
     });

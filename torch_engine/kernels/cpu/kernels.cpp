@@ -139,6 +139,12 @@ void fl_pack_ints(int64_t bits, const float* w, int64_t n, int64_t k_size, uint8
     with_bits(bits, [&](auto kind) { pack_ints<decltype(kind)>(pool, w, n, k_size, packed); });
 }
 
+// Codes [n, k] that are given -> panels of integers; as pack_codes says.
+void fl_pack_codes(int64_t bits, const uint8_t* w, const float* scales, const float* minima, int64_t n, int64_t k_size,
+                   int64_t group, uint8_t* packed) {
+    with_bits(bits, [&](auto kind) { pack_codes<decltype(kind)>(pool, w, scales, minima, n, k_size, group, packed); });
+}
+
 // y [m, n] = x w^T + bias for x [m, groups of k]; bias may be null.
 void fl_int_linear(int64_t bits, const Group* x, int64_t m, int64_t k_size, const uint8_t* packed, const float* bias,
                    int64_t n, float* y) {

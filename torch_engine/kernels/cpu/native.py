@@ -23,6 +23,7 @@ from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepInput, TensorSequence
 from flightline.torch_engine.kernels.cpu.toolchain import available_isas, is_whole, library
 from flightline.torch_engine.kernels.operations import Operations, computed_in
+from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.kernel_interface import Decoder, Layer
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
@@ -33,6 +34,7 @@ SIGNATURES = {
     "fl_layout": (),
     "fl_pack": (POINTER, I64, I64, POINTER),
     "fl_pack_ints": (I64, POINTER, I64, I64, POINTER),
+    "fl_pack_codes": (I64, POINTER, POINTER, POINTER, I64, I64, I64, POINTER),
     "fl_linear": (POINTER, I64, I64, POINTER, POINTER, I64, POINTER),
     "fl_int_linear": (I64, POINTER, I64, I64, POINTER, POINTER, I64, POINTER),
     "fl_add_norm": (POINTER, POINTER, POINTER, POINTER, F32, I64, I64, I64, POINTER),
@@ -227,18 +229,28 @@ class NativeLinear:
     """``x -> [T, N]``; x is [T, K] float32, or the groups that the other kernels write for this reader."""
 
     def __init__(
-        self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None, bits: int
+        self, kernels: NativeKernels, weight: torch.Tensor | Coded, bias: torch.Tensor | None, bits: int
     ) -> None:
-        self.outputs, self.inputs = weight.shape
+        """``weight`` [N, K] is rounded to ``bits``; codes of so many bits stay what they are."""
+        codes = weight.codes if isinstance(weight, Coded) else weight
+        self.outputs, self.inputs = codes.shape
         self.bits = bits
         self.integers = int(bits < 16)
         lib = kernels.library
-        weight = weight.float().contiguous()
         shape = (self.outputs, self.inputs)
         if self.integers:
             self._packed = torch.zeros(lib.fl_int_bytes(bits, *shape), dtype=torch.uint8)
+        if isinstance(weight, Coded):
+            scales, minima = weight.scales.float().contiguous(), weight.minima().contiguous()
+            lib.fl_pack_codes(
+                *(bits, codes.contiguous().data_ptr(), scales.data_ptr(), minima.data_ptr()),
+                *(*shape, weight.group, self._packed.data_ptr()),
+            )
+        elif self.integers:
+            weight = weight.float().contiguous()
             lib.fl_pack_ints(bits, weight.data_ptr(), *shape, self._packed.data_ptr())
         else:
+            weight = weight.float().contiguous()
             panels = -(-self.outputs // kernels.panel)
             self._packed = torch.empty(panels * kernels.panel * self.inputs, dtype=torch.bfloat16)
             lib.fl_pack(weight.data_ptr(), *shape, self._packed.data_ptr())
@@ -284,20 +296,33 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         self.library.fl_set_threads(threads)
         torch.set_num_threads(1)
         self.panel = self.library.fl_panel()
+        self.rounded = 0
+        """Linears of 4-bit codes that are kept in 8 bits."""
         self.group_bytes = self.library.fl_group_bytes()
 
     def describe(self, spec: ModelSpec) -> str:
         weights = "bfloat16 weights" if self.bits == 16 else f"int{self.bits} weights, int8 activations"
+        if self.rounded:
+            weights += f"; {self.rounded} linears whose groups do not fit have int8 weights"
         computed = computed_in(spec, self.dtype)
         return f"{computed}, compiled CPU kernels ({weights}, {self.kv} KV cache, {self.isa})"
 
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> NativeLinear:
+        head = modules == ["lm_head"]
+        if self.bits == 4 and not head:
+            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
+            if stored is not None and stored[0].codes.dtype == torch.uint8:
+                return self._coded(*stored)
         weight, bias = checkpoint.fused(modules, self.dtype)
-        return (
-            self.linear(weight, bias)
-            if modules == ["lm_head"]
-            else NativeLinear(self, weight, bias, self.bits)
-        )
+        return self.linear(weight, bias) if head else NativeLinear(self, weight, bias, self.bits)
+
+    def _coded(self, coded: Coded, bias: torch.Tensor | None) -> NativeLinear:
+        """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of fewer."""
+        fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+        if fits and coded.bits < 8:
+            return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
+        self.rounded += 1
+        return NativeLinear(self, coded.values(self.dtype), bias, 8)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
         """The output head: 7 bits at the least, since int4 there costs more accuracy than time it saves."""

@@ -8,19 +8,24 @@ that nothing is quantised in a pass of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
 from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, GroupedPlan, Scratch, tile_of
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     CudaLinear,
     Fp8Head,
     Fp8Linear,
+    Fp8RowLinear,
     Int8Linear,
     PlainLinear,
     SkinnyPlan,
@@ -29,6 +34,7 @@ from flightline.torch_engine.kernels.gpu.linear import (
 )
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
+from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.kernel_interface import Layer
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
@@ -58,13 +64,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         for name, value in (("kv_dtype", self.kv), ("lm_head_precision", self.head)):
             if value == "fp8" and not self.has_fp8:
                 raise ConfigError(f"{name}='fp8' needs {NEEDED}: use another value on this GPU")
+        self.scratch = Scratch(dtype, device)
         self._used: dict[str, int] = {}
         self._tuning = ""
+        self.long_prefill: attention.PrefillPlan | None = None
+        """How long prompts are cut up, where that was timed; None: as all are."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
     def describe(self, spec: ModelSpec) -> str:
-        stored = f"{'FP8' if spec.fp8 else 'unquantised'} checkpoint, {name_of(self.dtype)} activations"
+        stored = f"{spec.stored if spec.quantization else 'unquantised'} checkpoint, {name_of(self.dtype)} activations"
         used = ", ".join(f"{count} {kind}" for kind, count in self._used.items())
         return f"{stored}, Triton-language kernels (linears: {used}{self._tuning}; {self.kv} KV cache)"
 
@@ -73,20 +82,35 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> CudaLinear:
         head = modules == ["lm_head"]
         if not head and self.weights == "auto":
-            stored = checkpoint.fused_fp8(modules, self.device)
-            if stored is not None and not self.has_fp8:
-                raise ConfigError(
-                    f"weight_precision='auto' follows the checkpoint, whose FP8 needs {NEEDED}: use 'dequantised' on "
-                    "this GPU"
-                )
-            if stored is not None and all(size % 16 == 0 for size in stored[0].shape):
-                self._count("FP8 W8A8")
-                codes, scale, input_scale, bias = stored
-                bias = None if bias is None else bias.to(self.dtype)
-                return Fp8Linear(codes, scale, input_scale, bias, self.dtype)
-            if stored is not None:
-                self._count("FP8 dequantised (shape is no multiple of 16)")
+            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
+            linear = None if stored is None else self._coded(*stored)
+            if linear is not None:
+                return linear
         return self._linear(*checkpoint.fused(modules, self.dtype), head)
+
+    def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
+        """A weight as its checkpoint stores it; None if its shape does not allow that."""
+        fp8 = coded.codes.dtype == torch.float8_e4m3fn
+        if fp8 and not self.has_fp8:
+            raise ConfigError(
+                f"weight_precision='auto' follows the checkpoint, whose FP8 needs {NEEDED}: use 'dequantised' on "
+                "this GPU"
+            )
+        kind = "FP8" if fp8 else f"W{coded.bits}A16"
+        fits = all(size % 16 == 0 for size in coded.codes.shape)
+        if fp8 and coded.scales.shape[1] == 1 and fits:
+            scale = coded.by_tensor
+            if scale is not None and coded.input_scale is not None:
+                self._count("FP8 W8A8")
+                return Fp8Linear(coded.codes, scale, coded.input_scale, bias, self.dtype)
+            self._count(f"FP8 W8A8 by {'output' if coded.input_scale is not None else 'output and row'}")
+            scales = coded.scales[:, 0].float().contiguous()
+            return Fp8RowLinear(coded.codes, scales, coded.input_scale, bias, self.dtype)
+        if tile_of(coded) is not None and not (fp8 and coded.scales.shape[1] == 1):
+            self._count(f"{kind} in groups of {coded.group}")
+            return GroupedLinear(coded, bias, self.dtype, self.scratch, self.multiprocessors)
+        self._count(f"{kind} dequantised (shape is no multiple of 16)")
+        return None
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaLinear:
         """The output head, or a linear whose weights are not FP8 codes."""
@@ -109,6 +133,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self._used[kind] = self._used.get(kind, 0) + 1
 
     # The step --------------------------------------------------------------------------------------
+
+    def summed(self, delta: torch.Tensor) -> torch.Tensor:
+        """Partial sums of this rank's own product are added up first: between GPUs every byte counts."""
+        if self.group.size > 1 and delta.dim() == 3:
+            shape = (delta.shape[1], delta.shape[2])
+            room = self.group.room(shape, self.dtype)
+            if room is None:
+                room = torch.empty(shape, dtype=self.dtype, device=delta.device)
+            delta = norm.add_up(delta, room)
+        return self.group.sum(delta)
 
     def embed(self, step: CudaStep, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return tokens.embed(step.ids, step.attention.slots, step.last, table, float(factor))
@@ -168,13 +202,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             spec.qk_norm == "row",
         )
         plan = attention.decode_plan(
-            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors
-        )
+            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
+            layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
+        )  # fmt: skip
         reader = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale,
+            plan, form, reader.input_scale, self.long_prefill if where.long else None,
         )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
@@ -187,41 +222,125 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def sequence_steps(
         self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
     ) -> SequenceSteps[CudaStep]:
-        return CudaSequence.of(blocks, self.dtype, spec.num_groups)
+        return CudaSequence.of(blocks, self.dtype, spec.num_groups, spec.head_dim)
 
     # Tuning ----------------------------------------------------------------------------------------
 
     def tune(self, layers: list[Layer[CudaLinear]]) -> None:
         """Chooses for each FP8 linear between the library and our product for few rows, by timing both.
 
-        Each candidate runs through all layers in a graph, so that weights come from memory and not from a cache.
+        Weights in groups have only our product, of which the fastest plan is chosen. Each candidate runs through all
+        layers in a graph, so that weights come from memory and not from a cache.
         """
         chosen = []
         for kind in ("qkv", "out", "gate_up", "down"):
             linears = [getattr(layer, kind) for layer in layers]
-            if not all(isinstance(linear, Fp8Linear) and linear.bias is None for linear in linears):
+            times = self._timed(linears)
+            if not times:
                 continue
-            outputs, inputs = linears[0].weight.shape
-            x = Activation(torch.ones(8, inputs, device=self.device).to(torch.float8_e4m3fn))
-            times: dict[SkinnyPlan | None, float] = {None: _time_all(linears, x, None)}
-            for plan in skinny_plans(outputs, inputs, self.multiprocessors):
-                times[plan] = _time_all(linears, x, plan)
-            ours = [plan for plan in times if plan is not None]
-            best = min(ours, key=lambda plan: times[plan], default=None)
-            # Our partial sums cost their reader a little, but ours starts while the kernel before it ends: where that
-            # is possible a close race goes to it, otherwise to the library.
-            if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
-                best = None
+            best = min(times, key=lambda plan: times[plan])
+            if None in times:
+                ours = [plan for plan in times if plan is not None]
+                best = min(ours, key=lambda plan: times[plan], default=None)
+                # Our partial sums cost their reader a little, but ours starts while the kernel before it ends: where
+                # that is possible a close race goes to it, otherwise to the library.
+                if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
+                    best = None
             for linear in linears:
                 linear.plan = best
-            each = len(linears)
-            chosen.append(f"{kind} {times[None] / each:.1f} -> {times[best] / each:.1f} us")
+            first, each = next(iter(times.values())), len(linears)
+            chosen.append(f"{kind} {first / each:.1f} -> {times[best] / each:.1f} us")
             self.tuned[kind] = {str(plan): round(time / each, 2) for plan, time in times.items()}
         if chosen:
-            self._tuning = f"; few rows: {', '.join(chosen)}"
+            self._tuning += f"; few rows: {', '.join(chosen)}"
+
+    def _timed(self, linears: list[Any]) -> dict[SkinnyPlan | GroupedPlan | None, float]:
+        """Microseconds of each candidate, what is taken without tuning first; empty if there is no choice."""
+        one = linears[0]
+        if any(type(linear) is not type(one) for linear in linears):
+            return {}
+        ones = torch.ones(8, 1, device=self.device)
+        if isinstance(one, GroupedLinear):
+            x = Activation(ones.expand(8, one.inputs).to(self.dtype))
+            plans: list[SkinnyPlan | GroupedPlan | None] = [*one.plans]
+        elif isinstance(one, Fp8Linear | Fp8RowLinear) and all(linear.bias is None for linear in linears):
+            outputs, inputs = one.weight.shape
+            scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None
+            x = Activation(ones.expand(8, inputs).to(torch.float8_e4m3fn), scales)
+            plans = [None, *skinny_plans(outputs, inputs, self.multiprocessors)]
+        else:
+            return {}
+        return {plan: _time_all(linears, x, plan) for plan in plans}
+
+    def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
+        """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
+
+        Each computes the last tokens of a long prompt over ``cache``, whatever that holds.
+        """
+        block_size = cache.values.shape[3]
+        context = min(longest, 16384, cache.values.shape[0] * block_size)
+        if context < attention.LONG:
+            return
+        times = {
+            plan: prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype)
+            for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
+        }
+        usual, *_ = times
+        best = min(times, key=lambda plan: times[plan])
+        if times[best] < 0.98 * times[usual]:
+            self.long_prefill = best
+            self._tuning += (
+                f"; long prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
+            )
+        self.tuned["prefill attention"] = {str(plan): round(time * 1e6, 1) for plan, time in times.items()}
 
 
-def _time_all(linears: list[Fp8Linear], x: Activation, plan: SkinnyPlan | None) -> float:
+def prefill_seconds(
+    plan: attention.PrefillPlan,
+    spec: ModelSpec,
+    cache: KVCache,
+    context: int,
+    tokens: int,
+    dtype: torch.dtype,
+    repeats: int = 5,
+) -> float:
+    """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
+    fit this device."""
+    device, block_size = cache.values.device, cache.values.shape[3]
+    each, first = plan.tokens(spec.num_groups), context - tokens
+    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
+    tiles = torch.tensor(pieces, dtype=torch.int32, device=device)
+    table = torch.arange(-(-context // block_size), dtype=torch.int32, device=device)[None]
+    positions = torch.arange(first, context, dtype=torch.int32, device=device)
+    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
+    qkv = torch.randn(
+        tokens, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, dtype=dtype, device=device
+    )
+
+    def run() -> None:
+        attention.attend(
+            qkv, cache, where, spec.num_heads, spec.attention_scale, None, spec.attention_softcap,
+            attention.DecodePlan(0, 0, 32, 1), prefill=plan,
+        )  # fmt: skip
+
+    try:
+        run()
+    except (OutOfResources, CompilationError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        return float("inf")
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:
     """Microseconds to run ``x`` through all of them; infinite if the plan does not fit this device."""
     for linear in linears:
         linear.plan = plan
@@ -229,7 +348,7 @@ def _time_all(linears: list[Fp8Linear], x: Activation, plan: SkinnyPlan | None) 
         linears[0](x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
             for linear in linears:
                 linear(x)
         times: list[float] = []

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, emit, new_output, warps_of
+from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel
 
 E4M3_MAX = 448.0
@@ -77,7 +78,7 @@ def _prefetch(rows, BYTES: tl.constexpr):
 def _skinny_kernel(
     x, weight, x_scale, weight_scale, out, rows,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
+    SPLITS: tl.constexpr, PREFETCH: tl.constexpr, X_EACH: tl.constexpr, W_EACH: tl.constexpr,
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
@@ -91,27 +92,46 @@ def _skinny_kernel(
         cuda.gdc_wait()
     inputs = x + m[:, None] * K + split * EACH + k[None, :]
     mask = (m < rows)[:, None]
-    scale = tl.load(x_scale) * tl.load(weight_scale)
+    scale_x = tl.load(x_scale + m, mask=m < rows, other=0.0) if X_EACH else tl.load(x_scale)
+    scale_w = tl.load(weight_scale + n) if W_EACH else tl.load(weight_scale)
     if BLOCK_N >= 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
         tall = tl.zeros([BLOCK_N, ROWS], tl.float32)
         for start in range(0, EACH, BLOCK_K):
             a = tl.load(inputs + start, mask=mask, other=0.0)
             tall = tl.dot(tl.load(weights + start), tl.trans(a), tall)
         target = out + (split * rows + m)[None, :] * N + n[:, None]
-        tl.store(target, tall * scale, mask=(m < rows)[None, :])
+        if X_EACH:
+            tall *= scale_x[None, :]
+        else:
+            tall *= scale_x
+        if W_EACH:
+            tall *= scale_w[:, None]
+        else:
+            tall *= scale_w
+        tl.store(target, tall, mask=(m < rows)[None, :])
     else:
         flat = tl.zeros([ROWS, BLOCK_N], tl.float32)
         for start in range(0, EACH, BLOCK_K):
             a = tl.load(inputs + start, mask=mask, other=0.0)
             flat = tl.dot(a, tl.trans(tl.load(weights + start)), flat)
         target = out + (split * rows + m)[:, None] * N + n[None, :]
-        tl.store(target, flat * scale, mask=mask)
+        if X_EACH:
+            flat *= scale_x[:, None]
+        else:
+            flat *= scale_x
+        if W_EACH:
+            flat *= scale_w[None, :]
+        else:
+            flat *= scale_w
+        tl.store(target, flat, mask=mask)
 
 
 def skinny_linear(
     x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, plan: SkinnyPlan
 ) -> torch.Tensor:
     """``x`` [T <= 16, K] times ``weight`` [N, K], e4m3: partial sums [S, T, N] float32, in a fixed order.
+
+    ``x_scale`` is a scalar or [T], ``weight_scale`` a scalar or [N].
 
     With few rows a product is bound by reading the weight once; splitting the inner dimension keeps all of the
     device reading, and the sums are added up by the kernel that reads them anyway.
@@ -122,7 +142,7 @@ def skinny_linear(
     _skinny_kernel[(outputs // plan.block_n, plan.splits)](
         x, weight, x_scale, weight_scale, out, rows,
         outputs, inputs, SKINNY_ROWS, plan.block_n, plan.block_k, plan.splits,
-        min(PREFETCH, 2 ** ((inputs // plan.splits).bit_length() - 1)),
+        min(PREFETCH, 2 ** ((inputs // plan.splits).bit_length() - 1)), x_scale.dim(), weight_scale.dim(),
         num_warps=plan.warps, num_stages=plan.stages, **LAUNCH,
     )  # fmt: skip
     return out
@@ -237,6 +257,41 @@ class Fp8Linear:
         return _scaled_mm(x.values, self.weight, self.input_scale, self.weight_scale, self.bias, self.dtype)
 
 
+class Fp8RowLinear:
+    """e4m3 weights with a scale for each output; activations have one that is known beforehand, or one for each row."""
+
+    column_scales: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """``scales`` [N] float32."""
+        self.form = Form.FP8_TOKEN if input_scale is None else Form.FP8_STATIC
+        self.weight, self.scales, self.input_scale = codes, scales, input_scale
+        self.bias, self.dtype = bias, dtype
+        self.one = torch.ones((), dtype=torch.float32, device=codes.device)
+        self.plan: SkinnyPlan | None = None
+        """As of :class:`Fp8Linear`."""
+
+    def __call__(self, x: Activation) -> torch.Tensor:
+        scales = self.input_scale if x.scales is None else x.scales
+        assert scales is not None
+        rows = x.values.shape[0]
+        if self.plan is not None and rows <= SKINNY_ROWS:
+            return skinny_linear(x.values, self.weight, scales, self.scales, self.plan)
+        scales = scales.expand(rows).contiguous()
+        if x.values.is_cuda and self.dtype == torch.bfloat16:
+            columns = self.scales[None, :]
+            return _scaled_mm(x.values, self.weight, scales[:, None], columns, self.bias, self.dtype)
+        sums = _scaled_mm(x.values, self.weight, self.one, self.one, None, torch.float32)
+        return dequantise(sums, scales, self.scales, self.bias, self.dtype)
+
+
 class Int8Linear:
     """int8 weights with a scale for each output, int8 activations with a scale for each token (W8A8)."""
 
@@ -286,7 +341,7 @@ class Fp8Head:
         return logits.mul_(x.scales[:, None])
 
 
-CudaLinear = PlainLinear | Fp8Linear | Int8Linear | Fp8Head
+CudaLinear = PlainLinear | Fp8Linear | Fp8RowLinear | GroupedLinear | Int8Linear | Fp8Head
 
 
 def _scaled_mm(x, weight, x_scale, weight_scale, bias, dtype) -> torch.Tensor:

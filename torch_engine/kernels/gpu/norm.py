@@ -72,6 +72,22 @@ def add_norm(
     return Activation(out, scales)
 
 
+@triton.jit(do_not_specialize=["step", "size"])
+def _add_up_kernel(sums, step, out, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    begin_kernel()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    tl.store(out + at, sum_parts(sums + at, step, mask, PARTS).to(out.dtype.element_ty), mask=mask)
+
+
+def add_up(sums: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Partial sums [S, T, N] as one, in ``out`` [T, N]."""
+    parts, step = parts_of(sums)
+    block = 1024
+    _add_up_kernel[(triton.cdiv(out.numel(), block),)](sums, step, out, out.numel(), block, parts, **LAUNCH)
+    return out
+
+
 @triton.jit(do_not_specialize=["step"])
 def _gate_kernel(
     gate_up, step, out, scales, in_scale,

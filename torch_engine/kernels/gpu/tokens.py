@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.parallel.group import Alone, Group
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def embed(
 
 @triton.jit
 def _argmax_part_kernel(
-    logits, column_scales, holds, ends, tops, places, N: tl.constexpr, PARTS: tl.constexpr,
+    logits, column_scales, holds, ends, tops, places, FIRST, N: tl.constexpr, PARTS: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
@@ -54,21 +55,25 @@ def _argmax_part_kernel(
             values *= tl.load(column_scales + columns, mask=mask, other=1.0)
         if goes_on:
             for number in tl.static_range(ENDS):
-                values = tl.where(columns == tl.load(ends + number), float("-inf"), values)
+                values = tl.where(FIRST + columns == tl.load(ends + number), float("-inf"), values)
         place = tl.where(values > best, columns, place)
         best = tl.maximum(best, values)
     top = tl.max(best, 0)
     tl.store(tops + row * PARTS + part, top)
-    tl.store(places + row * PARTS + part, tl.min(tl.where(best == top, place, 2147483647), 0))
+    tl.store(places + row * PARTS + part, FIRST + tl.min(tl.where(best == top, place, 2147483647 - FIRST), 0))
 
 
-@triton.jit
-def _argmax_merge_kernel(tops, places, slots, last, tokens, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["step"])
+def _argmax_merge_kernel(
+    tops, places, slots, last, tokens, step, RANKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    values = tl.load(tops + row * PARTS + part)
-    place = tl.load(places + row * PARTS + part)
+    part = tl.arange(0, BLOCK)
+    mask = part < RANKS * PARTS
+    at = (part // PARTS) * step + row * PARTS + part % PARTS
+    values = tl.load(tops + at, mask=mask, other=float("-inf"))
+    place = tl.load(places + at, mask=mask, other=2147483647)
     top = tl.max(values, 0)
     token = tl.min(tl.where(values == top, place, 2147483647), 0)
     none = top == float("-inf")  # NaN is never the highest either
@@ -84,22 +89,44 @@ def argmax(
     column_scales: torch.Tensor | None = None,
     holds: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    first: int = 0,
+    group: Group | None = None,
 ) -> None:
     """Most likely token of each row of ``logits`` [R, N], the first of equals; none of ``ends`` where ``holds`` is set.
 
     ``holds`` is [R] int32, ``ends`` [E] int32; without one of them every token may be chosen. Writes the token to
     ``tokens`` [R] int32, -1 where no logit is finite, and to ``last[slots[row]]``, where :func:`embed` finds it.
+
+    The logits are those of the tokens from ``first`` on; what each rank of ``group`` has of them is compared, and all
+    write the same token.
     """
     rows, size = logits.shape
+    group = group or Alone()
     block = 1024
     parts = max(4, min(64, triton.next_power_of_2(triton.cdiv(size, block))))
     each = triton.cdiv(triton.cdiv(size, parts), block) * block
-    tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    places = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    scales = tops if column_scales is None else column_scales
+    best = torch.empty(2, rows, parts, dtype=torch.float32, device=logits.device)
+    places = best[1].view(torch.int32)
+    scales = best if column_scales is None else column_scales
     _argmax_part_kernel[(rows, parts)](
-        logits, scales, places if holds is None else holds, places if ends is None else ends, tops, places,
+        logits, scales, places if holds is None else holds, places if ends is None else ends, best[0], places, first,
         size, parts, each, block, column_scales is not None,
         0 if holds is None or ends is None else len(ends), **LAUNCH,
     )  # fmt: skip
-    _argmax_merge_kernel[(rows,)](tops, places, slots, last, tokens, parts, num_warps=1, **LAUNCH)
+    everyone = group.stack(best)  # bits: a place is not a number here
+    _argmax_merge_kernel[(rows,)](
+        everyone[0, 0], everyone[0, 1].view(torch.int32), slots, last, tokens, 2 * rows * parts,
+        group.size, parts, triton.next_power_of_2(group.size * parts), num_warps=1, **LAUNCH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _remember_kernel(tokens, slots, last):
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(last + tl.load(slots + row), tl.maximum(tl.load(tokens + row), 0))
+
+
+def remember(tokens: torch.Tensor, slots: torch.Tensor, last: torch.Tensor) -> None:
+    """Puts ``tokens`` [R], which another rank has chosen, where :func:`embed` finds them."""
+    _remember_kernel[(tokens.shape[0],)](tokens, slots, last, num_warps=1, **LAUNCH)

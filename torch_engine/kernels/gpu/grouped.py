@@ -1,0 +1,288 @@
+"""Products with weights whose codes have scales along the inputs: FP8 in blocks of 128x128, and integers in groups.
+
+For few rows such a product is bound by reading the codes once: they become numbers in registers, beside activations in
+the compute dtype. For many rows the weight is written out once into scratch memory for the library's product.
+
+Shapes: T rows, K inputs, N outputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from flightline.torch_engine.kernels.gpu.activation import Activation, Form
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel
+from flightline.torch_engine.model.coded import Coded
+
+FEW_ROWS = 128
+"""Most rows of :func:`grouped_product`; more are served by the library. An estimate by bytes, not measured yet: up to
+here the codes are read at most twice, half a byte each, and writing a weight out and reading it again is 4.5 bytes."""
+ROWS_AT_ONCE = 64
+WIDEST = 128
+"""Most inputs of a tile."""
+
+_OVERLAPS = tl.constexpr(OVERLAPS)
+
+
+class Kind(IntEnum):
+    """What a byte of codes is."""
+
+    E4M3 = 0
+    WHOLE = 1
+    """An unsigned code."""
+    PAIR = 2
+    """Two codes of 4 bits, the lower one of the first half of a tile's inputs."""
+
+
+class Offsets(IntEnum):
+    """What a group has besides its scale."""
+
+    NONE = 0
+    ZEROS = 1
+    """A code that means zero: a weight is (code - zero) * scale."""
+    MINIMA = 2
+    """A number that is added: a weight is code * scale + minimum."""
+
+
+E4M3, PAIR = tl.constexpr(int(Kind.E4M3)), tl.constexpr(int(Kind.PAIR))
+ZEROS, MINIMA = tl.constexpr(int(Offsets.ZEROS)), tl.constexpr(int(Offsets.MINIMA))
+
+
+@dataclass(frozen=True)
+class GroupedPlan:
+    """How a weight is cut up among programs."""
+
+    block_n: int
+    splits: int
+    """Pieces of the inner dimension, each with a partial sum of its own: enough programs to fill the device."""
+    warps: int
+    stages: int
+
+
+def grouped_plans(outputs: int, tiles: int, multiprocessors: int) -> list[GroupedPlan]:
+    """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess."""
+    plans: list[GroupedPlan] = []
+    for block_n, warps, stages in ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4)):
+        if outputs % block_n or (block_n < 64 and plans):
+            continue
+        for waves in (2, 4):
+            splits = 1
+            while (
+                splits < 8
+                and tiles % (2 * splits) == 0
+                and outputs // block_n * splits < waves * multiprocessors
+            ):
+                splits *= 2
+            plan = GroupedPlan(block_n, splits, warps, stages)
+            if plan not in plans:
+                plans.append(plan)
+    return plans
+
+
+@triton.jit
+def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
+    """Codes as numbers of the compute dtype, which holds each of them; pairs are moved up by :func:`_moved`."""
+    if KIND == E4M3:
+        numbers = codes.to(tl.float32).to(like)
+    elif KIND == PAIR:
+        numbers = (codes >> (4 * half)) & 15
+        # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
+        if like == tl.bfloat16:
+            numbers = (numbers.to(tl.int16) | 0x4300).to(like, bitcast=True)
+        elif like == tl.float16:
+            numbers = (numbers.to(tl.int16) | 0x6400).to(like, bitcast=True)
+        else:
+            numbers = numbers.to(like)
+    else:
+        numbers = codes.to(like)
+    return numbers
+
+
+@triton.constexpr_function
+def _moved(kind: int, like: tl.dtype) -> int:
+    """What a code of a pair is more than it says."""
+    if kind != Kind.PAIR:
+        return 0
+    return 128 if like == tl.bfloat16 else 1024 if like == tl.float16 else 0
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _product_kernel(
+    x, codes, scales, offsets, bias, out, rows,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    if _OVERLAPS:
+        cuda.gdc_launch_dependents()
+    HALVES: tl.constexpr = 2 if KIND == PAIR else 1
+    WIDTH: tl.constexpr = TILE // HALVES
+    TILES: tl.constexpr = K // TILE // SPLITS
+    MOVED: tl.constexpr = _moved(KIND, x.dtype.element_ty)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask = (m < rows)[:, None]
+    if _OVERLAPS:
+        cuda.gdc_wait()
+    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for tile in range(split * TILES, (split + 1) * TILES):
+        byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+        for half in tl.static_range(HALVES):
+            k = tile * TILE + half * WIDTH
+            a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
+            numbers = _numbers(byte, half, KIND, x.dtype.element_ty)
+            part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
+            # A half lies in one group: its scale is applied to the sums, which are fewer than the weights.
+            at = (k // GROUP) * N + n
+            scale = tl.load(scales + at).to(tl.float32)[:, None]
+            if OFFSETS > 0 or MOVED > 0:
+                sums = tl.sum(a.to(tl.float32), 1)[None, :]
+            if OFFSETS == ZEROS:
+                part -= (tl.load(offsets + at).to(tl.float32) + MOVED)[:, None] * sums
+            elif MOVED > 0:
+                part -= MOVED * sums
+            part *= scale
+            if OFFSETS == MINIMA:
+                part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
+            total += part
+    if BIASED and split == 0:
+        total += tl.load(bias + n).to(tl.float32)[:, None]
+    target = out + (split * rows + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(target, total, mask=(m < rows)[None, :])
+
+
+@triton.jit
+def _write_out_kernel(
+    codes, scales, offsets, out,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    HALVES: tl.constexpr = 2 if KIND == PAIR else 1
+    WIDTH: tl.constexpr = TILE // HALVES
+    tile = tl.program_id(0)
+    n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+    for half in tl.static_range(HALVES):
+        k = tile * TILE + half * WIDTH
+        values = _numbers(byte, half, KIND, tl.float32)
+        at = (k // GROUP) * N + n
+        scale = tl.load(scales + at).to(tl.float32)[:, None]
+        if OFFSETS == ZEROS:
+            values -= tl.load(offsets + at).to(tl.float32)[:, None]
+        values *= scale
+        if OFFSETS == MINIMA:
+            values += tl.load(offsets + at).to(tl.float32)[:, None]
+        tl.store(out + n.to(tl.int64)[:, None] * K + k + w[None, :], values.to(out.dtype.element_ty))
+
+
+class Scratch:
+    """Memory for one written-out weight, shared by all linears: they run one after the other."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._memory: torch.Tensor | None = None
+
+    def reserve(self, size: int) -> None:
+        """At load: a captured graph must find the memory where it was."""
+        if self._memory is None or size > self._memory.numel():
+            self._memory = None
+            self._memory = torch.empty(size, dtype=self._dtype, device=self._device)
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        assert self._memory is not None
+        return self._memory[: rows * columns].view(rows, columns)
+
+
+def tile_of(coded: Coded) -> int | None:
+    """Inputs of a tile, which lies in one group (each of its halves, if two codes share a byte); None if none fits."""
+    outputs, inputs = coded.codes.shape
+    halves = 2 if coded.bits == 4 else 1
+    tiles = [WIDEST >> shift for shift in range(4) if WIDEST >> shift >= 16 * halves]
+    fitting = [tile for tile in tiles if inputs % tile == 0 and coded.group % (tile // halves) == 0]
+    return fitting[0] if fitting and outputs % 16 == 0 else None
+
+
+class GroupedLinear:
+    """Codes with a scale for each output and group of inputs; activations in the compute dtype."""
+
+    form = Form.PLAIN
+    input_scale: torch.Tensor | None = None
+    column_scales: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        coded: Coded,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        scratch: Scratch,
+        multiprocessors: int,
+    ) -> None:
+        """``coded`` must have a :func:`tile_of`."""
+        tile = tile_of(coded)
+        assert tile is not None
+        self.outputs, self.inputs = coded.codes.shape
+        self.group, self.tile, self.bias, self.dtype = coded.group, tile, bias, dtype
+        self.kind = (
+            Kind.E4M3 if coded.codes.dtype.is_floating_point else Kind.PAIR if coded.bits == 4 else Kind.WHOLE
+        )
+        self.codes = _tiled(coded.codes, tile, self.kind)
+        self.scales = coded.scales.t().contiguous()
+        self.order = coded.order
+        self.offset_kind = Offsets.NONE
+        self.offsets = self.scales
+        if coded.offsets is not None:
+            self.offset_kind = Offsets.MINIMA if coded.offsets.is_floating_point() else Offsets.ZEROS
+            self.offsets = coded.offsets.t().contiguous()
+        self.plans = grouped_plans(self.outputs, self.inputs // tile, multiprocessors)
+        self.plan = self.plans[0]
+        """For few rows: :meth:`CudaKernels.tune` replaces it by the fastest."""
+        self._scratch = scratch
+        scratch.reserve(self.outputs * self.inputs)
+
+    def __call__(self, x: Activation) -> torch.Tensor:
+        values = x.values if self.order is None else x.values.index_select(1, self.order)
+        if values.shape[0] <= FEW_ROWS:
+            return self._few(values)
+        return F.linear(values, self.weight(), self.bias)
+
+    def _few(self, x: torch.Tensor) -> torch.Tensor:
+        """Partial sums [S, T, N] float32, in a fixed order."""
+        rows, plan = x.shape[0], self.plan
+        at_once = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(rows)))
+        out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=x.device)
+        _product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(rows, at_once))](
+            x, self.codes, self.scales, self.offsets, out if self.bias is None else self.bias, out, rows,
+            self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind),
+            self.bias is not None, at_once, plan.block_n, plan.splits,
+            num_warps=plan.warps, num_stages=plan.stages, **LAUNCH,
+        )  # fmt: skip
+        return out
+
+    def weight(self) -> torch.Tensor:
+        """[N, K], written out into the scratch memory."""
+        out = self._scratch.take(self.outputs, self.inputs)
+        block_n = min(64, self.outputs & -self.outputs)
+        _write_out_kernel[(self.inputs // self.tile, self.outputs // block_n)](
+            self.codes, self.scales, self.offsets, out,
+            self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind), block_n,
+            num_warps=4, **LAUNCH,
+        )  # fmt: skip
+        return out
+
+
+def _tiled(codes: torch.Tensor, tile: int, kind: Kind) -> torch.Tensor:
+    """[N, K] to [K / tile, N, bytes of a tile's row]: what a program reads at once lies together."""
+    outputs, inputs = codes.shape
+    tiles = codes.view(torch.uint8).view(outputs, inputs // tile, tile).transpose(0, 1)
+    if kind == Kind.PAIR:
+        low, high = tiles.chunk(2, dim=2)
+        return (low | high << 4).contiguous()
+    return tiles.contiguous().view(codes.dtype)

@@ -211,7 +211,9 @@ def become_w8a8(model: Any, quantized: Path) -> Any:
 
     Raises BuildError for a mixture of experts, whose linears are no modules of the source model.
     """
-    modules = dict(model.named_modules())
+    modules = {
+        name.replace("model.language_model.", "model.", 1): each for name, each in model.named_modules()
+    }
     for name, coded in Checkpoint(quantized, load_spec(quantized)).codes():
         if name not in modules:
             raise BuildError(

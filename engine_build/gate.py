@@ -208,7 +208,9 @@ def _decoded(model: Any, window: list[int]) -> Decoded:
 
 def become_w8a8(model: Any, quantized: Path) -> Any:
     """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it."""
-    modules = dict(model.named_modules())
+    modules = {
+        name.replace("model.language_model.", "model.", 1): each for name, each in model.named_modules()
+    }
     for name, coded in Checkpoint(quantized, load_spec(quantized)).codes():
         with torch.no_grad():
             modules[name].weight.copy_(coded.values(torch.float32))

@@ -33,6 +33,7 @@ EMBEDDED_SHAPE = ModelShape(
     max_position_embeddings=8192,
     parameters=134_515_008,
     linear_parameters=106_168_320,
+    family="LlamaForCausalLM",
     splits=(3,),
 )
 """So that preflight needs no package at all."""
@@ -112,8 +113,15 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         max_position_embeddings=spec.max_position_embeddings,
         parameters=linear + norms + embeddings,
         linear_parameters=linear,
+        idle_parameters=idle_parameters(spec),
+        family=spec.wrapper or spec.architecture,
         fp8=spec.fp8,
         int4=spec.int4,
         stored=spec.stored,
         splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )
+
+
+def idle_parameters(spec: ModelSpec) -> int:
+    """What a step for one token does not read."""
+    return 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size

@@ -22,7 +22,9 @@ CPU_COMPILER = dataclasses.replace(CPU, compiler="/usr/bin/g++")
 CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
 
 SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
-LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, splits=(2, 4, 8, 16))
+LLAMA_8B = ModelShape(
+    32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, 525_336_576, "LlamaForCausalLM", splits=(2, 4, 8, 16)
+)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,13 @@ def test_kv_bytes_of_llama_8b() -> None:
     assert kv_bytes_per_token(32, 8, 128, 1) == 64 * 1024
     assert kv_bytes_per_token(32, 8, 128, 1, tp=2, pp=2) == 16 * 1024
     assert kv_bytes_per_token(32, 8, 128, 1, tp=16) == kv_bytes_per_token(32, 8, 128, 1, tp=8)  # copies
+
+
+def test_the_gap_of_streams_is_bounded_by_our_engine_alone() -> None:
+    assert make_plan(SMALL, CPU).max_gap_ms == 0
+    assert make_plan(SMALL, CPU, max_gap_ms=50).max_gap_ms == 50
+    with pytest.raises(BuildError, match="MAX_GAP_MS=50 is for ENGINE=torch, not trtllm-pytorch"):
+        make_plan(SMALL, H200, "trtllm-pytorch", max_gap_ms=50)
 
 
 def test_cpu_pool() -> None:

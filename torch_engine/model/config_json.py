@@ -111,7 +111,7 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
     """The family, its configuration, and the architecture that wraps it, if one does."""
     architecture = (fields.words("architectures") or ["?"])[0]
     if architecture in WRAPPERS:
-        check_wrapper_keys(fields.config, architecture, WRAPPERS[architecture], fields.source)
+        check_wrapper_keys(fields.config, architecture, WRAPPERS[architecture].keys, fields.source)
         text = _unwrapped(fields, architecture)
         return FAMILIES[text["architectures"][0]], Fields(text, fields.source), architecture
     if architecture not in FAMILIES:
@@ -125,10 +125,10 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
 def _unwrapped(fields: Fields, architecture: str) -> dict[str, Any]:
     text = fields.table("text_config")
     kind = str(text.get("model_type"))
-    if kind not in BY_MODEL_TYPE:
+    if kind not in WRAPPERS[architecture].texts:
         raise UnsupportedModel(
             f"{fields.source}: text_config of {architecture} is a {kind!r}, which is not supported; supported are "
-            f"{', '.join(BY_MODEL_TYPE)}"
+            f"{', '.join(WRAPPERS[architecture].texts)}"
         )
     shared = {key: fields.config[key] for key in SHARED if fields.config.get(key) is not None}
     return {**text, **shared, "architectures": [BY_MODEL_TYPE[kind].architecture]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
@@ -18,7 +19,7 @@ from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, GroupedPlan, Scratch, tile_of
-from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     CudaLinear,
@@ -66,6 +67,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self.scratch = Scratch(dtype, device)
         self._used: dict[str, int] = {}
         self._tuning = ""
+        self.long_prefill: attention.PrefillPlan | None = None
+        """How long prompts are cut up, where that was timed; None: as all are."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -199,13 +202,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             spec.qk_norm == "row",
         )
         plan = attention.decode_plan(
-            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors
-        )
+            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
+            layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
+        )  # fmt: skip
         reader = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale,
+            plan, form, reader.input_scale, self.long_prefill if where.long else None,
         )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
@@ -218,7 +222,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def sequence_steps(
         self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
     ) -> SequenceSteps[CudaStep]:
-        return CudaSequence.of(blocks, self.dtype, spec.num_groups)
+        return CudaSequence.of(blocks, self.dtype, spec.num_groups, spec.head_dim)
 
     # Tuning ----------------------------------------------------------------------------------------
 
@@ -248,7 +252,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             chosen.append(f"{kind} {first / each:.1f} -> {times[best] / each:.1f} us")
             self.tuned[kind] = {str(plan): round(time / each, 2) for plan, time in times.items()}
         if chosen:
-            self._tuning = f"; few rows: {', '.join(chosen)}"
+            self._tuning += f"; few rows: {', '.join(chosen)}"
 
     def _timed(self, linears: list[Any]) -> dict[SkinnyPlan | GroupedPlan | None, float]:
         """Microseconds of each candidate, what is taken without tuning first; empty if there is no choice."""
@@ -267,6 +271,73 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         else:
             return {}
         return {plan: _time_all(linears, x, plan) for plan in plans}
+
+    def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
+        """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
+
+        Each computes the last tokens of a long prompt over ``cache``, whatever that holds.
+        """
+        block_size = cache.values.shape[3]
+        context = min(longest, 16384, cache.values.shape[0] * block_size)
+        if context < attention.LONG:
+            return
+        times = {
+            plan: prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype)
+            for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
+        }
+        usual, *_ = times
+        best = min(times, key=lambda plan: times[plan])
+        if times[best] < 0.98 * times[usual]:
+            self.long_prefill = best
+            self._tuning += (
+                f"; long prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
+            )
+        self.tuned["prefill attention"] = {str(plan): round(time * 1e6, 1) for plan, time in times.items()}
+
+
+def prefill_seconds(
+    plan: attention.PrefillPlan,
+    spec: ModelSpec,
+    cache: KVCache,
+    context: int,
+    tokens: int,
+    dtype: torch.dtype,
+    repeats: int = 5,
+) -> float:
+    """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
+    fit this device."""
+    device, block_size = cache.values.device, cache.values.shape[3]
+    each, first = plan.tokens(spec.num_groups), context - tokens
+    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
+    tiles = torch.tensor(pieces, dtype=torch.int32, device=device)
+    table = torch.arange(-(-context // block_size), dtype=torch.int32, device=device)[None]
+    positions = torch.arange(first, context, dtype=torch.int32, device=device)
+    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
+    qkv = torch.randn(
+        tokens, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, dtype=dtype, device=device
+    )
+
+    def run() -> None:
+        attention.attend(
+            qkv, cache, where, spec.num_heads, spec.attention_scale, None, spec.attention_softcap,
+            attention.DecodePlan(0, 0, 32, 1), prefill=plan,
+        )  # fmt: skip
+
+    try:
+        run()
+    except (OutOfResources, CompilationError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        return float("inf")
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
 
 
 def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:

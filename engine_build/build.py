@@ -172,6 +172,7 @@ class Build:
             refused,
             asked.dp,
             asked.max_num_tokens,
+            asked.max_gap_ms,
             kv_dtype,
         )
 
@@ -310,6 +311,7 @@ class Build:
             "max_seq_len": self.settings.max_seq_len,
             "max_batch_size": self.settings.max_batch_size,
             "max_num_tokens": self.settings.max_num_tokens,
+            "max_gap_ms": self.settings.max_gap_ms,
             "tp": plan.tp,
         }
         if plan.lane == "torch":

@@ -162,7 +162,7 @@ def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
         config["rope_parameters"] = new
     main = new.get("full_attention", new)
     config["rope_theta"] = main.get("rope_theta", 10000.0)
-    if "sliding_attention" in new:
+    if "sliding_attention" in new and config.get("model_type") != "olmo3":  # which has no such key
         config["rope_local_base_freq"] = new["sliding_attention"].get("rope_theta", 10000.0)
     if main.get("rope_type", "default") != "default":
         config["rope_scaling"] = {key: value for key, value in main.items() if key != "rope_theta"}

@@ -63,6 +63,7 @@ def package(
             num_kv_blocks=plan.num_kv_blocks,
             max_batch_size=plan.max_batch_size,
             max_num_tokens=plan.max_num_tokens,
+            max_gap_ms=plan.max_gap_ms,
             max_seq_len=plan.max_seq_len,
             tensor_parallel_size=plan.tp,
         ).save(fresh)

@@ -38,6 +38,10 @@ class ModelShape:
     parameters: int
     linear_parameters: int
     """Of those, the weights of the decoder's linear layers: what FP8 halves."""
+    idle_parameters: int = 0
+    """Of all, what a step for one token does not read: the embedding beside an output head of its own."""
+    family: str = ""
+    """Architecture, as ``config.json`` names it."""
     fp8: bool = False
     """The checkpoint is FP8 already."""
     int4: bool = False
@@ -75,6 +79,8 @@ class Plan:
     """GPUs that share the layers."""
     dp: int = 1
     """Whole engines, each on a GPU of its own; the other numbers are of one."""
+    max_gap_ms: int = 0
+    """Of lane torch; 0: no bound."""
     kv_dtype: str = "auto"
     """Of backend torch: see :class:`EngineConfig`."""
 
@@ -107,6 +113,7 @@ def make_plan(
     refused: tuple[str, ...] = (),
     dp: int = 1,
     max_num_tokens: int | None = None,
+    max_gap_ms: int | None = None,
     kv_dtype: str | None = None,
 ) -> Plan:
     """Decides everything the engine needs to know.
@@ -128,6 +135,10 @@ def make_plan(
     precision = _choose_precision(precision, lane, shape, hardware, reasons, refused)
     _require_gpus(lane, tp, pp, shape, hardware)
     _require_engines(lane, dp, tp, hardware, reasons)
+    if max_gap_ms and lane != "torch":
+        raise BuildError(
+            f"MAX_GAP_MS={max_gap_ms} is for ENGINE=torch, not {lane}: set MAX_NUM_TOKENS instead"
+        )
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
     kernels = "pytorch" if tries_tp else _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
@@ -161,6 +172,7 @@ def make_plan(
         max_seq_len=length,
         max_batch_size=batch,
         max_num_tokens=step_tokens,
+        max_gap_ms=max_gap_ms or 0,
         block_size=block_size,
         num_kv_blocks=blocks,
         kv_bytes=blocks * block_size * per_token,

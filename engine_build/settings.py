@@ -50,6 +50,12 @@ class Settings:
     max_num_tokens: int | None = setting(
         None, "tokens of one step: fewer, and long prompts delay others less", least=1, most=MOST
     )
+    max_gap_ms: int | None = setting(
+        None,
+        "longest wait of a stream for the prompts of others, which are cut to fit (ENGINE=torch)",
+        least=1,
+        most=MOST,
+    )
     tp: int = setting(1, "GPUs that share each layer", least=1, most=MOST)
     pp: int = setting(1, "GPUs that share the layers (TensorRT-LLM backends)", least=1, most=MOST)
     dp: int = setting(1, "whole engines, each on GPUs of its own (ENGINE=torch)", least=1, most=MOST)

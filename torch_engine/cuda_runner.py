@@ -45,7 +45,7 @@ from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.speculation import MOST_ROWS
-from flightline.torch_engine.kernels.gpu.attention import tile_tokens
+from flightline.torch_engine.kernels.gpu.attention import LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, scatter
@@ -107,6 +107,8 @@ class Order:
     """Of a step without a graph: rows of single tokens, which come first."""
     longest: int = 0
     """Of a step without a graph: the longest context of its prompt chunks."""
+    long: bool = False
+    """Of a step without a graph: its tiles are those of long prompts."""
     plain: bool = True
     """Nothing but the likeliest tokens is asked for."""
 
@@ -225,7 +227,13 @@ class CudaRunner:
         self.sampling = DeviceSampling(slots + 1 + forks, spec.vocab_size, device)
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
-        self.tile = tile_tokens(kernels.dtype, spec.num_groups)
+        self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
+        # Several ranks would have to agree on a plan, and each times its own.
+        if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
+            kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
+        long_plan = kernels.long_prefill
+        self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
+        """Tokens of a tile of long prompts; 0: as of all."""
         mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
         # Ids, slots, positions, holds, forks; tiles; sampled rows, slots, holds; new entries of the block tables;
@@ -318,16 +326,16 @@ class CudaRunner:
         """A step of ``size`` rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
         ids, slots, positions, holds, asking = self._places([size] * 5)
         where = AttentionInput(slots, positions, self.tables, size, None)
-        return self._forward(CudaStep(ids, where, self.last, None, asking, holds))
+        return self._forward(CudaStep(ids, where, self.last, None, asking, holds, idle=self.spare))
 
     def _mixed_forward(self, shape: MixedShape) -> Computed:
         """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
         rows, samples = shape.rows, shape.samples
-        ids, slots, positions, tiles, *sampled = self._places(
+        ids, slots, positions, tiles, sampled, sampled_slots, holds = self._places(
             [rows, rows, rows, 4 * shape.tiles, samples, samples, samples]
         )
         where = AttentionInput(slots, positions, self.tables, 0, tiles.view(-1, 4), rows)
-        return self._forward(CudaStep(ids, where, self.last, *sampled))
+        return self._forward(CudaStep(ids, where, self.last, sampled, sampled_slots, holds, self.spare))
 
     def _padded(
         self,
@@ -473,11 +481,11 @@ class CudaRunner:
         if isinstance(order.graph, MixedShape):
             captured = self.mixed[order.graph]
         elif order.graph is None:
-            ids, slots, positions, tiles, *logits = placed
+            ids, slots, positions, tiles, rows, row_slots, holds = placed
             where = AttentionInput(
-                slots, positions, self.tables, order.decodes, tiles.view(-1, 4), order.longest
+                slots, positions, self.tables, order.decodes, tiles.view(-1, 4), order.longest, order.long
             )
-            computed = self._forward(CudaStep(ids, where, self.last, *logits))
+            computed = self._forward(CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare))
             return functools.partial(self._choose, computed)
         elif not self.graphs:
             return functools.partial(self._choose, self._decode(order.graph))
@@ -572,6 +580,7 @@ class CudaRunner:
         singles: list[tuple[int, int, int, int]] = []  # decodes come first
         columns: list[NDArray[Any]] = []
         tiles: list[tuple[int, int, int, int]] = []
+        prompts: list[tuple[int, int, int, int]] = []
         sampled: list[tuple[int, int, int]] = []
         updates: list[tuple[int, int]] = []
         total = 0
@@ -587,7 +596,8 @@ class CudaRunner:
                 rows[1] = slot
                 rows[2] = np.arange(first, first + count)
                 columns.append(rows)
-                tiles += self._tiles(total, count, first, slot)
+                prompts.append((total, count, first, slot))
+                tiles += self._tiles(*prompts[-1])
             total += count
             if chunk.samples:
                 sampled.append((total - 1, slot, holds))
@@ -597,11 +607,14 @@ class CudaRunner:
         shape = self._shape(total, len(tiles), len(sampled), singles)
         if shape is not None:  # its decodes are tiles of one token
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
+        long = bool(shape is None and self.long_tile) and max(each[1] + each[2] for each in prompts) >= LONG
+        if long:
+            tiles = [tile for each in prompts for tile in self._tiles(*each, self.long_tile)]
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
         if shape is not None:
             return Order(self._padded(shape, step, tiles, sampled), updates, shape)
-        return self._loose(step, tiles, sampled, updates, len(singles))
+        return self._loose(step, tiles, sampled, updates, len(singles), long)
 
     def _shape(
         self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
@@ -612,11 +625,13 @@ class CudaRunner:
         fitting = (shape for shape in self.mixed if shape.holds(rows, tiles + len(decodes), samples))
         return next(fitting, None)
 
-    def _tiles(self, row: int, count: int, first: int, slot: int) -> list[tuple[int, int, int, int]]:
+    def _tiles(
+        self, row: int, count: int, first: int, slot: int, tile: int = 0
+    ) -> list[tuple[int, int, int, int]]:
         """The pieces of a prompt chunk that starts at ``row`` of the step and at position ``first``."""
+        tile = tile or self.tile
         return [
-            (row + begin, min(self.tile, count - begin), first + begin, slot)
-            for begin in range(0, count, self.tile)
+            (row + begin, min(tile, count - begin), first + begin, slot) for begin in range(0, count, tile)
         ]
 
     def _loose(
@@ -626,6 +641,7 @@ class CudaRunner:
         sampled: list[tuple[int, int, int]],
         updates: list[tuple[int, int]],
         decodes: int,
+        long: bool = False,
     ) -> Order:
         """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows, their slots and holds."""
         if not sampled:  # the head wants a row; its token goes where nobody looks
@@ -633,7 +649,7 @@ class CudaRunner:
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
         parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
         longest = max((first + count for _, count, first, _ in tiles), default=0)
-        return Order(parts, updates, None, decodes, longest)
+        return Order(parts, updates, None, decodes, longest, long)
 
     def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int, int]:
         """Token id, slot, position and hold of a sequence's next token; notes what its row of the table lacks."""

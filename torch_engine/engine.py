@@ -41,6 +41,7 @@ from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk, Scheduler
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.siblings import Siblings
+from flightline.torch_engine.core.step_times import NOTHING, Work
 from flightline.torch_engine.loading import gather_ranks, load_runner
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
@@ -71,6 +72,8 @@ class Flight:
 
     chunks: list[Chunk]
     ticket: Ticket
+    work: Work
+    launched_ns: int
 
 
 class Engine:
@@ -115,6 +118,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         """Of EngineStats' fields those that steps add to."""
         self._flight: Flight | None = None
+        self._fetched_ns = 0
         self.failed_steps = 0
         """Steps in a row that failed as a whole."""
 
@@ -225,13 +229,17 @@ class Engine:
         return any(chunk.guesses for chunk in flight.chunks) or self.scheduler.expects_guesses()
 
     def _launch(self, chunks: list[Chunk]) -> Flight:
+        start, work = time.monotonic_ns(), NOTHING
+        if self.scheduler.times is not None:
+            for chunk in chunks:
+                work += chunk.work
         sampling = [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)]
         ticket = self.runner.launch(chunks, sampling)
         for chunk in chunks:
             chunk.sequence.computed(self.blocks, chunk.num_tokens)
             if chunk.samples:
                 chunk.sequence.num_pending += 1
-        return Flight(chunks, ticket)
+        return Flight(chunks, ticket, work, start)
 
     def _finish(self, launched: Flight) -> Outputs:
         """Queues what of a step depends on the tokens of the step before, which have been fetched."""
@@ -297,6 +305,7 @@ class Engine:
             return self._fail(flight.chunks, error)
         outputs: Outputs = []
         now, at = time.monotonic_ns(), 0
+        self._time(flight, now)
         for chunk in flight.chunks:
             if not chunk.samples:
                 continue
@@ -315,6 +324,14 @@ class Engine:
             if sequence.finish_reason is not None:
                 self._retire(sequence)
         return outputs
+
+    def _time(self, flight: Flight, now_ns: int) -> None:
+        """Tells the scheduler how long a step has taken: since its launch, or since the step before it if later."""
+        if self.scheduler.times is not None:
+            begin_ns = max(flight.launched_ns, self._fetched_ns)
+            prompts = any(chunk.num_tokens - len(chunk.guesses) > 1 for chunk in flight.chunks)
+            self.scheduler.times.observe(flight.work, (now_ns - begin_ns) / 1e9, prompts)
+        self._fetched_ns = now_ns
 
     @staticmethod
     def _append(sequence: Sequence, token: Sampled, now_ns: int) -> RequestOutput | None:

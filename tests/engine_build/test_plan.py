@@ -22,7 +22,9 @@ CPU_COMPILER = dataclasses.replace(CPU, compiler="/usr/bin/g++")
 CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
 
 SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
-LLAMA_8B = ModelShape(32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, splits=(2, 4, 8, 16))
+LLAMA_8B = ModelShape(
+    32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, 525_336_576, "LlamaForCausalLM", splits=(2, 4, 8, 16)
+)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,13 @@ def test_kv_bytes_of_llama_8b() -> None:
     assert kv_bytes_per_token(32, 8, 128, 1, tp=16) == kv_bytes_per_token(32, 8, 128, 1, tp=8)  # copies
 
 
+def test_the_gap_of_streams_is_bounded_by_our_engine_alone() -> None:
+    assert make_plan(SMALL, CPU).max_gap_ms == 0
+    assert make_plan(SMALL, CPU, max_gap_ms=50).max_gap_ms == 50
+    with pytest.raises(BuildError, match="MAX_GAP_MS=50 is for ENGINE=torch, not trtllm-pytorch"):
+        make_plan(SMALL, H200, "trtllm-pytorch", max_gap_ms=50)
+
+
 def test_cpu_pool() -> None:
     plan = make_plan(SMALL, CPU)
     assert (plan.max_seq_len, plan.max_batch_size, plan.max_num_tokens, plan.block_size) == (
@@ -244,6 +253,20 @@ def test_gpus_that_share_each_layer() -> None:
         llama, dataclasses.replace(CPU, compiler="/usr/bin/g++", cores=2, memory_free=64 * GIB), tp=2
     )
     assert (tried.kernels, tried.tp) == ("pytorch", 2)
+
+
+def test_a_checkpoint_of_4_bits_stays_one() -> None:
+    shape = dataclasses.replace(LLAMA_8B, int4=True, stored="AWQ, 4 bits in groups of 128")
+    gpu, cpu = (make_plan(shape, hardware) for hardware in (H200, CPU_COMPILER))
+    assert (gpu.precision, gpu.weight_precision) == ("int4", "auto")
+    assert (cpu.precision, cpu.weight_precision) == ("int4", "int4")
+    assert gpu.weights_bytes < 0.45 * make_plan(LLAMA_8B, H200, precision="bf16").weights_bytes
+    assert make_plan(dataclasses.replace(SMALL, int4=True), CPU).precision == "bf16"
+    for hardware, asked in ((H200, "fp8"), (CPU_COMPILER, "int8")):
+        with pytest.raises(BuildError, match=rf"PRECISION={asked} cannot be made.*AWQ.*use PRECISION=int4"):
+            make_plan(shape, hardware, precision=asked)
+    with pytest.raises(BuildError, match=r"AWQ, 4 bits.*ENGINE=trtllm-pytorch.*use ENGINE=torch"):
+        make_plan(shape, H200, "trtllm-pytorch")
 
 
 def test_tensorrt_llm_lanes_cache_in_fp8() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.model.config_json import load_spec
@@ -53,6 +55,63 @@ def test_logits_and_tokens_equal_transformers(
     expected = [greedy(model, prompt) for prompt in PROMPTS]
     outputs = engine.generate([GenerationRequest(prompt, 12, end_id=-1) for prompt in PROMPTS])
     assert [output.token_ids for output in outputs] == expected
+
+
+def without(leaf: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[f"model.layers.0.mlp.up_proj.{leaf}"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def saying(*path: str, value: Any) -> Callable[[Path], None]:
+    """Another value of ``quantization_config``."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        place = config["quantization_config"]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+GROUP = ("config_groups", "group_0")
+REFUSED: list[tuple[str, Callable[[Path], None], str]] = [
+    ("compressed-static", without("weight_scale"), "up_proj.weight is FP8 but has no weight_scale"),
+    ("compressed-static", without("input_scale"), "up_proj has no input_scale"),
+    ("compressed-static", saying("transform_config", value={"R1": {}}), "transform_config="),
+    ("compressed-static", saying("sparsity_config", value={"format": "sparse-24"}), "sparsity_config="),
+    ("compressed-static", saying("format", value="new"), "'compressed-tensors new' is not supported"),
+    ("compressed-blocks", saying(*GROUP, "weights", "block_structure", value=[64, 64]), "block_structure="),
+    ("hf-blocks", saying("weight_block_size", value=[64, 64]), "weight_block_size=[64, 64]"),
+    ("hf-blocks", saying("scale_fmt", value="ue8m0"), "scale_fmt='ue8m0'"),
+    ("hf-blocks", saying("hadamard", value=True), "hadamard=True is not valid: the setting is not known"),
+    ("gptq", saying("bits", value=3), "bits=3 is not valid: only 4"),
+    ("gptq", saying("group_size", value=64), "scales has shape [6, 192], and GPTQ"),
+    ("gptq", without("scales"), "lacks the tensor model.layers.0.mlp.up_proj.scales"),
+    ("gptq", saying("dynamic", value={"-:lm_head": {}}), "dynamic="),
+    ("awq", saying("version", value="gemv"), "only the layout 'gemm'"),
+    ("awq", saying("zero_point", value=False), "zero_point=False is not valid: only True"),
+    ("w4a16", saying(*GROUP, "weights", "num_bits", value=8), "pack-quantized of 8 bits"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "says"), REFUSED)
+def test_refused_in_one_line(
+    name: str, change: Callable[[Path], None], says: str, source: Path, tmp_path: Path
+) -> None:
+    packed, _ = rewrite(source, tmp_path, *FORMATS[name])
+    if says.startswith("'compressed"):  # the group's own comes first
+        saying(*GROUP, "format", value=None)(packed)
+    change(packed)
+    with pytest.raises(UnsupportedModel) as refusal:
+        Checkpoint(packed, load_spec(packed))
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @needs_compiler

@@ -248,6 +248,7 @@ def test_kernels_of_one_process_are_refused(folder: Path) -> None:
         small(folder, 2, kernels="native", kernel_dir="x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's language")
 def test_the_gpus_way_in_the_interpreter() -> None:
     """The runner that is a step ahead, on two ranks over gloo; on GPUs the same tests have graphs and NCCL."""

@@ -81,7 +81,7 @@ qkv = torch.zeros(4, 48 * 128, dtype=bf16)
 rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
-    plan = decode_plan(sequences, 8, 4, 128, 132)
+    plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
     attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
 if hopper:
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)

@@ -34,6 +34,7 @@ MOST = {
     "max_batch_size": 65536,
     "max_num_tokens": 2**20,
     "max_seq_len": 2**31 - 1,
+    "max_gap_ms": 2**31 - 1,
     "speculation_tokens": 64,
     "num_threads": 1024,
     "tensor_parallel_size": 64,
@@ -84,6 +85,9 @@ class EngineConfig:
     """Most requests in flight in one step."""
     max_num_tokens: int = 512
     """Token budget of one step: decode tokens first, the rest goes to prefill chunks."""
+    max_gap_ms: int = 0
+    """Longest time between two tokens of a stream that the prompts of others may cause: their chunks are sized by how
+    long steps have taken. 0 = ``max_num_tokens`` alone bounds them."""
     max_seq_len: int = 2048
     """Prompt plus output of one request."""
     batch_scheduler_policy: str = "guaranteed_no_evict"
@@ -141,7 +145,13 @@ class EngineConfig:
             "block_size", "num_kv_blocks", "max_batch_size", "max_num_tokens", "max_seq_len", "tensor_parallel_size",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "use a positive number")
-        for name in ("num_threads", "max_queue_size", "max_queue_delay_ms", "speculation_tokens"):
+        for name in (
+            "num_threads",
+            "max_queue_size",
+            "max_queue_delay_ms",
+            "max_gap_ms",
+            "speculation_tokens",
+        ):
             require(getattr(self, name) >= 0, name, "use 0 or a positive number")
         native = self.kernels == "native" or (self.kernels == "auto" and bool(self.kernel_dir))
         require(
@@ -166,6 +176,11 @@ class EngineConfig:
             self.max_num_tokens >= self.max_batch_size,
             "max_num_tokens",
             f"it must hold one token for each of max_batch_size={self.max_batch_size} requests",
+        )
+        require(
+            self.enable_chunked_context or not self.max_gap_ms,
+            "max_gap_ms",
+            "a prompt that is not cut takes as long as it takes; set enable_chunked_context=true",
         )
         require(
             self.enable_chunked_context or self.max_num_tokens >= self.max_seq_len,

@@ -1,8 +1,9 @@
 """Which tokens the next step computes: in-flight batching under a token budget.
 
 Requests join and leave at every step. Running decodes come first, one token each; what is left of the
-budget goes to prompts, in chunks, the oldest first, so that a long prompt delays the running streams by
-at most one budget.
+budget goes to prompts, in chunks, so that a long prompt delays the running streams by at most one budget, or
+by ``max_gap_ms`` where that is set. The oldest prompt comes first and has half of it at the least; the rest is
+left to those behind that need much less: a question does not wait for a book, and the book goes on.
 
 The policies are TensorRT-LLM's:
 
@@ -16,12 +17,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import islice
 from typing import NamedTuple
 
 from flightline.torch_engine.core.blocks import BlockManager
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.speculation import MOST_ROWS, Speculation
+from flightline.torch_engine.core.step_times import NOTHING, StepTimes, Work
+
+LEAST = 16
+"""Tokens that the first prompt of a step has at the least, however long the step takes: it must come to its end."""
+ROOM = 0.9
+"""Share of the gap that a step is planned to fill: some take longer than expected."""
+MUCH = 4
+"""A prompt leaves room for those that need so many times less."""
+SEEN = 8
+"""Waiting requests for which a prompt leaves something, at most: there may be thousands."""
 
 
 class Chunk(NamedTuple):
@@ -41,9 +53,43 @@ class Chunk(NamedTuple):
         return [*self.sequence.tokens[begin : begin + self.num_tokens - len(self.guesses)], *self.guesses]
 
     @property
+    def work(self) -> Work:
+        """Before it counts as computed."""
+        return Work.of(self.sequence.num_computed, self.num_tokens)
+
+    @property
     def num_sampled(self) -> int:
         """Tokens that its logits choose."""
         return 1 + len(self.guesses) if self.samples else 0
+
+
+class Budget:
+    """What is left of a step: tokens, and where ``seconds`` are given, time."""
+
+    def __init__(self, tokens: int, times: StepTimes | None = None, seconds: float = 0.0) -> None:
+        self.tokens = tokens
+        self._times, self._seconds = times, seconds
+        self._work, self.prompts = NOTHING, 0
+
+    def take(self, chunk: Chunk) -> None:
+        self._change(chunk, 1)
+
+    def give_back(self, chunk: Chunk) -> None:
+        self._change(chunk, -1)
+
+    def _change(self, chunk: Chunk, sign: int) -> None:
+        self.tokens -= sign * chunk.num_tokens
+        self.prompts += sign * (chunk.num_tokens > 1)
+        if self._times is not None:
+            work = chunk.work
+            self._work = Work(self._work.tokens + sign * work.tokens, self._work.pairs + sign * work.pairs)
+
+    def most(self, begin: int) -> int:
+        """Tokens that a prompt may have of which ``begin`` are computed. Nobody waits in a step without decodes."""
+        if self._times is None or self._work.tokens == 0:
+            return self.tokens
+        fitting = self._times.fitting(self._work, begin, self._seconds) // LEAST * LEAST
+        return min(self.tokens, max(fitting, 0 if self.prompts else LEAST))
 
 
 class Scheduler:
@@ -58,6 +104,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of admission: the last one is preempted first."""
         self.num_preemptions = 0
+        self.times = StepTimes() if config.max_gap_ms else None
+        """Whoever runs the steps tells it how long they take."""
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -73,39 +121,22 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, each with its blocks allocated; decodes first."""
         chunks: dict[Sequence, Chunk] = {}
-        budget = self.config.max_num_tokens
-        for sequence, remaining in self._decodes_first():
-            if not sequence.block_table:
-                continue  # it was preempted just now
-            count = min(remaining, budget)
-            if count == 0:
-                break
-            if not sequence.has_room(self.blocks, count):
-                room, given_up = self._make_room(sequence, count, chunks)
-                budget += given_up
-                if not room:
-                    continue
-            chunks[sequence] = Chunk(sequence, count, count == remaining)
-            budget -= count
-        promised = None
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_batch_size:
-            if promised is None:
-                promised = self._promised()
-            sequence = self.waiting[0]
-            count = self._admit(sequence, budget, promised)
-            if count == 0:
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.first_scheduled_ns = sequence.first_scheduled_ns or time.monotonic_ns()
-            if self.config.batch_scheduler_policy == "guaranteed_no_evict":
-                promised += self._outstanding(sequence)
-            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
-            budget -= count
+        budget = Budget(self.config.max_num_tokens, self.times, ROOM * self.config.max_gap_ms / 1000)
+        decodes, prompts = self._work()
+        for sequence in decodes:
+            self._extend(sequence, min(1, budget.tokens), chunks, budget)
+        needs = [remaining for _, remaining in prompts]
+        if len(self.running) < self.config.max_batch_size:
+            needs += [len(sequence.tokens) for sequence in islice(self.waiting, SEEN)]
+        for number, (sequence, _) in enumerate(prompts):
+            count = self._fair(sequence.num_computed, needs[number:], budget)
+            self._extend(sequence, count, chunks, budget)
+        self._admit_all(needs[len(prompts) :], chunks, budget)
+        self._give_rest(chunks, budget)
         if self.speculation is not None and all(
             chunk.num_sampled == chunk.num_tokens for chunk in chunks.values()
         ):
-            self._guess(self.speculation, chunks, budget)
+            self._guess(self.speculation, chunks, budget.tokens)
         return sorted(chunks.values(), key=lambda chunk: chunk.num_tokens > 1)
 
     def expects_guesses(self) -> bool:
@@ -134,34 +165,95 @@ class Scheduler:
             if guesses := guesses[:room]:
                 chunks[sequence] = Chunk(sequence, 1 + len(guesses), True, tuple(guesses))
 
-    def _decodes_first(self) -> list[tuple[Sequence, int]]:
-        """Running sequences that have something to compute, and how many tokens."""
+    def _work(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """Running sequences that decode, and those with more to compute, with the number of tokens."""
         decodes, prompts = [], []
         for sequence in self.running:
             remaining = sequence.num_remaining
             if remaining == 1:
-                decodes.append((sequence, 1))
+                decodes.append(sequence)
             elif remaining:
                 prompts.append((sequence, remaining))
-        return decodes + prompts
+        return decodes, prompts
 
-    def _make_room(self, sequence: Sequence, count: int, chunks: dict[Sequence, Chunk]) -> tuple[bool, int]:
+    @staticmethod
+    def _fair(begin: int, needs: list[int], budget: Budget) -> int:
+        """Tokens of a prompt that needs ``needs[0]``: all but what is for those that need much less.
+
+        The oldest keeps half. Others have something left for them where it is enough: pieces cost more than a whole.
+        """
+        own, *others = needs
+        most = budget.most(begin)
+        spare, left = most if budget.prompts else most // 2, 0
+        for other in sorted(other for other in others if other <= own // MUCH):
+            if left + other > spare:
+                break
+            left += other
+        return min(own, most - left)
+
+    def _extend(self, sequence: Sequence, count: int, chunks: dict[Sequence, Chunk], budget: Budget) -> None:
+        """Gives a running sequence ``count`` tokens of the step, if it has the blocks or can be given them."""
+        if not count or not sequence.block_table:
+            return  # nothing is left; or it was preempted just now
+        if sequence.has_room(self.blocks, count) or self._make_room(sequence, count, chunks, budget):
+            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
+            budget.take(chunks[sequence])
+
+    def _admit_all(self, needs: list[int], chunks: dict[Sequence, Chunk], budget: Budget) -> None:
+        """Starts waiting sequences, the first ones of which need so many tokens, as far as they fit."""
+        promised = None
+        while self.waiting and budget.tokens > 0 and len(self.running) < self.config.max_batch_size:
+            if promised is None:
+                promised = self._promised()
+            sequence = self.waiting[0]
+            count = self._admit(sequence, needs[1:], budget, promised)
+            if count == 0:
+                break
+            self.waiting.popleft()
+            needs = needs[1:]
+            self.running.append(sequence)
+            sequence.first_scheduled_ns = sequence.first_scheduled_ns or time.monotonic_ns()
+            if self.config.batch_scheduler_policy == "guaranteed_no_evict":
+                promised += self._outstanding(sequence)
+            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
+            budget.take(chunks[sequence])
+
+    def _give_rest(self, chunks: dict[Sequence, Chunk], budget: Budget) -> None:
+        """What prompts have left for others that could not start goes to them after all, as far as there are blocks."""
+        for sequence, chunk in list(chunks.items()):
+            if budget.tokens == 0:
+                return
+            if chunk.samples:
+                continue
+            budget.give_back(chunk)
+            count = max(chunk.num_tokens, min(sequence.num_remaining, budget.most(sequence.num_computed)))
+            if not sequence.has_room(self.blocks, count):
+                missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
+                if missing > self.blocks.num_free:
+                    count = chunk.num_tokens
+                else:
+                    sequence.grow(self.blocks, missing)
+            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
+            budget.take(chunks[sequence])
+
+    def _make_room(
+        self, sequence: Sequence, count: int, chunks: dict[Sequence, Chunk], budget: Budget
+    ) -> bool:
         """Gives a running sequence the blocks for ``count`` more tokens, at the cost of younger ones if need be.
 
-        Returns whether it has them, and the budget that preempted chunks set free.
+        Returns whether it has them; ``budget`` gets back what preempted chunks set free.
         """
-        given_up = 0
         missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
         while missing > self.blocks.num_free:
             victim = self.running[-1]
-            self._preempt(victim)
             if (chunk := chunks.pop(victim, None)) is not None:
-                given_up += chunk.num_tokens
+                budget.give_back(chunk)
+            self._preempt(victim)
             if victim is sequence:
-                return False, given_up
+                return False
         if missing > 0:
             sequence.grow(self.blocks, missing)
-        return True, given_up
+        return True
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
@@ -175,14 +267,18 @@ class Scheduler:
             return 0
         return sum(self._outstanding(sequence) for sequence in self.running)
 
-    def _admit(self, sequence: Sequence, budget: int, promised: int) -> int:
+    def _admit(self, sequence: Sequence, others: list[int], budget: Budget, promised: int) -> int:
         """Starts a waiting sequence if it fits; returns the tokens of its first chunk, 0 if it has to wait."""
         if sequence.num_pending:
             return 0  # preempted with a token in flight: its tokens are not all known
         cached = self.blocks.match(sequence.tokens) or sequence.computed_by_sibling(self.blocks)
         computed = len(cached) * self.blocks.block_size
-        count = min(len(sequence.tokens) - computed, budget)
-        if not self.config.enable_chunked_context and count < len(sequence.tokens) - computed:
+        remaining = len(sequence.tokens) - computed
+        count = self._fair(computed, [remaining, *others], budget)
+        count = max(count, min(LEAST, remaining, budget.most(computed)))  # or nobody behind it could start
+        if not self.config.enable_chunked_context:
+            count = remaining if remaining <= budget.tokens else 0
+        if count == 0:
             return 0
         if self.config.batch_scheduler_policy == "guaranteed_no_evict":
             needed = self.blocks.blocks_for(sequence.max_length)

@@ -5,6 +5,7 @@ Shapes as in ``kv_cache.py``; G = H / V query heads share a key/value head.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -123,70 +124,192 @@ def _store_heads(out, in_scale, target, result, mask, FORM: tl.constexpr):
 
 
 @triton.jit
-def _span(length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """First key that a decode sees, and how many keys each split takes."""
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0)
-    each = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
-    return first, each
+def _first_key(length, WINDOW: tl.constexpr):
+    """Of those that a decode sees which is the ``length``-th token."""
+    return tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
+def _share_kernel(
+    positions, rows, shares, EXTRA: tl.constexpr, KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Shares ``EXTRA`` programs a head out among the longest rows; ``shares`` as :class:`Shares` has it.
+
+    A piece has as many keys that all rows' pieces beyond their first ones are ``EXTRA`` at the most.
+    """
+    begin_kernel()
+    r = tl.arange(0, BLOCK_ROWS)
+    length = tl.load(positions + r, mask=r < rows, other=-1) + 1
+    length -= _first_key(length, WINDOW)
+    each = tl.maximum(tl.cdiv(tl.sum(length, 0), EXTRA), KEYS)
+    each = tl.cdiv(each, BLOCK_N) * BLOCK_N
+    more = tl.maximum(tl.cdiv(length, each) - 1, 0)
+    first = tl.cumsum(more, 0) - more
+    cut = (more > 0).to(tl.int32)
+    tl.store(shares, each)
+    tl.store(shares + 1, tl.sum(more, 0))
+    tl.store(shares + 2, tl.sum(cut, 0))
+    items = shares + 3
+    tl.store(items + EXTRA + tl.cumsum(cut, 0) - cut, r, mask=more > 0)
+    tl.store(items + 2 * EXTRA + r, first, mask=r < rows)
+    for piece in range(tl.max(more, 0)):
+        tl.store(items + first + piece, r, mask=piece < more)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _decode_kernel(
-    qkv, slots, positions, tables, width, values, scales, out, in_scale, parts, sums, scale, v_scale, softcap,
+    qkv, slots, positions, tables, width, values, scales, out, in_scale, shares, parts, sums, rows, scale, v_scale,
+    softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, EXTRA: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
-    row = tl.program_id(0).to(tl.int64)
-    head, split = tl.program_id(1), tl.program_id(2)
+    program, head = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // V
-    position = tl.load(positions + row)
-    length = position + 1
-    first, each = _span(length, SPLITS, BLOCK_N, WINDOW)
-    begin = first + split * each
-    if begin < length:
+    row, piece, there = program.to(tl.int64), program * 0, True
+    if EXTRA > 0:
+        extra = program - rows
+        there = extra < tl.load(shares + 1)
+        if extra >= 0:
+            row = tl.load(shares + 3 + extra, mask=there, other=0).to(tl.int64)
+            piece = extra + 1 - tl.load(shares + 3 + 2 * EXTRA + row)
+    if there:
+        position = tl.load(positions + row)
+        length = position + 1
+        begin = _first_key(length, WINDOW)
+        end = length
+        whole = True
+        if EXTRA > 0:
+            each = tl.load(shares)
+            whole = begin + each >= length
+            begin += piece * each
+            end = tl.minimum(begin + each, length)
         slot = tl.load(slots + row).to(tl.int64)
         g, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
         mask = (g < G)[:, None] & (d < D)[None, :]
         heads = (head * G + g)[:, None] * D + d[None, :]
         q = tl.load(qkv + row * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
         result, top, total = _attend(
-            q, begin, tl.minimum(begin + each, length), position + g * 0, tables + slot * width,
+            q, begin, end, position + g * 0, tables + slot * width,
             values, scales, head, scale, softcap,
             V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
         )  # fmt: skip
         result = result / total[:, None] * v_scale
-        if SPLITS == 1:
+        if whole:
             _store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
         else:
-            part = (row * H + head * G + g) * SPLITS + split
+            part = program.to(tl.int64) * H + head * G + g
             tl.store(parts + part[:, None] * D + d[None, :], result, mask=mask)
             tl.store(sums + part, top + tl.log(total), mask=g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
-    positions, out, in_scale, parts, sums,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    positions, out, in_scale, shares, parts, sums, rows,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
     WINDOW: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
+    """The pieces of the rows that were cut, ``PIECES`` at a time."""
     begin_kernel()
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(positions + row) + 1
-    first, each = _span(length, SPLITS, BLOCK_N, WINDOW)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    used = first + split * each < length
-    part = (row * H + head) * SPLITS + split
-    logs = tl.load(sums + part, mask=used, other=float("-inf"))
-    weights = tl.exp(logs - tl.max(logs, 0))
-    mask = used[:, None] & (d < D)[None, :]
-    values = tl.load(parts + part[:, None] * D + d[None, :], mask=mask, other=0.0)
-    result = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
-    _store_heads(out, in_scale, (row * H + head) * D + d, result, d < D, FORM)
+    number, head = tl.program_id(0), tl.program_id(1)
+    if number < tl.load(shares + 2):
+        row = tl.load(shares + 3 + EXTRA + number).to(tl.int64)
+        first = tl.load(shares + 3 + 2 * EXTRA + row)
+        length = tl.load(positions + row) + 1
+        count = tl.cdiv(length - _first_key(length, WINDOW), tl.load(shares))
+        d = tl.arange(0, BLOCK_D)
+        top = float("-inf")
+        total = 0.0
+        result = tl.zeros([BLOCK_D], tl.float32)
+        for begin in range(0, count, PIECES):
+            piece = begin + tl.arange(0, PIECES)
+            used = piece < count
+            part = tl.where(piece == 0, row, rows + first + piece - 1) * H + head
+            logs = tl.load(sums + part, mask=used, other=float("-inf"))
+            higher = tl.maximum(top, tl.max(logs, 0))
+            weights = tl.exp(logs - higher)
+            mask = used[:, None] & (d < D)[None, :]
+            values = tl.load(parts + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+            fade = tl.exp(top - higher)
+            result = result * fade + tl.sum(values * weights[:, None], 0)
+            total = total * fade + tl.sum(weights, 0)
+            top = higher
+        _store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
+
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_rows(values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values [keys, BLOCK_D]; unless ``MASKED`` all of them are known."""
+    d = tl.arange(0, BLOCK_D)
+    at = values + place[:, None] * D + d[None, :]
+    if MASKED:
+        return tl.load(at, mask=known[:, None] & (d < D)[None, :], other=0.0)
+    if D < BLOCK_D:
+        return tl.load(at, mask=(place >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _meet(
+    q, out, top, total, begin, end, positions, table, values, scales, head, scale, softcap,
+    V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of ``q`` [rows, BLOCK_D] over the blocks of keys from ``begin`` to ``end``, on top of what
+    ``out``, ``top`` and ``total`` hold. Unless ``MASKED`` all rows see all of these keys.
+
+    Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
+    """
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            known = n < end
+            block = tl.load(table + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
+        place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
+        apart = V * BLOCK_SIZE
+        k = _load_rows(values, place, n < end, D, BLOCK_D, MASKED).to(DOT)
+        if (
+            BLOCK_D <= 128
+        ):  # under way while scores are computed; of larger heads it would take too many registers
+            v = _load_rows(values, place + apart, n < end, D, BLOCK_D, MASKED).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if KV_INT8:
+            unit = tl.load(scales + place, mask=n < end, other=0.0)
+            scores *= unit[None, :]
+        if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
+            factor = _LOG2_E
+        else:
+            factor = scale * _LOG2_E
+        if MASKED:
+            seen = known[None, :] & (n[None, :] <= positions[:, None])
+            if WINDOW > 0:
+                seen = seen & (n[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
+        base = higher
+        if MASKED:
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        p = tl.exp2(scores * factor - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        if KV_INT8:
+            unit = tl.load(scales + place + apart, mask=n < end, other=0.0)
+            p *= unit[None, :]
+        if BLOCK_D > 128:
+            v = _load_rows(values, place + apart, n < end, D, BLOCK_D, MASKED).to(DOT)
+        out = out * fade[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
+        top = higher
+    return out, top, total
 
 
 @triton.jit
@@ -194,7 +317,7 @@ def _prefill_kernel(
     qkv, tiles, tables, width, values, scales, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr,
+    KV_INT8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
@@ -208,54 +331,138 @@ def _prefill_kernel(
     row = start + token
     heads = (head * G + r % G)[:, None] * D + d[None, :]
     q = tl.load(qkv + row[:, None] * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
-    begin = 0
+    table = tables + slot * width
+    result = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    # Every row sees the keys from `low` to `high`, whole blocks; masks are for the window's edge and the diagonal.
+    high = (first + 1) // BLOCK_N * BLOCK_N
+    low = high * 0
     if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0)
-    result, _, total = _attend(
-        q, begin, first + count, first + token, tables + slot * width,
-        values, scales, head, scale, softcap,
-        V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
+        begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        low = tl.maximum(first + count - WINDOW, 0)
+        low = tl.minimum(tl.cdiv(low, BLOCK_N) * BLOCK_N, high)
+        low = tl.maximum(low, begin)
+        result, top, total = _meet(
+            q, result, top, total, begin, low, first + token, table, values, scales, head, scale, softcap,
+            V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
+        )  # fmt: skip
+        high = tl.maximum(high, low)
+    result, top, total = _meet(
+        q, result, top, total, low, high, first + token, table, values, scales, head, scale, softcap,
+        V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, STAGES, False,
+    )  # fmt: skip
+    result, top, total = _meet(
+        q, result, top, total, high, first + count, first + token, table, values, scales, head, scale, softcap,
+        V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
     )  # fmt: skip
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
     _store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
 
-def prefill_rows(dtype: torch.dtype) -> int:
+@dataclass(frozen=True)
+class PrefillPlan:
+    """How the attention of prompts is cut up."""
+
+    rows: int
     """Query rows (tokens times heads of a group) of one tile."""
-    return 32 if dtype == torch.float32 else 64
+    block: int
+    """Keys of one iteration."""
+    warps: int
+    stages: int
+    """Iterations whose loads are under way together."""
+
+    def tokens(self, group: int) -> int:
+        """Of one tile."""
+        return self.rows // group
 
 
-def tile_tokens(dtype: torch.dtype, group: int) -> int:
-    """Tokens of one tile of :func:`attend`."""
-    return prefill_rows(dtype) // group
+def prefill_plan(dtype: torch.dtype, size: int, longest: int) -> PrefillPlan:
+    """For any step; ``longest`` is the most keys of a prompt in it, of heads of ``size`` dimensions."""
+    if dtype == torch.float32:
+        return PrefillPlan(32, 32, 4, 1)
+    # Of 32, 64 and 128 keys the fastest on an H200.
+    return PrefillPlan(64, 128 if longest > 256 and size <= 128 else 32, 4, 1)
+
+
+def long_prefill_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
+    """Candidates for steps of many tokens of long prompts, the first is what :func:`prefill_plan` says."""
+    plans = [prefill_plan(dtype, size, LONG)]
+    if dtype == torch.float32:
+        return plans
+    if size > 128:
+        return [*plans, PrefillPlan(64, 64, 8, 1), PrefillPlan(128, 32, 8, 2), PrefillPlan(128, 64, 8, 1)]
+    return [
+        *plans, PrefillPlan(64, 128, 4, 2), PrefillPlan(64, 64, 4, 3), PrefillPlan(128, 64, 8, 2),
+        PrefillPlan(128, 64, 8, 3), PrefillPlan(128, 128, 8, 1), PrefillPlan(128, 128, 8, 2),
+    ]  # fmt: skip
+
+
+LONG = 2048
+"""Tokens, with those before, from which on a prompt's attention is worth a plan of its own."""
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """How the decode attention is cut up."""
 
-    splits: int
-    """Pieces of a sequence's keys, each a program of its own."""
+    extra: int
+    """Programs a key/value head beyond one for each row: the longest rows are cut into pieces for them."""
+    keys: int
+    """Of a piece, at the least."""
     block: int
     """Keys of one iteration."""
     warps: int
 
 
-def decode_plan(rows: int, kv_heads: int, heads: int, size: int, multiprocessors: int) -> DecodePlan:
+def decode_plan(
+    rows: int, kv_heads: int, heads: int, size: int, multiprocessors: int, longest: int
+) -> DecodePlan:
     """Programs of one warp when there are plenty of them (nothing to synchronise: an H200 then reads 75 to 90 % of
-    what its memory can); wider ones, and the keys split, when the device would not be full otherwise.
+    what its memory can); wider ones, and most rows cut, when the device would not be full otherwise. A row that is much
+    longer than all others is cut in any case, since everybody waits for it.
 
-    ``heads`` is the query heads of a key/value head, of ``size`` dimensions.
+    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``longest`` the most keys of a row.
     """
     programs = rows * kv_heads
-    splits = max(splits for splits in (1, 4, 16, 64) if splits <= max(4 * multiprocessors // programs, 1))
     accumulators = max(16, triton.next_power_of_2(heads)) * triton.next_power_of_2(size)
     least = triton.next_power_of_2(triton.cdiv(accumulators, 2048))
-    if splits > 1:
-        return DecodePlan(splits, 64, max(2, least))
-    if programs < 8 * multiprocessors:
-        return DecodePlan(1, 128 if size <= 128 else 64, max(4, least))
-    return DecodePlan(1, 32, least)
+    extra = max(
+        1,
+        (4 * multiprocessors - programs if programs <= multiprocessors else 2 * multiprocessors) // kv_heads,
+    )
+    if programs <= multiprocessors:
+        plan = DecodePlan(extra, 64, 64, max(2, least))
+    elif programs < 8 * multiprocessors:
+        plan = DecodePlan(extra, 2048, 128 if size <= 128 else 64, max(4, least))
+    else:
+        plan = DecodePlan(extra, 4096, 32, least)
+    return plan if longest > plan.keys else dataclasses.replace(plan, extra=0)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who computes which piece of the rows' keys in a step: the same for all layers of one window."""
+
+    table: torch.Tensor
+    """int32: keys of a piece, extra pieces, rows that are cut; for each extra piece its row; the rows that are cut; for
+    each row the number of its first extra piece."""
+    rows: int
+
+    @classmethod
+    def of(cls, step: AttentionInput, plan: DecodePlan, window: int | None) -> Shares:
+        """The step's, which are made where its first layer asks."""
+        key = (plan, window)
+        if key not in step.shares:
+            rows = step.num_decodes
+            table = torch.empty(3 + 2 * plan.extra + rows, dtype=torch.int32, device=step.positions.device)
+            step.shares[key] = cls(table, rows)
+            _share_kernel[(1,)](
+                step.positions, rows, table, plan.extra, plan.keys, triton.next_power_of_2(rows), plan.block,
+                window or 0, **LAUNCH,
+            )  # fmt: skip
+        shares: Shares = step.shares[key]
+        return shares
 
 
 def attend(
@@ -269,8 +476,12 @@ def attend(
     plan: DecodePlan,
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
+    prefill: PrefillPlan | None = None,
 ) -> torch.Tensor:
-    """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3."""
+    """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3.
+
+    ``prefill`` is the plan that the step's tiles were made for; None: :func:`prefill_plan`.
+    """
     _, _, kv_heads, block_size, size = cache.values.shape
     rows, group = qkv.shape[0], num_heads // kv_heads
     out, _ = new_output(rows, num_heads * size, form, qkv)
@@ -283,33 +494,32 @@ def attend(
         "KV_INT8": cache.scales is not None, "DOT": dot, "FORM": int(form),
     }  # fmt: skip
     softcap = softcap or 1.0
-    decodes, splits = step.num_decodes, plan.splits
+    decodes, extra = step.num_decodes, plan.extra
     if decodes:
-        parts, sums = out, out
-        if splits > 1:
-            parts = torch.empty(decodes, num_heads, splits, size, dtype=torch.float32, device=qkv.device)
-            sums = torch.empty(decodes, num_heads, splits, dtype=torch.float32, device=qkv.device)
-        _decode_kernel[(decodes, kv_heads, splits)](
+        shares = parts = sums = out
+        if extra:
+            shares = Shares.of(step, plan, window).table
+            parts = torch.empty(decodes + extra, num_heads, size, dtype=torch.float32, device=qkv.device)
+            sums = torch.empty(decodes + extra, num_heads, dtype=torch.float32, device=qkv.device)
+        _decode_kernel[(decodes + extra, kv_heads)](
             qkv, step.slots, step.positions, step.tables, step.tables.shape[1], cache.values, scales,
-            out, in_scale, parts, sums, scale * cache.k_scale, cache.v_scale, softcap,
+            out, in_scale, shares, parts, sums, decodes, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
-            SPLITS=splits, PAIRS=cache.values.element_size() == 1, **shared,
+            EXTRA=extra, PAIRS=cache.values.element_size() == 1, **shared,
             num_warps=plan.warps, num_stages=3, **LAUNCH,
         )  # fmt: skip
-        if splits > 1:
-            _merge_kernel[(decodes, num_heads)](
-                step.positions, out, in_scale, parts, sums, num_heads, size, block_d, plan.block,
-                splits, window or 0, int(form), **LAUNCH,
+        if extra:
+            _merge_kernel[(min(decodes, extra), num_heads)](
+                step.positions, out, in_scale, shares, parts, sums, decodes, num_heads, size, block_d,
+                extra, 16, window or 0, int(form), **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None:
-        block = 128 if step.longest > 256 else 32  # of 32, 64 and 128 keys the fastest on an H200
-        if qkv.dtype == torch.float32 or block_d > 128:
-            block = 32
+        prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)
         _prefill_kernel[(step.tiles.shape[0], kv_heads)](
             qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales,
             out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
-            num_heads, kv_heads, size, block_d, prefill_rows(qkv.dtype), block,
-            PAIRS=False, **shared, num_warps=4, num_stages=1, **LAUNCH,
+            num_heads, kv_heads, size, block_d, prefill.rows, prefill.block, **shared,
+            STAGES=prefill.stages, num_warps=prefill.warps, num_stages=prefill.stages, **LAUNCH,
         )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
@@ -18,7 +19,7 @@ from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, GroupedPlan, Scratch, tile_of
-from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     CudaLinear,
@@ -31,10 +32,12 @@ from flightline.torch_engine.kernels.gpu.linear import (
     quantise,
     skinny_plans,
 )
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.kernel_interface import GatedMlp, Layer
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -66,6 +69,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self.scratch = Scratch(dtype, device)
         self._used: dict[str, int] = {}
         self._tuning = ""
+        self.long_prefill: attention.PrefillPlan | None = None
+        """How long prompts are cut up, where that was timed; None: as all are."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -84,6 +89,74 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if linear is not None:
                 return linear
         return self._linear(*checkpoint.fused(modules, self.dtype), head)
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> CudaMixture:
+        if self.weights == "int8":
+            raise ConfigError(
+                "weight_precision='int8' is not for mixtures of experts on a GPU: use 'auto' or 'dequantised' "
+                "(PRECISION=bf16 of the build)"
+            )
+        names = mixture.names
+
+        def named(module: str) -> torch.Tensor:
+            return checkpoint.raw(f"{layer}.{module}").to(self.device)
+
+        experts = [[f"{layer}.{name}" for name in names.expert(number)] for number in range(mixture.experts)]
+        shared = None
+        if mixture.shared_inner:
+            up_gate, up, down = (f"{layer}.{name}" for name in names.shared_expert())
+            shared = Shared(
+                self.load_linear(checkpoint, [up_gate, up]),
+                self.load_linear(checkpoint, [down]),
+                named(f"{names.shared_gate}.weight").float().flatten() if mixture.shared_gate else None,
+            )
+        router = named(f"{names.router}.weight")
+        narrow = router.to(self.dtype)
+        return CudaMixture(
+            mixture,
+            narrow if torch.equal(narrow.float(), router.float()) else router.float(),
+            named(names.correction).float() if mixture.correction else None,
+            self._experts(checkpoint, [modules[:2] for modules in experts]),
+            self._experts(checkpoint, [modules[2:] for modules in experts]),
+            shared,
+            activation,
+            self.dtype,
+        )
+
+    def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
+        """One linear of every expert, out of its modules stacked along the output; read expert by expert."""
+        weight: torch.Tensor | None = None
+        scales, input_scales = [], []
+        for number, modules in enumerate(experts):
+            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
+            part = None if stored is None else self._expert_codes(stored[0])
+            if part is not None and part.input_scale is not None:
+                scales.append(part.scales[0, 0].float())
+                input_scales.append(part.input_scale)
+            codes = checkpoint.fused(modules, self.dtype)[0].to(self.device) if part is None else part.codes
+            if weight is None:
+                weight = torch.empty(len(experts), *codes.shape, dtype=codes.dtype, device=self.device)
+            if weight.dtype != codes.dtype:
+                raise ConfigError(
+                    f"only some experts beside {modules[0]} are FP8: use weight_precision='dequantised'"
+                )
+            weight[number] = codes
+        assert weight is not None
+        self._count("FP8 W8A8 of experts" if scales else f"{name_of(self.dtype)} of experts")
+        if not scales:
+            return Experts(weight)
+        return Experts(weight, torch.stack(scales), torch.stack(input_scales).amax())
+
+    def _expert_codes(self, coded: Coded) -> Coded | None:
+        """FP8 with one scale and a known input scale; all else is dequantised."""
+        fits = all(size % 16 == 0 for size in coded.codes.shape) and coded.scales.shape[1] == 1
+        if self.weights != "auto" or coded.codes.dtype != torch.float8_e4m3fn or not fits:
+            return None
+        if coded.by_tensor is None or coded.input_scale is None or not self.has_fp8:
+            return None
+        return coded
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
         """A weight as its checkpoint stores it; None if its shape does not allow that."""
@@ -199,13 +272,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             spec.qk_norm == "row",
         )
         plan = attention.decode_plan(
-            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors
-        )
+            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
+            layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
+        )  # fmt: skip
         reader = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale,
+            plan, form, reader.input_scale, self.long_prefill if where.long else None,
         )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
@@ -218,7 +292,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def sequence_steps(
         self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
     ) -> SequenceSteps[CudaStep]:
-        return CudaSequence.of(blocks, self.dtype, spec.num_groups)
+        return CudaSequence.of(blocks, self.dtype, spec.num_groups, spec.head_dim)
 
     # Tuning ----------------------------------------------------------------------------------------
 
@@ -229,9 +303,15 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         layers in a graph, so that weights come from memory and not from a cache.
         """
         chosen = []
-        for kind in ("qkv", "out", "gate_up", "down"):
-            linears = [getattr(layer, kind) for layer in layers]
-            times = self._timed(linears)
+        dense = [layer.mlp for layer in layers if isinstance(layer.mlp, GatedMlp)]
+        kinds: dict[str, list[Any]] = {
+            "qkv": [layer.qkv for layer in layers],
+            "out": [layer.out for layer in layers],
+            "gate_up": [mlp.gate_up for mlp in dense],
+            "down": [mlp.down for mlp in dense],
+        }
+        for kind, linears in kinds.items():
+            times = self._timed(linears) if linears else {}
             if not times:
                 continue
             best = min(times, key=lambda plan: times[plan])
@@ -248,7 +328,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             chosen.append(f"{kind} {first / each:.1f} -> {times[best] / each:.1f} us")
             self.tuned[kind] = {str(plan): round(time / each, 2) for plan, time in times.items()}
         if chosen:
-            self._tuning = f"; few rows: {', '.join(chosen)}"
+            self._tuning += f"; few rows: {', '.join(chosen)}"
 
     def _timed(self, linears: list[Any]) -> dict[SkinnyPlan | GroupedPlan | None, float]:
         """Microseconds of each candidate, what is taken without tuning first; empty if there is no choice."""
@@ -267,6 +347,73 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         else:
             return {}
         return {plan: _time_all(linears, x, plan) for plan in plans}
+
+    def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
+        """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
+
+        Each computes the last tokens of a long prompt over ``cache``, whatever that holds.
+        """
+        block_size = cache.values.shape[3]
+        context = min(longest, 16384, cache.values.shape[0] * block_size)
+        if context < attention.LONG:
+            return
+        times = {
+            plan: prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype)
+            for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
+        }
+        usual, *_ = times
+        best = min(times, key=lambda plan: times[plan])
+        if times[best] < 0.98 * times[usual]:
+            self.long_prefill = best
+            self._tuning += (
+                f"; long prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
+            )
+        self.tuned["prefill attention"] = {str(plan): round(time * 1e6, 1) for plan, time in times.items()}
+
+
+def prefill_seconds(
+    plan: attention.PrefillPlan,
+    spec: ModelSpec,
+    cache: KVCache,
+    context: int,
+    tokens: int,
+    dtype: torch.dtype,
+    repeats: int = 5,
+) -> float:
+    """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
+    fit this device."""
+    device, block_size = cache.values.device, cache.values.shape[3]
+    each, first = plan.tokens(spec.num_groups), context - tokens
+    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
+    tiles = torch.tensor(pieces, dtype=torch.int32, device=device)
+    table = torch.arange(-(-context // block_size), dtype=torch.int32, device=device)[None]
+    positions = torch.arange(first, context, dtype=torch.int32, device=device)
+    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
+    qkv = torch.randn(
+        tokens, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, dtype=dtype, device=device
+    )
+
+    def run() -> None:
+        attention.attend(
+            qkv, cache, where, spec.num_heads, spec.attention_scale, None, spec.attention_softcap,
+            attention.DecodePlan(0, 0, 32, 1), prefill=plan,
+        )  # fmt: skip
+
+    try:
+        run()
+    except (OutOfResources, CompilationError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        return float("inf")
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
 
 
 def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:

@@ -8,7 +8,9 @@ launch may live in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -53,6 +55,12 @@ class AttentionInput:
     """[tiles, 4]: first row, rows, first position, slot, of pieces of the prompt chunks that follow."""
     longest: int = 0
     """Tokens, with those before the chunk, of the longest prompt."""
+    long: bool = False
+    """The tiles are those of the plan for long prompts (``CudaKernels.long_prefill``)."""
+
+    def __post_init__(self) -> None:
+        self.shares: dict[Hashable, Any] = {}
+        """What the attention's layers share (``attention.Shares``)."""
 
 
 @triton.jit

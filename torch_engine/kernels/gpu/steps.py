@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flightline.torch_engine.kernels.gpu.attention import tile_tokens
+from flightline.torch_engine.kernels.gpu.attention import prefill_plan
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput
 
 
@@ -25,6 +25,8 @@ class CudaStep:
     """[sampled] int32: their slots in the tables of sampling."""
     holds: torch.Tensor
     """[sampled] int32: 1 where the next token must not be one that ends the output."""
+    idle: int = -1
+    """Slot of the rows that fill up a captured batch and belong to nobody; negative: there are none."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class CudaSequence:
     """Tokens of one tile of the attention."""
 
     @classmethod
-    def of(cls, blocks: torch.Tensor, dtype: torch.dtype, group: int) -> CudaSequence:
-        """``group`` query heads share a key/value head."""
-        return cls(blocks[None].int(), tile_tokens(dtype, group))
+    def of(cls, blocks: torch.Tensor, dtype: torch.dtype, group: int, size: int) -> CudaSequence:
+        """``group`` query heads of ``size`` dimensions share a key/value head."""
+        return cls(blocks[None].int(), prefill_plan(dtype, size, 0).tokens(group))
 
     def prompt(self, ids: torch.Tensor, kept: int) -> CudaStep:
         count = ids.shape[0]

@@ -23,7 +23,7 @@ from tests.supervisor.test_faults import private_copy
 
 pytestmark = pytest.mark.slow
 STREAMS = 32
-TOKENS = 4000
+TOKENS = 3000
 """Of each stream: so many that all have begun before one ends, on a busy machine too."""
 DRAIN_S = 120
 """So long that a busy machine ends them within it."""

@@ -100,10 +100,16 @@ def _from_hub(model: str) -> Path:
 
 
 def of_spec(spec: ModelSpec) -> ModelShape:
-    """Counts of a dense decoder; small parts (QK norms, biases) are left out."""
+    """Counts of a decoder, all experts included; small parts (QK norms, biases, routers) are left out."""
     hidden, layers = spec.hidden_size, spec.num_layers
     attention = 2 * hidden * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
-    linear = layers * (attention + 3 * hidden * spec.intermediate_size)
+    inner = sum(
+        layer.mixture.experts * layer.mixture.inner + layer.mixture.shared_inner
+        if layer.mixture
+        else spec.intermediate_size
+        for layer in spec.layers
+    )
+    linear = layers * attention + 3 * hidden * inner
     norms = hidden * (1 + layers * len(spec.norms.modules))
     embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
     return ModelShape(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flightline.torch_engine.model.fields import Fields, names
+from flightline.torch_engine.model.mixture import Mixtures, glm_mixtures, mixtral_mixtures, qwen_mixtures
 from flightline.torch_engine.model.spec import Fused, Norms, QkNorm
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -42,6 +43,11 @@ def _sliding_from_some_layer_on(fields: Fields, count: int) -> list[str]:
 
 def _sliding_where_nothing_turns(fields: Fields, count: int) -> list[str]:
     return [FULL if turns else SLIDING for turns in turning_layers(fields, count)]
+
+
+def _first_of_two_of_the_first_sliding(fields: Fields, count: int) -> list[str]:
+    windows = fields.whole("max_window_layers", 28, least=0)
+    return [SLIDING if index % 2 == 0 and index < windows else FULL for index in range(count)]
 
 
 def turning_layers(fields: Fields, count: int) -> list[bool]:
@@ -92,6 +98,8 @@ class Family:
     interleaved: bool = False
     """The rotary embedding pairs neighbours."""
     fused: Fused = ()
+    mixtures: Mixtures | None = None
+    """How its MLPs are routed; None: they are dense."""
     models: str = ""
     """Published models of the family, for the page."""
     limits: str = ""
@@ -123,6 +131,10 @@ _GLM_DEFAULTS = {
     "partial_rotary_factor": 0.5,
     "attention_bias": True,
 }
+_QWEN_MIXTURE = names(
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step "
+    "mlp_only_layers"
+)
 _FAMILIES = (
     Family(
         "LlamaForCausalLM",
@@ -292,6 +304,67 @@ _FAMILIES = (
         rope_keys=names("llama_4_scaling_beta max_position_embeddings"),
         limits="contexts up to the one it was trained on (16,384): beyond, its queries are scaled by position",
         defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        models="Qwen3 30B-A3B and 235B-A22B, Qwen3-Coder 30B-A3B",
+        keys=_QWEN_WINDOW | _QWEN_MIXTURE,
+        defaults={"sliding_window": 4096, "num_key_value_heads": 4},
+        qk_norm="head",
+        mixtures=qwen_mixtures,
+    ),
+    Family(
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        models="Qwen1.5-MoE-A2.7B, Qwen2 57B-A14B",
+        keys=_QWEN_WINDOW | _QWEN_MIXTURE | names("qkv_bias shared_expert_intermediate_size"),
+        defaults={
+            "sliding_window": 4096,
+            "qkv_bias": True,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 4,
+            "shared_expert_intermediate_size": 5632,
+        },
+        windowed_layers=_first_of_two_of_the_first_sliding,
+        out_bias=False,
+        mixtures=qwen_mixtures,
+    ),
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        models="Mixtral 8x7B, 8x22B",
+        keys=names("sliding_window num_local_experts num_experts_per_tok"),
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        mixtures=mixtral_mixtures,
+    ),
+    Family(
+        "OlmoeForCausalLM",
+        "olmoe",
+        models="OLMoE 1B-7B",
+        keys=_QWEN_MIXTURE - names("moe_intermediate_size decoder_sparse_step mlp_only_layers"),
+        defaults={"rms_norm_eps": 1e-5, "num_experts": 64},
+        qk_norm="row",
+        mixtures=qwen_mixtures,
+    ),
+    Family(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        models="GLM-4.5, 4.5-Air, 4.6",
+        limits="its layers for guesses are not read",
+        keys=names(
+            "n_routed_experts num_local_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group "
+            "topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace use_qk_norm "
+            "num_nextn_predict_layers num_mtp_layers partial_rotary_factor"
+        ),
+        defaults={
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "partial_rotary_factor": 0.5,
+        },
+        out_bias=False,
+        mixtures=glm_mixtures,
     ),
 )
 FAMILIES: Mapping[str, Family] = {family.architecture: family for family in _FAMILIES}

@@ -409,18 +409,19 @@ def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256
     engine = load_engine(options, enable_kv_cache_reuse=False)
     chance = random.Random(1)
     layers = engine.model.layers
-    inputs, outputs = layers[0].gate_up.inputs, layers[0].gate_up.outputs
+    gate_up = layers[0].mlp.gate_up
+    inputs, outputs = gate_up.inputs, gate_up.outputs
     work = sum(
         linear.inputs * linear.outputs
         for layer in layers
         for linear in (
-            (layer.qkv, layer.out, layer.gate_up, layer.down) if layer is not layers[-1] else (layer.qkv,)
+            (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down)
+            if layer is not layers[-1]
+            else (layer.qkv,)
         )
     )  # the rest of the last layer is computed for a prompt's last token only
     rows = engine.config.max_num_tokens
-    x = engine.kernels.add_norm(
-        torch.randn(rows, inputs), None, None, torch.ones(inputs), 1e-6, layers[0].gate_up
-    )[0]
+    x = engine.kernels.add_norm(torch.randn(rows, inputs), None, None, torch.ones(inputs), 1e-6, gate_up)[0]
     wide, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     threads = engine.config.num_threads or default_threads()
 
@@ -439,7 +440,7 @@ def run_prefill(options: argparse.Namespace, prompts: int = 8, length: int = 256
         torch.set_num_threads(1)
         done = {
             "prefill": (compute_prompts, 1, prompts * length * work),
-            "ours": (lambda: layers[0].gate_up(x), 20, rows * inputs * outputs),
+            "ours": (lambda: gate_up(x), 20, rows * inputs * outputs),
             "PyTorch float32": (
                 lambda: torch.nn.functional.linear(wide, weight),
                 20,

@@ -207,9 +207,19 @@ def _decoded(model: Any, window: list[int]) -> Decoded:
 
 
 def become_w8a8(model: Any, quantized: Path) -> Any:
-    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it."""
-    modules = dict(model.named_modules())
+    """Turns a loaded source model into the FP8 checkpoint's arithmetic, in place; returns it.
+
+    Raises BuildError for a mixture of experts, whose linears are no modules of the source model.
+    """
+    modules = {
+        name.replace("model.language_model.", "model.", 1): each for name, each in model.named_modules()
+    }
     for name, coded in Checkpoint(quantized, load_spec(quantized)).codes():
+        if name not in modules:
+            raise BuildError(
+                f"the gate of this backend cannot run FP8 mixtures of experts ({name}): "
+                "use ENGINE=torch or PRECISION=bf16"
+            )
         with torch.no_grad():
             modules[name].weight.copy_(coded.values(torch.float32))
         if coded.scales.shape[1] == 1:  # in groups and blocks the activations stay as they are

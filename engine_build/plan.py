@@ -38,6 +38,10 @@ class ModelShape:
     parameters: int
     linear_parameters: int
     """Of those, the weights of the decoder's linear layers: what FP8 halves."""
+    idle_parameters: int = 0
+    """Of all, what a step for one token does not read: the embedding beside an output head of its own."""
+    family: str = ""
+    """Architecture, as ``config.json`` names it."""
     fp8: bool = False
     """The checkpoint is FP8 already."""
     int4: bool = False

@@ -33,6 +33,7 @@ EMBEDDED_SHAPE = ModelShape(
     max_position_embeddings=8192,
     parameters=134_515_008,
     linear_parameters=106_168_320,
+    family="LlamaForCausalLM",
     splits=(3,),
 )
 """So that preflight needs no package at all."""
@@ -99,10 +100,16 @@ def _from_hub(model: str) -> Path:
 
 
 def of_spec(spec: ModelSpec) -> ModelShape:
-    """Counts of a dense decoder; small parts (QK norms, biases) are left out."""
+    """Counts of a decoder, all experts included; small parts (QK norms, biases, routers) are left out."""
     hidden, layers = spec.hidden_size, spec.num_layers
     attention = 2 * hidden * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
-    linear = layers * (attention + 3 * hidden * spec.intermediate_size)
+    inner = sum(
+        layer.mixture.experts * layer.mixture.inner + layer.mixture.shared_inner
+        if layer.mixture
+        else spec.intermediate_size
+        for layer in spec.layers
+    )
+    linear = layers * attention + 3 * hidden * inner
     norms = hidden * (1 + layers * len(spec.norms.modules))
     embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
     return ModelShape(
@@ -112,8 +119,15 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         max_position_embeddings=spec.max_position_embeddings,
         parameters=linear + norms + embeddings,
         linear_parameters=linear,
+        idle_parameters=idle_parameters(spec),
+        family=spec.wrapper or spec.architecture,
         fp8=spec.fp8,
         int4=spec.int4,
         stored=spec.stored,
         splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )
+
+
+def idle_parameters(spec: ModelSpec) -> int:
+    """What a step for one token does not read."""
+    return 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size

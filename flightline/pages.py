@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flightline import settings_page
+from flightline.engine_build import models_page
 from flightline.gateway import params_page
 from flightline.model_repository import tensors_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/GATEWAY.md": params_page.parts,
+    "docs/MODELS.md": models_page.parts,
     "docs/SETTINGS.md": settings_page.parts,
     "docs/TENSORS.md": tensors_page.parts,
 }

@@ -22,6 +22,7 @@ from flightline.engine_build.memory import fp8_build_cost
 from flightline.engine_build.plan import AUTO, LANES, ModelShape, Plan, available_precisions, make_plan
 from flightline.engine_build.settings import Settings, parse
 from flightline.engine_build.shape import Model, look_up
+from flightline.engine_build.speed import expected
 from flightline.engine_build.trtllm import containers, host, versions
 from flightline.supervisor.errors import ServeError
 from flightline.supervisor.settings import ServeSettings
@@ -273,8 +274,8 @@ def report(
     shape = model.shape
     lines = [
         f"machine    {_machine(hardware, gpus)}",
-        f"model      {model.name}: {shape.parameters / 1e6:,.0f}M parameters, context {shape.max_position_embeddings}"
-        + (f", {shape.stored} already" if shape.fp8 else ""),
+        f"model      {model.name}: {shape.family}, {shape.parameters / 1e6:,.0f}M parameters, "
+        f"context {shape.max_position_embeddings}" + (f", {shape.stored}" if shape.stored else ""),
     ]
     if gpus and not versions.installed():
         driver = gpus[0].driver
@@ -285,7 +286,12 @@ def report(
         f"{'  lane':<17}{'precision':<11}{'weights':>10}{'KV a token':>12}{'KV cache':>10}  verdict",
     ]
     lines += [_row(each, each is chosen) for each in table]
-    lines += ["", *_cost(model, chosen), *_shared(shape, hardware, chosen, asked)]
+    lines += [
+        "",
+        *_speed(shape, chosen, hardware),
+        *_cost(model, chosen),
+        *_shared(shape, hardware, chosen, asked),
+    ]
     lines += [f"problem    {problem}" for problem in problems]
     if chosen.verdict == IMPOSSIBLE:
         lines.append(f"problem    {chosen.reason}")
@@ -320,6 +326,17 @@ def _cost(model: Model, chosen: Verdict) -> list[str]:
     return [
         f"FP8 build  at most {memory}{_gib(cost.host_bytes)} of host memory, "
         f"{_gib(cost.disk_bytes)} of disk, {cost.seconds / 60:.0f} minutes"
+    ]
+
+
+def _speed(shape: ModelShape, chosen: Verdict, hardware: Hardware) -> list[str]:
+    """What one request may get, of the lane whose kernels are known."""
+    speed = expected(shape, chosen.plan, hardware) if chosen.plan and chosen.lane == "torch" else None
+    if speed is None:
+        return []
+    return [
+        f"speed      about {speed.tokens_a_second:,.0f} tokens/s for one request: a step reads "
+        f"{_gib(speed.step_bytes)} of weights ({speed.basis}); requests that run together share the reading"
     ]
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from flightline import pages
 from flightline.client.params import MOST_SEQUENCES
+from flightline.engine_build import models_page
 from flightline.model_repository.shared.responses import NO_TOKEN
 from flightline.model_repository.shared.words import MOST_WORDS
+from flightline.torch_engine.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -89,3 +91,10 @@ def test_a_newcomers_questions_lead_to_what_answers_them() -> None:
         assert name in names(ast.parse((ROOT / file).read_text(encoding="utf-8"))), (
             f"{question}: {name} in {file}"
         )
+
+
+def test_every_family_of_the_page_is_tested() -> None:
+    from tests import tiny
+
+    assert {f"{name}ForCausalLM" for name in tiny._FAMILIES.values()} >= set(FAMILIES)
+    assert set(models_page.RAN_ON_GPU) <= set(FAMILIES)

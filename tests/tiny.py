@@ -38,7 +38,13 @@ _FAMILIES: dict[str, str] = {
     "ministral3": "Ministral3",
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen2_moe": "Qwen2Moe",
+    "mixtral": "Mixtral",
+    "olmoe": "Olmoe",
+    "glm4_moe": "Glm4Moe",
 }
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
 WRAPPED = {
     "gemma3-wrapped": ("Gemma3", "siglip_vision_model", "gemma3"),
     "mistral3": ("Mistral3", "pixtral", "mistral"),
@@ -84,6 +90,19 @@ _FAMILY_SHAPE: dict[str, dict[str, Any]] = {
     "ministral3": {"max_position_embeddings": 512, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
         "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    # Dense layers beside routed ones, and sizes that are all different.
+    "qwen3_moe": {
+        "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
+        "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "qwen2_moe": {
+        "num_hidden_layers": 4, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 80, "decoder_sparse_step": 2},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 32},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "glm4_moe": {
+        "num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+        "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True,
+        "attention_bias": True, "norm_topk_prob": True},
 }  # fmt: skip
 
 
@@ -207,7 +226,10 @@ def tiny_checkpoint(
                     # Gemma multiplies by sqrt(hidden size); wider ones would make it echo its input.
                     weight.copy_(torch.randn_like(weight) * 0.03)
                 else:
-                    weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[1] ** 0.5)
+                    weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5)
+            for key, buffer in model.named_buffers():
+                if key.endswith("e_score_correction_bias"):  # enough to change what is chosen
+                    buffer.copy_(torch.randn_like(buffer) * 0.3)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(words, path)
     return path

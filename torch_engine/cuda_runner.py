@@ -326,16 +326,16 @@ class CudaRunner:
         """A step of ``size`` rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
         ids, slots, positions, holds, asking = self._places([size] * 5)
         where = AttentionInput(slots, positions, self.tables, size, None)
-        return self._forward(CudaStep(ids, where, self.last, None, asking, holds))
+        return self._forward(CudaStep(ids, where, self.last, None, asking, holds, idle=self.spare))
 
     def _mixed_forward(self, shape: MixedShape) -> Computed:
         """A step with prompt chunks on the static inputs, laid out as :meth:`_padded` does."""
         rows, samples = shape.rows, shape.samples
-        ids, slots, positions, tiles, *sampled = self._places(
+        ids, slots, positions, tiles, sampled, sampled_slots, holds = self._places(
             [rows, rows, rows, 4 * shape.tiles, samples, samples, samples]
         )
         where = AttentionInput(slots, positions, self.tables, 0, tiles.view(-1, 4), rows)
-        return self._forward(CudaStep(ids, where, self.last, *sampled))
+        return self._forward(CudaStep(ids, where, self.last, sampled, sampled_slots, holds, self.spare))
 
     def _padded(
         self,
@@ -481,11 +481,11 @@ class CudaRunner:
         if isinstance(order.graph, MixedShape):
             captured = self.mixed[order.graph]
         elif order.graph is None:
-            ids, slots, positions, tiles, *logits = placed
+            ids, slots, positions, tiles, rows, row_slots, holds = placed
             where = AttentionInput(
                 slots, positions, self.tables, order.decodes, tiles.view(-1, 4), order.longest, order.long
             )
-            computed = self._forward(CudaStep(ids, where, self.last, *logits))
+            computed = self._forward(CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare))
             return functools.partial(self._choose, computed)
         elif not self.graphs:
             return functools.partial(self._choose, self._decode(order.graph))

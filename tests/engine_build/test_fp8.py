@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flightline.engine_build import gate
+from flightline.engine_build import gate, source_model
 from flightline.engine_build.build import GATE_TEXT
+from flightline.engine_build.engine_model import EngineModel
 from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hf_format import (
     read_tensors,
@@ -22,7 +23,10 @@ from flightline.engine_build.hf_format import (
 )
 from flightline.engine_build.prompts import Sample
 from flightline.engine_build.quantize import dequantize, quantize, to_e4m3
-from tests.tiny import FAMILIES, tiny_checkpoint
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.layout import plain_names
+from tests.tiny import FAMILIES, MIXTURES, tiny_checkpoint
 
 SAMPLES = [Sample(text="the quick brown fox " * count) for count in range(1, 9)]
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -142,8 +146,12 @@ def becoming(folder: Path) -> gate.Become:
     return lambda model: gate.become_w8a8(model, folder)
 
 
+ALIKE = ("mistral", "glm", "ministral3", "olmo2", "mistral3-ministral3")
+"""Families whose linears and names are those of another one here."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*ALIKE, *MIXTURES)])
 def test_every_family_quantises(tmp_path: Path, family: str) -> None:
     """Sharded sources included; the FP8 arithmetic stays near the source's."""
     source = tiny_checkpoint(tmp_path / family, family, max_shard_size="100KB")
@@ -152,11 +160,43 @@ def test_every_family_quantises(tmp_path: Path, family: str) -> None:
     seen = quantize(source, SAMPLES, target, "cpu", "float32")
     assert seen.samples == 8
     quantized = dict(read_tensors(target))
-    assert sum(name.endswith(".weight_scale") for name in quantized) == 14
-    assert ("lm_head.weight" in quantized) == (not family.startswith("gemma"))
+    spec = load_spec(source)
+    names = plain_names(dict(read_tensors(source)), spec, source)
+    linears = [name for name in names if name.endswith("_proj.weight")]
+    assert {name for name in quantized if name.endswith(".weight_scale")} == {
+        f"{name}_scale" for name in linears
+    }
+    assert ("lm_head.weight" in quantized) == (not spec.tie_embeddings)
     text = GATE_TEXT.read_text(encoding="utf-8")
     result = gate.measure(source, becoming(target), text, SAMPLES[:2], "cpu", "float32")
     assert abs(result.perplexity_rise) < 0.1
+
+
+@pytest.mark.slow
+def test_a_mixture_quantises(tmp_path: Path) -> None:
+    """Every expert, also the shared one; routers and the shared expert's gate are left alone."""
+    source = tiny_checkpoint(tmp_path / "source", "qwen2_moe", num_hidden_layers=2, num_experts=20)
+    target = tmp_path / "fp8"
+    target.mkdir()
+    quantize(source, SAMPLES, target, "cpu", "float32")
+    quantized, plain = dict(read_tensors(target)), dict(read_tensors(source))
+    scaled = {name.removesuffix("_scale") for name in quantized if name.endswith(".weight_scale")}
+    assert {name for name in scaled if "experts.19." in name} == {
+        f"model.layers.1.mlp.experts.19.{linear}_proj.weight" for linear in ("gate", "up", "down")
+    }
+    assert len(scaled) == 2 * 4 + 3 + 3 * (20 + 1)
+    for name in ("model.layers.1.mlp.gate.weight", "model.layers.1.mlp.shared_expert_gate.weight"):
+        assert torch.equal(quantized[name], plain[name])
+    logits = []
+    for folder in (source, target):
+        engine = tmp_path / f"engine-{folder.name}"
+        engine.mkdir()
+        EngineConfig(str(folder), num_kv_blocks=8, max_seq_len=64, kernels="pytorch").save(engine)
+        logits.append(EngineModel(engine, 64)(torch.arange(5, 45)[None], logits_to_keep=40).logits)
+    # Weights alone are rounded here: 2^-4 of each.
+    assert 0 < (logits[1] - logits[0]).std() < 0.15 * logits[0].std()
+    with pytest.raises(BuildError, match=r"FP8 mixtures of experts .*use ENGINE=torch"):
+        gate.become_w8a8(source_model.load(source, "cpu", "float32")[0], target)
 
 
 def test_gate_results_are_recorded(fp8_build: dict[str, Any]) -> None:

@@ -102,6 +102,16 @@ def test_an_h200_runs_every_lane(report: Report) -> None:
     assert output.splitlines()[-1] == "next       make bench ENGINE=torch PRECISION=fp8"
 
 
+def test_a_speed_near_the_one_that_was_measured(report: Report) -> None:
+    """374 tokens/s on an H200 (benchmarks/h200); nothing where the memory's rate is not known."""
+    _, output = report(H200)
+    assert ": LlamaForCausalLM, 8,030M parameters, context 131072" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("speed ")]
+    assert 300 < int(line.split()[2]) < 420 and "4.8 TB/s" in line
+    assert "speed " not in report("NVIDIA Unheard-of, 9.0, 143771, 143000, 590.44.01")[1]
+    assert "a core's copy just now" in report()[1]
+
+
 def test_an_a100_has_no_fp8(report: Report) -> None:
     code, output = report(A100, ENGINE="trtllm-engine")
     assert code == 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flightline.engine_build.build import CALIBRATION, GATE_PROMPTS
@@ -28,7 +29,7 @@ from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.speculation import Speculation
 from flightline.torch_engine.engine import Engine
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.config_json import load_spec, transformers_class
 from flightline.torch_engine.model.weights import Checkpoint
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS
@@ -106,7 +107,8 @@ class Fp8View(Checkpoint):
 
 
 def reference(folder: Path, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    auto_class = getattr(transformers, transformers_class(folder))
+    model = auto_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval().to(DEVICE)
 
 

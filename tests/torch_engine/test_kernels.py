@@ -32,6 +32,7 @@ from flightline.torch_engine.kernels.cpu.toolchain import (
 )
 from flightline.torch_engine.kernels.operations import Operations
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
+from flightline.torch_engine.model.coded import Coded
 from tests.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -156,6 +157,22 @@ def test_integer_linear(make: Make, isa: str, bits: int, rows: int, inputs: int,
     linear = integer_linear(kernels, weight, bias, bits)
     assert linear.bits == bits
     close(linear(groups).double(), x @ rounded(weight, bits).T + bias.double(), 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["auto", "portable"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (4, 160), (5, 32)])
+def test_codes_of_a_checkpoint(make: Make, isa: str, bits: int, group: int) -> None:
+    """They stay; scales of both signs lose 2^-16 of the largest of their column, minima what bfloat16 loses."""
+    kernels = make(cpu_isa=isa, weight_precision="int4")
+    codes = torch.randint(0, 2**bits, (33, 160), dtype=torch.uint8)
+    scales, minima = torch.randn(2, 33, -(-160 // group)).unbind()
+    coded = Coded(codes, scales, group, minima, bits)
+    stored = SimpleNamespace(fused_coded=lambda modules, dtype, device: (coded, torch.ones(33)))
+    linear = kernels.load_linear(stored, ["mlp.up_proj"])
+    assert linear.bits == (4 if bits == 4 else 7)
+    groups, x = pack(torch.randn(3, 160))
+    close(linear(groups).double(), x @ coded.values(torch.float64).T + 1, 3e-3)
 
 
 @needs_compiler

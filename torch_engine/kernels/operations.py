@@ -7,7 +7,13 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from flightline.torch_engine.model.kernel_interface import CacheT, Decoder, Layer, LinearT
+from flightline.torch_engine.model.kernel_interface import (
+    CacheT,
+    Decoder,
+    GatedMlp,
+    Layer,
+    LinearT,
+)
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.parallel.group import Alone, Group
 
@@ -85,9 +91,14 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
             h, x = self.add_norm(x, delta, post, layer.input_norm, eps, layer.qkv)
             h = self.attention(layer.qkv(h), layer, model.spec, model.ropes[layer.spec.rope], cache, step)
             delta = self.summed(layer.out(h))
-            h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, layer.gate_up)
-            h = self.gate(layer.gate_up(h), model.spec.activation, layer.down)
-            delta, post = self.summed(layer.down(h)), layer.mlp_out_norm
+            mlp = layer.mlp
+            reader = mlp.gate_up if isinstance(mlp, GatedMlp) else mlp.router
+            h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, reader)
+            if isinstance(mlp, GatedMlp):
+                delta = self.summed(mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down)))
+            else:
+                delta = mlp(h, step)
+            post = layer.mlp_out_norm
         if step.logit_rows is not None:
             x = x.index_select(0, step.logit_rows)
             delta = None if delta is None else delta.index_select(-2, step.logit_rows)

@@ -75,7 +75,7 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         attention_scale=_attention_scale(fields, family, head_dim),
         end_ids=_end_ids(folder, fields),
         norms=family.norms,
-        qk_norm=family.qk_norm,
+        qk_norm="head" if fields.config.get("use_qk_norm") else family.qk_norm,
         norm_plus_one=family.norm_plus_one,
         embedding_scale=embedding_scale * _multiplier(fields, family, "embedding_multiplier") / branch,
         rounds_embedding_scale=family.scales_embedding,
@@ -83,10 +83,11 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         logit_softcap=_softcap(fields, family, "final_logit_softcapping"),
         logit_divisor=_multiplier(fields, family, "logits_scaling"),
         quantization=quantization,
-        qkv_bias=attention_bias or family.qkv_bias,
+        qkv_bias=fields.flag("qkv_bias", attention_bias or family.qkv_bias),
         out_bias=attention_bias and family.out_bias,
         mlp_bias=fields.flag("mlp_bias", False),
         fused=family.fused,
+        extra_layers=_extra_layers(fields),
         wrapper=wrapper,
     )
 
@@ -111,7 +112,7 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
     """The family, its configuration, and the architecture that wraps it, if one does."""
     architecture = (fields.words("architectures") or ["?"])[0]
     if architecture in WRAPPERS:
-        check_wrapper_keys(fields.config, architecture, WRAPPERS[architecture], fields.source)
+        check_wrapper_keys(fields.config, architecture, WRAPPERS[architecture].keys, fields.source)
         text = _unwrapped(fields, architecture)
         return FAMILIES[text["architectures"][0]], Fields(text, fields.source), architecture
     if architecture not in FAMILIES:
@@ -125,10 +126,10 @@ def _text_model(fields: Fields) -> tuple[Family, Fields, str]:
 def _unwrapped(fields: Fields, architecture: str) -> dict[str, Any]:
     text = fields.table("text_config")
     kind = str(text.get("model_type"))
-    if kind not in BY_MODEL_TYPE:
+    if kind not in WRAPPERS[architecture].texts:
         raise UnsupportedModel(
             f"{fields.source}: text_config of {architecture} is a {kind!r}, which is not supported; supported are "
-            f"{', '.join(BY_MODEL_TYPE)}"
+            f"{', '.join(WRAPPERS[architecture].texts)}"
         )
     shared = {key: fields.config[key] for key in SHARED if fields.config.get(key) is not None}
     return {**text, **shared, "architectures": [BY_MODEL_TYPE[kind].architecture]}
@@ -190,11 +191,16 @@ def _layers(fields: Fields, family: Family, head_dim: int) -> tuple[LayerSpec, .
             "sliding_window", "layer_types has sliding_attention, so it must be a whole number"
         )
     ropes = {kind: read_rope(fields, family, kind, head_dim) for kind in set(kinds)}
+    mixtures = family.mixtures(fields, count) if family.mixtures else (None,) * count
     turning = turning_layers(fields, count) if "no_rope_layers" in family.keys else [True] * count
     return tuple(
-        LayerSpec(ropes[kind] if turns else NO_ROPE, window if kind == SLIDING else None)
-        for kind, turns in zip(kinds, turning, strict=True)
+        LayerSpec(ropes[kind] if turns else NO_ROPE, window if kind == SLIDING else None, mixture)
+        for kind, turns, mixture in zip(kinds, turning, mixtures, strict=True)
     )
+
+
+def _extra_layers(fields: Fields) -> int:
+    return fields.whole("num_nextn_predict_layers", fields.whole("num_mtp_layers", 0, least=0), least=0)
 
 
 def _context(fields: Fields, family: Family) -> int:

@@ -7,7 +7,15 @@ from typing import Generic
 import torch
 import torch.nn.functional as F
 
-from flightline.torch_engine.model.kernel_interface import CacheT, Kernels, Layer, LinearT, StepT
+from flightline.torch_engine.model.kernel_interface import (
+    CacheT,
+    GatedMlp,
+    Kernels,
+    Layer,
+    LinearT,
+    RoutedMlp,
+    StepT,
+)
 from flightline.torch_engine.model.rope import rope_table
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -57,6 +65,12 @@ class Model(Generic[LinearT, CacheT, StepT]):
         def norm(module: str) -> torch.Tensor:
             return self._norm(checkpoint, f"{name}.{module}")
 
+        def mlp() -> GatedMlp[LinearT] | RoutedMlp[LinearT]:
+            mixture = spec.layers[index].mixture
+            if mixture is not None:
+                return self.kernels.load_mixture(checkpoint, mixture, name, spec.activation)
+            return GatedMlp(linear("mlp.gate_proj", "mlp.up_proj"), linear("mlp.down_proj"))
+
         def norm_if(module: str | None) -> torch.Tensor | None:
             return None if module is None else norm(module)
 
@@ -64,8 +78,7 @@ class Model(Generic[LinearT, CacheT, StepT]):
             spec=spec.layers[index],
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             out=linear("self_attn.o_proj"),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-            down=linear("mlp.down_proj"),
+            mlp=mlp(),
             input_norm=norm_if(spec.norms.attention),
             attention_out_norm=norm_if(spec.norms.attention_out),
             mlp_norm=norm_if(spec.norms.mlp),

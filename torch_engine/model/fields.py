@@ -38,12 +38,13 @@ GENERATION = names(
 IRRELEVANT = GENERATION | names(
     # Training: nothing is dropped, initialised or lost when a model only reads.
     "attention_dropout attn_pdrop classifier_dropout embd_pdrop gradient_checkpointing hidden_dropout "
-    "initializer_range neftune_noise_alpha resid_pdrop residual_dropout tf_legacy_loss "
+    "initializer_range neftune_noise_alpha resid_pdrop residual_dropout router_aux_loss_coef router_jitter_noise "
+    "tf_legacy_loss "
     # How Transformers runs it or returns it.
     "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled attn_implementation cache_implementation "
     "chunk_size_feed_forward dtype is_decoder logits_to_keep num_logits_to_keep output_attentions "
-    "output_hidden_states output_scores pretraining_tp return_dict return_dict_in_generate torch_dtype torchscript "
-    "use_bfloat16 use_cache "
+    "output_hidden_states output_router_logits output_scores pretraining_tp return_dict return_dict_in_generate "
+    "torch_dtype torchscript use_bfloat16 use_cache "
     # Names and notes.
     "_commit_hash _name_or_path cross_attention_hidden_size finetuning_task id2label is_llama_config label2id "
     "model_max_length prefix problem_type sliding_window_size task_specific_params tokenizer_class "

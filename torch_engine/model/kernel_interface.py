@@ -13,6 +13,7 @@ import torch
 
 from flightline.torch_engine.core.sampling import Sampler
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import LayerSpec, ModelSpec, Rope
 from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel.group import Group
@@ -26,8 +27,28 @@ class Linear(Protocol):
 
 
 LinearT = TypeVar("LinearT", bound=Linear)
+LinearT_co = TypeVar("LinearT_co", bound=Linear, covariant=True)
 CacheT = TypeVar("CacheT")
 StepT = TypeVar("StepT")
+
+
+@dataclass
+class GatedMlp(Generic[LinearT]):
+    """A dense MLP."""
+
+    gate_up: LinearT
+    down: LinearT
+
+
+class RoutedMlp(Protocol[LinearT_co]):
+    """A mixture of experts, as an implementation prepared it from a ``MixtureSpec``."""
+
+    @property
+    def router(self) -> LinearT_co:
+        """What the norm before it writes for; the experts take the same."""
+
+    def __call__(self, x: Any, step: Any, /) -> torch.Tensor:
+        """``[T, N] -> [T, N]``; rows of ``step`` that belong to nobody may have any result that is finite."""
 
 
 @dataclass
@@ -37,8 +58,7 @@ class Layer(Generic[LinearT]):
     spec: LayerSpec
     qkv: LinearT
     out: LinearT
-    gate_up: LinearT
-    down: LinearT
+    mlp: GatedMlp[LinearT] | RoutedMlp[LinearT]
     input_norm: torch.Tensor | None
     mlp_norm: torch.Tensor | None
     attention_out_norm: torch.Tensor | None = None
@@ -79,6 +99,11 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
 
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> LinearT:
         """The linear of one or several modules of a checkpoint, stacked along the output."""
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> RoutedMlp[LinearT]:
+        """The routed MLP of ``layer``, which is a module's name like ``model.layers.0``."""
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight; Gemma's is applied as ``1 + weight``."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flightline.torch_engine.model.fields import UnsupportedModel
+from flightline.torch_engine.model.mixture import mixture_linears, mixture_sizes
 from flightline.torch_engine.model.quantization import (
     BESIDE_CODES,
     BESIDE_INT4,
@@ -174,8 +175,10 @@ def _check_tensor(
 def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) -> bool:
     """Tensors that may be there: scales, an unused copy of the tied head, and tables that old files stored."""
     module, _, leaf = name.rpartition(".")
+    layer = LAYER.match(name)
+    if layer is not None and 0 <= int(layer.group(1)) - spec.num_layers < spec.extra_layers:
+        return True
     if leaf in ("k_scale", "v_scale"):  # they come with unquantised weights, too
-        layer = LAYER.match(name)
         attention = f"self_attn.{leaf}", f"self_attn.{leaf[0]}_proj.{leaf}"
         return (
             layer is not None and int(layer.group(1)) < spec.num_layers and name[layer.end() :] in attention
@@ -203,7 +206,9 @@ LINEARS = {
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
+    mixture = next((layer.mixture for layer in spec.layers if layer.mixture), None)
     sizes = {
+        **(mixture_sizes(mixture) if mixture else {}),
         "vocab_size": spec.vocab_size,
         HIDDEN: spec.hidden_size,
         INNER: spec.intermediate_size,
@@ -245,9 +250,16 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     if spec.qk_norm == "row":
         norms |= {"self_attn.q_norm": QUERIES, "self_attn.k_norm": KEYS}
     wanted: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("vocab_size", HIDDEN)}
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}"
-        for name, (outputs, inputs, biased) in linears.items():
+    attention = {name: shape for name, shape in linears.items() if not name.startswith("mlp.")}
+    for index, layer in enumerate(spec.layers):
+        prefix = f"model.layers.{index}"
+        own = linears
+        if layer.mixture:
+            routed = mixture_linears(layer.mixture)
+            own = attention | {name: (*shape, False) for name, shape in routed.items()}
+            if layer.mixture.correction:
+                wanted[f"{prefix}.{layer.mixture.names.correction}"] = ("experts",)
+        for name, (outputs, inputs, biased) in own.items():
             wanted[f"{prefix}.{name}.weight"] = (outputs, inputs)
             if biased:
                 wanted[f"{prefix}.{name}.bias"] = (outputs,)
@@ -258,8 +270,12 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     return wanted
 
 
+def _is_linear(name: str) -> bool:
+    return name.endswith("_proj.weight") or ".experts." in name
+
+
 def count(spec: ModelSpec) -> tuple[int, int]:
     """Numbers that the model has, and those of its linears, whatever they are stored as."""
     sizes = _sizes(spec)
     counts = {name: math.prod(sizes[extent] for extent in extents) for name, extents in _wanted(spec).items()}
-    return sum(counts.values()), sum(size for name, size in counts.items() if name.endswith("_proj.weight"))
+    return sum(counts.values()), sum(size for name, size in counts.items() if _is_linear(name))

@@ -139,6 +139,8 @@ def refusal(spec: ModelSpec, size: int) -> str:
 
 
 def _misfit(spec: ModelSpec, size: int) -> str:
+    if any(layer.mixture for layer in spec.layers):
+        return "a mixture of experts stays on one GPU"
     if spec.qk_norm == "row":
         return "its norms go over all heads, of which a rank has some"
     if spec.num_heads % size:

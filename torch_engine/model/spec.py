@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.quantization import Quantization
 
 
@@ -28,6 +29,8 @@ class LayerSpec:
     rope: Rope
     window: int | None
     """Sliding attention window in tokens; None = full attention."""
+    mixture: MixtureSpec | None = None
+    """How its MLP is routed; None: it is dense."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class ModelSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     fused: Fused = ()
+    extra_layers: int = 0
+    """Layers that a checkpoint has after the last one, to guess further tokens with: they are not read."""
     wrapper: str = ""
     """Architecture whose language part this is, like ``Gemma3ForConditionalGeneration``; empty if it stands alone."""
 

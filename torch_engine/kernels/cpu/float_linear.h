@@ -1,4 +1,4 @@
-// Linear layers with float32 activations and bfloat16 weights.
+// Linear layers with float32 activations; weights bfloat16, or float32 where rounding them would change a choice.
 
 #pragma once
 
@@ -47,6 +47,44 @@ inline void rows_of(int64_t rows, const float* x, int64_t k_size, const uint32_t
         tile<ROWS, 1>(x, k_size, w, bias, y, y_stride, columns);
     } else if constexpr (ROWS > 1) {
         rows_of<ROWS - 1>(rows, x, k_size, w, bias, y, y_stride, columns);
+    }
+}
+
+// Panels [first, end) of y [m, n] = x [m, k] w^T + bias; bias may be null.
+void bfloat16_panels(const float* x, int64_t m, int64_t k_size, const uint32_t* packed, const float* bias, int64_t n,
+                     float* y, int64_t first, int64_t end) {
+    constexpr int kWide = 4;  // a single row needs more panels at once to keep the multipliers busy
+    for (int64_t p = first; p < end;) {
+        const uint32_t* w = packed + p * k_size * kLanes;
+        const float* b = bias ? bias + p * kPanel : nullptr;
+        float* out = y + p * kPanel;
+        const int64_t columns = n - p * kPanel;
+        if (m == 1 && p + kWide <= end) {
+            tile<1, kWide>(x, k_size, w, b, out, n, columns);
+            p += kWide;
+            continue;
+        }
+        for (int64_t r = 0; r < m; r += kRows) {
+            rows_of<kRows>(m - r < kRows ? m - r : kRows, x + r * k_size, k_size, w, b, out + r * n, n, columns);
+        }
+        p++;
+    }
+}
+
+// The same for weights in float32: panels of [k, kPanel], one after the other.
+void float_panels(const float* x, int64_t m, int64_t k_size, const float* packed, const float* bias, int64_t n, float* y,
+                  int64_t first, int64_t end) {
+    for (int64_t p = first; p < end; p++) {
+        const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+        for (int64_t r = 0; r < m; r += kRows) {
+            const int64_t rows = m - r < kRows ? m - r : kRows;
+            float out[kRows * kPanel];
+            float_rows<kRows>(rows, x + r * k_size, k_size, k_size, packed + p * k_size * kPanel, kPanel, out, kPanel, false);
+            for (int64_t i = 0; i < rows; i++) {
+                float* to = y + (r + i) * n + p * kPanel;
+                for (int64_t c = 0; c < columns; c++) to[c] = out[i * kPanel + c] + (bias ? bias[p * kPanel + c] : 0.f);
+            }
+        }
     }
 }
 

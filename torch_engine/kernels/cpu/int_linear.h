@@ -341,31 +341,30 @@ inline void int_rows(int64_t rows, const Group* x, int64_t groups, const uint8_t
     }
 }
 
-// y [m, n] = x [m, k] w^T + bias; bias may be null.
+// Bytes of a panel.
 template <class Weights>
-void int_linear(Pool& pool, const Group* x, int64_t m, int64_t k_size, const uint8_t* w, const float* bias, int64_t n,
-                float* y) {
+constexpr int64_t panel_bytes(int64_t k_size) {
+    return kUnits + groups_of(k_size) * Weights::kBytes;
+}
+
+// Panels [first, end) of y [m, n] = x [m, k] w^T + bias; bias may be null.
+template <class Weights>
+void int_panels(const Group* x, int64_t m, int64_t k_size, const uint8_t* w, const float* bias, int64_t n, float* y,
+                int64_t first, int64_t end) {
     constexpr int64_t kBlock = 48;  // rows whose activations stay in the cache while a piece of the weights passes
     constexpr int kRows = Weights::kRows;
-    const int64_t groups = groups_of(k_size), panels = (n + kColumns - 1) / kColumns;
-    const int64_t panel = kUnits + groups * Weights::kBytes;
-    int64_t piece = panels / (pool.threads() * 8);
-    piece = piece < 4 ? 4 : piece;
-    pool.run((panels + piece - 1) / piece, m * n * k_size > kParallelWork, [&](int64_t i) {
-        const int64_t end = (i + 1) * piece < panels ? (i + 1) * piece : panels;
-        for (int64_t block = 0; block < m; block += kBlock) {
-            const int64_t rows = m - block < kBlock ? m - block : kBlock, tiles = (rows + kRows - 1) / kRows;
-            for (int64_t p = i * piece; p < end; p++) {
-                const int64_t columns = n - p * kColumns < kColumns ? n - p * kColumns : kColumns;
-                for (int64_t t = 0; t < tiles; t++) {
-                    const int64_t from = block + rows * t / tiles, count = block + rows * (t + 1) / tiles - from;
-                    int_rows<kRows, Weights>(count, x + from * groups, groups, w + p * panel,
-                                             bias ? bias + p * kColumns : nullptr, y + from * n + p * kColumns, n,
-                                             columns);
-                }
+    const int64_t groups = groups_of(k_size), panel = panel_bytes<Weights>(k_size);
+    for (int64_t block = 0; block < m; block += kBlock) {
+        const int64_t rows = m - block < kBlock ? m - block : kBlock, tiles = (rows + kRows - 1) / kRows;
+        for (int64_t p = first; p < end; p++) {
+            const int64_t columns = n - p * kColumns < kColumns ? n - p * kColumns : kColumns;
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t from = block + rows * t / tiles, count = block + rows * (t + 1) / tiles - from;
+                int_rows<kRows, Weights>(count, x + from * groups, groups, w + p * panel,
+                                         bias ? bias + p * kColumns : nullptr, y + from * n + p * kColumns, n, columns);
             }
         }
-    });
+    }
 }
 
 // Smallest and largest of `count` numbers; at least 0 where a column has none.

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "attention.h"
-#include "float_linear.h"
-#include "int_linear.h"
+#include "linear.h"
+#include "mixture.h"
 #include "pool.h"
 #include "rows.h"
 #include "sampling.h"
@@ -25,21 +25,10 @@ namespace {
 
 Pool pool;
 
-// Calls body with the kind of weights that has so many bits.
-template <class Body>
-auto with_bits(int64_t bits, const Body& body) {
-    return bits == 4 ? body(Codes<4>{}) : bits == 7 ? body(Codes<7>{}) : body(Int8{});
-}
-
-// Weights as fl_pack or fl_pack_ints left them. Mirrored in native.py, as the following.
-struct Linear {
-    const void* weights;
-    const float* bias;  // null = none
-    int64_t bits, inputs, outputs;
-};
-
+// Mirrored in native.py, as the following and those of the headers.
 struct Layer {
-    Linear qkv, out, gate_up, down;
+    Linear qkv, out, gate_up, down;  // the last two without a mixture
+    const Mixture* mixture;          // null = none
     const float *input_norm, *attention_post, *mlp_norm, *mlp_post;  // null = none
     AttentionLayer attention;
 };
@@ -52,11 +41,6 @@ struct Decoder {
     int64_t gelu;
     float eps;
 };
-
-// Bytes of a row that the linear reads: groups, or float32.
-int64_t row_bytes(const Linear& linear) {
-    return linear.bits < 16 ? groups_of(linear.inputs) * sizeof(Group) : linear.inputs * sizeof(float);
-}
 
 }  // namespace
 
@@ -94,8 +78,14 @@ const char* fl_layout() {
         add(sizeof(Struct), {AT(weights), AT(bias), AT(bits), AT(inputs), AT(outputs)});
     }
     {
+        using Struct = Mixture;
+        add(sizeof(Struct), {AT(router), AT(gate_up), AT(down), AT(shared_gate_up), AT(shared_down), AT(correction),
+                             AT(shared_gate), AT(experts), AT(chosen), AT(groups), AT(kept_groups), AT(sigmoid),
+                             AT(normalise), AT(gelu), AT(scale)});
+    }
+    {
         using Struct = Layer;
-        add(sizeof(Struct), {AT(qkv), AT(out), AT(gate_up), AT(down), AT(input_norm), AT(attention_post), AT(mlp_norm),
+        add(sizeof(Struct), {AT(qkv), AT(out), AT(gate_up), AT(down), AT(mixture), AT(input_norm), AT(attention_post), AT(mlp_norm),
                              AT(mlp_post), AT(attention)});
     }
     {
@@ -145,49 +135,11 @@ void fl_pack_codes(int64_t bits, const uint8_t* w, const float* scales, const fl
     with_bits(bits, [&](auto kind) { pack_codes<decltype(kind)>(pool, w, scales, minima, n, k_size, group, packed); });
 }
 
-// y [m, n] = x w^T + bias for x [m, groups of k]; bias may be null.
-void fl_int_linear(int64_t bits, const Group* x, int64_t m, int64_t k_size, const uint8_t* packed, const float* bias,
-                   int64_t n, float* y) {
-    with_bits(bits, [&](auto kind) { int_linear<decltype(kind)>(pool, x, m, k_size, packed, bias, n, y); });
-}
+// y [rows, outputs] for x [rows], which is what the linear reads.
+void fl_linear(const Linear* linear, const void* x, int64_t rows, float* y) { run_linear(pool, *linear, x, rows, y); }
 
-// y [m, n] = x [m, k] w^T + bias; bias may be null.
-void fl_linear(const float* x, int64_t m, int64_t k_size, const uint32_t* packed, const float* bias, int64_t n,
-               float* y) {
-    constexpr int kWide = 4;  // a single row needs more panels at once to keep the multipliers busy
-    const int64_t panels = (n + kPanel - 1) / kPanel;
-    // Pieces of whole panels, small enough to share out evenly, large enough to be worth claiming.
-    int64_t piece = panels / (pool.threads() * 8);
-    piece = piece < kWide ? kWide : piece / kWide * kWide;
-    pool.run((panels + piece - 1) / piece, m * n * k_size > kParallelWork, [&](int64_t i) {
-        const int64_t end = (i + 1) * piece < panels ? (i + 1) * piece : panels;
-        for (int64_t p = i * piece; p < end;) {
-            const uint32_t* w = packed + p * k_size * kLanes;
-            const float* b = bias ? bias + p * kPanel : nullptr;
-            float* out = y + p * kPanel;
-            const int64_t columns = n - p * kPanel;
-            if (m == 1 && p + kWide <= end) {
-                tile<1, kWide>(x, k_size, w, b, out, n, columns);
-                p += kWide;
-                continue;
-            }
-            for (int64_t r = 0; r < m; r += kRows) {
-                rows_of<kRows>(m - r < kRows ? m - r : kRows, x + r * k_size, k_size, w, b, out + r * n, n, columns);
-            }
-            p++;
-        }
-    });
-}
-
-static void run_linear(const Linear& linear, const void* x, int64_t rows, float* y) {
-    const auto [weights, bias, bits, inputs, outputs] = linear;
-    if (bits < 16) {
-        const auto* codes = static_cast<const uint8_t*>(weights);
-        fl_int_linear(bits, static_cast<const Group*>(x), rows, inputs, codes, bias, outputs, y);
-    } else {
-        fl_linear(static_cast<const float*>(x), rows, inputs, static_cast<const uint32_t*>(weights), bias, outputs, y);
-    }
-}
+// y [rows, size] for x [rows, size].
+void fl_mixture(const Mixture* mixture, const float* x, int64_t rows, float* y) { run_mixture(pool, *mixture, x, rows, y); }
 
 // x += delta, normed by `post` unless that is null; out = norm of x, or x itself if `w` is null. Delta may be null. All
 // [rows, k].
@@ -214,17 +166,7 @@ void fl_add_norm(float* x, const float* delta, const float* post, const float* w
 
 // x [rows, 2 n] -> out [rows, n]: activation of the first half times the second. gelu is its tanh form.
 void fl_gate(const float* x, int64_t rows, int64_t n, int64_t gelu, int64_t integers, void* out) {
-    for_reader(pool, rows, n, integers, out, [&](int64_t r, float* to) {
-        const float *gate = x + r * 2 * n, *up = gate + n;
-        if (gelu) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
-            map(gate, up, n, to, [](Floats x, Floats y) {
-                const Floats u = 0.7978845608f * (x + 0.044715f * x * x * x);
-                return x / (1.f + fast_exp(-2.f * u)) * y;
-            });
-        } else {
-            map(gate, up, n, to, [](Floats x, Floats y) { return x / (1.f + fast_exp(-x)) * y; });
-        }
-    });
+    gate_rows(pool, x, rows, n, gelu, integers, out);
 }
 
 // qkv [rows, (heads + 2 kv_heads) * d], changed in place -> out [rows, heads * d].
@@ -330,15 +272,16 @@ void fl_decode(const Decoder* decoder, const AttentionStep* step, float* x, cons
     int64_t count = step->rows;
     for (const Layer* layer = decoder->layers; layer != decoder->layers + decoder->count; layer++) {
         const bool first = layer == decoder->layers, last = layer + 1 == decoder->layers + decoder->count;
-        const int64_t integers = layer->qkv.bits < 16;
-        hidden.resize(count * std::max({row_bytes(layer->qkv), row_bytes(layer->out), row_bytes(layer->down)}) / 4);
+        const int64_t integers = layer->qkv.integers();
+        const int64_t bytes[] = {layer->qkv.row_bytes(), layer->out.row_bytes(), layer->down.row_bytes(), size * 4};
+        hidden.resize(count * *std::max_element(std::begin(bytes), std::end(bytes)) / 4);
         wide.resize(count * std::max(layer->qkv.outputs, layer->gate_up.outputs));
         delta.resize(count * size);
         fl_add_norm(x, first ? nullptr : delta.data(), post, layer->input_norm, eps, count, size, integers, hidden.data());
-        run_linear(layer->qkv, hidden.data(), count, wide.data());
+        run_linear(pool, layer->qkv, hidden.data(), count, wide.data());
         fl_attention(&layer->attention, step, wide.data(), integers, hidden.data());
         if (last && wanted < count) {  // nobody reads the others any more
-            const int64_t bytes = row_bytes(layer->out);
+            const int64_t bytes = layer->out.row_bytes();
             char* read = reinterpret_cast<char*>(hidden.data());
             for (int64_t r = 0; r < wanted; r++) {
                 std::memmove(x + r * size, x + rows[r] * size, size * sizeof(float));
@@ -346,15 +289,20 @@ void fl_decode(const Decoder* decoder, const AttentionStep* step, float* x, cons
             }
             count = wanted;
         }
-        run_linear(layer->out, hidden.data(), count, delta.data());
-        fl_add_norm(x, delta.data(), layer->attention_post, layer->mlp_norm, eps, count, size, integers, hidden.data());
-        run_linear(layer->gate_up, hidden.data(), count, wide.data());
-        fl_gate(wide.data(), count, layer->down.inputs, decoder->gelu, integers, hidden.data());
-        run_linear(layer->down, hidden.data(), count, delta.data());
+        run_linear(pool, layer->out, hidden.data(), count, delta.data());
+        const int64_t rounded = integers && !layer->mixture;  // a router reads float32
+        fl_add_norm(x, delta.data(), layer->attention_post, layer->mlp_norm, eps, count, size, rounded, hidden.data());
+        if (layer->mixture) {
+            run_mixture(pool, *layer->mixture, hidden.data(), count, delta.data());
+        } else {
+            run_linear(pool, layer->gate_up, hidden.data(), count, wide.data());
+            fl_gate(wide.data(), count, layer->down.inputs, decoder->gelu, integers, hidden.data());
+            run_linear(pool, layer->down, hidden.data(), count, delta.data());
+        }
         post = layer->mlp_post;
     }
-    fl_add_norm(x, delta.data(), post, decoder->norm, eps, count, size, decoder->head.bits < 16, hidden.data());
-    run_linear(decoder->head, hidden.data(), count, logits);
+    fl_add_norm(x, delta.data(), post, decoder->norm, eps, count, size, decoder->head.integers(), hidden.data());
+    run_linear(pool, decoder->head, hidden.data(), count, logits);
 }
 
 }  // extern "C"

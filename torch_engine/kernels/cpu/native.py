@@ -10,11 +10,13 @@ the CPU has is taken.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from flightline.torch_engine.core.config import ConfigError, EngineConfig
@@ -24,7 +26,13 @@ from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepI
 from flightline.torch_engine.kernels.cpu.toolchain import available_isas, is_whole, library
 from flightline.torch_engine.kernels.operations import Operations, computed_in
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.kernel_interface import Decoder, Layer
+from flightline.torch_engine.model.kernel_interface import (
+    Decoder,
+    GatedMlp,
+    Layer,
+    RoutedMlp,
+)
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -34,9 +42,9 @@ SIGNATURES = {
     "fl_layout": (),
     "fl_pack": (POINTER, I64, I64, POINTER),
     "fl_pack_ints": (I64, POINTER, I64, I64, POINTER),
+    "fl_linear": (POINTER, POINTER, I64, POINTER),
+    "fl_mixture": (POINTER, POINTER, I64, POINTER),
     "fl_pack_codes": (I64, POINTER, POINTER, POINTER, I64, I64, I64, POINTER),
-    "fl_linear": (POINTER, I64, I64, POINTER, POINTER, I64, POINTER),
-    "fl_int_linear": (I64, POINTER, I64, I64, POINTER, POINTER, I64, POINTER),
     "fl_add_norm": (POINTER, POINTER, POINTER, POINTER, F32, I64, I64, I64, POINTER),
     "fl_gate": (POINTER, I64, I64, I64, I64, POINTER),
     "fl_attention": (POINTER, POINTER, POINTER, I64, POINTER),
@@ -173,11 +181,25 @@ class SamplingRow(ctypes.Structure):
 
 
 class LinearWeights(ctypes.Structure):
-    """``Linear`` of cpu/kernels.cpp."""
+    """``Linear`` of cpu/linear.h."""
 
     _fields_ = (
         *[(name, POINTER) for name in ("weights", "bias")],
         *[(name, I64) for name in ("bits", "inputs", "outputs")],
+    )
+
+
+class MixtureWeights(ctypes.Structure):
+    """``Mixture`` of cpu/mixture.h."""
+
+    _fields_ = (
+        *[(name, LinearWeights) for name in ("router", "gate_up", "down", "shared_gate_up", "shared_down")],
+        *[(name, POINTER) for name in ("correction", "shared_gate")],
+        *[
+            (name, I64)
+            for name in ("experts", "chosen", "groups", "kept_groups", "sigmoid", "normalise", "gelu")
+        ],
+        ("scale", F32),
     )
 
 
@@ -186,7 +208,7 @@ class DecoderLayer(ctypes.Structure):
 
     _fields_ = (
         *[(name, LinearWeights) for name in ("qkv", "out", "gate_up", "down")],
-        *[(name, POINTER) for name in ("input_norm", "attention_post", "mlp_norm", "mlp_post")],
+        *[(name, POINTER) for name in ("mixture", "input_norm", "attention_post", "mlp_norm", "mlp_post")],
         ("attention", AttentionLayer),
     )
 
@@ -205,7 +227,15 @@ class DecoderWeights(ctypes.Structure):
 
 
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
-    *(AttentionLayer, AttentionStep, SamplingRow, LinearWeights, DecoderLayer, DecoderWeights),
+    *(
+        AttentionLayer,
+        AttentionStep,
+        SamplingRow,
+        LinearWeights,
+        MixtureWeights,
+        DecoderLayer,
+        DecoderWeights,
+    ),
 )
 """In the order of ``fl_layout``."""
 
@@ -236,37 +266,95 @@ class NativeLinear:
         self.outputs, self.inputs = codes.shape
         self.bits = bits
         self.integers = int(bits < 16)
-        lib = kernels.library
-        shape = (self.outputs, self.inputs)
-        if self.integers:
-            self._packed = torch.zeros(lib.fl_int_bytes(bits, *shape), dtype=torch.uint8)
-        if isinstance(weight, Coded):
-            scales, minima = weight.scales.float().contiguous(), weight.minima().contiguous()
-            lib.fl_pack_codes(
-                *(bits, codes.contiguous().data_ptr(), scales.data_ptr(), minima.data_ptr()),
-                *(*shape, weight.group, self._packed.data_ptr()),
-            )
-        elif self.integers:
-            weight = weight.float().contiguous()
-            lib.fl_pack_ints(bits, weight.data_ptr(), *shape, self._packed.data_ptr())
-        else:
-            weight = weight.float().contiguous()
-            panels = -(-self.outputs // kernels.panel)
-            self._packed = torch.empty(panels * kernels.panel * self.inputs, dtype=torch.bfloat16)
-            lib.fl_pack(weight.data_ptr(), *shape, self._packed.data_ptr())
+        self._packed = kernels.room(bits, 1, self.outputs, self.inputs)
+        kernels.pack(bits, weight, self._packed)
         self._bias = None if bias is None else bias.float().contiguous()
-        self._at = self._packed.data_ptr(), _at(self._bias)
-        self._run, self._run_ints = lib.fl_linear, lib.fl_int_linear
-        self.weights = LinearWeights(*self._at, bits, self.inputs, self.outputs)
+        self._run = kernels.library.fl_linear
+        self.weights = LinearWeights(_at(self._packed), _at(self._bias), bits, self.inputs, self.outputs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[0]
         out = torch.empty(rows, self.outputs)
-        arguments = x.data_ptr(), rows, self.inputs, *self._at, self.outputs, out.data_ptr()
-        if self.integers:
-            self._run_ints(self.bits, *arguments)
-        else:
-            self._run(*arguments)
+        self._run(ctypes.byref(self.weights), x.data_ptr(), rows, out.data_ptr())
+        return out
+
+
+class NativeExperts:
+    """One linear of every expert, one expert after the other, so that a pointer finds each."""
+
+    def __init__(
+        self, kernels: NativeKernels, weights: Iterable[torch.Tensor], experts: int, bits: int
+    ) -> None:
+        """``weights`` [N, K] of each expert are read, packed and dropped one by one."""
+        for number, weight in enumerate(weights):
+            if number == 0:
+                self._packed = kernels.room(bits, experts, *weight.shape)
+                outputs, inputs = weight.shape
+            kernels.pack(bits, weight, self._packed[number])
+        self.weights = LinearWeights(_at(self._packed), None, bits, inputs, outputs)
+
+
+class NativeMixture:
+    """A mixture of experts: ``x`` [T, N] float32 -> [T, N]."""
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        checkpoint: Checkpoint,
+        mixture: MixtureSpec,
+        layer: str,
+        activation: str,
+    ) -> None:
+        def module(name: str) -> str:
+            return f"{layer}.{name}"
+
+        def experts(*wanted: int) -> NativeExperts:
+            """Of the modules gate, up and down the ``wanted`` ones, stacked along the output."""
+            weights = (
+                checkpoint.fused(
+                    [module(mixture.names.expert(number)[which]) for which in wanted], torch.float32
+                )[0]
+                for number in range(mixture.experts)
+            )
+            return NativeExperts(kernels, weights, mixture.experts, kernels.bits)
+
+        names, none = mixture.names, LinearWeights()
+        # In float32: rounding it to bfloat16 chooses other experts.
+        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), None, 32)
+        self._experts = experts(0, 1), experts(2)
+        self._shared: list[NativeLinear] = []
+        if mixture.shared_inner:
+            gate, up, down = map(module, names.shared_expert())
+            self._shared = [
+                kernels.load_linear(checkpoint, [gate, up]),
+                kernels.load_linear(checkpoint, [down]),
+            ]
+        self._correction = checkpoint.raw(module(names.correction)).float() if mixture.correction else None
+        self._shared_gate = None
+        if mixture.shared_gate:
+            self._shared_gate = checkpoint.weight(module(names.shared_gate), torch.float32).contiguous()
+        self._run = kernels.library.fl_mixture
+        self.weights = MixtureWeights(
+            router=self.router.weights,
+            gate_up=self._experts[0].weights,
+            down=self._experts[1].weights,
+            shared_gate_up=self._shared[0].weights if self._shared else none,
+            shared_down=self._shared[1].weights if self._shared else none,
+            correction=_at(self._correction),
+            shared_gate=_at(self._shared_gate),
+            experts=mixture.experts,
+            chosen=mixture.chosen,
+            groups=mixture.groups,
+            kept_groups=mixture.kept_groups,
+            sigmoid=mixture.score == "sigmoid",
+            normalise=mixture.normalise,
+            gelu=activation != "silu",
+            scale=mixture.scale,
+        )
+
+    def __call__(self, x: torch.Tensor, step: object) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self._run(ctypes.byref(self.weights), x.data_ptr(), x.shape[0], out.data_ptr())
         return out
 
 
@@ -323,6 +411,38 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
             return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
         self.rounded += 1
         return NativeLinear(self, coded.values(self.dtype), bias, 8)
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> NativeMixture:
+        return NativeMixture(self, checkpoint, mixture, layer, activation)
+
+    def room(self, bits: int, count: int, outputs: int, inputs: int) -> torch.Tensor:
+        """For ``count`` packed weights [outputs, inputs], a row each."""
+        if bits < 16:
+            return torch.zeros(count, self.library.fl_int_bytes(bits, outputs, inputs), dtype=torch.uint8)
+        dtype = torch.bfloat16 if bits == 16 else torch.float32
+        return torch.zeros(count, -(-outputs // self.panel) * self.panel * inputs, dtype=dtype)
+
+    def pack(self, bits: int, weight: torch.Tensor | Coded, into: torch.Tensor) -> None:
+        """``weight`` [N, K] in ``bits`` bits into a row of :meth:`room`; codes of so many bits stay what they are."""
+        if isinstance(weight, Coded):
+            codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
+            minima = weight.minima().contiguous()
+            self.library.fl_pack_codes(
+                *(bits, codes.data_ptr(), scales.data_ptr(), minima.data_ptr()),
+                *(*codes.shape, weight.group, into.data_ptr()),
+            )
+            return
+        weight = weight.float().contiguous()
+        outputs, inputs = weight.shape
+        if bits < 16:
+            self.library.fl_pack_ints(bits, weight.data_ptr(), outputs, inputs, into.data_ptr())
+        elif bits == 16:
+            self.library.fl_pack(weight.data_ptr(), outputs, inputs, into.data_ptr())
+        else:  # panels of neighbouring columns, input after input
+            padded = F.pad(weight, (0, 0, 0, -outputs % self.panel))
+            into.copy_(padded.view(-1, self.panel, inputs).transpose(1, 2).reshape(into.shape))
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
         """The output head: 7 bits at the least, since int4 there costs more accuracy than time it saves."""
@@ -523,8 +643,7 @@ def _decoder(model: Decoder[NativeLinear], caches: list[NativeCache]) -> Decoder
             DecoderLayer(
                 qkv=layer.qkv.weights,
                 out=layer.out.weights,
-                gate_up=layer.gate_up.weights,
-                down=layer.down.weights,
+                **_mlp(layer.mlp),
                 input_norm=_at(layer.input_norm),
                 attention_post=_at(layer.attention_out_norm),
                 mlp_norm=_at(layer.mlp_norm),
@@ -537,6 +656,13 @@ def _decoder(model: Decoder[NativeLinear], caches: list[NativeCache]) -> Decoder
     gelu = spec.activation != "silu"
     norm = _at(model.norm)
     return DecoderWeights(layers, len(layers), model.lm_head.weights, norm, gelu, spec.norm_eps)
+
+
+def _mlp(mlp: GatedMlp[NativeLinear] | RoutedMlp[NativeLinear]) -> dict[str, Any]:
+    if isinstance(mlp, GatedMlp):
+        return {"gate_up": mlp.gate_up.weights, "down": mlp.down.weights}
+    assert isinstance(mlp, NativeMixture)
+    return {"mixture": ctypes.addressof(mlp.weights)}
 
 
 def _attention_layer(

@@ -33,4 +33,19 @@ inline void for_reader(Pool& pool, int64_t rows, int64_t size, bool integers, vo
     });
 }
 
+// x [rows, 2 n] -> out [rows, n]: activation of the first half times the second. gelu is its tanh form.
+inline void gate_rows(Pool& pool, const float* x, int64_t rows, int64_t n, bool gelu, bool integers, void* out) {
+    for_reader(pool, rows, n, integers, out, [&](int64_t r, float* to) {
+        const float *gate = x + r * 2 * n, *up = gate + n;
+        if (gelu) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
+            map(gate, up, n, to, [](Floats x, Floats y) {
+                const Floats u = 0.7978845608f * (x + 0.044715f * x * x * x);
+                return x / (1.f + fast_exp(-2.f * u)) * y;
+            });
+        } else {
+            map(gate, up, n, to, [](Floats x, Floats y) { return x / (1.f + fast_exp(-x)) * y; });
+        }
+    });
+}
+
 }  // namespace

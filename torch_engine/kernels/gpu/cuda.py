@@ -32,10 +32,12 @@ from flightline.torch_engine.kernels.gpu.linear import (
     quantise,
     skinny_plans,
 )
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.kernel_interface import GatedMlp, Layer
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -87,6 +89,74 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if linear is not None:
                 return linear
         return self._linear(*checkpoint.fused(modules, self.dtype), head)
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> CudaMixture:
+        if self.weights == "int8":
+            raise ConfigError(
+                "weight_precision='int8' is not for mixtures of experts on a GPU: use 'auto' or 'dequantised' "
+                "(PRECISION=bf16 of the build)"
+            )
+        names = mixture.names
+
+        def named(module: str) -> torch.Tensor:
+            return checkpoint.raw(f"{layer}.{module}").to(self.device)
+
+        experts = [[f"{layer}.{name}" for name in names.expert(number)] for number in range(mixture.experts)]
+        shared = None
+        if mixture.shared_inner:
+            up_gate, up, down = (f"{layer}.{name}" for name in names.shared_expert())
+            shared = Shared(
+                self.load_linear(checkpoint, [up_gate, up]),
+                self.load_linear(checkpoint, [down]),
+                named(f"{names.shared_gate}.weight").float().flatten() if mixture.shared_gate else None,
+            )
+        router = named(f"{names.router}.weight")
+        narrow = router.to(self.dtype)
+        return CudaMixture(
+            mixture,
+            narrow if torch.equal(narrow.float(), router.float()) else router.float(),
+            named(names.correction).float() if mixture.correction else None,
+            self._experts(checkpoint, [modules[:2] for modules in experts]),
+            self._experts(checkpoint, [modules[2:] for modules in experts]),
+            shared,
+            activation,
+            self.dtype,
+        )
+
+    def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
+        """One linear of every expert, out of its modules stacked along the output; read expert by expert."""
+        weight: torch.Tensor | None = None
+        scales, input_scales = [], []
+        for number, modules in enumerate(experts):
+            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
+            part = None if stored is None else self._expert_codes(stored[0])
+            if part is not None and part.input_scale is not None:
+                scales.append(part.scales[0, 0].float())
+                input_scales.append(part.input_scale)
+            codes = checkpoint.fused(modules, self.dtype)[0].to(self.device) if part is None else part.codes
+            if weight is None:
+                weight = torch.empty(len(experts), *codes.shape, dtype=codes.dtype, device=self.device)
+            if weight.dtype != codes.dtype:
+                raise ConfigError(
+                    f"only some experts beside {modules[0]} are FP8: use weight_precision='dequantised'"
+                )
+            weight[number] = codes
+        assert weight is not None
+        self._count("FP8 W8A8 of experts" if scales else f"{name_of(self.dtype)} of experts")
+        if not scales:
+            return Experts(weight)
+        return Experts(weight, torch.stack(scales), torch.stack(input_scales).amax())
+
+    def _expert_codes(self, coded: Coded) -> Coded | None:
+        """FP8 with one scale and a known input scale; all else is dequantised."""
+        fits = all(size % 16 == 0 for size in coded.codes.shape) and coded.scales.shape[1] == 1
+        if self.weights != "auto" or coded.codes.dtype != torch.float8_e4m3fn or not fits:
+            return None
+        if coded.by_tensor is None or coded.input_scale is None or not self.has_fp8:
+            return None
+        return coded
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
         """A weight as its checkpoint stores it; None if its shape does not allow that."""
@@ -233,9 +303,15 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         layers in a graph, so that weights come from memory and not from a cache.
         """
         chosen = []
-        for kind in ("qkv", "out", "gate_up", "down"):
-            linears = [getattr(layer, kind) for layer in layers]
-            times = self._timed(linears)
+        dense = [layer.mlp for layer in layers if isinstance(layer.mlp, GatedMlp)]
+        kinds: dict[str, list[Any]] = {
+            "qkv": [layer.qkv for layer in layers],
+            "out": [layer.out for layer in layers],
+            "gate_up": [mlp.gate_up for mlp in dense],
+            "down": [mlp.down for mlp in dense],
+        }
+        for kind, linears in kinds.items():
+            times = self._timed(linears) if linears else {}
             if not times:
                 continue
             best = min(times, key=lambda plan: times[plan])

@@ -25,6 +25,8 @@ class CudaStep:
     """[sampled] int32: their slots in the tables of sampling."""
     holds: torch.Tensor
     """[sampled] int32: 1 where the next token must not be one that ends the output."""
+    idle: int = -1
+    """Slot of the rows that fill up a captured batch and belong to nobody; negative: there are none."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from flightline.torch_engine.core.steps import (
 )
 from flightline.torch_engine.kernels.operations import Operations, computed_in, name_of
 from flightline.torch_engine.kernels.reference import sampling
+from flightline.torch_engine.kernels.reference.mixture import RoutedMlp
 from flightline.torch_engine.model.kernel_interface import Layer
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -106,6 +108,28 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> Linear:
         """The linear of one or several modules of a checkpoint, stacked along the output."""
         return self.linear(*checkpoint.fused(modules, self.dtype))
+
+    def load_mixture(
+        self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
+    ) -> RoutedMlp:
+        def named(module: str) -> torch.Tensor:
+            return checkpoint.raw(f"{layer}.{module}").to(self.device)
+
+        def mlp(modules: tuple[str, str, str]) -> Linear:
+            gate, up, down = (f"{layer}.{module}" for module in modules)
+            first, last = self.load_linear(checkpoint, [gate, up]), self.load_linear(checkpoint, [down])
+            return lambda x: last(self.gate(first(x), activation))
+
+        names = mixture.names
+        router = named(f"{names.router}.weight").float()
+        return RoutedMlp(
+            mixture,
+            lambda x: F.linear(x.float(), router),
+            named(names.correction).float() if mixture.correction else None,
+            [mlp(names.expert(number)) for number in range(mixture.experts)],
+            mlp(names.shared_expert()) if mixture.shared_inner else None,
+            named(f"{names.shared_gate}.weight") if mixture.shared_gate else None,
+        )
 
     def embed(self, step: StepInput, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Embeddings of the step's tokens out of ``table``, times ``factor``: [T, N]."""

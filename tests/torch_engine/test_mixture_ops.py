@@ -1,0 +1,149 @@
+"""The GPU's kernels for mixtures against plain PyTorch: in Triton's interpreter on a CPU, on a GPU with ``-m gpu``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.kernels.reference import mixture as reference
+from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
+from flightline.torch_engine.model.coded import Coded
+from flightline.torch_engine.model.mixture import MixtureSpec
+from tests.tiny import tiny_checkpoint
+from tests.torch_engine.test_mixture import GROUPED, HIDDEN, PLAIN, SHARED, Drawn, rows
+from tests.torch_engine.test_triton_ops import DEVICE, INTERPRETED, RUNS, close, kernel, needs_triton
+
+if RUNS:
+    from flightline.torch_engine.kernels.gpu.activation import Activation
+    from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
+    from flightline.torch_engine.kernels.gpu.mixture import route, sort_pairs
+
+IDLE = 3
+"""Slot of the rows that fill up a batch."""
+E4M3 = torch.float8_e4m3fn
+INPUT_SCALE, WEIGHT_SCALE = 0.01, 0.6 / 448
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
+def test_mixtures_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+class Quantised(Drawn):
+    """The same weights as e4m3 codes, as a quantised checkpoint has them; routers are as before."""
+
+    def __init__(self, mixture: MixtureSpec, hidden: int) -> None:
+        super().__init__(mixture, hidden)
+        self.input_scales: dict[str, torch.Tensor] = {}
+        for name in self.tensors:
+            if "proj" in name:
+                codes = (self.tensors[name] / WEIGHT_SCALE).clamp(-448, 448).to(E4M3)
+                self.tensors[name] = codes.float() * WEIGHT_SCALE
+                # One scale for all experts, the largest, since a row is rounded once.
+                self.input_scales[name] = torch.tensor(INPUT_SCALE / (4 if "experts.0." in name else 1))
+
+    def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> tuple[Coded, None]:
+        codes = torch.cat([self.raw(f"{module}.weight") for module in modules]) / WEIGHT_SCALE
+        scales = torch.full((len(codes), 1), WEIGHT_SCALE)
+        inputs = torch.stack([self.input_scales[f"{module}.weight"] for module in modules]).amax()
+        return Coded(codes.to(E4M3), scales, codes.shape[1], input_scale=inputs).to(device), None
+
+
+class Rounding(PyTorchKernels):
+    """Linears that round their inputs as e4m3 with a fixed scale."""
+
+    def load_linear(self, checkpoint: Drawn, modules: list[str]):
+        linear = super().load_linear(checkpoint, modules)
+        return lambda x: linear((x / INPUT_SCALE).clamp(-448, 448).to(E4M3).float() * INPUT_SCALE)
+
+
+def on_gpu(mixture: MixtureSpec, checkpoint: Drawn, dtype: torch.dtype = torch.float32):
+    config = EngineConfig(
+        model_dir="none", device=DEVICE.type, compute_dtype=str(dtype).removeprefix("torch.")
+    )
+    return CudaKernels(config, DEVICE, dtype).load_mixture(checkpoint, mixture, "layer", "silu")
+
+
+def step_of(slots: list[int]) -> SimpleNamespace:
+    places = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    return SimpleNamespace(attention=SimpleNamespace(slots=places), idle=IDLE)
+
+
+def run(mlp, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    return mlp(Activation(x.to(DEVICE)), step_of(slots)).float().sum(0).cpu()
+
+
+@pytest.mark.parametrize("mixture", [PLAIN, GROUPED], ids=["plain", "grouped"])
+class TestRouting:
+    pytestmark = kernel
+
+    def test_choice_and_weights(self, mixture: MixtureSpec) -> None:
+        """Ties among them; rows of nobody choose nobody."""
+        logits = torch.randn(2, 6, mixture.experts, generator=torch.Generator().manual_seed(1))
+        logits[:, 2] = 0.0
+        correction = torch.randn(mixture.experts) / 3 if mixture.correction else None
+        expected = reference.route(logits.sum(0), mixture, correction)
+        moved = None if correction is None else correction.to(DEVICE)
+        slots = torch.tensor([0, 1, 2, IDLE, 5, IDLE], dtype=torch.int32, device=DEVICE)
+        ids, weights = route(logits.to(DEVICE), mixture, moved, slots, IDLE)
+        lives = (slots != IDLE).cpu()
+        assert torch.equal(ids.cpu()[lives].long(), expected[0][lives])
+        close(weights.cpu()[lives], expected[1][lives], 1e-5)
+        assert (ids.cpu()[~lives] == -1).all() and (weights.cpu()[~lives] == 0).all()
+
+
+class TestExperts:
+    pytestmark = kernel
+
+    @pytest.mark.parametrize("count", [3, 11])
+    @pytest.mark.parametrize("kind", ["float32", "fp8"])
+    @pytest.mark.parametrize("mixture", [GROUPED, SHARED], ids=["grouped", "shared"])
+    def test_like_the_reference(self, mixture: MixtureSpec, kind: str, count: int) -> None:
+        """Few rows, each by itself, and many in blocks; the last two belong to nobody, and are NaN."""
+        coded = kind == "fp8"
+        hidden = 64 if coded else HIDDEN
+        if coded:  # the library's products of the shared expert want multiples of 16
+            mixture = MixtureSpec(
+                **{**vars(mixture), "inner": 48, "shared_inner": 32 * bool(mixture.shared_inner)}
+            )
+        checkpoint = Quantised(mixture, hidden) if coded else Drawn(mixture, hidden)
+        plain = (Rounding if coded else PyTorchKernels)(torch.device("cpu"), torch.float32)
+        expected = plain.load_mixture(checkpoint, mixture, "layer", "silu")(rows(count, hidden), None)
+        x = torch.cat([rows(count, hidden), torch.full((2, hidden), torch.nan)])
+        result = run(on_gpu(mixture, checkpoint), x, [0] * count + [IDLE] * 2)
+        close(result[:count], expected, 1e-2 if coded else 3e-5)
+        if mixture.shared_inner == 0:
+            assert (result[count:] == 0).all()
+
+    def test_pairs_are_sorted_into_blocks(self) -> None:
+        """An expert that all rows hit, one that nobody does, and rows of nobody."""
+        ids = torch.tensor([[4, 0], [4, 2], [-1, -1], [4, 5], [4, 0]], dtype=torch.int32, device=DEVICE)
+        done = sort_pairs(ids, 6, 2)
+        flat, seen = ids.flatten().tolist(), []
+        for expert, pairs in zip(done.experts.tolist(), done.order.view(-1, 2).tolist(), strict=True):
+            real = [pair for pair in pairs if pair < len(flat)]
+            assert all(flat[pair] == expert for pair in real) and (bool(real) == (expert != -2))
+            seen += real
+        assert sorted(seen) == list(range(len(flat)))
+        assert done.experts.tolist()[:6] == [0, 2, 4, 4, 5, -1]
+
+    def test_greedy_tokens_equal(self, tmp_path, make_engine) -> None:
+        """An engine whose steps have few rows and many, padded ones too where there are graphs."""
+        folder = tiny_checkpoint(tmp_path, "qwen2_moe", num_hidden_layers=2)
+        requests = [GenerationRequest(prompt, 2, end_id=-1) for prompt in ([5, 6, 7], list(range(20, 33)))]
+        expected = [output.token_ids for output in make_engine(folder).generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        assert [output.token_ids for output in engine.generate(requests)] == expected

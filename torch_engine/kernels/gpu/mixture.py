@@ -1,0 +1,527 @@
+"""A mixture of experts: routing, and products with the weights of those experts that were hit.
+
+Shapes: T rows, N hidden size, I inner size of an expert, E experts, C of them chosen for each row; a pair is one row
+and one of its experts, number ``row * C + place``.
+
+A few rows: each pair is a program's own row, four launches after the norm (router, choice, gate and up product, gate;
+the down product adds up a row's experts itself). Many rows: the pairs are sorted by expert into blocks of one expert
+each, on the device. Grids depend on T alone, so that a CUDA graph can hold them. Rows that pad a captured batch choose
+expert -1, whose weights nobody reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from flightline.torch_engine.kernels.gpu.activation import Activation, Form, parts_of, sum_parts, to_fp8
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.linear import CudaLinear, PlainLinear, quantise
+from flightline.torch_engine.kernels.gpu.norm import gate
+from flightline.torch_engine.kernels.gpu.steps import CudaStep
+from flightline.torch_engine.model.mixture import MixtureSpec
+
+PAST = tl.constexpr(-2)
+"""Expert of a block beyond the last one."""
+
+# Routing -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _router_kernel(
+    x, weight, out, rows,
+    E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    split = tl.program_id(2)
+    k = tl.arange(0, BLOCK_K)
+    EACH: tl.constexpr = (K + SPLITS - 1) // SPLITS
+    sums = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    for start in range(0, EACH, BLOCK_K):
+        here = split * EACH + start + k
+        inside = (start + k < EACH) & (here < K)
+        a = tl.load(
+            x + m.to(tl.int64)[:, None] * K + here[None, :], (m < rows)[:, None] & inside[None, :], 0.0
+        )
+        b = tl.load(weight + e[:, None] * K + here[None, :], (e < E)[:, None] & inside[None, :], 0.0)
+        # Float32 where the weights are: never tensor floats, whose ten bits choose other experts.
+        sums = tl.dot(a.to(b.dtype), tl.trans(b), sums, input_precision="ieee")
+    target = out + (split * rows + m).to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(target, sums, (m < rows)[:, None] & (e < E)[None, :])
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x`` [T, N] times the router's ``weight`` [E, N]: partial sums [S, T, E] in float32."""
+    rows, size = x.shape
+    experts = weight.shape[0]
+    few = rows <= 16
+    splits = max(1, min(8, size // 256)) if few else 1
+    out = torch.empty(splits, rows, experts, dtype=torch.float32, device=x.device)
+    block_m, block_e = (16, 16) if few else (32, 32)
+    _router_kernel[(triton.cdiv(rows, block_m), triton.cdiv(experts, block_e), splits)](
+        x, weight, out, rows, experts, size, block_m, block_e, min(128, triton.next_power_of_2(size)), splits,
+        num_warps=4, num_stages=4, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _first_best(values, places, BLOCK: tl.constexpr):
+    """Where the largest value stands; of equal ones the first."""
+    return tl.min(tl.where(values == tl.max(values, 0), places, BLOCK - 1), 0)
+
+
+@triton.jit(do_not_specialize=["step", "idle"])
+def _route_kernel(
+    logits, step, correction, slots, idle, ids, weights,
+    E: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CHOSEN: tl.constexpr, PLACES: tl.constexpr,
+    SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, KEPT: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    mask = e < E
+    x = sum_parts(logits + row * E + e, step, mask, PARTS)
+    if SIGMOID:
+        scores = tl.sigmoid(x)
+    else:
+        x = tl.where(mask, x, float("-inf"))
+        scores = tl.exp(x - tl.max(x, 0))
+        scores = scores / tl.sum(scores, 0)
+    choice = scores
+    if CORRECTED:
+        choice += tl.load(correction + e, mask=mask, other=0.0)
+    choice = tl.where(mask, choice, float("-inf"))
+    if GROUPS > 1:
+        EACH: tl.constexpr = E // GROUPS
+        g = tl.arange(0, BLOCK_G)
+        worth = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        for group in tl.static_range(GROUPS):
+            inside = tl.where(e // EACH == group, choice, float("-inf"))
+            value = tl.max(inside, 0)
+            if EACH > 1:
+                value += tl.max(tl.where(e == _first_best(inside, e, BLOCK), float("-inf"), inside), 0)
+            worth = tl.where(g == group, value, worth)
+        kept = tl.zeros([BLOCK], tl.int32)
+        for _ in tl.static_range(KEPT):
+            best = _first_best(worth, g, BLOCK_G)
+            worth = tl.where(g == best, float("-inf"), worth)
+            kept = tl.where(e // EACH == best, 1, kept)
+        choice = tl.where(kept == 1, choice, float("-inf"))
+    place = tl.arange(0, PLACES)
+    chosen = tl.zeros([PLACES], tl.int32)
+    parts = tl.zeros([PLACES], tl.float32)
+    for i in tl.static_range(CHOSEN):
+        best = tl.minimum(_first_best(choice, e, BLOCK), E - 1)
+        chosen = tl.where(place == i, best, chosen)
+        parts = tl.where(place == i, tl.sum(tl.where(e == best, scores, 0.0), 0), parts)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMALISE:
+        parts = parts / (tl.sum(parts, 0) + 1e-20)
+    lives = tl.load(slots + row) != idle
+    tl.store(ids + row * CHOSEN + place, tl.where(lives, chosen, -1), mask=place < CHOSEN)
+    tl.store(weights + row * CHOSEN + place, tl.where(lives, parts * SCALE, 0.0), mask=place < CHOSEN)
+
+
+def route(
+    logits: torch.Tensor,
+    mixture: MixtureSpec,
+    correction: torch.Tensor | None,
+    slots: torch.Tensor,
+    idle: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From partial sums [S, T, E] of the router to the chosen experts, int32, and their weights, float32: each [T, C].
+
+    Rows whose slot is ``idle`` choose nobody (-1), with weight 0.
+    """
+    parts, step = parts_of(logits)
+    rows, experts = logits.shape[-2:]
+    ids = torch.empty(rows, mixture.chosen, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(rows, mixture.chosen, dtype=torch.float32, device=logits.device)
+    _route_kernel[(rows,)](
+        logits, step, logits if correction is None else correction, slots, idle, ids, weights,
+        experts, triton.next_power_of_2(experts), parts, mixture.chosen, triton.next_power_of_2(mixture.chosen),
+        mixture.score == "sigmoid", correction is not None, mixture.groups, triton.next_power_of_2(mixture.groups),
+        mixture.kept_groups, mixture.normalise,
+        float(mixture.scale), num_warps=1, **LAUNCH,
+    )  # fmt: skip
+    return ids, weights
+
+
+# Few rows: each pair by itself ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_product(
+    x, in_scale, weight, lives, n,
+    N: tl.constexpr, K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, QUANTISE: tl.constexpr,
+):  # fmt: skip
+    """One row of K inputs times rows ``n`` of a weight [N, K], inputs BEGIN to END: [BLOCK_N]; 0 unless it ``lives``.
+
+    The weight is the tall operand of a product with 16 rows, of which 15 are zero: the tensor cores have time.
+    """
+    m, k = tl.arange(0, 16), tl.arange(0, BLOCK_K)
+    tall = tl.zeros([BLOCK_N, 16], tl.float32)
+    for start in range(BEGIN, END, BLOCK_K):
+        inside = (start + k < END) & lives
+        values = tl.load(x + start + k, inside, 0.0)
+        if QUANTISE:
+            values = to_fp8(values.to(tl.float32) / tl.load(in_scale))
+        w = tl.load(
+            weight + n.to(tl.int64)[:, None] * K + (start + k)[None, :],
+            (n < N)[:, None] & inside[None, :],
+            0.0,
+        )
+        a = tl.where((m == 0)[:, None], values.to(tl.float32)[None, :], 0.0).to(weight.dtype.element_ty)
+        tall = tl.dot(w, tl.trans(a), tall, input_precision="ieee")
+    return tl.sum(tall, 1)
+
+
+@triton.jit
+def _rows_in_kernel(
+    x, in_scale, weight, weight_scales, ids, out,
+    N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    pair = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = tl.load(ids + pair).to(tl.int64)
+    lives = expert >= 0
+    expert = tl.maximum(expert, 0)
+    sums = _row_product(
+        x + pair // CHOSEN * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, FP8
+    )
+    if FP8:
+        sums *= tl.load(in_scale) * tl.load(weight_scales + expert)
+    tl.store(out + pair * N + n, sums, n < N)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rows_out_kernel(
+    x, in_scale, weight, weight_scales, ids, shares, out, rows,
+    N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, EACH: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(EACH):
+        place = split * EACH + i
+        pair = row * CHOSEN + place
+        expert = tl.load(ids + pair, place < CHOSEN, -1).to(tl.int64)
+        share = tl.load(shares + pair, place < CHOSEN, 0.0)
+        lives = expert >= 0
+        expert = tl.maximum(expert, 0)
+        sums = _row_product(
+            x + pair * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, False
+        )
+        if FP8:
+            share *= tl.load(in_scale) * tl.load(weight_scales + expert)
+        total += sums * share
+    tl.store(out + (split * rows + row) * N + n, total, n < N)
+
+
+# Many rows: blocks of pairs of one expert ----------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["pairs", "blocks", "capacity"])
+def _count_kernel(
+    ids, cursors, experts, order, pairs, blocks, capacity,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    b, c = tl.arange(0, BINS), tl.arange(0, CHUNK)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, pairs, CHUNK):
+        expert = tl.load(ids + start + c, start + c < pairs, E + 1)
+        counts += tl.histogram(tl.where(expert < 0, E, expert), BINS)
+    padded = tl.where(b <= E, (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M, 0)
+    ends = tl.cumsum(padded, 0)
+    tl.store(cursors + b, ends - padded)
+    total = tl.sum(padded, 0)
+    for start in range(0, blocks, 32):
+        block = start + tl.arange(0, 32)
+        first = block * BLOCK_M
+        expert = tl.sum((ends[None, :] <= first[:, None]).to(tl.int32), 1)
+        expert = tl.where(first >= total, PAST, tl.where(expert == E, -1, expert))
+        tl.store(experts + block, expert, block < blocks)
+    for start in range(0, capacity, CHUNK):
+        tl.store(order + start + c, pairs + tl.zeros([CHUNK], tl.int32), start + c < capacity)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _place_kernel(ids, cursors, order, pairs, E: tl.constexpr, CHUNK: tl.constexpr):
+    begin_kernel()
+    pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    mask = pair < pairs
+    expert = tl.load(ids + pair, mask, 0)
+    # Which pair comes first within an expert changes no result: each row is computed by itself.
+    where = tl.atomic_add(cursors + tl.where(expert < 0, E, expert), 1, mask)
+    tl.store(order + where, pair, mask)
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Pairs by expert, in blocks of ``size`` places; places without a pair hold the number of pairs."""
+
+    order: torch.Tensor
+    """[blocks * size] int32: pairs."""
+    experts: torch.Tensor
+    """[blocks] int32: whose weights a block wants; -1: nobody's, results are 0; -2: the block is empty."""
+    size: int
+
+
+def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
+    """Sorts the pairs of ``ids`` [T, C] on the device, without saying to the host how many an expert has."""
+    pairs = ids.numel()
+    capacity = pairs + min(experts + 1, pairs) * (size - 1)
+    blocks = triton.cdiv(capacity, size)
+    bins = triton.next_power_of_2(experts + 2)
+    order, owners, cursors = (
+        torch.empty(count, dtype=torch.int32, device=ids.device) for count in (blocks * size, blocks, bins)
+    )
+    _count_kernel[(1,)](
+        ids,
+        cursors,
+        owners,
+        order,
+        pairs,
+        blocks,
+        blocks * size,
+        experts,
+        bins,
+        size,
+        1024,
+        num_warps=8,
+        **LAUNCH,
+    )
+    _place_kernel[(triton.cdiv(pairs, 256),)](ids, cursors, order, pairs, experts, 256, num_warps=4, **LAUNCH)
+    return Sorted(order, owners, size)
+
+
+@triton.jit(do_not_specialize=["pairs", "rows"])
+def _blocks_kernel(
+    x, in_scale, weight, weight_scales, order, experts, shares, out, pairs, rows,
+    N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, FP8: tl.constexpr, DOWN: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    tiles = (N + BLOCK_N - 1) // BLOCK_N
+    block = tl.program_id(0) // tiles
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = tl.load(experts + block).to(tl.int64)
+    if expert > PAST:
+        pair = tl.load(order + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        lives = pair < pairs
+        source = x + (pair if DOWN else pair // CHOSEN) * K
+        # -1: nothing is read, and what comes out is 0.
+        reads = lives & (expert >= 0)
+        owned = (n < N) & (expert >= 0)
+        weights = weight + tl.maximum(expert, 0) * N * K + n.to(tl.int64) * K
+        k = tl.arange(0, BLOCK_K)
+        if BLOCK_M < 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
+            tall = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for start in range(0, K, BLOCK_K):
+                inside = start + k < K
+                a = tl.load(source[:, None] + (start + k)[None, :], reads[:, None] & inside[None, :], 0.0)
+                w = tl.load(weights[:, None] + (start + k)[None, :], owned[:, None] & inside[None, :], 0.0)
+                tall = tl.dot(w, tl.trans(a), tall, input_precision="ieee")
+            sums = tl.trans(tall)
+        else:
+            sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start in range(0, K, BLOCK_K):
+                inside = start + k < K
+                a = tl.load(source[:, None] + (start + k)[None, :], reads[:, None] & inside[None, :], 0.0)
+                w = tl.load(weights[:, None] + (start + k)[None, :], owned[:, None] & inside[None, :], 0.0)
+                sums = tl.dot(a, tl.trans(w), sums, input_precision="ieee")
+        if FP8:
+            sums *= tl.load(in_scale) * tl.load(weight_scales + tl.maximum(expert, 0))
+        target = pair
+        if DOWN:  # a row's results one after the other are partial sums for the next norm
+            sums *= tl.load(shares + pair, lives, 0.0)[:, None]
+            target = pair % CHOSEN * rows + pair // CHOSEN
+        mask = lives[:, None] & (n < N)[None, :]
+        tl.store(out + target[:, None] * N + n[None, :], sums.to(out.dtype.element_ty), mask)
+
+
+# The routed MLP ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["step"])
+def _shared_kernel(
+    x, gate_weight, delta, step, out,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < N
+    values = sum_parts(delta + row * N + columns, step, mask, PARTS)
+    if GATED:
+        h = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+        values *= tl.sigmoid(tl.sum(h * tl.load(gate_weight + columns, mask=mask, other=0.0), 0))
+    tl.store(out + row * N + columns, values.to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One linear of all experts."""
+
+    weight: torch.Tensor
+    """[E, N, K], in the compute dtype or e4m3."""
+    scales: torch.Tensor | None = None
+    """[E] float32, of e4m3."""
+    input_scale: torch.Tensor | None = None
+    """float32: the one of all experts, since a row is rounded once for all of its."""
+
+    @property
+    def fp8(self) -> bool:
+        return self.scales is not None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The expert that works for every row."""
+
+    gate_up: CudaLinear
+    down: CudaLinear
+    gate: torch.Tensor | None
+    """[N] float32."""
+
+
+class CudaMixture:
+    """A routed MLP."""
+
+    def __init__(
+        self,
+        mixture: MixtureSpec,
+        router: torch.Tensor,
+        correction: torch.Tensor | None,
+        gate_up: Experts,
+        down: Experts,
+        shared: Shared | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> None:
+        """``router`` [E, N] in the compute dtype if that holds it exactly, else float32."""
+        self.mixture, self.correction = mixture, correction
+        self.router = PlainLinear(router, None)
+        self.gate_up, self.down, self.shared = gate_up, down, shared
+        self.activation, self.dtype = activation, dtype
+
+    def __call__(self, x: Activation, step: CudaStep) -> torch.Tensor:
+        """``[T, N]`` -> partial sums [S, T, N], in a fixed order."""
+        values = x.values
+        ids, shares = route(
+            router_logits(values, self.router.weight),
+            self.mixture,
+            self.correction,
+            step.attention.slots,
+            step.idle,
+        )
+        few = ids.numel() <= self.mixture.experts
+        out = self._few(values, ids, shares) if few else self._many(values, ids, shares)
+        if self.shared is not None:
+            self._add_shared(values, self.shared, out[-1])
+        return out
+
+    def _gate(self, wide: torch.Tensor) -> torch.Tensor:
+        form = Form.FP8_STATIC if self.down.fp8 else Form.PLAIN
+        return gate(wide, self.activation, self.dtype, form, self.down.input_scale).values
+
+    def _room(self, parts: int, rows: int, size: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        parts += self.shared is not None
+        return torch.empty(parts, rows, size, dtype=dtype, device=x.device)
+
+    def _few(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        rows, chosen = ids.shape
+        one, two = self.gate_up, self.down
+        wide_n, size = one.weight.shape[1:]
+        inner = two.weight.shape[2]
+        wide = torch.empty(ids.numel(), wide_n, dtype=torch.float32, device=x.device)
+        block_n, block_k = 64, 256 if one.fp8 else 128
+        _rows_in_kernel[(ids.numel(), triton.cdiv(wide_n, block_n))](
+            x, _or(one.input_scale, x), one.weight, _or(one.scales, x), ids, wide,
+            wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)), one.fp8,
+            num_warps=4, num_stages=4, **LAUNCH,
+        )  # fmt: skip
+        read = self._gate(wide)
+        # As many pieces as fill the device; each adds up some of a row's experts.
+        splits = min(chosen, 4 if rows <= 4 else 2)
+        each = triton.cdiv(chosen, splits)
+        splits = triton.cdiv(chosen, each)
+        out = self._room(splits, rows, size, x, torch.float32)
+        _rows_out_kernel[(rows, triton.cdiv(size, block_n), splits)](
+            read, _or(two.input_scale, x), two.weight, _or(two.scales, x), ids, shares, out, rows,
+            size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)), two.fp8,
+            num_warps=4, num_stages=4, **LAUNCH,
+        )  # fmt: skip
+        return out
+
+    def _many(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        rows, chosen = ids.shape
+        one, two = self.gate_up, self.down
+        wide_n, size = one.weight.shape[1:]
+        pairs = ids.numel()
+        sorted_ = sort_pairs(ids, self.mixture.experts, block_rows(pairs, self.mixture.experts))
+        read = quantise(x, Form.FP8_STATIC, one.input_scale).values if one.fp8 else x
+        wide = torch.empty(pairs, wide_n, dtype=self.dtype, device=x.device)
+        self._blocks(read, one, sorted_, shares, wide, rows, False)
+        out = self._room(chosen, rows, size, x, self.dtype)
+        self._blocks(self._gate(wide), two, sorted_, shares, out, rows, True)
+        return out
+
+    def _blocks(
+        self,
+        x: torch.Tensor,
+        linear: Experts,
+        sorted_: Sorted,
+        shares: torch.Tensor,
+        out: torch.Tensor,
+        rows: int,
+        down: bool,
+    ) -> None:
+        outputs, inputs = linear.weight.shape[1:]
+        block_n = min(128, triton.next_power_of_2(outputs))
+        block_k = min(128 if linear.fp8 else 64, triton.next_power_of_2(inputs))
+        _blocks_kernel[(len(sorted_.experts) * triton.cdiv(outputs, block_n),)](
+            x, _or(linear.input_scale, x), linear.weight, _or(linear.scales, x), sorted_.order, sorted_.experts,
+            shares, out, shares.numel(), rows,
+            outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k, linear.fp8, down,
+            num_warps=4 if sorted_.size < 64 else 8, num_stages=4, **LAUNCH,
+        )  # fmt: skip
+
+    def _add_shared(self, x: torch.Tensor, shared: Shared, out: torch.Tensor) -> None:
+        reader, writer = shared.gate_up, shared.down
+        read = Activation(x) if reader.form == Form.PLAIN else quantise(x, reader.form, reader.input_scale)
+        wide = reader(read)
+        delta = writer(gate(wide, self.activation, self.dtype, writer.form, writer.input_scale))
+        parts, step = parts_of(delta)
+        rows, size = x.shape
+        block = triton.next_power_of_2(size)
+        _shared_kernel[(rows,)](
+            x, _or(shared.gate, x), delta, step, out, size, block, parts, shared.gate is not None,
+            num_warps=min(16, max(1, block // 512)), **LAUNCH,
+        )  # fmt: skip
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block: about what an expert has on average, so that little is padded and weights are read few times."""
+    each = pairs / experts
+    return 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 96 else 128
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """Something to point to where a kernel does not look."""
+    return other if tensor is None else tensor

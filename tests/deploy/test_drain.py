@@ -23,15 +23,17 @@ from tests.supervisor.test_faults import private_copy
 
 pytestmark = pytest.mark.slow
 STREAMS = 32
-TOKENS = 1500
-"""Of each stream: some seconds of work for all of them together, within the drain."""
+TOKENS = 3000
+"""Of each stream: so many that all have begun before one ends, on a busy machine too."""
+DRAIN_S = 120
+"""So long that a busy machine ends them within it."""
 
 
 class Pod:
     """The chart's container as a process of this machine: other ports, another build folder."""
 
     def __init__(self, build: Path) -> None:
-        self.spec = server(rendered("cpu-trial"))["spec"]
+        self.spec = server(rendered("cpu-trial", f"server.drainSeconds={DRAIN_S}"))["spec"]
         (container,) = self.spec["containers"]
         http, grpc, metrics = free_ports(3)
         self.url = f"http://127.0.0.1:{http}"

@@ -40,6 +40,8 @@ class ModelShape:
     """Of those, the weights of the decoder's linear layers: what FP8 halves."""
     idle_parameters: int = 0
     """Of all, what a step for one token does not read: the embedding beside an output head of its own."""
+    idle_linear_parameters: int = 0
+    """Of the linear ones, those of experts that one token does not choose."""
     family: str = ""
     """Architecture, as ``config.json`` names it."""
     fp8: bool = False

@@ -109,6 +109,8 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         else spec.intermediate_size
         for layer in spec.layers
     )
+    mixtures = [layer.mixture for layer in spec.layers if layer.mixture]
+    unchosen = sum((mixture.experts - mixture.chosen) * mixture.inner for mixture in mixtures)
     linear = layers * attention + 3 * hidden * inner
     norms = hidden * (1 + layers * len(spec.norms.modules))
     embeddings = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
@@ -119,15 +121,11 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         max_position_embeddings=spec.max_position_embeddings,
         parameters=linear + norms + embeddings,
         linear_parameters=linear,
-        idle_parameters=idle_parameters(spec),
+        idle_parameters=0 if spec.tie_embeddings else spec.vocab_size * hidden,
+        idle_linear_parameters=3 * hidden * unchosen,
         family=spec.wrapper or spec.architecture,
         fp8=spec.fp8,
         int4=spec.int4,
         stored=spec.stored,
         splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )
-
-
-def idle_parameters(spec: ModelSpec) -> int:
-    """What a step for one token does not read."""
-    return 0 if spec.tie_embeddings else spec.vocab_size * spec.hidden_size

@@ -30,6 +30,8 @@ GPU_RATES = {
 """Bytes a second of memory, as NVIDIA states it, by a part of the device's name; the first that fits."""
 REACHED = 0.58
 """Of that rate, by one request to Llama-3.1-8B in FP8 on an H200 (benchmarks/h200); small models reach less."""
+LINEAR_BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.6}
+"""Of one weight of a linear layer."""
 COPIED = 64 << 20
 
 
@@ -47,6 +49,7 @@ class Speed:
 def expected(shape: ModelShape, plan: Plan, hardware: Hardware) -> Speed | None:
     """None where nothing is known of the memory's rate."""
     idle = shape.idle_parameters * DTYPE_BYTES[plan.compute_dtype] // plan.tp
+    idle += int(shape.idle_linear_parameters * LINEAR_BYTES.get(plan.precision, 2.0)) // plan.tp
     step_bytes = max(1, plan.weights_bytes - idle)
     if plan.device == "cpu":
         rate = _copy_rate()

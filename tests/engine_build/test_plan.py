@@ -23,7 +23,15 @@ CPU_BF16 = dataclasses.replace(CPU, flags=("avx2", "avx512_bf16"))
 
 SMALL = ModelShape(30, 3, 64, 8192, 134_515_008, 106_168_320)
 LLAMA_8B = ModelShape(
-    32, 8, 128, 131072, 8_030_261_248, 6_979_321_856, 525_336_576, "LlamaForCausalLM", splits=(2, 4, 8, 16)
+    32,
+    8,
+    128,
+    131072,
+    8_030_261_248,
+    6_979_321_856,
+    525_336_576,
+    family="LlamaForCausalLM",
+    splits=(2, 4, 8, 16),
 )
 
 

@@ -112,6 +112,23 @@ def test_a_speed_near_the_one_that_was_measured(report: Report) -> None:
     assert "a core's copy just now" in report()[1]
 
 
+def test_a_mixture_reads_the_experts_of_a_token(report: Report, tmp_path: Path) -> None:
+    """3.1 GB a step in FP8, of 30 GB (embeddings in bf16 not counted)."""
+    qwen3 = {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 151936,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    }  # fmt: skip
+    folder = tmp_path / "qwen3-30b-a3b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(qwen3))
+    (folder / "tokenizer.json").write_text("{}")
+    _, output = report(H200, model=folder)
+    (line,) = [line for line in output.splitlines() if line.startswith("speed ")]
+    assert 600 < int(line.split()[2]) < 1000 and "reads 3." in line
+
+
 def test_an_a100_has_no_fp8(report: Report) -> None:
     code, output = report(A100, ENGINE="trtllm-engine")
     assert code == 0

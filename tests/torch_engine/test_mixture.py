@@ -202,7 +202,13 @@ def test_dense_layers_stand_where_the_family_puts_them(tmp_path: Path) -> None:
         assert [index for index, layer in enumerate(layers) if layer.mixture] == routed
 
 
-def test_several_gpus_are_refused_by_name(tmp_path: Path) -> None:
-    assert "a mixture of experts stays on one GPU" in refusal(
-        load_spec(tiny_checkpoint(tmp_path, "olmoe")), 2
+def test_several_gpus_are_refused_by_name_where_experts_do_not_divide(tmp_path: Path) -> None:
+    spec = load_spec(tiny_checkpoint(tmp_path, "qwen3_moe"))  # with an inner size of 48, and four heads
+    assert not refusal(spec, 4)
+    layers = tuple(
+        replace(layer, mixture=replace(layer.mixture, inner=50)) if layer.mixture else layer
+        for layer in spec.layers
+    )
+    assert "4 does not divide the inner size of its experts; use TP=2" in refusal(
+        replace(spec, layers=layers), 4
     )

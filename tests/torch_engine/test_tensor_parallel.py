@@ -59,7 +59,9 @@ def at_once(size: int, work: Callable[[Together], Any]) -> list[Any]:
     return results
 
 
-SHARED = [name for name in (*FAMILIES, "llama-bias", "llama-tied") if not name.startswith("olmo")]
+SHARED = [
+    name for name in (*FAMILIES, "llama-bias", "llama-tied") if not name.startswith("olmo")
+]  # norms over all heads
 
 
 @pytest.mark.parametrize("variant", SHARED)

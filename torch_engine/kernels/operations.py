@@ -97,7 +97,7 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
             if isinstance(mlp, GatedMlp):
                 delta = self.summed(mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down)))
             else:
-                delta = mlp(h, step)
+                delta = self.summed(mlp(h, step))
             post = layer.mlp_out_norm
         if step.logit_rows is not None:
             x = x.index_select(0, step.logit_rows)

@@ -6,6 +6,7 @@ routed MLP runs all of them; a layer without a :class:`MixtureSpec` has a dense 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -157,26 +158,30 @@ Shape = tuple[str, ...]
 """What a tensor's extents are, by name."""
 
 
+EXPERT_INNER, SHARED_INNER = "expert inner size", "shared expert inner size"
+
+
 def mixture_sizes(mixture: MixtureSpec) -> dict[str, int]:
     """Extents that only mixtures have."""
     return {
         "experts": mixture.experts,
-        "expert inner size": mixture.inner,
-        "shared expert inner size": mixture.shared_inner,
+        EXPERT_INNER: mixture.inner,
+        SHARED_INNER: mixture.shared_inner,
         "1": 1,
     }
 
 
+@functools.lru_cache(maxsize=8)
 def mixture_linears(mixture: MixtureSpec) -> dict[str, tuple[str, str]]:
     """Modules of a routed MLP to their outputs and inputs."""
-    names, hidden, inner = mixture.names, "hidden_size", "expert inner size"
+    names, hidden, inner = mixture.names, "hidden_size", EXPERT_INNER
     linears = {names.router: ("experts", hidden)}
     for number in range(mixture.experts):
         gate, up, down = names.expert(number)
         linears |= {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
     if mixture.shared_inner:
         gate, up, down = names.shared_expert()
-        inner = "shared expert inner size"
+        inner = SHARED_INNER
         linears |= {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
     if mixture.shared_gate:
         linears[names.shared_gate] = ("1", hidden)

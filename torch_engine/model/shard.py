@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.layout import HIDDEN, INNER, KEYS, LAYER, LINEARS, QUERIES
-from flightline.torch_engine.model.spec import ModelSpec
+from flightline.torch_engine.model.mixture import EXPERT_INNER, SHARED_INNER, MixtureSpec, mixture_linears
+from flightline.torch_engine.model.spec import LayerSpec, ModelSpec
 
 HEAD_MULTIPLE = 16
 """Tokens of the vocabulary of which a rank has a multiple: FP8 products want that."""
@@ -57,6 +58,16 @@ class Shard:
             num_heads=spec.num_heads // self.size,
             num_kv_heads=max(1, spec.num_kv_heads // self.size),
             intermediate_size=spec.intermediate_size // self.size,
+            layers=tuple(self._layer(layer) for layer in spec.layers),
+        )
+
+    def _layer(self, layer: LayerSpec) -> LayerSpec:
+        """Each rank has a part of every expert: all of them work, whichever are chosen."""
+        if layer.mixture is None:
+            return layer
+        inner, shared = layer.mixture.inner // self.size, layer.mixture.shared_inner // self.size
+        return dataclasses.replace(
+            layer, mixture=dataclasses.replace(layer.mixture, inner=inner, shared_inner=shared)
         )
 
     def part(self, name: str, shape: tuple[int, ...], spec: ModelSpec) -> Part:
@@ -70,9 +81,12 @@ class Shard:
         module, _, leaf = name.rpartition(".")
         if leaf in SCALARS:
             return WHOLE
-        extents = _extents(module)
+        mixture = _mixture(name, spec)
+        if mixture is not None and name.endswith(f".{mixture.names.correction}"):
+            return WHOLE
+        extents = _extents(module, mixture)
         if extents is not None and leaf in ("weight", "bias"):
-            outputs, inputs = (self._range(extent, spec) for extent in extents)
+            outputs, inputs = (self._range(extent, spec, mixture) for extent in extents)
             if leaf == "weight":
                 return Part(outputs, inputs)
             return Part(outputs, absent=inputs is not None and self.rank > 0)  # what is added up has one bias
@@ -86,7 +100,7 @@ class Shard:
             "up; use TP=1"
         )
 
-    def _range(self, extent: str, spec: ModelSpec) -> Range | None:
+    def _range(self, extent: str, spec: ModelSpec, mixture: MixtureSpec | None) -> Range | None:
         """What a rank has of an extent, by its name in ``layout.py``; None = all."""
         if extent == VOCABULARY:
             return self.vocabulary(spec.vocab_size)[:2]
@@ -94,6 +108,8 @@ class Shard:
             return self._keys(spec)
         if extent == QUERIES:
             return self._even(spec.num_heads * spec.head_dim)
+        if mixture is not None and extent in (EXPERT_INNER, SHARED_INNER):
+            return self._even(mixture.inner if extent == EXPERT_INNER else mixture.shared_inner)
         return self._even(spec.intermediate_size) if extent == INNER else None
 
     def vocabulary(self, size: int) -> tuple[int, int, int]:
@@ -117,12 +133,21 @@ class Shard:
         return first * spec.head_dim, (first + each) * spec.head_dim
 
 
-def _extents(module: str) -> tuple[str, str] | None:
+def _mixture(name: str, spec: ModelSpec) -> MixtureSpec | None:
+    """Of the layer that a tensor belongs to."""
+    layer = LAYER.match(name)
+    return None if layer is None else spec.layers[int(layer.group(1))].mixture
+
+
+def _extents(module: str, mixture: MixtureSpec | None) -> tuple[str, str] | None:
     """The names of a linear's outputs and inputs; None if it is none."""
     if module == "lm_head":
         return VOCABULARY, HIDDEN
     layer = LAYER.match(module)
-    return None if layer is None else LINEARS.get(module[layer.end() :])
+    if layer is None:
+        return None
+    routed = {} if mixture is None else mixture_linears(mixture)
+    return routed.get(module[layer.end() :]) or LINEARS.get(module[layer.end() :])
 
 
 def refusal(spec: ModelSpec, size: int) -> str:
@@ -139,8 +164,6 @@ def refusal(spec: ModelSpec, size: int) -> str:
 
 
 def _misfit(spec: ModelSpec, size: int) -> str:
-    if any(layer.mixture for layer in spec.layers):
-        return "a mixture of experts stays on one GPU"
     if spec.qk_norm == "row":
         return "its norms go over all heads, of which a rank has some"
     if spec.num_heads % size:
@@ -149,6 +172,9 @@ def _misfit(spec: ModelSpec, size: int) -> str:
         return f"neither of {size} and the number of key/value heads divides the other"
     if spec.intermediate_size % size:
         return f"{size} does not divide the MLP"
+    mixtures = [layer.mixture for layer in spec.layers if layer.mixture]
+    if any(mixture.inner % size or mixture.shared_inner % size for mixture in mixtures):
+        return f"{size} does not divide the inner size of its experts"
     begin, end, _ = Shard(size - 1, size).vocabulary(spec.vocab_size)
     if begin == end:
         return f"{spec.vocab_size} tokens are too few for {size}"

@@ -6,7 +6,21 @@ from flightline.torch_engine.model.families import BY_MODEL_TYPE, FAMILIES, WRAP
 
 RAN_ON_GPU = (
     *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"),
-    *("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+    *(
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Phi3ForCausalLM",
+        "SmolLM3ForCausalLM",
+        "GraniteForCausalLM",
+    ),
+    *("GlmForCausalLM", "Glm4ForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Ministral3ForCausalLM"),
+    *(
+        "Qwen3MoeForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "MixtralForCausalLM",
+        "OlmoeForCausalLM",
+        "Glm4MoeForCausalLM",
+    ),
 )
 """Families of which tiny checkpoints ran on an H200, all of them against Transformers."""
 FAMILIES_HEAD = """| architecture | models | CPU, compiled kernels | CPU, PyTorch | GPU |

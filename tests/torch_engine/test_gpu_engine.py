@@ -24,8 +24,8 @@ from flightline.engine_build.build import CALIBRATION, GATE_PROMPTS
 from flightline.engine_build.cache import FileHashes
 from flightline.engine_build.checkpoint import obtain
 from flightline.engine_build.prompts import read_prompts
-from flightline.torch_engine.core.config import EngineConfig
-from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
+from flightline.torch_engine.core.request import GenerationRequest, SamplingParams
 from flightline.torch_engine.core.speculation import Speculation
 from flightline.torch_engine.engine import Engine
 from flightline.torch_engine.model.coded import Coded
@@ -75,6 +75,10 @@ class Family:
     exact: Any
     """The model in float32."""
     prompts: list[list[int]]
+
+    @property
+    def mixture(self) -> bool:
+        return any(layer.mixture for layer in load_spec(self.folder).layers)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], model: Any = None) -> torch.Tensor:
@@ -162,19 +166,23 @@ def test_float32_greedy_tokens(family: Family, graphs: bool, reuse: bool) -> Non
 
 
 def test_guesses_change_no_greedy_token(family: Family) -> None:
-    """Prompts that repeat themselves, so that there are guesses; whether some are right is up to the random weights."""
+    """Prompts that repeat themselves; whether answers do, so that guesses are made, is up to the random weights."""
     prompts = [[5, 6, 7, 8, 9] * 8, [11, 12] * 15, list(range(20, 60))]
     count = 150 if ON_GPU else 48
     expected = greedy(small_engine(family.folder, cuda_graphs=False, kernels="pytorch"), prompts, count)
     engine = small_engine(family.folder, cuda_graphs=False, speculation_tokens=4)
     engine.scheduler.speculation = Speculation(4, row_cost=-0.01, margin=-1.0)  # whatever a lookup finds
     assert greedy(engine, prompts, count) == expected
-    assert engine.stats.guessed_tokens > 0
+    always = SamplingParams(logit_bias=((9, 1e4),))
+    engine.generate([GenerationRequest(prompts[0], 12, always, end_id=-1)])
+    assert engine.stats.accepted_tokens > 0
 
 
 @pytest.mark.parametrize(("kv", "limit"), [("bfloat16", 1.5), ("int8", 2.5), ("fp8", 12.0)])
 def test_bf16_logits(family: Family, monkeypatch: pytest.MonkeyPatch, kv: str, limit: float) -> None:
-    """Within so many times the error of Transformers in bf16."""
+    """Within so many times the error of Transformers in bf16; twice as many where a token between two experts may go to
+    the other one."""
+    limit *= 2 if family.mixture else 1
     engine = small_engine(family.folder, compute_dtype="bfloat16", kv_dtype=kv, **BATCH_ONE)
     assert logit_error(family, monkeypatch, engine) < limit * family.rounding()
 
@@ -194,6 +202,10 @@ def test_int8_w8a8_logits_with_an_fp8_head(family: Family, monkeypatch: pytest.M
         "weight_precision": "int8",
         "lm_head_precision": "fp8",
     }
+    if family.mixture:
+        with pytest.raises(ConfigError, match="not for mixtures"):
+            small_engine(family.folder, **precision, **BATCH_ONE)
+        return
     engine = small_engine(family.folder, **precision, **BATCH_ONE)
     assert logit_error(family, monkeypatch, engine) < 0.4
 

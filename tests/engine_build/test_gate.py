@@ -47,6 +47,7 @@ def on_fp8_kv(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice that a GPU gets for FP8 weights, here with the reference kernels."""
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr(plan, "_kv_dtype", lambda *_: "fp8")
+    monkeypatch.setattr(plan, "_compute_dtype", lambda *_: "float32")  # whatever instructions this CPU has
     monkeypatch.setattr(gate, "MAX_WINDOWS", 2)
 
 

@@ -36,7 +36,10 @@ def test_streamed_text_is_the_whole_text(server: Server, model: str, seed: int) 
 @pytest.mark.parametrize("model", ["ensemble", "text_generation", "hf_baseline"])
 def test_stop_words_never_leak(server: Server, model: str) -> None:
     text = ask(server, model, "the dog", 60, end_id=-1).text
-    word = text[20:23]
+    parts = (text[start : start + 3] for start in range(20, len(text) - 2))
+    word = next(
+        part for part in parts if part.isascii() and part.isprintable()
+    )  # others may be cut characters
     answer = ask(server, model, "the dog", 60, end_id=-1, stop_words=word, stream=True)
     assert answer.text == text[: text.index(word)]
 

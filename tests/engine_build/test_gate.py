@@ -47,7 +47,6 @@ def on_fp8_kv(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice that a GPU gets for FP8 weights, here with the reference kernels."""
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr(plan, "_kv_dtype", lambda *_: "fp8")
-    monkeypatch.setattr(plan, "_compute_dtype", lambda *_: "float32")  # whatever instructions this CPU has
     monkeypatch.setattr(gate, "MAX_WINDOWS", 2)
 
 
@@ -72,8 +71,9 @@ def test_large_key_biases_do_not_get_an_fp8_cache(tmp_path: Path, make_build: Ma
 
 
 def test_an_ordinary_model_keeps_its_fp8_cache(
-    tiny: Path, tmp_path: Path, make_build: Make, on_fp8_kv: None
+    tiny: Path, tmp_path: Path, make_build: Make, on_fp8_kv: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan, "_compute_dtype", lambda *_: "float32")  # whatever instructions this CPU has
     built = make_build(tiny, tmp_path / "build", "--precision", "bf16")
     assert EngineConfig.load(built["engine_dir"]).kv_dtype == "fp8"
     decoded = json.loads(Path(built["manifest"]).read_text())["gate"]["decoded"]

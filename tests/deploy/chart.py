@@ -19,9 +19,17 @@ VALUES = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "c
 
 
 def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    found = shutil.which("helm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return _run("helm", *arguments)
+
+
+def kubectl(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return _run("kubectl", *arguments)
+
+
+def _run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    found = shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
-        pytest.skip("helm is not installed: make test says why")
+        pytest.skip(f"{program} is not installed: make test says why")
     command = [found, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 

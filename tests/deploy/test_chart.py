@@ -18,7 +18,7 @@ from flightline.gateway.settings import GatewaySettings
 from flightline.supervisor import gateway as gateway_processes
 from flightline.supervisor import triton
 from flightline.supervisor.settings import ServeSettings
-from tests.deploy.chart import CHART, VALUES, environment, helm, one, pods, rendered, server
+from tests.deploy.chart import CHART, VALUES, environment, helm, kubectl, one, pods, rendered, server
 from tests.docker.test_images import tool
 
 EVERY = pytest.mark.parametrize("name", VALUES)
@@ -60,6 +60,19 @@ def test_kubernetes_takes_it(name: str) -> None:
     assert unknown <= OF_OPERATORS
     names = [(each["kind"], each["metadata"]["name"]) for each in rendered(name)]
     assert len(names) == len(set(names))
+
+
+@EVERY
+def test_kubectl_reads_it(name: str, tmp_path: Path) -> None:
+    """Decoded as for a cluster, but without one."""
+    file = tmp_path / "objects.yaml"
+    file.write_text(yaml.safe_dump_all(rendered(name)))
+    done = kubectl("label", "--local", "-f", file, "checked=yes", "-o", "name")
+    assert done.returncode == 0, done.stderr
+    read = [line.split("/") for line in done.stdout.splitlines()]
+    assert [(kind.split(".")[0], name) for kind, name in read] == [
+        (each["kind"].lower(), each["metadata"]["name"]) for each in rendered(name)
+    ]
 
 
 @EVERY

@@ -228,12 +228,6 @@ class CudaRunner:
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
         self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
-        # Several ranks would have to agree on a plan, and each times its own.
-        if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
-            kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
-        long_plan = kernels.long_prefill
-        self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
-        """Tokens of a tile of long prompts; 0: as of all."""
         mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
         # Ids, slots, positions, holds, forks; tiles; sampled rows, slots, holds; new entries of the block tables;
@@ -245,6 +239,11 @@ class CudaRunner:
         self.ranks.meet(
             {"blocks": config.num_kv_blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"}
         )
+        if config.cuda_tuning and on_gpu:
+            kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
+        long_plan = kernels.long_prefill
+        self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
+        """Tokens of a tile of long prompts; 0: as of all."""
         self._own_scales: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
@@ -265,6 +264,7 @@ class CudaRunner:
         """What of the launched step is not queued."""
         self._executor = LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
         if config.cuda_graphs and on_gpu:
+            kernels.link(model.layers[0], spec.hidden_size, config)
             if config.cuda_tuning:
                 kernels.tune(model.layers)
             self.capture(ladder, mixed)

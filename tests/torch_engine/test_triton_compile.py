@@ -40,6 +40,7 @@ def compile_only(self, grid):
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         code = kernel.asm["ptx"]
         units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
+        units += [unit for unit in ("st.relaxed.sys", "ld.volatile.global") if unit in code]
         bytewise = code.count("ld.shared.b8") + code.count("ld.shared.u8")
         found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise])
     return run
@@ -48,13 +49,14 @@ JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
 from flightline.torch_engine.kernels.gpu.activation import Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
+from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, row_means, scatter
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
 from flightline.torch_engine.kernels.gpu.norm import add_norm, add_up, gate
 from flightline.torch_engine.kernels.gpu.tokens import argmax, embed, remember
 from flightline.torch_engine.model.coded import Coded
-from flightline.torch_engine.parallel.group import Alone
+from flightline.torch_engine.parallel.group import Alone, Boxes
 
 class Three(Alone):
     size, stack = 3, lambda self, x: torch.stack([x, x, x])
@@ -79,6 +81,10 @@ cache = KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=kind), None if hopper else t
 step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
 qkv = torch.zeros(4, 48 * 128, dtype=bf16)
 rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
+rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32, x[0], x[0], 1e-5, bf16, True, row_means(qkv, 32, 8, 128, 2))
+boxes = Boxes(torch.zeros(Exchange.bytes_for(2, 4096, bf16), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+for delta in (x, torch.zeros(4, 4, 4096)):
+    Exchange(boxes, 1, 2, 4096, bf16).add_norm(x, delta, None, x[0], 1e-5, form, one)
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
     plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
@@ -122,6 +128,8 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
     assert all(used == units for _, used, _ in found["_product_kernel"])
+    # Each word goes to another GPU at once, and is looked for again and again.
+    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, _ in found["_exchange_kernel"])
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"]
     assert not any(bytewise for _, _, bytewise in attention)

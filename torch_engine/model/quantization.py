@@ -61,6 +61,11 @@ class Quantization:
     def int4(self) -> bool:
         return bool(self.packing)
 
+    @property
+    def inputs_of_a_scale(self) -> int:
+        """Neighbouring inputs that no cut may part; 0 = all may, or only the tensors tell."""
+        return BLOCK if self.blocks else self.group
+
 
 # The configuration --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ that nothing is quantised in a pass of its own.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, Eng
 from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
+from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
 from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, GroupedPlan, Scratch, tile_of
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, row_means
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
+    SKINNY_ROWS,
     CudaLinear,
     Fp8Head,
     Fp8Linear,
@@ -41,6 +45,9 @@ from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
+EXCHANGED_ROWS = (1, 4, 16, 32, MOST_ROWS)
+"""Of sums that are timed in one kernel with the norm, and apart."""
+EXCHANGES = 32
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
 
 
@@ -71,6 +78,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self._tuning = ""
         self.long_prefill: attention.PrefillPlan | None = None
         """How long prompts are cut up, where that was timed; None: as all are."""
+        self.exchange: Exchange | None = None
+        """Sums of few rows over the ranks, where that was seen to work and to be faster than sum and norm apart."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -229,6 +238,19 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         """In place in ``x``."""
         return norm.add_norm(x, delta, post, weight, eps, reader.form, reader.input_scale), x
 
+    def add_shares(
+        self,
+        x: torch.Tensor,
+        share: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+        reader: CudaLinear,
+    ) -> tuple[Activation, torch.Tensor]:
+        if share is None or self.exchange is None or x.shape[0] > self.exchange.rows:
+            return super().add_shares(x, share, post, weight, eps, reader)
+        return self.exchange.add_norm(x, share, post, weight, eps, reader.form, reader.input_scale), x
+
     def gate(self, gate_up: torch.Tensor, activation: str, reader: CudaLinear) -> Activation:
         return norm.gate(gate_up, activation, self.dtype, reader.form, reader.input_scale)
 
@@ -258,7 +280,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         cache: KVCache,
         step: CudaStep,
     ) -> Activation:
-        where = step.attention
+        where, norms_row, means = step.attention, spec.qk_norm == "row", None
+        if norms_row and self.group.size > 1:
+            heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+            means = self.group.sum(row_means(qkv, *heads, self.group.size))
         qkv = rotate_write(
             qkv,
             cache,
@@ -269,7 +294,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             layer.k_norm,
             spec.norm_eps,
             self.dtype,
-            spec.qk_norm == "row",
+            norms_row,
+            means,
         )
         plan = attention.decode_plan(
             max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
@@ -295,6 +321,49 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         return CudaSequence.of(blocks, self.dtype, spec.num_groups, spec.head_dim)
 
     # Tuning ----------------------------------------------------------------------------------------
+
+    def link(self, layer: Layer[CudaLinear], size: int, config: EngineConfig) -> None:
+        """Finds out up to how many rows of ``size`` one kernel for sum and norm is faster; every rank calls it.
+
+        ``layer`` is any of the model's. With ``all_reduce='fused'`` it is taken wherever it can be, and nothing timed.
+
+        Raises ConfigError if that cannot be.
+        """
+        forced = config.all_reduce == "fused"
+        if self.group.size == 1 or not (forced or config.cuda_tuning):
+            return
+        exchange = Exchange.between(self.group, size, self.dtype)
+        if forced and exchange is None:
+            raise ConfigError(
+                "all_reduce='fused' needs GPUs that write to each other's memory, and these do not: use auto"
+            )
+        if forced or exchange is None:
+            self.exchange = exchange
+            return
+        exchange.rows, reader, times = 0, layer.qkv, {}
+        ones = torch.ones(size, dtype=self.dtype, device=self.device)
+        for rows in EXCHANGED_ROWS:
+            x = torch.zeros(rows, size, dtype=self.dtype, device=self.device)
+            few = rows <= SKINNY_ROWS  # our own products leave partial sums
+            share = torch.zeros(2, rows, size, device=self.device) if few else torch.zeros_like(x)
+
+            def together(x: torch.Tensor = x, share: torch.Tensor = share) -> None:
+                exchange.add_norm(x, share, None, ones, 1e-5, reader.form, reader.input_scale)
+
+            def apart(x: torch.Tensor = x, share: torch.Tensor = share) -> None:
+                self.add_norm(x, self.summed(share), None, ones, 1e-5, reader)
+
+            seen = [_graph_us([run] * EXCHANGES) / EXCHANGES for run in (together, apart)]
+            # All ranks decide by the same figures.
+            took = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device)).tolist()
+            ours, theirs = (each / self.group.size for each in took)
+            times |= {f"one kernel, {rows}": round(ours, 2), f"apart, {rows}": round(theirs, 2)}
+            if ours > theirs:
+                break
+            exchange.rows = rows
+            self._tuning += f"; sum and norm of {rows}: {theirs:.1f} -> {ours:.1f} us"
+        self.tuned["sums"] = times
+        self.exchange = exchange if exchange.rows else None
 
     def tune(self, layers: list[Layer[CudaLinear]]) -> None:
         """Chooses for each FP8 linear between the library and our product for few rows, by timing both.
@@ -357,10 +426,11 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         context = min(longest, 16384, cache.values.shape[0] * block_size)
         if context < attention.LONG:
             return
-        times = {
-            plan: prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype)
-            for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
-        }
+        plans = attention.long_prefill_plans(self.dtype, spec.head_dim)
+        seen = [prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype) for plan in plans]
+        # All ranks decide by the same figures: rank 0 cuts up the prompts for all of them.
+        total = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device))
+        times = dict(zip(plans, (total / self.group.size).tolist(), strict=True))
         usual, *_ = times
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
@@ -421,20 +491,25 @@ def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan 
     for linear in linears:
         linear.plan = plan
     try:
-        linears[0](x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
-            for linear in linears:
-                linear(x)
-        times: list[float] = []
-        for _ in range(5):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        return sorted(times)[2]
+        return _graph_us([functools.partial(linear, x) for linear in linears])
     except OutOfResources:
         return float("inf")
+
+
+def _graph_us(kernels: list[Callable[[], Any]]) -> float:
+    """Microseconds of all of them in one graph; the first is run once before, to be compiled."""
+    kernels[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
+        for run in kernels:
+            run()
+    times: list[float] = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times)[2]

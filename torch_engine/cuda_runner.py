@@ -201,7 +201,7 @@ class CudaRunner:
         config: EngineConfig,
         ranks: Ranks | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._kernels = model, kernels
         self.ranks = ranks or Single()
         self.group = self.ranks.group
         self.caches = model.new_caches(
@@ -369,7 +369,7 @@ class CudaRunner:
             step.holds,
             self.ends,
             self.model.first_token,
-            self.group,
+            self._kernels.exchange or self.group,
         )
         return Computed(step, logits)
 

@@ -85,6 +85,7 @@ rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32, x[0], x[0], 1e-5, bf16
 boxes = Boxes(torch.zeros(Exchange.bytes_for(2, 4096, bf16), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
 for delta in (x, torch.zeros(4, 4, 4096)):
     Exchange(boxes, 1, 2, 4096, bf16).add_norm(x, delta, None, x[0], 1e-5, form, one)
+Exchange(boxes, 1, 2, 4096, bf16).stack(torch.zeros(2, 4, 64))
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
     plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
@@ -129,7 +130,8 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
     assert all(used == units for _, used, _ in found["_product_kernel"])
     # Each word goes to another GPU at once, and is looked for again and again.
-    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, _ in found["_exchange_kernel"])
+    exchanges = found["_exchange_kernel"] + found["_stack_kernel"]
+    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, _ in exchanges)
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"]
     assert not any(bytewise for _, _, bytewise in attention)

@@ -1,4 +1,5 @@
-"""A few rows' sums over the GPUs that share a model, in one kernel with the residual sum and the norm after them.
+"""A few rows' sums over the GPUs that share a model, in one kernel with the residual sum and the norm after them; and
+what each rank has found, side by side.
 
 Each rank has a box: memory that the others write to over NVLink (``Group.boxes``; no multicast). A kernel's program has
 one row. It writes its rank's share of the row into the boxes of all others, waits for theirs in its own, and adds up
@@ -9,9 +10,9 @@ The protocol:
 
 * A word of 8 bytes is a tag and 4 bytes of the share. It is written and read at once, so the tag says that its 4 bytes
   are there: no fence, and no flag beside the data. A row is there when all its words have the tag.
-* The tag counts the exchanges of a row. It lies in memory (``tags``), since a CUDA graph repeats its arguments. All
-  ranks run the same kernels in the same order, so they count alike. It may wrap: a word left in a box is two exchanges
-  old, and only words with exactly the tag count.
+* The tag counts the exchanges of a row, or of a block of what is put side by side. It lies in memory (``tags``), since
+  a CUDA graph repeats its arguments. All ranks run the same kernels in the same order, so they count alike. It may
+  wrap: a word left in a box is two exchanges old, and only words with exactly the tag count.
 * A box has two halves, for even and odd tags. Who writes tag t + 2 has ended the kernel of t + 1, so all others had
   begun theirs of t + 1, and ended theirs of t: nobody still reads what is overwritten. No barrier is needed. That
   wants kernels on one stream, each of which waits for the end of the one before (``begin_kernel``).
@@ -21,6 +22,8 @@ The protocol:
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -40,6 +43,8 @@ from flightline.torch_engine.parallel.group import Boxes, Group
 
 MOST_ROWS = 64
 """Of an exchange: beyond, two bytes more on the link for each two of data cost more than a barrier saves."""
+STACK_BLOCK, STACK_BLOCKS = 1024, 16
+"""Numbers of 4 bytes, as of the likeliest tokens of 128 rows: few enough that one way over the link is the shortest."""
 WORD = 8
 TRIES = 1 << 22
 """How often a row is looked for while the kernel is tried out: some seconds."""
@@ -146,21 +151,54 @@ def _exchange_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["size", "tries"])
+def _stack_kernel(
+    x, out, size, box, boxes, tags, tries,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    number = tl.program_id(0)
+    at = number * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    tag = tl.load(tags + number) + 1
+    place = (tag & 1) * RANKS * BLOCKS * BLOCK + at
+    own = tl.load(x + at, mask=mask, other=0)
+    for other in tl.static_range(1, RANKS):
+        target = tl.load(boxes + (RANK + other) % RANKS).to(tl.pointer_type(tl.int64))
+        _put(target + place + RANK * BLOCKS * BLOCK, tag, own, mask)
+    for source in tl.static_range(RANKS):
+        values = own
+        if source != RANK:
+            values = _taken(box + place + source * BLOCKS * BLOCK, tag, mask, tries)
+        tl.store(out + source * size + at, values, mask=mask)
+    tl.store(tags + number, tag)
+
+
 class Exchange:
     """The boxes of all ranks as one of them sees them, for rows of one size."""
 
     def __init__(self, boxes: Boxes, rank: int, ranks: int, size: int, dtype: torch.dtype) -> None:
         """``boxes`` are of :meth:`bytes_for`; ``size`` is a row's."""
-        self._boxes, self._rank, self._ranks, self._size = boxes, rank, ranks, size
+        self._boxes, self._rank, self.size, self._width = boxes, rank, ranks, size
         self._pairs = dtype.itemsize == 2
-        self._tags = torch.zeros(MOST_ROWS, dtype=torch.int32, device=boxes.own.device)
+        # Of the sums' rows, and of the blocks of stacks, whose boxes come after theirs.
+        self._tags = torch.zeros(MOST_ROWS + STACK_BLOCKS, dtype=torch.int32, device=boxes.own.device)
+        self._box = boxes.own.view(torch.int64)
+        self._sums_end = len(self._box) - self._stack_words(ranks)
+        self._stack_addresses = boxes.addresses + self._sums_end * WORD
         self.rows = MOST_ROWS
         """Most of a sum that is made here: 0 = none are."""
         self.tries = 0
+        self._beyond: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @staticmethod
     def bytes_for(ranks: int, size: int, dtype: torch.dtype) -> int:
-        return 2 * ranks * MOST_ROWS * (size // 2 if dtype.itemsize == 2 else size) * WORD
+        words = 2 * ranks * MOST_ROWS * (size // 2 if dtype.itemsize == 2 else size)
+        return (words + Exchange._stack_words(ranks)) * WORD
+
+    @staticmethod
+    def _stack_words(ranks: int) -> int:
+        return 2 * ranks * STACK_BLOCKS * STACK_BLOCK
 
     @classmethod
     def between(cls, group: Group, size: int, dtype: torch.dtype) -> Exchange | None:
@@ -170,20 +208,26 @@ class Exchange:
             return None
         exchange = cls(boxes, group.rank, group.size, size, dtype)
         verdict = torch.tensor([exchange.works(dtype)], dtype=torch.int32, device=boxes.own.device)
+        exchange._beyond = group.stack
         return exchange if bool(group.stack(verdict).all()) else None
 
     def works(self, dtype: torch.dtype) -> bool:
         """Whether a few sums come out right; every rank calls it. Gives up if the others' shares do not come."""
         device, right = self._boxes.own.device, True
-        values = torch.arange(self._size, device=device) % 8
+        values = torch.arange(self._width, device=device) % 8
         self.tries = TRIES
         for rows in (1, MOST_ROWS, 3, 1):  # both halves, and rows that have exchanged more often than others
-            x = torch.ones(rows, self._size, dtype=dtype, device=device)
+            x = torch.ones(rows, self._width, dtype=dtype, device=device)
             share = (values * (self._rank + 1) + torch.arange(rows, device=device)[:, None]).to(dtype)
             self.add_norm(x, share, None, None, 1e-5)
-            ranks = self._ranks * (self._ranks + 1) // 2
-            expected = values * ranks + self._ranks * torch.arange(rows, device=device)[:, None] + 1
+            ranks = self.size * (self.size + 1) // 2
+            expected = values * ranks + self.size * torch.arange(rows, device=device)[:, None] + 1
             right = right and torch.equal(x, expected.to(dtype))
+            numbers = torch.arange(rows * STACK_BLOCK // 2, dtype=torch.int32, device=device)[
+                : 4 * STACK_BLOCK
+            ]
+            stacked = self.stack(numbers + self._rank)
+            right = right and all(torch.equal(each, numbers + rank) for rank, each in enumerate(stacked))
         self.tries = 0
         return right
 
@@ -208,8 +252,21 @@ class Exchange:
         _exchange_kernel[(rows,)](
             x, delta, step, x if post is None else post, x if weight is None else weight,
             out, scales, out if in_scale is None else in_scale, eps,
-            self._boxes.own.view(torch.int64), self._boxes.addresses, self._tags, self.tries,
+            self._box, self._boxes.addresses, self._tags, self.tries,
             size, block, parts, post is not None, weight is not None, int(form), self._pairs, MOST_ROWS,
-            self._rank, self._ranks, num_warps=warps_of(block, parts), **LAUNCH,
+            self._rank, self.size, num_warps=warps_of(block, parts), **LAUNCH,
         )  # fmt: skip
         return Activation(out, scales)
+
+    def stack(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``Group.stack``, which is asked for what is large; ``x`` has numbers of 4 bytes."""
+        count = x.numel()
+        if count > STACK_BLOCKS * STACK_BLOCK and self._beyond is not None:
+            return self._beyond(x)
+        out = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        _stack_kernel[(triton.cdiv(count, STACK_BLOCK),)](
+            x.view(torch.int32), out.view(torch.int32), count, self._box[self._sums_end :],
+            self._stack_addresses, self._tags[MOST_ROWS:], self.tries,
+            STACK_BLOCK, STACK_BLOCKS, self._rank, self.size, **LAUNCH,
+        )  # fmt: skip
+        return out

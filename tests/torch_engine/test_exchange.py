@@ -163,8 +163,18 @@ class TestKernel:
             assert all(torch.equal(own, x + 2 * x * number) for own in sums)
         assert int(every[0]._tags[0]) == -(2**31) + 3
 
-    def test_ranks_that_cannot_write_to_each_other_have_none(self) -> None:
+    def test_is_taken_if_it_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Boxed(Alone):
+            def boxes(self, size: int) -> Boxes:
+                own = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+                return Boxes(own, torch.tensor([own.data_ptr()], device=DEVICE))
+
+        found = Exchange.between(Boxed(), 16, torch.float32)
+        assert found is not None and found.tries == 0 and found.rows == MOST_ROWS
+        assert Exchange.between(Boxed(), 15, torch.float32) is None
         assert Exchange.between(Alone(), 16, torch.float32) is None
+        monkeypatch.setattr(Exchange, "add_norm", lambda *args: None)
+        assert Exchange.between(Boxed(), 16, torch.float32) is None
 
 
 PROCESS = """

@@ -206,9 +206,14 @@ class Exchange:
         boxes = group.boxes(cls.bytes_for(group.size, size, dtype)) if size % 2 == 0 else None
         if boxes is None:
             return None
-        exchange = cls(boxes, group.rank, group.size, size, dtype)
-        verdict = torch.tensor([exchange.works(dtype)], dtype=torch.int32, device=boxes.own.device)
+        exchange, device = cls(boxes, group.rank, group.size, size, dtype), boxes.own.device
         exchange._beyond = group.stack
+        exchange.tries = 1  # it is only compiled: no rank waits for another one's compiler
+        row = torch.zeros(1, size, dtype=dtype, device=device)
+        exchange.add_norm(row, row.clone(), None, None, 1e-5)
+        exchange.stack(torch.zeros(1, dtype=torch.int32, device=device))
+        bool(group.stack(torch.zeros(1, dtype=torch.int32, device=device)).all())  # all have
+        verdict = torch.tensor([exchange.works(dtype)], dtype=torch.int32, device=device)
         return exchange if bool(group.stack(verdict).all()) else None
 
     def works(self, dtype: torch.dtype) -> bool:

@@ -71,6 +71,7 @@ class AttentionLayer(ctypes.Structure):
             for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
         ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
+        ("sinks", POINTER),
     )
 
 
@@ -199,6 +200,7 @@ class MixtureWeights(ctypes.Structure):
             for name in ("experts", "chosen", "groups", "kept_groups", "sigmoid", "normalise", "gelu")
         ],
         ("scale", F32),
+        ("clamp", F32),
     )
 
 
@@ -296,29 +298,33 @@ class NativeExperts:
         Raises ConfigError if some experts are stored otherwise than the first.
         """
         for number, modules in enumerate(experts):
-            weight, bits = self._read(kernels, checkpoint, modules)
+            weight, bias, bits = self._read(kernels, checkpoint, modules)
             if number == 0:
                 outputs, inputs = weight.codes.shape if isinstance(weight, Coded) else weight.shape
                 self._packed, kept = kernels.room(bits, len(experts), outputs, inputs), bits
                 kernels.rounded += kernels.bits == 4 and bits == 8
+                self._biases = None if bias is None else torch.empty(len(experts), outputs)
             if bits != kept:
                 raise ConfigError(
                     f"{modules[0]} is not stored like the experts before it: use weight_precision='auto' "
                     "(PRECISION=bf16 of the build)"
                 )
             kernels.pack(bits, weight, self._packed[number])
-        self.weights = LinearWeights(_at(self._packed), None, kept, inputs, outputs)
+            if bias is not None and self._biases is not None:
+                self._biases[number] = bias
+        self.weights = LinearWeights(_at(self._packed), _at(self._biases), kept, inputs, outputs)
 
     @staticmethod
     def _read(
         kernels: NativeKernels, checkpoint: Checkpoint, modules: list[str]
-    ) -> tuple[torch.Tensor | Coded, int]:
-        """An expert's weight, and the bits to keep it in."""
+    ) -> tuple[torch.Tensor | Coded, torch.Tensor | None, int]:
+        """An expert's weight and bias, and the bits to keep the weight in."""
         stored = kernels.stored_codes(checkpoint, modules)
         if stored is None:
-            return checkpoint.fused(modules, torch.float32)[0], kernels.bits
-        bits = bits_kept(stored[0])
-        return (stored[0].whole() if bits < 8 else stored[0].values(torch.float32)), bits
+            return *checkpoint.fused(modules, torch.float32), kernels.bits
+        coded, bias = stored
+        bits = bits_kept(coded)
+        return (coded.whole() if bits < 8 else coded.values(torch.float32)), bias, bits
 
 
 class NativeMixture:
@@ -343,7 +349,8 @@ class NativeMixture:
 
         names, none = mixture.names, LinearWeights()
         # In float32: rounding it to bfloat16 chooses other experts.
-        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), None, 32)
+        bias = checkpoint.raw(f"{module(names.router)}.bias") if mixture.router_bias else None
+        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), bias, 32)
         self._experts = experts(0, 1), experts(2)
         self._shared: list[NativeLinear] = []
         if mixture.shared_inner:
@@ -373,6 +380,7 @@ class NativeMixture:
             normalise=mixture.normalise,
             gelu=activation != "silu",
             scale=mixture.scale,
+            clamp=mixture.clamp or 0.0,
         )
 
     def __call__(self, x: torch.Tensor, step: object) -> torch.Tensor:
@@ -713,6 +721,7 @@ def _attention_layer(
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,
+        sinks=_at(layer.sinks),
     )
 
 

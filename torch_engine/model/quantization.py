@@ -121,10 +121,7 @@ def _modelopt(folder: Path, asked: Fields) -> Quantization:
     algorithm = asked.config.get("quant_algo")
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         return Quantization("ModelOpt FP8, a scale for each output", static=False)
-    if algorithm in (
-        "NVFP4",
-        "W4A16_NVFP4",
-    ):  # the weights are the same, and activations stay as they are here
+    if algorithm in ("NVFP4", "W4A16_NVFP4"):  # the same weights; activations stay as they are
         _expect(asked, group_size=(NVFP4_GROUP, None))
         return Quantization(f"ModelOpt {algorithm}", False, packing="modelopt-nvfp4", group=NVFP4_GROUP)
     if algorithm != "FP8":

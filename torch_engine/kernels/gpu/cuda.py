@@ -156,15 +156,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         why = ""
         if stored is not None:
             coded = stored[0]
+            outputs, inputs = coded.codes.shape
             fp8 = coded.codes.dtype == torch.float8_e4m3fn
             fits = all(size % 16 == 0 for size in coded.codes.shape)
             readable = self.has_fp8 or not fp8
             if fp8 and readable and fits and coded.by_tensor is not None and coded.input_scale is not None:
                 scales = coded.scales[:1, 0].float()
-                expert = Experts(coded.codes[None], *coded.codes.shape, scales, coded.input_scale[None])
+                expert = Experts(coded.codes[None], outputs, inputs, scales, coded.input_scale[None])
                 return expert, "FP8 W8A8"
             if readable and coded.order is None and tile_of(coded) is not None:
-                expert = Experts.of_codes(GroupedCodes.of(coded), *coded.codes.shape)
+                expert = Experts.of_codes(GroupedCodes.of(coded), outputs, inputs)
                 where = "by output" if coded.scales.shape[1] == 1 else f"in groups of {coded.group}"
                 return expert, f"{_codes_in_words(coded)} {where}"
             why = f" ({_codes_in_words(coded)} dequantised)"

@@ -117,24 +117,23 @@ def _from_e2m1(codes, like: tl.constexpr):
     From 1 on only the exponent's zero lies elsewhere; 0 and 0.5, which e2m1 has no exponent for, are numbers of their
     own, since hardware may take subnormal ones for 0.
     """
-    if like == tl.bfloat16:
-        HALF: tl.constexpr = 0x3F00
-        SHIFT: tl.constexpr = 6
-        codes = codes.to(tl.int16)
-        sign = (codes & 8) << 12
-    elif like == tl.float16:
-        HALF: tl.constexpr = 0x3800
-        SHIFT: tl.constexpr = 9
-        codes = codes.to(tl.int16)
-        sign = (codes & 8) << 12
-    else:
-        HALF: tl.constexpr = 0x3F000000
-        SHIFT: tl.constexpr = 22
-        codes = codes.to(tl.int32)
-        sign = (codes & 8) << 28
-    size = codes & 7
-    bits = tl.where(size < 2, (size & 1) * HALF, HALF + (size << SHIFT))
+    WIDE: tl.constexpr = _half(like) > 0xFFFF
+    codes = codes.to(tl.int32 if WIDE else tl.int16)
+    size, sign = codes & 7, (codes & 8) << (28 if WIDE else 12)
+    bits = tl.where(size < 2, (size & 1) * _half(like), _half(like) + (size << _mantissa(like)))
     return (bits | sign).to(like, bitcast=True)
+
+
+@triton.constexpr_function
+def _half(like: tl.dtype) -> int:
+    """The bits of 0.5."""
+    return 0x3F00 if like == tl.bfloat16 else 0x3800 if like == tl.float16 else 0x3F000000
+
+
+@triton.constexpr_function
+def _mantissa(like: tl.dtype) -> int:
+    """The place of the mantissa's first bit."""
+    return 6 if like == tl.bfloat16 else 9 if like == tl.float16 else 22
 
 
 @triton.constexpr_function

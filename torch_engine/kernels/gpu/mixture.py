@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -461,7 +462,7 @@ class Experts:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Experts:
         names = ("weight", "scales", "input_scale", "offsets")
-        tensors = {name: getattr(self, name) for name in names}
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in names}
         return replace(self, **{name: change(each) for name, each in tensors.items() if each is not None})
 
     def _kind(self) -> tuple[object, ...]:

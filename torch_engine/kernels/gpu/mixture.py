@@ -462,8 +462,9 @@ class Experts:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Experts:
         names = ("weight", "scales", "input_scale", "offsets")
-        tensors: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: change(each) for name, each in tensors.items() if each is not None})
+        tensors = ((name, getattr(self, name)) for name in names)
+        changed: dict[str, Any] = {name: change(each) for name, each in tensors if each is not None}
+        return replace(self, **changed)
 
     def _kind(self) -> tuple[object, ...]:
         tensors = (self.weight, self.scales, self.input_scale, self.offsets)

@@ -65,7 +65,10 @@ def at_once(size: int, work: Callable[[Together], Any]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("variant", [*FAMILIES, "llama-bias", "llama-tied"])
+SHARED = [name for name in (*FAMILIES, "llama-bias", "llama-tied") if name != "gpt_oss"]
+
+
+@pytest.mark.parametrize("variant", SHARED)
 def test_ranks_together_have_the_logits_of_one(variant: str, tmp_path: Path, make_engine) -> None:
     """Every step of a ragged batch with prompts in pieces; four ranks share two key/value heads."""
     folder = tiny_checkpoint(tmp_path, **VARIANTS[variant])
@@ -195,6 +198,12 @@ def test_what_does_not_divide_is_refused(
     with pytest.raises(UnsupportedModel, match=said):
         Shard(0, size).of(changed)
     assert not refusal(spec, 4)
+
+
+def test_sinks_are_refused(tmp_path: Path) -> None:
+    spec = load_spec(tiny_checkpoint(tmp_path, "gpt_oss"))
+    with pytest.raises(UnsupportedModel, match=r"GptOss.*its sinks and its experts.*use TP=1"):
+        Shard(0, 2).of(spec)
 
 
 def test_a_tensor_that_nobody_knows_to_cut_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.kernels.gpu.activation import (
     Activation,
@@ -208,13 +210,25 @@ class Exchange:
             return None
         exchange, device = cls(boxes, group.rank, group.size, size, dtype), boxes.own.device
         exchange._beyond = group.stack
-        exchange.tries = 1  # it is only compiled: no rank waits for another one's compiler
-        row = torch.zeros(1, size, dtype=dtype, device=device)
-        exchange.add_norm(row, row.clone(), None, None, 1e-5)
-        exchange.stack(torch.zeros(1, dtype=torch.int32, device=device))
-        bool(group.stack(torch.zeros(1, dtype=torch.int32, device=device)).all())  # all have
-        verdict = torch.tensor([exchange.works(dtype)], dtype=torch.int32, device=device)
-        return exchange if bool(group.stack(verdict).all()) else None
+
+        def all_say(yes: bool) -> bool:
+            return bool(group.stack(torch.tensor([yes], dtype=torch.int32, device=device)).all())
+
+        # First compiled, so that no rank waits for another one's compiler while it is tried out.
+        if not all_say(exchange.compiles(dtype)) or not all_say(exchange.works(dtype)):
+            return None
+        return exchange
+
+    def compiles(self, dtype: torch.dtype) -> bool:
+        """Whether this device has room for the kernels; what they say here does not count."""
+        row = torch.zeros(1, self._width, dtype=dtype, device=self._boxes.own.device)
+        self.tries = 1
+        try:
+            self.add_norm(row, row.clone(), None, None, 1e-5)
+            self.stack(row.view(torch.int32)[0, :1])
+        except (OutOfResources, CompilationError):
+            return False
+        return True
 
     def works(self, dtype: torch.dtype) -> bool:
         """Whether a few sums come out right; every rank calls it. Gives up if the others' shares do not come."""

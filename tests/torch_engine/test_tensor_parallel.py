@@ -146,9 +146,9 @@ print(most)
 @pytest.mark.parametrize("quantised", [False, True])
 def test_reading_takes_less_memory_than_a_file_of_the_checkpoint(quantised: bool, tmp_path: Path) -> None:
     """Of several files, each held open: a tensor is read when it is asked for, and let go."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 64}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
     folder = tiny_checkpoint(
-        tmp_path / "source", "llama", **sizes, num_key_value_heads=8, tie_word_embeddings=False
+        tmp_path / "source", "llama", **sizes, num_key_value_heads=4, tie_word_embeddings=False
     )
     if quantised:
         folder, _ = rewrite(folder, tmp_path, *FORMATS["modelopt"])

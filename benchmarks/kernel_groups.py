@@ -10,8 +10,8 @@ from torch.autograd import DeviceType
 GROUPS: dict[str, tuple[str, ...]] = {
     "sums of ranks": ("_exchange_kernel", "AllReduce", "one_shot", "two_shot", "_add_up_kernel"),
     "choice of tokens": (
-        "_argmax", "AllGather", "Broadcast", "_remember", "_words_kernel", "_scan_kernel", "_sum_kernel",
-        "_draw_kernel", "_top_kernel", "round_kernel", "gather_kernel", "settle_kernel", "search_kernel",
+        "_argmax", "_stack_kernel", "AllGather", "Broadcast", "_remember", "_words_kernel", "_scan_kernel",
+        "_sum_kernel", "_draw_kernel", "_top_kernel", "round_kernel", "gather_kernel", "settle_kernel", "search_kernel",
         "_fork_kernel",
     ),
     "norms and gates": ("_add_norm_kernel", "_gate_kernel", "_quantise_kernel", "_dequantise_kernel", "_row_means"),

@@ -107,6 +107,7 @@ def load(folders: list[Path], library: str, before: str = "None") -> subprocess.
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton's language is not installed")

@@ -65,10 +65,7 @@ def at_once(size: int, work: Callable[[Together], Any]) -> list[Any]:
     return results
 
 
-SHARED = [name for name in (*FAMILIES, "llama-bias", "llama-tied") if name != "gpt_oss"]
-
-
-@pytest.mark.parametrize("variant", SHARED)
+@pytest.mark.parametrize("variant", [*FAMILIES, "llama-bias", "llama-tied"])
 def test_ranks_together_have_the_logits_of_one(variant: str, tmp_path: Path, make_engine) -> None:
     """Every step of a ragged batch with prompts in pieces; four ranks share two key/value heads."""
     folder = tiny_checkpoint(tmp_path, **VARIANTS[variant])
@@ -200,16 +197,10 @@ def test_what_does_not_divide_is_refused(
     assert not refusal(spec, 4)
 
 
-def test_sinks_are_refused(tmp_path: Path) -> None:
-    spec = load_spec(tiny_checkpoint(tmp_path, "gpt_oss"))
-    with pytest.raises(UnsupportedModel, match=r"GptOss.*its sinks and its experts.*use TP=1"):
-        Shard(0, 2).of(spec)
-
-
 def test_a_tensor_that_nobody_knows_to_cut_is_refused(tmp_path: Path) -> None:
     spec = load_spec(tiny_checkpoint(tmp_path, "llama"))
-    with pytest.raises(UnsupportedModel, match=r"sinks is cut up; use TP=1"):
-        Shard(0, 2).part("model.layers.0.self_attn.sinks", (spec.num_heads,), spec)
+    with pytest.raises(UnsupportedModel, match=r"anchors is cut up; use TP=1"):
+        Shard(0, 2).part("model.layers.0.self_attn.anchors", (spec.num_heads,), spec)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -347,7 +338,7 @@ def test_the_gpus_way_in_the_interpreter() -> None:
         "gpu",
         "--noconftest",
         "-k",
-        "llama-auto",
+        "llama-nccl",
         str(script),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -95,9 +95,8 @@ class Shard:
         if leaf == "weight" and module.endswith("embed_tokens"):
             return WHOLE
         of_heads = module.endswith(("q_norm", "k_norm"))
-        if (
-            leaf == "weight" and of_heads and spec.qk_norm == "row"
-        ):  # a weight for each output of its projection
+        if leaf == "weight" and of_heads and spec.qk_norm == "row":
+            # One for each output of its projection.
             return Part(self._range(QUERIES if module.endswith("q_norm") else KEYS, spec, mixture))
         if module.endswith("norm") and shape == ((spec.head_dim,) if of_heads else (spec.hidden_size,)):
             return WHOLE
@@ -170,8 +169,6 @@ def refusal(spec: ModelSpec, size: int) -> str:
 
 
 def _misfit(spec: ModelSpec, size: int) -> str:
-    if spec.sinks:
-        return "its sinks and its experts, which are stored together, are not cut up yet"
     if spec.num_heads % size:
         return f"{size} does not divide the heads"
     if spec.num_kv_heads % size and size % spec.num_kv_heads:

@@ -354,7 +354,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if forced or exchange is None:
             self.exchange = exchange
             return
-        exchange.rows, reader, times = 0, layer.qkv, {}
+        exchange.rows, reader = 0, layer.qkv
+        times: dict[str, float] = {}
         ones = torch.ones(size, dtype=self.dtype, device=self.device)
         for rows in EXCHANGED_ROWS:
             x = torch.zeros(rows, size, dtype=self.dtype, device=self.device)

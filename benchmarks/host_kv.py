@@ -1,8 +1,8 @@
 """Conversations of several turns whose KV cache has no room for all: with a second tier in host memory and without.
 
-``python3 benchmarks/host_kv.py build/engines/NAME`` for an engine that was built (for a CPU or a GPU); without a folder the
-shape of Llama-3.1-8B with random weights on a GPU. Random words, greedy, ends ignored. Each conversation waits for its
-answer before it goes on, and all others have their turn meanwhile. Both engines are in one process and take turns,
+``python3 benchmarks/host_kv.py build/engines/NAME`` for an engine that was built (for a CPU or a GPU); without a folder
+the shape of Llama-3.1-8B with random weights on a GPU. Random words, greedy, ends ignored. Each conversation waits for
+its answer before it goes on, and all others have their turn meanwhile. Both engines are in one process and take turns,
 round by round, each time with other conversations. One line of JSON a round; a table last.
 """
 

@@ -582,6 +582,16 @@ class TestEngine:
         assert engine.stats.host_kv_hits == 1 and engine.stats.host_kv_bytes_restored > 0
         engine.audit()
 
+    def test_no_buffer_of_a_step_grows_with_the_longest_sequence(self, tmp_path, make_engine) -> None:
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        settings = {"kernels": "cuda", "device": DEVICE.type, "block_size": 16}
+        short = make_engine(folder, max_seq_len=128, num_kv_blocks=16, **settings)
+        long = make_engine(folder, max_seq_len=131_072, num_kv_blocks=8192, **settings)
+        assert long.runner.inputs.numel() == short.runner.inputs.numel()
+        assert long.runner.tables.numel() == 17 * 8192, "but for the block tables"
+        requests = [GenerationRequest([9, 4] * 20, 3, end_id=-1)]
+        assert long.generate(requests)[0].token_ids == short.generate(requests)[0].token_ids
+
     def test_more_new_table_entries_than_travel_with_a_step(self, tmp_path, make_engine, monkeypatch) -> None:
         monkeypatch.setattr(cuda_runner, "MOST_UPDATES", 3)
         folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)

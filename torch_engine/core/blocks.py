@@ -198,17 +198,17 @@ class BlockManager:
             found.append(content)
             uid = content.uid
         count = len(found)
-        while (hole := self._hole(found[:count])) is not None:
+        while (hole := self._hole(found, count)) is not None:
             count = hole
         return self._beginning(found[:count])
 
-    def _hole(self, contents: list[Content]) -> int | None:
-        """A content of which a group with a window lacks the block that the next token sees; None: all are there."""
-        count = len(contents)
+    def _hole(self, contents: list[Content], count: int) -> int | None:
+        """Of the first ``count`` one that lacks a block of a window which the token after them sees, the last such one
+        of its group; None: all are there."""
         for group, window in enumerate(self.windows):
             if window is None:
                 continue
-            for number in range(self.first_seen(count * self.block_size, group), count):
+            for number in reversed(range(self.first_seen(count * self.block_size, group), count)):
                 if not contents[number].holds(group):
                     return number
         return None

@@ -381,6 +381,9 @@ def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
     if name == "fp8":
         codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Coded(codes, scales, int(group))
+    if name == "e2m1":
+        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=DEVICE)
+        return Coded(codes, scales, int(group), bits=4, e2m1=True)
     bits = int(name.removeprefix("int"))
     codes, zeros = (
         torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
@@ -448,6 +451,7 @@ class TestLinears:
             *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
             *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
             *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+            *((3, "e2m1-none-16"), (129, "e2m1-none-16"), (70, "e2m1-none-32")),
         ],
     )
     def test_in_groups(self, rows: int, kind: str) -> None:

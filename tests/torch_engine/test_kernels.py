@@ -472,8 +472,8 @@ def test_a_library_with_other_structs_is_refused(make: Make, monkeypatch: pytest
     make()
     before, _, *after = native_module.STRUCTS
     for other, says in (
-        (Exchanged, "Exchanged is another one: 48 rows 0 chunks 8 .*, not 48 chunks 0 rows 8 "),
-        (Longer, "Longer is another one: 48 .*, not 56 .* new 48"),
+        (Exchanged, "Exchanged is another one: 56 rows 0 chunks 8 .*, not 56 chunks 0 rows 8 "),
+        (Longer, "Longer is another one: 56 .*, not 64 .* new 56"),
     ):
         monkeypatch.setattr(native_module, "STRUCTS", (before, other, *after))
         with pytest.raises(ConfigError, match=f"{says}.*make build-engines"):

@@ -8,18 +8,27 @@ that nothing is quantised in a pass of its own.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
+from flightline.torch_engine.core.shared_prefixes import Group
 from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
+from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
+from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
 from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, GroupedPlan, Scratch, tile_of
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, rotate_write
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     CudaLinear,
@@ -33,6 +42,7 @@ from flightline.torch_engine.kernels.gpu.linear import (
     skinny_plans,
 )
 from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
+from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.coded import Coded
@@ -41,6 +51,8 @@ from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
+MOST_APART = 0.02
+"""A way to compute attention whose results differ by more from the usual one's is not used: rounding explains less."""
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
 
 
@@ -69,8 +81,12 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self.scratch = Scratch(dtype, device)
         self._used: dict[str, int] = {}
         self._tuning = ""
-        self.long_prefill: attention.PrefillPlan | None = None
+        self.long_prefill: PrefillPlan | None = None
         """How long prompts are cut up, where that was timed; None: as all are."""
+        self.gathered: GatheredPlan | None = None
+        """How they are computed over gathered keys, where that was faster; None: never."""
+        self.prefix: PrefixPlan | None = None
+        """How keys that several decodes share are computed, where that was timed; None: by each for itself."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -271,6 +287,13 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             self.dtype,
             spec.qk_norm == "row",
         )
+        prefix = None
+        if where.prefixes is not None:
+            assert self.prefix is not None
+            prefix = attend_prefixes(
+                qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
+                self.prefix,
+            )  # fmt: skip
         plan = attention.decode_plan(
             max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
             layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
@@ -279,8 +302,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale, self.long_prefill if where.long else None,
+            plan, form, reader.input_scale, self.long_prefill if where.long else None, prefix,
         )  # fmt: skip
+        if where.spans is not None:
+            assert self.gathered is not None
+            attend_gathered(
+                qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, self.gathered, out,
+                form, reader.input_scale,
+            )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
 
@@ -351,28 +380,237 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
         """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
 
-        Each computes the last tokens of a long prompt over ``cache``, whatever that holds.
+        Each computes the last tokens of a long prompt over ``cache``. Where keys are laid side by side first, the
+        results have to be those of the others.
         """
         block_size = cache.values.shape[3]
         context = min(longest, 16384, cache.values.shape[0] * block_size)
         if context < attention.LONG:
             return
-        times = {
-            plan: prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype)
-            for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
-        }
-        usual, *_ = times
+        tokens = min(context, 2048)
+        with random_content(cache, -(-context // block_size)):
+            times = {
+                plan: prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
+                for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
+            }
+            usual, *_ = times
+            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual)
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
             self.long_prefill = best
             self._tuning += (
                 f"; long prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
             )
-        self.tuned["prefill attention"] = {str(plan): round(time * 1e6, 1) for plan, time in times.items()}
+        self.tuned["prefill attention"] = {str(plan): round(took * 1e6, 1) for plan, took in times.items()}
+        if not gathered:
+            return
+        plan, seconds = min(gathered, key=lambda each: each[1])
+        if seconds < 0.95 * min(times.values()):
+            self.gathered = plan
+            self._tuning += (
+                f"; prompts of up to {plan.keys} tokens over gathered keys: {times[usual] * 1e6:.0f} -> "
+                f"{seconds * 1e6:.0f} us with {plan.tile}"
+            )
+        self.tuned["prefill attention over gathered keys"] = {
+            str(plan.tile): round(seconds * 1e6, 1) for plan, seconds in gathered
+        }
+
+    def _time_gathered(
+        self,
+        spec: ModelSpec,
+        cache: KVCache,
+        longest: int,
+        context: int,
+        tokens: int,
+        usual: PrefillPlan,
+    ) -> list[tuple[GatheredPlan, float]]:
+        """Plans with gathered keys and what they take: those that give the results of the ``usual`` one."""
+        tiles = gathered_plans(self.dtype, spec.head_dim)
+        if not tiles or any(layer.window for layer in spec.layers):
+            return []
+        scratch = GatheredPlan.new_scratch(cache, self.dtype, longest)
+        qkv = random_qkv(spec, tokens, self.dtype, cache.values.device)
+        expected = prompt_attention(usual, spec, cache, context, qkv)()
+        found = []
+        for tile in tiles:
+            plan = GatheredPlan(tile, scratch)
+            seconds = prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
+            if math.isinf(seconds):
+                continue
+            apart = difference(prompt_attention(plan, spec, cache, context, qkv)(), expected)
+            if apart <= MOST_APART:
+                found.append((plan, seconds))
+            else:
+                self._tuning += f"; {tile} over gathered keys is not used: results differ by {apart:.2g}"
+        return found
+
+    def prefix_plan(self, spec: ModelSpec, cache: KVCache) -> PrefixPlan:
+        return PrefixPlan.of(cache, spec.num_heads, self.dtype, self.multiprocessors)
+
+    def tune_prefixes(self, spec: ModelSpec, cache: KVCache, decodes: int, longest: int) -> None:
+        """Decides whether keys that decodes share are computed together, by timing both ways.
+
+        Up to 64 decodes share up to 2,048 tokens of ``cache``, whatever that holds, and have 64 of their own.
+        """
+        block_size = cache.values.shape[3]
+        own = -(-64 // block_size)
+        decodes = min(decodes, 64)
+        shared = min(2048, longest - 64) // block_size
+        shared = min(shared, cache.values.shape[0] - decodes * own)
+        if decodes < 8 or shared * block_size < 256:
+            return
+        plan = self.prefix_plan(spec, cache)
+        if plan.lay_out([Group(np.arange(decodes), shared)], decodes, block_size) is None:
+            return
+        with random_content(cache, shared + decodes * own):
+            alone, together, apart = shared_seconds(
+                plan, spec, cache, decodes, shared, own, self.dtype, self.multiprocessors
+            )
+        self.tuned["shared prefixes"] = {"each row alone": alone * 1e6, "together": together * 1e6}
+        if not apart <= MOST_APART:
+            self._tuning += f"; shared prefixes are not computed together: results differ by {apart:.2g}"
+        elif together < 0.9 * alone:
+            self.prefix = plan
+            self._tuning += f"; shared prefixes: {alone * 1e6:.0f} -> {together * 1e6:.0f} us"
+
+
+def shared_seconds(
+    plan: PrefixPlan,
+    spec: ModelSpec,
+    cache: KVCache,
+    decodes: int,
+    shared: int,
+    own: int,
+    dtype: torch.dtype,
+    multiprocessors: int,
+) -> tuple[float, float, float]:
+    """What one layer's attention takes of decodes that share so many blocks and have others of their own: each row
+    alone, and together; and the :func:`difference` of the results."""
+    device, block_size = cache.values.device, cache.values.shape[3]
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    rows = torch.arange(decodes, **integers)
+    tables = torch.arange(shared, **integers).expand(decodes, -1)
+    tables = torch.cat([tables, shared + torch.arange(decodes * own, **integers).view(decodes, own)], 1)
+    positions = torch.full_like(rows, (shared + own) * block_size - 1)
+    qkv = random_qkv(spec, decodes, dtype, device)
+    parts = plan.lay_out([Group(np.arange(decodes), shared)], decodes, block_size, least=0)
+    assert parts is not None
+    placed = [torch.tensor(part, **integers) for part in parts]
+    prefixes = SharedPrefixes(placed[0].view(3, -1), placed[1], placed[2].view(-1, 4))
+    decode = attention.decode_plan(
+        decodes,
+        spec.num_kv_heads,
+        spec.num_groups,
+        spec.head_dim,
+        multiprocessors,
+        (shared + own) * block_size,
+    )
+
+    def attend(prefixes: SharedPrefixes | None) -> torch.Tensor:
+        where = AttentionInput(rows, positions, tables, decodes, None, prefixes=prefixes)
+        how = (spec.num_heads, spec.attention_scale, None, spec.attention_softcap)
+        return attention.attend(
+            qkv, cache, where, *how, decode, prefix=attend_prefixes(qkv, cache, where, *how, plan)
+        )
+
+    alone, together = attend(None), attend(prefixes)
+    apart = difference(together, alone)
+    return graph_seconds(lambda: attend(None)), graph_seconds(lambda: attend(prefixes)), apart
+
+
+def device_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median of what the device takes for it; in the interpreter, the host."""
+    times: list[float] = []
+    for _ in range(repeats):
+        if INTERPRETED:
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        else:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def graph_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """As :func:`device_seconds`, of a graph of it, where the host's part does not count."""
+    if INTERPRETED:
+        return device_seconds(run, repeats)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
+        run()
+    return device_seconds(graph.replay, repeats)
+
+
+@contextlib.contextmanager
+def random_content(cache: KVCache, blocks: int) -> Iterator[None]:
+    """For as long as this lasts the first blocks of an empty cache hold random keys and values."""
+    values = cache.values[:blocks]
+    for part in values.split(1024):  # in pieces: random numbers are float32
+        content = torch.randn(part.shape, device=part.device)
+        part.copy_(content.mul(32).round().clamp(-127, 127) if cache.scales is not None else content)
+    if cache.scales is not None:
+        cache.scales[:blocks] = 1 / 32
+    try:
+        yield
+    finally:
+        values.zero_()
+        if cache.scales is not None:
+            cache.scales[:blocks] = 0
+
+
+def random_qkv(spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return torch.randn(tokens, width, dtype=dtype, device=device)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest one, as a share of the largest value; not a number where there is one in them."""
+    ours, theirs = ours.float(), theirs.float()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def prompt_attention(
+    plan: PrefillPlan | GatheredPlan,
+    spec: ModelSpec,
+    cache: KVCache,
+    context: int,
+    qkv: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    """What computes one layer's attention of the last tokens of a prompt of ``context``, whose queries are in ``qkv``
+    [tokens, (H + 2 V) D] and whose blocks are the first of ``cache``."""
+    tokens, device = len(qkv), qkv.device
+    gathered = plan if isinstance(plan, GatheredPlan) else None
+    tile = plan.tile if isinstance(plan, GatheredPlan) else plan
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    each, first = tile.tokens(spec.num_groups), context - tokens
+    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
+    tiles = torch.tensor(pieces, **integers)
+    table = torch.arange(-(-context // cache.values.shape[3]), **integers)[None]
+    positions = torch.arange(first, context, **integers)
+    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
+    if gathered is not None:
+        where.spans = torch.tensor([[0, context, 0, 0]], **integers)
+        where.offsets = torch.zeros(1, **integers)
+    how = (spec.num_heads, spec.attention_scale)
+
+    def run() -> torch.Tensor:
+        nothing = attention.DecodePlan(0, 0, 32, 1)
+        out = attention.attend(qkv, cache, where, *how, None, spec.attention_softcap, nothing, prefill=tile)
+        if gathered is not None:
+            attend_gathered(qkv, cache, where, *how, spec.attention_softcap, gathered, out)
+        return out
+
+    return run
 
 
 def prefill_seconds(
-    plan: attention.PrefillPlan,
+    plan: PrefillPlan | GatheredPlan,
     spec: ModelSpec,
     cache: KVCache,
     context: int,
@@ -382,59 +620,27 @@ def prefill_seconds(
 ) -> float:
     """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
     fit this device."""
-    device, block_size = cache.values.device, cache.values.shape[3]
-    each, first = plan.tokens(spec.num_groups), context - tokens
-    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
-    tiles = torch.tensor(pieces, dtype=torch.int32, device=device)
-    table = torch.arange(-(-context // block_size), dtype=torch.int32, device=device)[None]
-    positions = torch.arange(first, context, dtype=torch.int32, device=device)
-    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
-    qkv = torch.randn(
-        tokens, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, dtype=dtype, device=device
-    )
-
-    def run() -> None:
-        attention.attend(
-            qkv, cache, where, spec.num_heads, spec.attention_scale, None, spec.attention_softcap,
-            attention.DecodePlan(0, 0, 32, 1), prefill=plan,
-        )  # fmt: skip
-
+    run = prompt_attention(plan, spec, cache, context, random_qkv(spec, tokens, dtype, cache.values.device))
     try:
         run()
     except (OutOfResources, CompilationError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         return float("inf")
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+    return device_seconds(run, repeats)
 
 
 def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:
     """Microseconds to run ``x`` through all of them; infinite if the plan does not fit this device."""
     for linear in linears:
         linear.plan = plan
+
+    def run() -> None:
+        for linear in linears:
+            linear(x)
+
     try:
         linears[0](x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
-            for linear in linears:
-                linear(x)
-        times: list[float] = []
-        for _ in range(5):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        return sorted(times)[2]
+        return graph_seconds(run) * 1e6
     except OutOfResources:
         return float("inf")

@@ -54,6 +54,10 @@ class Sizes:
     shrink: int = 1
     """Lengths are divided by it."""
     vocabulary: int = 120_000
+    most: int = 512
+    """Requests together."""
+    outputs: int = 2**31
+    """Tokens of an answer at the most."""
     streams: int = 32
     talks: int = 32
     turns: int = 8
@@ -62,7 +66,7 @@ class Sizes:
         return max(length // self.shrink, 2)
 
 
-TINY = Sizes(shrink=500, vocabulary=90, streams=3, talks=2, turns=3)
+TINY = Sizes(shrink=500, vocabulary=90, most=4, outputs=4, streams=3, talks=2, turns=3)
 
 
 class Side(Protocol):
@@ -102,7 +106,12 @@ class Ours:
             spec = dataclasses.replace(
                 LLAMA_8B, **small, num_kv_heads=2, head_dim=16, layers=LLAMA_8B.layers[:2], quantization=None
             )
-            where: dict[str, Any] = {"device": "cpu", "num_kv_blocks": 400, "max_seq_len": 512}
+            where: dict[str, Any] = {
+                "device": "cpu",
+                "num_kv_blocks": 400,
+                "max_seq_len": 512,
+                "num_threads": 1,
+            }
             checkpoint = RandomCheckpoint(spec, fp8=False, device="cpu")
         else:
             spec = LLAMA_8B
@@ -221,14 +230,14 @@ class Cases:
         tokens = self.sizes.tokens
         if found := re.fullmatch(r"(\d+)x(\d+)/(\d+)", name):
             count, inputs, outputs = map(int, found.groups())
-            count, inputs = (count, inputs) if self.sizes.shrink == 1 else (min(count, 4), tokens(inputs))
+            count, inputs = min(count, self.sizes.most), tokens(inputs)
             yield self._rate(count, outputs, lambda: [self.prompt(inputs) for _ in range(count)], inputs)
         elif found := re.fullmatch(r"first-(\d+)", name):
             length = tokens(int(found[1]))
             times = [self.generate([self.prompt(length)], 1)[0] for _ in range(repeats(length))]
             yield figure("first token, ms", [1e3 * took for took in times], False)
         elif name == "shared":
-            count = min(64, 2 * self.sizes.streams)
+            count = min(64, self.sizes.most)
 
             def shared() -> list[list[int]]:
                 begin = self.prompt(tokens(2000))
@@ -246,11 +255,13 @@ class Cases:
     def _rate(
         self, count: int, outputs: int, prompts: Callable[[], list[list[int]]], inputs: int
     ) -> dict[str, Any]:
+        outputs = min(outputs, self.sizes.outputs)
         times = [self.generate(prompts(), outputs)[0] for _ in range(repeats(count * inputs))]
         return figure("output tokens/s", [count * outputs / took for took in times], True)
 
     def _turns(self) -> Iterator[dict[str, Any]]:
-        sizes, answered = self.sizes, 64
+        sizes = self.sizes
+        answered = min(64, sizes.outputs)
         new = max(sizes.tokens(30_000) // sizes.turns - answered, 2)
         talks: list[list[int]] = [[] for _ in range(sizes.talks)]
         times = []

@@ -32,6 +32,17 @@ def rewrite(
         module = name.removesuffix(".weight")
         stored, plain[name] = pack(module, tensor.float())
         packed |= {f"{module}.{leaf}": value.contiguous() for leaf, value in stored.items()}
+    return _write(source, target, quantization, packed, plain)
+
+
+def _write(
+    source: Path,
+    target: Path,
+    quantization: dict[str, Any],
+    packed: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+) -> tuple[Path, Path]:
+    """``source`` with other tensors: quantised ones, and those that they mean."""
     config = json.loads((source / "config.json").read_text())
     for folder, content, extra in (
         (target / "packed", packed, {"quantization_config": quantization}),
@@ -268,3 +279,43 @@ INT4_FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], Pack
     ),
 }  # fmt: skip
 FORMATS = FP8_FORMATS | INT4_FORMATS
+
+
+# MXFP4 ---------------------------------------------------------------------------------------------------------------
+
+MXFP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``weight`` [E, K, N] to blocks [E, N, K / 32, 16], exponents [E, N, K / 32] and the weight that they mean.
+
+    OCP Microscaling Formats 1.0: the exponent of 32 inputs is that of their largest, less that of e2m1's largest, 2.
+    """
+    groups = weight.float().transpose(1, 2).unflatten(2, (-1, 32))
+    exponents = groups.abs().amax(-1).clamp_min(2.0**-60).log2().floor() - 2
+    scaled = groups / exponents.exp2()[..., None]
+    nearest = (scaled.abs()[..., None] - MXFP4_VALUES).abs().argmin(-1)
+    codes = (nearest + 8 * (scaled < 0)).to(torch.uint8)
+    signs = torch.where(codes < 8, 1.0, -1.0)
+    means = signs * MXFP4_VALUES[nearest] * exponents.exp2()[..., None]
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return blocks, (exponents + 127).to(torch.uint8), means.flatten(2).transpose(1, 2)
+
+
+def rewrite_experts(source: Path, target: Path) -> tuple[Path, Path]:
+    """A gpt-oss with its experts in MXFP4 as published; returns that folder and the plain one, in float32."""
+    packed, plain = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            blocks, exponents, means = mxfp4(tensor)
+            packed |= {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": exponents}
+            plain[name] = means.contiguous()
+        else:
+            packed[name], plain[name] = tensor, tensor.float()
+    quantization = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
+    }  # fmt: skip
+    return _write(source, target, quantization, packed, plain)

@@ -286,20 +286,20 @@ class TestKernels:
         assert torch.equal(target.view(-1), expected)
 
     @pytest.mark.parametrize(
-        ("heads", "kv_heads", "size", "kind", "window", "softcap", "normed"),
+        ("heads", "kv_heads", "size", "kind", "window", "softcap", "normed", "sunk"),
         [
-            (4, 4, 8, "compute", None, None, False),
-            (9, 3, 64, "compute", 5, None, True),
-            (4, 1, 40, "compute", 70, 3.0, False),
-            (8, 2, 128, "compute", None, None, True),
-            (9, 3, 64, "fp8", None, None, False),
-            (8, 2, 128, "fp8", 70, None, True),
-            (4, 1, 40, "int8", 5, None, False),
-            (4, 2, 16, "scaled fp8", 7, 3.0, False),
-            (8, 2, 128, "int8", None, 3.0, False),
+            (4, 4, 8, "compute", None, None, False, False),
+            (9, 3, 64, "compute", 5, None, True, True),
+            (4, 1, 40, "compute", 70, 3.0, False, False),
+            (8, 2, 128, "compute", None, None, True, True),
+            (9, 3, 64, "fp8", None, None, False, True),
+            (8, 2, 128, "fp8", 70, None, True, False),
+            (4, 1, 40, "int8", 5, None, False, True),
+            (4, 2, 16, "scaled fp8", 7, 3.0, False, False),
+            (8, 2, 128, "int8", None, 3.0, False, False),
         ],
     )
-    def test_attention(self, heads, kv_heads, size, kind, window, softcap, normed) -> None:
+    def test_attention(self, heads, kv_heads, size, kind, window, softcap, normed, sunk) -> None:
         """Rotation, cache write, decodes and ragged prompt chunks, with every cache and number of splits."""
         dtype = DTYPES[1] if size == 128 else DTYPES[0]
         chance = random.Random(heads * size)
@@ -332,8 +332,9 @@ class TestKernels:
         rope = torch.randn(160, 2, size // 2, device=DEVICE)
         qkv = torch.randn(step_rows, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
         q_norm, k_norm = (torch.rand(2, size) + 0.5).to(DEVICE) if normed else (None, None)
+        sinks = torch.randn(heads, device=DEVICE) * 2 if sunk else None
         expected, writes = reference(
-            qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap
+            qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap, sinks
         )
         cache = filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size)
         flat = qkv.reshape(step_rows, -1).clone()
@@ -349,7 +350,9 @@ class TestKernels:
             del kinds[1 + heads % 2]
         for extra, form in kinds:
             plan = DecodePlan(extra, 32, 32, 2)
-            out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill).float()
+            out = attend(
+                flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill, sinks
+            ).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
 
@@ -404,20 +407,18 @@ class TestKernels:
         parts = plan.lay_out(groups, len(tables), block_size, least=-(2**60))
         rows, members, items = (torch.tensor(part, **integers) for part in parts)
         prefixes = SharedPrefixes(rows.view(3, -1), members, items.view(-1, 4))
+        sinks = torch.randn(heads, device=DEVICE) if softcap else None
         assert rows.view(3, -1)[2].max() > 1, "pieces of keys have to be put together"
         scale = torch.tensor(0.01, device=DEVICE)
-        for extra, form in ((0, Form.PLAIN), (7, Form.FP8_STATIC)):
-            decode = DecodePlan(extra, 16, 16, 2)
-            results = []
-            for shared in (None, prefixes):
-                step = AttentionInput(slots, where, block_tables, len(tables), None, prefixes=shared)
-                prefix = attend_prefixes(qkv, cache, step, heads, 0.2, window, softcap, plan)
-                assert (prefix is None) == (shared is None)
-                results.append(
-                    attend(qkv, cache, step, heads, 0.2, window, softcap, decode, form, scale, prefix=prefix)
-                )
-            alone, together = (result.float() for result in results)
-            close(together, alone, 4e-2 if form else 2e-3 if ON_GPU else 1e-5)
+        extra, form = (7, Form.FP8_STATIC) if heads % 4 else (0, Form.PLAIN)
+        results = []
+        for shared in (None, prefixes):
+            step = AttentionInput(slots, where, block_tables, len(tables), None, prefixes=shared)
+            prefix = attend_prefixes(qkv, cache, step, heads, 0.2, window, softcap, plan)
+            assert (prefix is None) == (shared is None)
+            plain = qkv, cache, step, heads, 0.2, window, softcap, DecodePlan(extra, 16, 16, 2), form, scale
+            results.append(attend(*plain, sinks=sinks, prefix=prefix).float())
+        close(results[1], results[0], 4e-2 if form else 2e-3 if ON_GPU else 1e-5)
 
     def test_shared_keys_are_laid_out_in_the_room_there_is(self) -> None:
         cache = KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=torch.float8_e4m3fn), None)
@@ -494,21 +495,21 @@ class TestKernels:
         plan = GatheredPlan(tile, GatheredPlan.new_scratch(cache, dtype, used))
         assert plan.keys == used
         plan.scratch.fill_(torch.nan)
+        sinks = torch.randn(heads, device=DEVICE) if softcap else None
         scale = torch.tensor(0.01, device=DEVICE)
-        for form in (Form.PLAIN, Form.FP8_STATIC):
-            results = []
-            for gathers in (False, True):
-                step = AttentionInput(slots, positions, tables, 1, tiles, 129)
-                if gathers:
-                    step.spans, step.offsets = spans, offsets
-                out = attend(
-                    qkv, cache, step, heads, 0.2, None, softcap, DecodePlan(0, 0, 32, 1), form, scale, tile
-                )
-                if gathers:
-                    attend_gathered(qkv, cache, step, heads, 0.2, softcap, plan, out, form, scale)
-                results.append(out.float())
-            assert results[1].isfinite().all()
-            close(results[1], results[0], 4e-2 if form else 1e-2 if ON_GPU else 1e-5)
+        form = Form.FP8_STATIC if kind == "int8" else Form.PLAIN
+        results = []
+        for gathers in (False, True):
+            step = AttentionInput(slots, positions, tables, 1, tiles, 129)
+            if gathers:
+                step.spans, step.offsets = spans, offsets
+            decode = DecodePlan(0, 0, 32, 1)
+            out = attend(qkv, cache, step, heads, 0.2, None, softcap, decode, form, scale, tile, sinks)
+            if gathers:
+                attend_gathered(qkv, cache, step, heads, 0.2, softcap, plan, out, form, scale, sinks)
+            results.append(out.float())
+        assert results[1].isfinite().all()
+        close(results[1], results[0], 4e-2 if form else 1e-2 if ON_GPU else 1e-5)
 
     def test_the_longest_rows_are_cut(self) -> None:
         """Whatever else is in the batch, and never into more pieces than there are programs."""
@@ -926,7 +927,7 @@ class TestTuning:
         assert "shared prefixes are not computed together: results differ by nan" in said
 
 
-def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap):
+def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap, sinks):
     """Outputs [T, H D] and cache writes [T, 2, V, D] in float64; ``known`` gets the new keys and values."""
     q, k, v = qkv.double().cpu().split([heads, kv_heads, kv_heads], 1)
     if q_norm is not None:
@@ -950,7 +951,11 @@ def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, 
             scores = softcap * torch.tanh(scores / softcap)
         own, other = torch.arange(context - count, context)[:, None], torch.arange(context)
         hidden = (other > own) | ((other <= own - window) if window else False)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(hidden, float("-inf")).exp()
+        sums = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            sums = sums + sinks.double().cpu().exp()[:, None, None]
+        weights = weights / sums
         outputs.append(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
         row += count
     return torch.cat(outputs).to(DEVICE), writes.to(DEVICE)

@@ -20,7 +20,7 @@ BLOCK = 128
 """Rows and columns of a weight that share a scale in FP8 by blocks."""
 SUPPORTED = (
     "bf16 and fp16; FP8 of ModelOpt, compressed-tensors and Hugging Face (a scale for each tensor, output or block of "
-    "128x128); 4 bits of GPTQ, AWQ and compressed-tensors (W4A16); GGUF files"
+    "128x128); 4 bits of GPTQ, AWQ and compressed-tensors (W4A16); MXFP4 of gpt-oss; GGUF files"
 )
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 INPUT_SCALES = ("input_scale", "activation_scale")
@@ -48,8 +48,8 @@ class Quantization:
     """Activations have one scale, known beforehand; else they are quantised as they come."""
     blocks: bool = False
     """A scale for each 128x128 weights."""
-    packing: Literal["", "compressed", "gptq", "awq", "flightline"] = ""
-    """How codes of 4 bits lie in words of 32, or integers of any format in our own layout; empty for FP8."""
+    packing: Literal["", "compressed", "gptq", "awq", "mxfp4", "flightline"] = ""
+    """How codes of 4 bits lie in words or bytes, or integers of any format in our own layout; empty for FP8."""
     group: int = 0
     """Inputs that share a scale, of codes of 4 bits; 0 = all."""
     symmetric: bool = False
@@ -87,6 +87,9 @@ def read_quantization(folder: Path, fields: Fields) -> Quantization | None:
         return _compressed_tensors(folder, asked)
     if method == "flightline":
         return Quantization(str(asked.config.get("name")), static=False, packing="flightline")
+    if method == "mxfp4":
+        _only(asked, "quant_method modules_to_not_convert dequantize")
+        return Quantization("MXFP4, 4 bits in groups of 32", False, packing="mxfp4", group=32)
     if method == "gptq":
         return _gptq(asked)
     if method == "awq":
@@ -290,6 +293,7 @@ BESIDE_INT4: dict[str, tuple[str, ...]] = {
     "compressed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "awq": ("qweight", "scales", "qzeros"),
+    "mxfp4": ("blocks", "scales"),
     "flightline": ("codes", "scales", "zeros", "minima", "bits"),
 }
 """The tensors of a module of 4-bit codes by their last names, the codes first."""
@@ -300,7 +304,8 @@ def codes_of(module: str, quantization: Quantization | None) -> str | None:
     """The tensor that holds a module's codes of 4 bits, if its checkpoint has such."""
     if quantization is None or not quantization.packing:
         return None
-    return f"{module}.{BESIDE_INT4[quantization.packing][0]}"
+    between = "_" if quantization.packing == "mxfp4" else "."
+    return f"{module}{between}{BESIDE_INT4[quantization.packing][0]}"
 
 
 def check_int4(
@@ -310,10 +315,16 @@ def check_int4(
     quantization: Quantization,
     folder: Path,
 ) -> None:
-    """Checks the tensors of a module [N, K] of 4-bit codes.
+    """Checks the tensors of a module [N, K] of 4-bit codes; of MXFP4, of all experts [E, K, N].
 
     Raises UnsupportedModel that names the tensor which is missing or misshapen.
     """
+    if quantization.packing == "mxfp4":
+        experts, inputs, outputs = shape
+        groups = -(-inputs // quantization.group)
+        for leaf, last in (("blocks", (quantization.group // 2,)), ("scales", ())):
+            _expect_shape(f"{module}_{leaf}", (experts, outputs, groups, *last), stored, quantization, folder)
+        return
     outputs, inputs = shape
     group = quantization.group or inputs
     groups = -(-inputs // group)
@@ -347,13 +358,24 @@ def check_int4(
             optional["g_idx"] = (inputs,)
     for leaf, extents in (wanted | optional).items():
         name = f"{module}.{leaf}"
-        if name not in stored and leaf in wanted:
-            raise UnsupportedModel(f"{folder} lacks the tensor {name}: fetch the checkpoint again")
-        if name in stored and stored[name].shape != extents:
-            raise UnsupportedModel(
-                f"{folder}: {name} has shape {list(stored[name].shape)}, and {quantization.name} has {list(extents)} "
-                f"for {outputs} outputs of {inputs} inputs: fetch the checkpoint again"
-            )
+        if name in stored or leaf in wanted:
+            _expect_shape(name, extents, stored, quantization, folder)
+
+
+def _expect_shape(
+    name: str,
+    extents: tuple[int, ...],
+    stored: Mapping[str, Stored],
+    quantization: Quantization,
+    folder: Path,
+) -> None:
+    if name not in stored:
+        raise UnsupportedModel(f"{folder} lacks the tensor {name}: fetch the checkpoint again")
+    if stored[name].shape != extents:
+        raise UnsupportedModel(
+            f"{folder}: {name} has shape {list(stored[name].shape)}, and {quantization.name} has {list(extents)} "
+            "there: fetch the checkpoint again"
+        )
 
 
 def check_codes(

@@ -72,6 +72,7 @@ class AttentionLayer(ctypes.Structure):
             for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
         ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
+        ("sinks", POINTER),
     )
 
 
@@ -200,6 +201,7 @@ class MixtureWeights(ctypes.Structure):
             for name in ("experts", "chosen", "groups", "kept_groups", "sigmoid", "normalise", "gelu")
         ],
         ("scale", F32),
+        ("clamp", F32),
     )
 
 
@@ -283,15 +285,23 @@ class NativeExperts:
     """One linear of every expert, one expert after the other, so that a pointer finds each."""
 
     def __init__(
-        self, kernels: NativeKernels, weights: Iterable[torch.Tensor], experts: int, bits: int
+        self,
+        kernels: NativeKernels,
+        linears: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+        experts: int,
+        bits: int,
     ) -> None:
-        """``weights`` [N, K] of each expert are read, packed and dropped one by one."""
-        for number, weight in enumerate(weights):
+        """Weight [N, K] and bias [N] of each expert are read, packed and dropped one by one."""
+        self._biases = None
+        for number, (weight, bias) in enumerate(linears):
             if number == 0:
-                self._packed = kernels.room(bits, experts, *weight.shape)
                 outputs, inputs = weight.shape
+                self._packed = kernels.room(bits, experts, outputs, inputs)
+                self._biases = None if bias is None else torch.empty(experts, outputs)
             kernels.pack(bits, weight, self._packed[number])
-        self.weights = LinearWeights(_at(self._packed), None, bits, inputs, outputs)
+            if bias is not None and self._biases is not None:
+                self._biases[number] = bias
+        self.weights = LinearWeights(_at(self._packed), _at(self._biases), bits, inputs, outputs)
 
 
 class NativeMixture:
@@ -310,17 +320,18 @@ class NativeMixture:
 
         def experts(*wanted: int) -> NativeExperts:
             """Of the modules gate, up and down the ``wanted`` ones, stacked along the output."""
-            weights = (
+            linears = (
                 checkpoint.fused(
                     [module(mixture.names.expert(number)[which]) for which in wanted], torch.float32
-                )[0]
+                )
                 for number in range(mixture.experts)
             )
-            return NativeExperts(kernels, weights, mixture.experts, kernels.bits)
+            return NativeExperts(kernels, linears, mixture.experts, kernels.bits)
 
         names, none = mixture.names, LinearWeights()
         # In float32: rounding it to bfloat16 chooses other experts.
-        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), None, 32)
+        bias = checkpoint.raw(f"{module(names.router)}.bias") if mixture.router_bias else None
+        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), bias, 32)
         self._experts = experts(0, 1), experts(2)
         self._shared: list[NativeLinear] = []
         if mixture.shared_inner:
@@ -350,6 +361,7 @@ class NativeMixture:
             normalise=mixture.normalise,
             gelu=activation != "silu",
             scale=mixture.scale,
+            clamp=mixture.clamp or 0.0,
         )
 
     def __call__(self, x: torch.Tensor, step: object) -> torch.Tensor:
@@ -406,7 +418,11 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> NativeLinear:
         """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of fewer."""
-        fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+        fits = (
+            coded.order is None
+            and not coded.e2m1
+            and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+        )
         if fits and coded.bits < 8:
             return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
         self.rounded += 1
@@ -684,6 +700,7 @@ def _attention_layer(
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,
+        sinks=_at(layer.sinks),
     )
 
 

@@ -114,6 +114,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 "weight_precision='int8' is not for mixtures of experts on a GPU: use 'auto' or 'dequantised' "
                 "(PRECISION=bf16 of the build)"
             )
+        if mixture.expert_bias or mixture.router_bias or mixture.clamp is not None:
+            raise ConfigError(
+                "experts with biases or a clamped activation (gpt-oss) do not run on a GPU yet: use device='cpu'"
+            )
         names = mixture.names
 
         def named(module: str) -> torch.Tensor:
@@ -302,13 +306,13 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale, self.long_prefill if where.long else None, prefix,
+            plan, form, reader.input_scale, self.long_prefill if where.long else None, layer.sinks, prefix,
         )  # fmt: skip
         if where.spans is not None:
             assert self.gathered is not None
             attend_gathered(
                 qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, self.gathered, out,
-                form, reader.input_scale,
+                form, reader.input_scale, layer.sinks,
             )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)

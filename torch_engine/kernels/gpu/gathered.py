@@ -16,7 +16,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flightline.torch_engine.kernels.gpu.activation import Form
-from flightline.torch_engine.kernels.gpu.attention import PrefillPlan, dot_type, store_heads, weigh
+from flightline.torch_engine.kernels.gpu.attention import (
+    LOG2_E,
+    PrefillPlan,
+    add_sink,
+    dot_type,
+    store_heads,
+    weigh,
+)
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, begin_kernel
 
@@ -107,9 +114,9 @@ def _advance(
 
 @triton.jit
 def _gathered_kernel(
-    qkv, tiles, offsets, keys, values, room, out, in_scale, scale, v_scale, softcap,
+    qkv, tiles, offsets, keys, values, room, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
@@ -136,6 +143,8 @@ def _gathered_kernel(
         q, result, top, total, edge, end, end, first + token, place, keys, values, scale, softcap,
         BLOCK_N, SOFTCAP, 1, True,
     )  # fmt: skip
+    if SINKS:  # rows of nobody have seen nothing
+        total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
     store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
@@ -163,8 +172,10 @@ def attend_gathered(
     out: torch.Tensor,
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
-    """Attention of the step's tiles, without a window, into the rows of ``out`` [T, H D] that they have."""
+    """Attention of the step's tiles, without a window, into the rows of ``out`` [T, H D] that they have; the rest as of
+    ``attention.attend``."""
     assert step.tiles is not None and step.offsets is not None
     gather(cache, step, plan.scratch)
     _, kv_heads, room, size = plan.scratch.shape
@@ -174,9 +185,10 @@ def attend_gathered(
         for part in plan.scratch
     )
     _gathered_kernel[(step.tiles.shape[0], kv_heads)](
-        qkv, step.tiles, step.offsets, keys, values, room, out, out if in_scale is None else in_scale,
+        qkv, step.tiles, step.offsets, keys, values, room, out if sinks is None else sinks,
+        out, out if in_scale is None else in_scale,
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
-        num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None,
+        num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None, sinks is not None,
         dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
     )  # fmt: skip

@@ -182,6 +182,7 @@ def multiprocessors() -> int:
 
 def in_a_graph(run: Callable[[], object], times: int = 20) -> float:
     """Seconds of one call."""
+    times = 1 if INTERPRETED else times
 
     def runs() -> None:
         for _ in range(times):

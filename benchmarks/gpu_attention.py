@@ -33,7 +33,11 @@ sys.path.insert(0, str(ROOT))
 from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
 from flightline.torch_engine.kernels.gpu.attention import PrefillPlan  # noqa: E402
-from flightline.torch_engine.kernels.gpu.cuda import (  # noqa: E402
+from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, gathered_plans  # noqa: E402
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache  # noqa: E402
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
+from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan  # noqa: E402
+from flightline.torch_engine.kernels.gpu.timing import (  # noqa: E402
     difference,
     graph_seconds,
     prefill_seconds,
@@ -41,10 +45,6 @@ from flightline.torch_engine.kernels.gpu.cuda import (  # noqa: E402
     random_qkv,
     shared_seconds,
 )
-from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, gathered_plans  # noqa: E402
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache  # noqa: E402
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
-from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan  # noqa: E402
 
 BLOCK_SIZE = 16
 ROOFS = {"bf16": 989e12, "FP8": 1979e12}

@@ -37,7 +37,7 @@ if RUNS:
     from flightline.engine_build.engine_model import EngineModel
     from flightline.torch_engine import cuda_runner
     from flightline.torch_engine.cuda_runner import MixedShape
-    from flightline.torch_engine.kernels.gpu import attention, cuda, shared_prefix
+    from flightline.torch_engine.kernels.gpu import attention, cuda, shared_prefix, timing
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
     from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
     from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, padded
@@ -545,6 +545,9 @@ def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
     if name == "fp8":
         codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Coded(codes, scales, int(group))
+    if name == "e2m1":
+        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=DEVICE)
+        return Coded(codes, scales, int(group), bits=4, e2m1=True)
     bits = int(name.removeprefix("int"))
     codes, zeros = (
         torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
@@ -612,6 +615,7 @@ class TestLinears:
             *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
             *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
             *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+            *((3, "e2m1-none-16"), (129, "e2m1-none-16"), (70, "e2m1-none-32")),
         ],
     )
     def test_in_groups(self, rows: int, kind: str) -> None:
@@ -887,7 +891,7 @@ class TestTuning:
     def tune(self, engine, monkeypatch, *seconds: float) -> str:
         """With these times of one candidate after the other; what the engine says of itself."""
         told = iter(seconds)
-        monkeypatch.setattr(cuda, "device_seconds", lambda run, repeats=5: next(told))
+        monkeypatch.setattr(timing, "device_seconds", lambda run, repeats=5: next(told))
         kernels, spec, cache = engine.kernels, engine.model.spec, engine.runner.caches[0]
         kernels.tune_prefill(spec, cache, 80)
         kernels.tune_prefixes(spec, cache, 8, 400)
@@ -907,7 +911,7 @@ class TestTuning:
         assert "gathered" not in said and "shared" not in said
 
     def test_what_gives_other_results_is_not(self, engine, monkeypatch) -> None:
-        real = cuda.attend_gathered, cuda.attend_prefixes
+        real = timing.attend_gathered, timing.attend_prefixes
 
         def wrong_prompts(*arguments) -> None:
             real[0](*arguments)
@@ -919,8 +923,8 @@ class TestTuning:
                 prefix.values.fill_(torch.nan)
             return prefix
 
-        monkeypatch.setattr(cuda, "attend_gathered", wrong_prompts)
-        monkeypatch.setattr(cuda, "attend_prefixes", wrong_prefixes)
+        monkeypatch.setattr(timing, "attend_gathered", wrong_prompts)
+        monkeypatch.setattr(timing, "attend_prefixes", wrong_prefixes)
         said = self.tune(engine, monkeypatch, 10e-6, 5e-6, 5e-6, 50e-6, 5e-6)
         assert engine.kernels.gathered is None and engine.kernels.prefix is None
         assert said.count("over gathered keys is not used: results differ by") == 2

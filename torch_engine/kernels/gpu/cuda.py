@@ -8,16 +8,11 @@ that nothing is quantised in a pass of its own.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
@@ -27,8 +22,14 @@ from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
-from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, GroupedPlan, Scratch, tile_of
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, rotate_write
+from flightline.torch_engine.kernels.gpu.grouped import (
+    GroupedCodes,
+    GroupedLinear,
+    GroupedPlan,
+    Scratch,
+    tile_of,
+)
+from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     CudaLinear,
@@ -44,6 +45,15 @@ from flightline.torch_engine.kernels.gpu.linear import (
 from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
+from flightline.torch_engine.kernels.gpu.timing import (
+    difference,
+    graph_seconds,
+    prefill_seconds,
+    prompt_attention,
+    random_content,
+    random_qkv,
+    shared_seconds,
+)
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.kernel_interface import GatedMlp, Layer
@@ -147,36 +157,40 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
 
     def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
         """One linear of every expert, out of its modules stacked along the output; read expert by expert."""
-        weight: torch.Tensor | None = None
-        scales, input_scales = [], []
+        all_of_them: Experts | None = None
         for number, modules in enumerate(experts):
-            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
-            part = None if stored is None else self._expert_codes(stored[0])
-            if part is not None and part.input_scale is not None:
-                scales.append(part.scales[0, 0].float())
-                input_scales.append(part.input_scale)
-            codes = checkpoint.fused(modules, self.dtype)[0].to(self.device) if part is None else part.codes
-            if weight is None:
-                weight = torch.empty(len(experts), *codes.shape, dtype=codes.dtype, device=self.device)
-            if weight.dtype != codes.dtype:
+            expert, kind = self._expert(checkpoint, modules)
+            if all_of_them is None:
+                all_of_them = expert.room(len(experts))
+                self._count(f"{kind} of experts")
+            if not all_of_them.put(number, expert):
                 raise ConfigError(
-                    f"only some experts beside {modules[0]} are FP8: use weight_precision='dequantised'"
+                    f"{modules[0]} is not stored like the experts before it: use weight_precision='dequantised'"
                 )
-            weight[number] = codes
-        assert weight is not None
-        self._count("FP8 W8A8 of experts" if scales else f"{name_of(self.dtype)} of experts")
-        if not scales:
-            return Experts(weight)
-        return Experts(weight, torch.stack(scales), torch.stack(input_scales).amax())
+        assert all_of_them is not None
+        return all_of_them.done()
 
-    def _expert_codes(self, coded: Coded) -> Coded | None:
-        """FP8 with one scale and a known input scale; all else is dequantised."""
-        fits = all(size % 16 == 0 for size in coded.codes.shape) and coded.scales.shape[1] == 1
-        if self.weights != "auto" or coded.codes.dtype != torch.float8_e4m3fn or not fits:
-            return None
-        if coded.by_tensor is None or coded.input_scale is None or not self.has_fp8:
-            return None
-        return coded
+    def _expert(self, checkpoint: Checkpoint, modules: list[str]) -> tuple[Experts, str]:
+        """One expert, and how it is kept, in words."""
+        stored = checkpoint.fused_coded(modules, self.dtype, self.device) if self.weights == "auto" else None
+        why = ""
+        if stored is not None:
+            coded = stored[0]
+            outputs, inputs = coded.codes.shape
+            fp8 = coded.codes.dtype == torch.float8_e4m3fn
+            fits = all(size % 16 == 0 for size in coded.codes.shape)
+            readable = self.has_fp8 or not fp8
+            if fp8 and readable and fits and coded.by_tensor is not None and coded.input_scale is not None:
+                scales = coded.scales[:1, 0].float()
+                expert = Experts(coded.codes[None], outputs, inputs, scales, coded.input_scale[None])
+                return expert, "FP8 W8A8"
+            if readable and coded.order is None and tile_of(coded) is not None:
+                expert = Experts.of_codes(GroupedCodes.of(coded), outputs, inputs)
+                where = "by output" if coded.scales.shape[1] == 1 else f"in groups of {coded.group}"
+                return expert, f"{_codes_in_words(coded)} {where}"
+            why = f" ({_codes_in_words(coded)} dequantised)"
+        weight = checkpoint.fused(modules, self.dtype)[0].to(self.device)
+        return Experts(weight[None], *weight.shape), f"{name_of(self.dtype)}{why}"
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
         """A weight as its checkpoint stores it; None if its shape does not allow that."""
@@ -186,7 +200,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 f"weight_precision='auto' follows the checkpoint, whose FP8 needs {NEEDED}: use 'dequantised' on "
                 "this GPU"
             )
-        kind = "FP8" if fp8 else f"W{coded.bits}A16"
+        kind = _codes_in_words(coded)
         fits = all(size % 16 == 0 for size in coded.codes.shape)
         if fp8 and coded.scales.shape[1] == 1 and fits:
             scale = coded.by_tensor
@@ -432,7 +446,11 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         tiles = gathered_plans(self.dtype, spec.head_dim)
         if not tiles or any(layer.window for layer in spec.layers):
             return []
-        scratch = GatheredPlan.new_scratch(cache, self.dtype, longest)
+        try:
+            scratch = GatheredPlan.new_scratch(cache, self.dtype, longest)
+        except torch.OutOfMemoryError:
+            self._tuning += "; no memory is left to gather prompts' keys in"
+            return []
         qkv = random_qkv(spec, tokens, self.dtype, cache.values.device)
         expected = prompt_attention(usual, spec, cache, context, qkv)()
         found = []
@@ -454,7 +472,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def tune_prefixes(self, spec: ModelSpec, cache: KVCache, decodes: int, longest: int) -> None:
         """Decides whether keys that decodes share are computed together, by timing both ways.
 
-        Up to 64 decodes share up to 2,048 tokens of ``cache``, whatever that holds, and have 64 of their own.
+        Up to 64 decodes share up to 2,048 tokens of ``cache`` and have 64 of their own.
         """
         block_size = cache.values.shape[3]
         own = -(-64 // block_size)
@@ -478,159 +496,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             self._tuning += f"; shared prefixes: {alone * 1e6:.0f} -> {together * 1e6:.0f} us"
 
 
-def shared_seconds(
-    plan: PrefixPlan,
-    spec: ModelSpec,
-    cache: KVCache,
-    decodes: int,
-    shared: int,
-    own: int,
-    dtype: torch.dtype,
-    multiprocessors: int,
-) -> tuple[float, float, float]:
-    """What one layer's attention takes of decodes that share so many blocks and have others of their own: each row
-    alone, and together; and the :func:`difference` of the results."""
-    device, block_size = cache.values.device, cache.values.shape[3]
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    rows = torch.arange(decodes, **integers)
-    tables = torch.arange(shared, **integers).expand(decodes, -1)
-    tables = torch.cat([tables, shared + torch.arange(decodes * own, **integers).view(decodes, own)], 1)
-    positions = torch.full_like(rows, (shared + own) * block_size - 1)
-    qkv = random_qkv(spec, decodes, dtype, device)
-    parts = plan.lay_out([Group(np.arange(decodes), shared)], decodes, block_size, least=0)
-    assert parts is not None
-    placed = [torch.tensor(part, **integers) for part in parts]
-    prefixes = SharedPrefixes(placed[0].view(3, -1), placed[1], placed[2].view(-1, 4))
-    decode = attention.decode_plan(
-        decodes,
-        spec.num_kv_heads,
-        spec.num_groups,
-        spec.head_dim,
-        multiprocessors,
-        (shared + own) * block_size,
-    )
-
-    def attend(prefixes: SharedPrefixes | None) -> torch.Tensor:
-        where = AttentionInput(rows, positions, tables, decodes, None, prefixes=prefixes)
-        how = (spec.num_heads, spec.attention_scale, None, spec.attention_softcap)
-        return attention.attend(
-            qkv, cache, where, *how, decode, prefix=attend_prefixes(qkv, cache, where, *how, plan)
-        )
-
-    alone, together = attend(None), attend(prefixes)
-    apart = difference(together, alone)
-    return graph_seconds(lambda: attend(None)), graph_seconds(lambda: attend(prefixes)), apart
-
-
-def device_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median of what the device takes for it; in the interpreter, where that means nothing, the host's time once."""
-    if INTERPRETED:
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def graph_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """As :func:`device_seconds`, of a graph of it, where the host's part does not count."""
-    if INTERPRETED:
-        return device_seconds(run, repeats)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
-        run()
-    return device_seconds(graph.replay, repeats)
-
-
-@contextlib.contextmanager
-def random_content(cache: KVCache, blocks: int) -> Iterator[None]:
-    """For as long as this lasts the first blocks of an empty cache hold random keys and values."""
-    values = cache.values[:blocks]
-    for part in values.split(1024):  # in pieces: random numbers are float32
-        content = torch.randn(part.shape, device=part.device)
-        part.copy_(content.mul(32).round().clamp(-127, 127) if cache.scales is not None else content)
-    if cache.scales is not None:
-        cache.scales[:blocks] = 1 / 32
-    try:
-        yield
-    finally:
-        values.zero_()
-        if cache.scales is not None:
-            cache.scales[:blocks] = 0
-
-
-def random_qkv(spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    return torch.randn(tokens, width, dtype=dtype, device=device)
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest one, as a share of the largest value; not a number where there is one in them."""
-    ours, theirs = ours.float(), theirs.float()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-
-
-def prompt_attention(
-    plan: PrefillPlan | GatheredPlan,
-    spec: ModelSpec,
-    cache: KVCache,
-    context: int,
-    qkv: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
-    """What computes one layer's attention of the last tokens of a prompt of ``context``, whose queries are in ``qkv``
-    [tokens, (H + 2 V) D] and whose blocks are the first of ``cache``."""
-    tokens, device = len(qkv), qkv.device
-    gathered = plan if isinstance(plan, GatheredPlan) else None
-    tile = plan.tile if isinstance(plan, GatheredPlan) else plan
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    each, first = tile.tokens(spec.num_groups), context - tokens
-    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
-    tiles = torch.tensor(pieces, **integers)
-    table = torch.arange(-(-context // cache.values.shape[3]), **integers)[None]
-    positions = torch.arange(first, context, **integers)
-    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
-    if gathered is not None:
-        where.spans = torch.tensor([[0, context, 0, 0]], **integers)
-        where.offsets = torch.zeros(1, **integers)
-    how = (spec.num_heads, spec.attention_scale)
-
-    def run() -> torch.Tensor:
-        nothing = attention.DecodePlan(0, 0, 32, 1)
-        out = attention.attend(qkv, cache, where, *how, None, spec.attention_softcap, nothing, prefill=tile)
-        if gathered is not None:
-            attend_gathered(qkv, cache, where, *how, spec.attention_softcap, gathered, out)
-        return out
-
-    return run
-
-
-def prefill_seconds(
-    plan: PrefillPlan | GatheredPlan,
-    spec: ModelSpec,
-    cache: KVCache,
-    context: int,
-    tokens: int,
-    dtype: torch.dtype,
-    repeats: int = 5,
-) -> float:
-    """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
-    fit this device."""
-    run = prompt_attention(plan, spec, cache, context, random_qkv(spec, tokens, dtype, cache.values.device))
-    try:
-        run()
-    except (OutOfResources, CompilationError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        return float("inf")
-    return device_seconds(run, repeats)
+def _codes_in_words(coded: Coded) -> str:
+    if coded.codes.dtype == torch.float8_e4m3fn:
+        return "FP8"
+    return "FP4 W4A16" if coded.e2m1 else f"W{coded.bits}A16"
 
 
 def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:

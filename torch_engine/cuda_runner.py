@@ -293,7 +293,7 @@ class CudaRunner:
         self._free = list(range(slots))[::-1]
         self._known: list[tuple[list[int], int]] = [([], 0)] * slots
         """For each slot the sequence's block table and how much of it is on the device."""
-        self._host_tables = np.zeros(self.tables.shape, dtype=np.int32)
+        self._host_tables = np.zeros((slots + 1, self.width), dtype=np.int32)
         self._tables_given = 0
         """How often a slot got another table."""
         self._sharing = Sharing(0, [], None)

@@ -155,7 +155,7 @@ def gather(cache: KVCache, step: AttentionInput, scratch: torch.Tensor) -> None:
     _, _, kv_heads, block_size, size = cache.values.shape
     grid = (triton.cdiv(step.longest, ALIGNED), kv_heads, len(step.spans))
     _gather_kernel[grid](
-        step.tables, step.tables.shape[1], step.spans, cache.values,
+        step.tables, step.tables.stride(0), step.spans, cache.values,
         cache.values if cache.scales is None else cache.scales, scratch, scratch.shape[2],
         kv_heads, size, block_size, ALIGNED, cache.scales is not None, num_warps=8, **LAUNCH,
     )  # fmt: skip

@@ -183,7 +183,7 @@ def attend_prefixes(
     sums = torch.empty(results, num_heads, dtype=torch.float32, device=qkv.device)
     tile = plan.tile
     _prefix_kernel[(len(prefixes.items), kv_heads)](
-        qkv, step.slots, step.positions, step.tables, step.tables.shape[1], prefixes.members, prefixes.items,
+        qkv, step.slots, step.positions, step.tables, step.tables.stride(0), prefixes.members, prefixes.items,
         cache.values, cache.values if cache.scales is None else cache.scales, values, sums,
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
         num_heads, kv_heads, size, max(32, triton.next_power_of_2(size)), tile.rows, tile.block, block_size,

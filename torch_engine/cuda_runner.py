@@ -367,14 +367,24 @@ class CudaRunner:
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
         for count in (min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024)):
-            columns = np.zeros((3, count), dtype=np.int32)
-            columns[1], columns[2] = self.spare, np.arange(count)
-            tiles = self._tiles(0, count, 0, self.spare)
-            self._carry_out(
-                self._loose(columns, tiles, [(count - 1, self.spare, 0)], [], 0), self.staging[0]
-            )()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            self._try_prompt(count)
+        count = min(LEAST_TOKENS, longest)
+        if self.long_tile:
+            self._try_prompt(count, self.long_tile, True)
+        if spans := self._spans([(0, count, 0, self.spare)]):
+            self._try_prompt(count, self.gathered_tile, spans=spans)
+
+    def _try_prompt(
+        self, count: int, tile: int = 0, long: bool = False, spans: list[Ints] | None = None
+    ) -> None:
+        """A step with a prompt of so many tokens that is nobody's."""
+        columns = np.zeros((3, count), dtype=np.int32)
+        columns[1], columns[2] = self.spare, np.arange(count)
+        tiles = self._tiles(0, count, 0, self.spare, tile)
+        sampled = [(count - 1, self.spare, 0)]
+        self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _decode(self, shape: int | SharedShape) -> Computed:
         """A step of rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
@@ -697,8 +707,7 @@ class CudaRunner:
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
         long = shape is None and max(each[1] + each[2] for each in prompts) >= LONG
         spans = self._spans(prompts) if long else []
-        gathered = self.kernels.gathered
-        tile = gathered.tile.tokens(self.model.spec.num_groups) if gathered and spans else self.long_tile
+        tile = self.gathered_tile if spans else self.long_tile
         if long and tile:
             tiles = [piece for each in prompts for piece in self._tiles(*each, tile)]
         # The longest tiles first: they take the most time.
@@ -707,6 +716,12 @@ class CudaRunner:
             return Order(self._padded(shape, step, tiles, sampled), updates, shape)
         long &= bool(self.long_tile) and not spans
         return self._loose(step, tiles, sampled, updates, len(singles), long, spans)
+
+    @property
+    def gathered_tile(self) -> int:
+        """Tokens of a tile of prompts whose keys are gathered; 0: none are."""
+        plan = self.kernels.gathered
+        return plan.tile.tokens(self.model.spec.num_groups) if plan else 0
 
     def _spans(self, prompts: list[tuple[int, int, int, int]]) -> list[Ints]:
         """Spans and offsets of prompt chunks, if their keys are to be gathered."""

@@ -789,6 +789,10 @@ class TestEngine:
         assert [output.token_ids for output in engine.generate(requests)] == expected
         assert gathered.count(True) >= 2
         engine.audit()
+        gathered.clear()
+        with torch.inference_mode():
+            runner._warm_up(8)
+        assert gathered == [False, False, False, True]
 
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:
         """Steps with guesses replay graphs of decodes; the host waits before and after them, and else stays ahead."""

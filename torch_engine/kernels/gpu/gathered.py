@@ -57,8 +57,8 @@ class GatheredPlan:
     def keys(self) -> int:
         return self.scratch.shape[2]
 
-    @classmethod
-    def new_scratch(cls, cache: KVCache, dtype: torch.dtype, keys: int) -> torch.Tensor:
+    @staticmethod
+    def new_scratch(cache: KVCache, dtype: torch.dtype, keys: int) -> torch.Tensor:
         """For prompts of ``keys`` tokens together, or fewer where the device is small, of a model in ``dtype``."""
         _, _, kv_heads, _, size = cache.values.shape
         device = cache.values.device

@@ -1,6 +1,6 @@
-"""Our engine and llama.cpp on one GGUF file, token by token.
+"""Our engine and llama.cpp on the same GGUF files, token by token.
 
-    python3 benchmarks/llama_cpp.py FILE.gguf --peer PYTHON
+    python3 benchmarks/llama_cpp.py FILE.gguf ... --peer PYTHON
 
 PYTHON is an interpreter of a virtual environment of its own, which needs nothing but llama.cpp in a wheel:
 
@@ -11,16 +11,18 @@ Both read the same token ids and answer greedily. Two of our sides are compared 
 int8 activations, which a CPU serves with. llama.cpp rounds activations to 8 bits, too, and keeps keys and values in
 float16. An answer counts as equal up to its first other token; there the log-probabilities of both tokens say whether
 it was a near tie. Then all sides score the tokens that llama.cpp wrote: how often each finds the same one likeliest,
-and how far the log-probabilities of llama.cpp's ten likeliest tokens lie apart. One line of JSON a side.
+and how far the log-probabilities of llama.cpp's ten likeliest tokens lie apart. One line of JSON a file and side.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from flightline.engine_build.gguf_import import convert  # noqa: E402
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest  # noqa: E402
 from flightline.torch_engine.engine import Engine  # noqa: E402
-from flightline.torch_engine.kernels.cpu.toolchain import compile_library  # noqa: E402
+from flightline.torch_engine.kernels.cpu.toolchain import available_isas, compile_library  # noqa: E402
 
 TEXTS = (
     "The capital of France is", "Once upon a time", "def fibonacci(n):\n", "List three animals:", "Water boils at",
@@ -54,36 +56,46 @@ Answers = list[list[Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="a GGUF file")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument("--peer", required=True, help="Python of the environment with xllamacpp")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options = parser.parse_args()
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "model").mkdir()
-        convert(options.file, folder / "model", keep_codes=True)
-        compile_library(folder)
-        words = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
-        prompts = [words.encode(text).ids for text in TEXTS]
-        peer = ask(options.peer, options.file, prompts, options.tokens)
-        results = [
-            {"file": options.file.name, "peer": f"xllamacpp {peer['version']}", "build": peer["build"]}
-        ]
-        for name, settings in SIDES.items():
-            sizes = {"num_kv_blocks": 512, "max_seq_len": 512, "num_threads": options.threads}
-            EngineConfig(model_dir="model", kernel_dir=".", **sizes, **settings).save(folder)
-            results.append({"side": name} | compare(folder, prompts, peer["answers"]))
-    print("\n".join(json.dumps(result) for result in results))
+        compile_library(Path(scratch), available_isas()[:1])
+        for file in options.files:
+            for result in both(file, Path(scratch), options):
+                results.append(result)
+                print(json.dumps(result), flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def ask(python: str, file: Path, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-    asked = {"model": str(file.resolve()), "prompts": prompts, "tokens": tokens, "top": TOP}
+def both(file: Path, folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """llama.cpp's answers, and each of our sides against them; an engine is set up in ``folder``."""
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    (folder / "model").mkdir()
+    convert(file, folder / "model", keep_codes=True)
+    words = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
+    prompts = [words.encode(text).ids for text in TEXTS]
+    peer = ask(options, file, prompts)
+    for name, settings in SIDES.items():
+        sizes = {"num_kv_blocks": 512, "max_seq_len": 512, "num_threads": options.threads}
+        EngineConfig(model_dir="model", kernel_dir=".", **sizes, **settings).save(folder)
+        yield {"file": file.name, "peer": f"xllamacpp {peer['version']}", "side": name} | compare(
+            folder, prompts, peer["answers"]
+        )
+
+
+def ask(options: argparse.Namespace, file: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    asked = {
+        "model": str(file.resolve()), "prompts": prompts, "tokens": options.tokens, "threads": options.threads,
+        "top": TOP,
+    }  # fmt: skip
     run = subprocess.run(
-        [python, str(PEER)], input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True
+        [options.peer, str(PEER)], input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True
     )
     said: dict[str, Any] = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
     return said

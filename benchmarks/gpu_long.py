@@ -93,7 +93,7 @@ class Ours:
         sys.path.insert(0, str(HERE.parent))
         import torch
 
-        from benchmarks.random_checkpoint import LLAMA_8B, RandomCheckpoint
+        from benchmarks.random_checkpoint import LLAMA_8B, RandomCheckpoint, scaled_down
         from flightline.torch_engine.core.config import EngineConfig
         from flightline.torch_engine.core.request import GenerationRequest
         from flightline.torch_engine.core.step_times import StepTimes
@@ -102,17 +102,9 @@ class Ours:
 
         self._request, self._times = GenerationRequest, StepTimes
         if tiny:
-            small = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4}
-            spec = dataclasses.replace(
-                LLAMA_8B, **small, num_kv_heads=2, head_dim=16, layers=LLAMA_8B.layers[:2], quantization=None
-            )
-            where: dict[str, Any] = {
-                "device": "cpu",
-                "num_kv_blocks": 400,
-                "max_seq_len": 512,
-                "num_threads": 1,
-            }
-            checkpoint = RandomCheckpoint(spec, fp8=False, device="cpu")
+            spec = scaled_down(LLAMA_8B)
+            where: dict[str, Any] = {"device": "cpu", "num_kv_blocks": 400, "max_seq_len": 512, "num_threads": 1}
+            checkpoint = RandomCheckpoint(spec, "bf16", "cpu")
         else:
             spec = LLAMA_8B
             a_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 16
@@ -121,7 +113,7 @@ class Ours:
                 "device": "cuda", "compute_dtype": "bfloat16", "kv_dtype": "fp8", "max_seq_len": LONGEST,
                 "num_kv_blocks": int(room / a_block), "max_num_tokens": 8192,
             }  # fmt: skip
-            checkpoint = RandomCheckpoint(spec, fp8=True)
+            checkpoint = RandomCheckpoint(spec)
         config = EngineConfig(model_dir="random", max_batch_size=512, max_queue_size=0, **where)
         self.engine = Engine(config, checkpoint, TokenBytes([b"a"] * spec.vocab_size))
         freeze_garbage_collector()

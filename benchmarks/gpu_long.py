@@ -103,7 +103,12 @@ class Ours:
         self._request, self._times = GenerationRequest, StepTimes
         if tiny:
             spec = scaled_down(LLAMA_8B)
-            where: dict[str, Any] = {"device": "cpu", "num_kv_blocks": 400, "max_seq_len": 512, "num_threads": 1}
+            where: dict[str, Any] = {
+                "device": "cpu",
+                "num_kv_blocks": 400,
+                "max_seq_len": 512,
+                "num_threads": 1,
+            }
             checkpoint = RandomCheckpoint(spec, "bf16", "cpu")
         else:
             spec = LLAMA_8B

@@ -42,8 +42,10 @@ import torch.nn.functional as F
 from llguidance import LLExecutor
 from numpy.typing import NDArray
 
+from flightline.torch_engine.core.blocks import Moves
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.grammar import fill
+from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
@@ -61,7 +63,7 @@ from flightline.torch_engine.kernels.gpu.steps import CudaStep
 from flightline.torch_engine.kernels.gpu.tokens import argmax, remember
 from flightline.torch_engine.model.decoder import Model
 from flightline.torch_engine.parallel.ranks import Ranks, Single
-from flightline.torch_engine.runner import Ticket
+from flightline.torch_engine.runner import Ticket, described, host_blocks
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
@@ -72,6 +74,8 @@ LEAST_SHARING = 4
 """Rows of a step of single tokens from which on it is looked whether they share their first keys."""
 MASK_THREADS = 16
 """That make grammars' masks while the device computes."""
+MOST_UPDATES = 2**15
+"""New entries of the block tables that travel with a step. Of more, the first ones go before it, one lot at a time."""
 MIB = 2**20
 ALIGNMENT = 4
 """Integers in 16 bytes."""
@@ -233,19 +237,26 @@ class CudaRunner:
         kernels: CudaKernels,
         config: EngineConfig,
         ranks: Ranks | None = None,
+        groups: LayerGroups | None = None,
     ) -> None:
         self.model, self.kernels = model, kernels
         self.block_size = config.block_size
         self.ranks = ranks or Single()
         self.group = self.ranks.group
-        self.caches = model.new_caches(
-            config.num_kv_blocks + 1, config.block_size
-        )  # one block for padding rows
+        groups = groups or LayerGroups.one(len(model.layers))
+        # Blocks behind a window are freed, and then another's table does not stand for one's own.
+        self._tables_stay = tuple(groups.windows) == (None,)
+        blocks = groups.num_blocks(config.num_kv_blocks)
+        self.caches = model.new_caches(blocks + 1, config.block_size, groups)  # one block for padding rows
+        self.host = host_blocks(kernels, self.caches, groups.num_blocks(config.num_host_kv_blocks))
         device = self.device = kernels.device
         slots = config.max_batch_size
-        self.width = -(-config.max_seq_len // config.block_size)
-        self.tables = torch.zeros(slots + 1, self.width, dtype=torch.int32, device=device)
-        self.tables[slots] = config.num_kv_blocks
+        # Each table begins at a multiple of 16 bytes, too.
+        self.width = _aligned(-(-config.max_seq_len // config.block_size))
+        self.tables = torch.zeros(
+            slots + 1, len(groups.windows), self.width, dtype=torch.int32, device=device
+        )
+        self.tables[slots] = blocks
         self.spare = slots
         forks = MOST_ROWS - 1 if config.speculation_tokens else 0
         self._forks = range(slots + 1, slots + 1 + forks)
@@ -265,7 +276,8 @@ class CudaRunner:
         # Several ranks would have to agree on a plan, and each times its own.
         if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
             kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
-            kernels.tune_prefixes(spec, self.caches[0], slots, config.max_seq_len)
+            if self._tables_stay:
+                kernels.tune_prefixes(spec, self.caches[0], slots, config.max_seq_len)
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
         """Tokens of a tile of long prompts; 0: as of all."""
@@ -274,14 +286,12 @@ class CudaRunner:
         # Ids, slots, positions, holds, forks, shared prefixes; tiles; sampled rows, slots, holds; new entries of the
         # block tables; alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
-        capacity = 9 * longest + 4 * tiles + 3 * samples + 2 * slots * self.width + 13 * ALIGNMENT
+        capacity = 9 * longest + 4 * tiles + 3 * samples + 2 * MOST_UPDATES + 13 * ALIGNMENT
         capacity += 5 * slots + 2 * ALIGNMENT  # spans and offsets of gathered keys
         capacity += 4 * kernels.prefix_plan(spec, self.caches[0]).items(len(self.tokens))
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
-        self.ranks.meet(
-            {"blocks": config.num_kv_blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"}
-        )
+        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         self._own_scales: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
@@ -291,9 +301,10 @@ class CudaRunner:
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
         self._slots: dict[Sequence, int] = {}
         self._free = list(range(slots))[::-1]
-        self._known: list[tuple[list[int], int]] = [([], 0)] * slots
-        """For each slot the sequence's block table and how much of it is on the device."""
+        self._known: list[tuple[list[list[int]], int]] = [([], 0)] * slots
+        """For each slot the sequence's block tables and how much of them is on the device."""
         self._host_tables = np.zeros((slots + 1, self.width), dtype=np.int32)
+        """Those of the first group of layers."""
         self._tables_given = 0
         """How often a slot got another table."""
         self._sharing = Sharing(0, [], None)
@@ -324,12 +335,13 @@ class CudaRunner:
         ]
 
     def describe(self) -> str:
-        cache = sum(cache.num_bytes for cache in self.caches) / MIB
+        tensors = [each for cache in self.caches for each in self.model.kernels.cache_tensors(cache)]
+        cache = sum({each.data_ptr(): each.nbytes for each in tensors}.values()) / MIB
         graphs = "no CUDA graphs"
         if self.graphs:
             count = len(self.graphs) + len(self.shared) + len(self.mixed)
             graphs = f"{count} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
-        return f", {cache:.0f} MiB KV cache, {graphs}"
+        return f", {cache:.0f} MiB KV cache, {graphs}{described(self.host)}"
 
     # Graphs ----------------------------------------------------------------------------------------
 
@@ -463,6 +475,15 @@ class CudaRunner:
     # Steps -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def move(self, moves: Moves) -> None:
+        """Queues copies of KV blocks to host memory and back."""
+        assert self.host is not None
+        self.ranks.tell(moves)
+        with self._together():
+            self.host.move(moves)
+        self.ranks.done()
+
+    @torch.inference_mode()
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Queues the step on the device and returns at once."""
         self.staging.reverse()
@@ -523,8 +544,12 @@ class CudaRunner:
                 unfinished()
 
     @torch.inference_mode()
-    def follow(self, told: Order) -> None:
+    def follow(self, told: Order | Moves) -> None:
         """Queues another rank's step. Its inputs' memory is used again when the device has read them."""
+        if isinstance(told, Moves):
+            assert self.host is not None
+            self.host.move(told)
+            return
         self.staging.reverse()
         staging = self.staging[0]
         if staging.event is not None:
@@ -599,7 +624,9 @@ class CudaRunner:
     def _shared_shape(self, size: int) -> SharedShape | None:
         """Of a step of ``size`` rows; None: they are too few to share keys, or nothing of it is computed together."""
         plan = self.kernels.prefix
-        return SharedShape(size, plan.items(size)) if plan is not None and size >= LEAST_SHARING else None
+        if plan is None or size < LEAST_SHARING or not self._tables_stay:
+            return None
+        return SharedShape(size, plan.items(size))
 
     def _shared(self, rows: list[tuple[int, int, int, int]], positions: Ints) -> list[Ints] | None:
         """What rows of single tokens share, laid out for the kernel; ``positions`` [rows of the graph].
@@ -778,20 +805,21 @@ class CudaRunner:
         slot = self._slots.get(sequence)
         if slot is None:
             if not self._free:  # preempted sequences wait without blocks and need no slot
-                for other in [other for other in self._slots if not other.block_table]:
+                for other in [other for other in self._slots if not other.block_tables]:
                     self.forget(other)
             slot = self._slots[sequence] = self._free.pop()
             self.sampling.assign(slot, sequence)
-        table = sequence.block_table
+        tables, length = sequence.block_tables, sequence.num_blocks
         known, count = self._known[slot]
-        if known is not table:  # another sequence, or one that lost its blocks: a new list is a new table
+        if known is not tables:  # another sequence, or one that lost its blocks: a new list is a new table
             count = 0
             self._tables_given += 1
-        if count < len(table):
-            base = slot * self.width
-            self._host_tables[slot, count : len(table)] = table[count:]
-            updates += [(base + column, table[column]) for column in range(count, len(table))]
-            self._known[slot] = table, len(table)
+        if count < length:
+            self._host_tables[slot, count:length] = tables[0][count:length]
+            for group, table in enumerate(tables):
+                base = (slot * len(tables) + group) * self.width
+                updates += [(base + column, table[column]) for column in range(count, length)]
+            self._known[slot] = tables, length
         position = sequence.num_computed
         tokens = sequence.tokens
         token = tokens[position] if position < len(tokens) else -1
@@ -804,6 +832,9 @@ class CudaRunner:
 
         Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
         """
+        while len(updates) > MOST_UPDATES:  # long prompts whose beginning is known
+            some, updates = updates[:MOST_UPDATES], updates[MOST_UPDATES:]
+            scatter(self.tables, torch.tensor(some, dtype=torch.int32).T.contiguous().to(self.device))
         if updates:
             parts = [*parts, np.array(updates, dtype=np.int32).T.reshape(-1)]
         at = 0

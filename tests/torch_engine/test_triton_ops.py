@@ -945,8 +945,9 @@ class TestTuning:
         told = iter(seconds)
         monkeypatch.setattr(timing, "device_seconds", lambda run, repeats=5: next(told))
         kernels, spec, cache = engine.kernels, engine.model.spec, engine.runner.caches[0]
-        kernels.tune_prefill(spec, cache, 80)
-        kernels.tune_prefixes(spec, cache, 8, 400)
+        with torch.inference_mode():
+            kernels.tune_prefill(spec, cache, 80)
+            kernels.tune_prefixes(spec, cache, 8, 400)
         assert next(told, None) is None and not cache.values.any(), "the cache is empty again"
         return kernels.describe(spec)
 

@@ -21,7 +21,12 @@ from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
-from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
+from flightline.torch_engine.kernels.gpu.gathered import (
+    FETCHES,
+    GatheredPlan,
+    attend_gathered,
+    gathered_plans,
+)
 from flightline.torch_engine.kernels.gpu.grouped import (
     GroupedCodes,
     GroupedLinear,
@@ -452,7 +457,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     ) -> list[tuple[GatheredPlan, float]]:
         """Plans with gathered keys and what they take: those that give the results of the ``usual`` one."""
         tiles = gathered_plans(self.dtype, spec.head_dim)
-        if not tiles or any(layer.window for layer in spec.layers):
+        if not tiles or not FETCHES or any(layer.window for layer in spec.layers):
             return []
         try:
             scratch = GatheredPlan.new_scratch(cache, self.dtype, longest)

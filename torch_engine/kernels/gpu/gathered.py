@@ -25,7 +25,7 @@ from flightline.torch_engine.kernels.gpu.attention import (
     weigh,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel
 
 ALIGNED = 128
 """Each prompt's keys start at a multiple of it in the scratch memory, and are filled up with zeros."""
@@ -36,6 +36,8 @@ MOST_KEYS = 131_072
 """In the scratch memory."""
 MOST_SHARE = 0.01
 """Of the device's memory that it may have."""
+FETCHES = INTERPRETED or OVERLAPS
+"""Whether the device has the copy engine: both came with Hopper."""
 SIZES = (64, 128, 256)
 """Of heads whose rows a tensor descriptor can fetch."""
 

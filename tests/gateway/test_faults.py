@@ -74,7 +74,7 @@ def server(
     """One to break."""
     build = private_copy(tiny_build, tmp_path_factory.mktemp("gateway"))
     cert, key = certificate
-    patience: dict[str, Any] = {"probe_period_s": 1.0, "probe_timeout_s": 5.0, "drain_s": 3.0}
+    patience: dict[str, Any] = {"probe_period_s": 1.0, "probe_timeout_s": 5.0, "drain_s": 6.0}
     two = GatewaySettings(processes=2)
     settings = settings_for(build, baseline=False, tls_cert=cert, tls_key=key, gateway=two, **patience)
     with Server(settings, say=print) as running:

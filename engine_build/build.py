@@ -116,7 +116,7 @@ class Build:
         engine_dir: Path,
         source_dir: Path,
         logits_type: str = "TYPE_FP32",
-    ) -> dict[str, str]:
+    ) -> dict[str, bytes]:
         """The files of the model repository, by their paths in it."""
         asked = self.settings
         values = repository.values_for(

@@ -35,7 +35,7 @@ USER_CLASSES = {"text_generation": "TextGeneration", "ensemble": "Ensemble", "hf
 OPENAI_USER = "OpenAi"
 RECORDS, LOCUST_LOG = "records.jsonl", "locust.log"
 PROGRESS_S = 10.0
-START_S = 90.0
+START_S = 240.0
 """Longest that Locust may take beyond the load itself: its start, its workers', its end."""
 
 

@@ -221,7 +221,13 @@ def test_workers_share_one_record_file_and_no_prompts(tmp_path):
             f"--master-bind-port={port}",
             f"--master-port={port}",
         ]
-        options = ["-u4", "-r4", "-t2", "--host", server.url, f"--records={records}", "--output-tokens=10"]
-        subprocess.run([*command, *options, "TextGeneration"], check=True, timeout=300, capture_output=True)
+        options = ["-u4", "-r4", "--host", server.url, f"--records={records}", "--output-tokens=10"]
+        locust = subprocess.Popen([*command, *options, "TextGeneration"], stderr=subprocess.DEVNULL)
+        try:
+            both = {0, 1}
+            assert eventually(lambda: {record.worker for record in read_records(records)} == both)
+        finally:
+            locust.terminate()
+            locust.wait()
     indices = [record.prompt_index for record in read_records(records)]
     assert len(set(indices)) == len(indices) and {index // 1_000_000 for index in indices} == {0, 1}

@@ -26,6 +26,11 @@ compares with the kernels of another commit in a folder (``compile_library`` of 
 
     python3 benchmarks/cpu.py --prompts 128,500,2000,8000 --against /tmp/kernels-before
 
+``--prompts`` with ``--peer`` compares the time of a prompt alone, to its first token, with peers' in turns; the peer
+gets ``--prompts LENGTHS``, too, and prints lines with ``prompt_tokens`` and ``ms`` (``peer_openvino.py`` does):
+
+    python3 benchmarks/cpu.py --prompts 2000 --peer 'openvino=ovenv/bin/python benchmarks/peer_openvino.py MODEL.gguf'
+
 Of the engine's steps the table also gives the host's time: a step's without that in the compiled kernels. The side
 ``prefill`` compares the rate of long prompts with large products of our kernels and of PyTorch's on as many threads.
 """
@@ -344,6 +349,52 @@ def time_prompts(options: argparse.Namespace) -> None:
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\nThe least of {options.rounds} rounds.")
+
+
+def compare_prompts(options: argparse.Namespace) -> None:
+    """Tokens/s of one prompt alone in the engine of this process and in peers, in turns."""
+    from flightline.torch_engine.core.request import GenerationRequest
+
+    lengths, chance = options.prompts, random.Random(1)
+    room = {"max_seq_len": max(lengths) + 1, "num_kv_blocks": max(lengths) // 16 + 2}
+    engine = load_engine(options, **room, enable_kv_cache_reuse=False)
+
+    def ours() -> list[dict[str, Any]]:
+        results = []
+        for length in lengths:
+            ids = [chance.randrange(10, min(40_000, engine.info.vocab_size)) for _ in range(length)]
+            start = time.perf_counter()
+            engine.generate([GenerationRequest(ids, 1, end_id=-1, stream=False)])
+            results.append({"prompt_tokens": length, "ms": 1000 * (time.perf_counter() - start)})
+        return results
+
+    peers = dict(peer.split("=", 1) for peer in options.peer)
+    commands = {
+        name: [*shlex.split(command), "--prompts", ",".join(map(str, lengths))]
+        for name, command in peers.items()
+    }
+    ours()
+    rounds = []
+    for number in range(options.rounds):
+        one: dict[str, dict[int, float]] = {}
+        for name in turned(["engine", *commands], number):
+            results = ours() if name == "engine" else run(commands[name])
+            one[name] = {line["prompt_tokens"]: line["ms"] for line in results if "prompt_tokens" in line}
+        rounds.append(one)
+        print(json.dumps(one), file=sys.stderr, flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
+    print("| tokens | side | prompt | tokens/s | engine against it: median (spread) |\n|--:|---|--:|--:|--:|")
+    for length in lengths:
+        for name in ("engine", *commands):
+            median = statistics.median(one[name][length] for one in rounds)
+            ratios = sorted(one[name][length] / one["engine"][length] for one in rounds)
+            against = (
+                f"{statistics.median(ratios):.2f}× ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+                if name != "engine"
+                else ""
+            )
+            print(f"| {length} | {name} | {median:.1f} ms | {1000 * length / median:.0f} | {against} |")
 
 
 def run_served(options: argparse.Namespace, models: list[str]) -> None:
@@ -668,7 +719,9 @@ def main() -> None:
     options.build_dir = options.build_dir.absolute()
     alone = options.sampling or options.guesses
     options.concurrency = options.concurrency or ([1, 16] if alone else [1, 8, 32])
-    if options.prompts:
+    if options.prompts and options.peer:
+        compare_prompts(options)
+    elif options.prompts:
         time_prompts(options)
     elif options.guesses:
         guess(options)

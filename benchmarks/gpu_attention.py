@@ -5,7 +5,10 @@
 A prompt is computed in chunks of ``--chunk`` tokens over a cache in the form that the engine has it. TFLOP/s count
 the scores and weighted sums that a causal mask leaves; the roofs are the H200's dense ones, 989 TFLOP/s in bf16 and
 1,979 in FP8. Every plan's result is compared with the first one's. Of decodes the table has the bytes of keys and
-values a second, with the rows cut by their length and uncut.
+values a second, with the rows cut by their length and uncut; of decodes that share their first keys the time with
+each for itself and together. ``--tiny`` tries all of it in Triton's interpreter, where times mean nothing:
+
+    TRITON_INTERPRET=1 python3 benchmarks/gpu_attention.py --tiny
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +23,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
-from flightline.torch_engine.kernels.gpu.cuda import prefill_seconds  # noqa: E402
+from flightline.torch_engine.kernels.gpu.attention import PrefillPlan  # noqa: E402
+from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, gathered_plans  # noqa: E402
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache  # noqa: E402
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
+from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan  # noqa: E402
+from flightline.torch_engine.kernels.gpu.timing import (  # noqa: E402
+    difference,
+    graph_seconds,
+    prefill_seconds,
+    prompt_attention,
+    random_qkv,
+    shared_seconds,
+)
 
 BLOCK_SIZE = 16
 ROOFS = {"bf16": 989e12, "FP8": 1979e12}
@@ -36,6 +52,15 @@ DECODES = {
     "1 x 1,000": [1000], "1 x 100,000": [100_000], "8 x 16,000": [16_000] * 8, "64 x 4,000": [4000] * 64,
     "256 x 500": [500] * 256, "255 x 500 + 100,000": [500] * 255 + [100_000],
 }  # fmt: skip
+SHARED = {
+    "4 x 30,000": (4, 30_000),
+    "8 x 1,000": (8, 1000),
+    "64 x 2,000": (64, 2000),
+    "256 x 2,000": (256, 2000),
+}
+DTYPE = torch.bfloat16
+DEVICE = "cuda"
+"""With ``--tiny`` both are others."""
 results: list[dict[str, Any]] = []
 
 
@@ -47,13 +72,13 @@ def report(**result: Any) -> None:
 def new_cache(kind: str, blocks: int, kv_heads: int, size: int) -> KVCache:
     """Random keys and values."""
     shape = (blocks, 2, kv_heads, BLOCK_SIZE, size)
-    values = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    values = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
     for part in values.split(1024):  # in pieces: random numbers of all would be float32
         part.normal_()
     if kind == "fp8":
         return KVCache(values.to(torch.float8_e4m3fn), None)
     if kind == "int8":
-        scales = torch.full(shape[:-1], 1 / 32, device="cuda")
+        scales = torch.full(shape[:-1], 1 / 32, device=DEVICE)
         return KVCache((values * 32).round().clamp(-127, 127).to(torch.int8), scales)
     return KVCache(values, None)
 
@@ -65,75 +90,109 @@ def flops(begin: int, end: int, heads: int, size: int) -> float:
 
 def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
     cache = new_cache(kind, -(-max(options.lengths) // BLOCK_SIZE), spec.num_kv_heads, spec.head_dim)
-    plans = attention.long_prefill_plans(torch.bfloat16, spec.head_dim)
-    differences = {plan: difference(plan, plans[0], spec, cache) for plan in plans}
+    plans: list[PrefillPlan | GatheredPlan] = [*attention.long_prefill_plans(DTYPE, spec.head_dim)]
+    scratch = GatheredPlan.new_scratch(cache, DTYPE, max(options.lengths))
+    plans += [GatheredPlan(tile, scratch) for tile in gathered_plans(DTYPE, spec.head_dim)]
+    apart = {named(plan): checked(plan, plans[0], spec, cache) for plan in plans}
     for length in options.lengths:
         for plan in plans:
+            name = named(plan)
+            if math.isinf(apart[name]) or (isinstance(plan, GatheredPlan) and length > plan.keys):
+                continue
             repeats = 5 if length <= 32_000 else 3
             seconds = 0.0
             for begin in range(0, length, options.chunk):
                 end = min(length, begin + options.chunk)
-                seconds += prefill_seconds(plan, spec, cache, end, end - begin, torch.bfloat16, repeats)
-            if math.isinf(seconds):
-                continue  # it was refused, and said so
+                seconds += prefill_seconds(plan, spec, cache, end, end - begin, DTYPE, repeats)
             rate = flops(0, length, spec.num_heads, spec.head_dim) / seconds
             report(
-                part="prompt", kv=kind, tokens=length, plan=str(plan), layer_ms=round(seconds * 1e3, 3),
-                tflops=round(rate / 1e12, 1), difference=differences[plan],
-                **{f"of_{name}_roof": round(rate / roof, 3) for name, roof in ROOFS.items()},
+                part="prompt", kv=kind, tokens=length, plan=name, layer_ms=round(seconds * 1e3, 3),
+                tflops=round(rate / 1e12, 1), difference=apart[name],
+                **{f"of_{roof}_roof": round(rate / most, 3) for roof, most in ROOFS.items()},
             )  # fmt: skip
 
 
-def difference(plan: attention.PrefillPlan, first: attention.PrefillPlan, spec: Any, cache: KVCache) -> float:
-    """Largest one between the two plans' results, of the largest result; infinite where a plan does not run."""
-    tokens, context = 300, min(5000, cache.values.shape[0] * BLOCK_SIZE)
-    integers = {"dtype": torch.int32, "device": "cuda"}
-    positions = torch.arange(context - tokens, context, **integers)
-    table = torch.arange(cache.values.shape[0], **integers)[None]
-    torch.manual_seed(0)
-    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    qkv = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
+def named(plan: PrefillPlan | GatheredPlan) -> str:
+    gathers = isinstance(plan, GatheredPlan)
+    tile = plan.tile if isinstance(plan, GatheredPlan) else plan
+    return f"{'gathered, ' if gathers else ''}{tile.rows} x {tile.block}, {tile.warps} warps, {tile.stages} stages"
 
-    def run(which: attention.PrefillPlan) -> torch.Tensor:
-        each = which.tokens(spec.num_groups)
-        tiles = [(at, min(each, tokens - at), context - tokens + at, 0) for at in range(0, tokens, each)]
-        where = AttentionInput(
-            torch.zeros_like(positions), positions, table, 0, torch.tensor(tiles, **integers), context, True
-        )
-        return attention.attend(
-            qkv, cache, where, spec.num_heads, spec.attention_scale, None, None,
-            attention.DecodePlan(0, 0, 32, 1), prefill=which,
-        ).float()  # fmt: skip
 
+def checked(
+    plan: PrefillPlan | GatheredPlan, first: PrefillPlan | GatheredPlan, spec: Any, cache: KVCache
+) -> float:
+    """Difference of the two plans' results; infinite where ``plan`` does not run."""
+    context = min(5000, cache.values.shape[0] * BLOCK_SIZE)
+    qkv = random_qkv(spec, min(300, context), DTYPE, cache.values.device)
+    expected = prompt_attention(first, spec, cache, context, qkv)()
     try:
-        expected, got = run(first), run(plan)
+        return difference(prompt_attention(plan, spec, cache, context, qkv)(), expected)
     except Exception as error:  # a plan that this compiler or device cannot have
-        report(part="refused", plan=str(plan), error=f"{type(error).__name__}: {error}"[:300])
-        return float("inf")
-    return float((got - expected).abs().max() / expected.abs().max())
+        report(part="refused", plan=named(plan), error=f"{type(error).__name__}: {error}"[:300])
+        return math.inf
+
+
+def libraries(options: argparse.Namespace, spec: Any) -> None:
+    """PyTorch's attention by cuDNN and by FlashAttention over dense keys and values, a chunk without those before it:
+    what a library would give, conversion and gathering not counted."""
+    for length in options.lengths:
+        tokens = min(length, options.chunk)
+        shape = (1, spec.num_heads, tokens, spec.head_dim)
+        q, k, v = (torch.randn(shape, dtype=torch.float16, device=DEVICE) for _ in range(3))
+        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+            try:
+                with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, name)):
+                    run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+                    run()
+                    seconds = in_a_graph(run, 3)
+            except RuntimeError as error:
+                report(part="refused", plan=name, error=str(error)[:300])
+                continue
+            rate = flops(0, tokens, spec.num_heads, spec.head_dim) / seconds
+            report(
+                part="library",
+                name=name,
+                tokens=tokens,
+                layer_ms=round(seconds * 1e3, 3),
+                tflops=round(rate / 1e12, 1),
+            )
+        if length >= options.chunk:
+            break
+
+
+def shared(spec: Any, kind: str) -> None:
+    """Decodes that share their first keys, each for itself and together."""
+    for name, (count, common) in SHARED.items():
+        blocks, own = common // BLOCK_SIZE, -(-100 // BLOCK_SIZE)
+        cache = new_cache(kind, blocks + count * own, spec.num_kv_heads, spec.head_dim)
+        plan = PrefixPlan.of(cache, spec.num_heads, DTYPE, multiprocessors())
+        alone, together, apart = shared_seconds(
+            plan, spec, cache, count, blocks, own, DTYPE, multiprocessors()
+        )
+        pays = plan.lay_out([Group(np.arange(count), blocks)], count, BLOCK_SIZE) is not None
+        report(
+            part="shared", kv=kind, rows=name, alone_us=round(alone * 1e6, 1), together_us=round(together * 1e6, 1),
+            expected_to_pay=pays, difference=apart,
+        )  # fmt: skip
+
+
+def multiprocessors() -> int:
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(DEVICE).multi_processor_count
 
 
 def in_a_graph(run: Callable[[], object], times: int = 20) -> float:
     """Seconds of one call."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    times = 1 if INTERPRETED else times
+
+    def runs() -> None:
         for _ in range(times):
             run()
-    took = []
-    for _ in range(7):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        took.append(start.elapsed_time(end) / times * 1e-3)
-    return statistics.median(took)
+
+    return graph_seconds(runs, 7) / times
 
 
 def decodes(spec: Any, kind: str) -> None:
-    integers = {"dtype": torch.int32, "device": "cuda"}
-    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    integers = {"dtype": torch.int32, "device": DEVICE}
     for name, lengths in DECODES.items():
         used = [-(-length // BLOCK_SIZE) for length in lengths]
         cache = new_cache(kind, sum(used), spec.num_kv_heads, spec.head_dim)
@@ -143,11 +202,11 @@ def decodes(spec: Any, kind: str) -> None:
             table[row, :blocks] = torch.arange(at, at + blocks, **integers)
             at += blocks
         width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        qkv = torch.randn(len(lengths), width, dtype=torch.bfloat16, device="cuda")
+        qkv = torch.randn(len(lengths), width, dtype=torch.bfloat16, device=DEVICE)
         positions = torch.tensor(lengths, **integers) - 1
         where = AttentionInput(torch.arange(len(lengths), **integers), positions, table, len(lengths), None)
         plan = attention.decode_plan(
-            len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, multiprocessors, 131_072
+            len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, multiprocessors(), 131_072
         )
         uncut = attention.DecodePlan(0, 0, plan.block, plan.warps)
         outputs = {}
@@ -167,6 +226,20 @@ def decodes(spec: Any, kind: str) -> None:
         report(part="decode difference", kv=kind, rows=name, difference=worst)
 
 
+def make_tiny(options: argparse.Namespace) -> None:
+    """Everything small, on a CPU."""
+    global DEVICE, DTYPE
+    if not INTERPRETED:
+        sys.exit("gpu_attention.py: error: --tiny needs TRITON_INTERPRET=1")
+    DEVICE, DTYPE = "cpu", torch.float32
+    options.lengths, options.chunk, options.heads, options.kv_heads, options.size = [150], 100, 4, 2, 64
+    DECODES.clear()
+    DECODES.update({"3 unequal": [40, 200, 3]})
+    SHARED.clear()
+    SHARED.update({"3 x 256": (3, 256)})
+    attention.long_prefill_plans = lambda dtype, size: [PrefillPlan(32, 32, 4, 1), PrefillPlan(64, 64, 4, 2)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,17 +254,24 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--parts", default="decodes,prompts")
+    parser.add_argument("--parts", default="decodes,shared,prompts,libraries")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="small sizes without a GPU")
     options = parser.parse_args()
+    if options.tiny:
+        make_tiny(options)
     spec = SimpleNamespace(
         num_heads=options.heads, num_kv_heads=options.kv_heads, num_groups=options.heads // options.kv_heads,
         head_dim=options.size, attention_scale=options.size**-0.5, attention_softcap=None,
     )  # fmt: skip
     try:
+        if "libraries" in options.parts:
+            libraries(options, spec)
         for kind in options.kv.split(","):
             if "decodes" in options.parts:
                 decodes(spec, kind)
+            if "shared" in options.parts:
+                shared(spec, kind)
             if "prompts" in options.parts:
                 prompts(options, spec, kind)
     finally:
@@ -206,6 +286,17 @@ def main() -> None:
                 for key in ("kv", "tokens", "plan", "layer_ms", "tflops", "of_bf16_roof", "of_FP8_roof")
             ]
             print("| " + " | ".join(map(str, cells)) + " |")
+    print(
+        "\n| KV cache | decodes sharing | alone, us a layer | together | difference |\n|---|---|--:|--:|--:|"
+    )
+    for one in results:
+        if one["part"] == "shared":
+            cells = [one[key] for key in ("kv", "rows", "alone_us", "together_us", "difference")]
+            print("| " + " | ".join(map(str, cells)) + " |")
+    print("\n| library | tokens | ms a layer | TFLOP/s |\n|---|--:|--:|--:|")
+    for one in results:
+        if one["part"] == "library":
+            print(f"| {one['name']} | {one['tokens']} | {one['layer_ms']} | {one['tflops']} |")
     print("\n| KV cache | decodes | cut by length | us a layer | GB/s |")
     print("|---|---|---|--:|--:|")
     for one in results:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpcclient
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from under_test import free_ports
 
 from flightline.supervisor.serve import Server, ServeSettings
 
@@ -41,14 +45,6 @@ def copy_of(build: Path, folder: Path, batching: bool) -> Path:
     deployment["model_repository"] = str(repository)
     (folder / "deployment.json").write_text(json.dumps(deployment), encoding="utf-8")
     return folder
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def requests_per_second(url: str, endpoint: str, in_flight: int, seconds: float) -> float:

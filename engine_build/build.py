@@ -94,7 +94,7 @@ class Build:
         hardware = self._hardware()
         plan = self._plan(source, hardware)
         if self.settings.dry_run:
-            return self._dry_run(source, plan)
+            return self._dry_run(source, plan, hardware)
         require_tensorrt_llm(plan, hardware.tensorrt_llm)
         logits_type = "TYPE_FP32"
         if plan.lane == "trtllm-engine":
@@ -103,24 +103,28 @@ class Build:
         else:
             plan, source_dir, model_dir, engine_dir = self._engine(source, hardware, plan)
         with self._stage("repository") as note:
-            values = repository.values_for(
-                plan,
-                source.name,
-                engine_dir,
-                source_dir,
-                self.settings.baseline_max_batch_size,
-                baseline_dtype=self.settings.baseline_dtype,
-                parameters=self.settings.parameters,
-                logits_type=logits_type,
-                cores=hardware.cores,
-                decoupled=self.settings.decoupled,
-                accumulate_tokens=self.settings.accumulate_tokens,
-                contract=self.settings.contract,
-            )
-            rendering = repository.render(TEMPLATES, values, self.settings.contract)
+            rendering = self._rendering(source.name, plan, hardware, engine_dir, source_dir, logits_type)
             note.cached = not repository.write(rendering, self.root / "model_repository")
             note.text = ", ".join(sorted({name.split("/")[0] for name in rendering}))
         return self._deployment(source.name, plan, hardware, engine_dir, model_dir, source_dir)
+
+    def _rendering(
+        self,
+        name: str,
+        plan: Plan,
+        hardware: Hardware,
+        engine_dir: Path,
+        source_dir: Path,
+        logits_type: str = "TYPE_FP32",
+    ) -> dict[str, bytes]:
+        """The files of the model repository, by their paths in it."""
+        asked = self.settings
+        values = repository.values_for(
+            plan, name, engine_dir, source_dir, asked.baseline_max_batch_size, baseline_dtype=asked.baseline_dtype,
+            parameters=asked.parameters, logits_type=logits_type, cores=hardware.cores, decoupled=asked.decoupled,
+            accumulate_tokens=asked.accumulate_tokens, contract=asked.contract,
+        )  # fmt: skip
+        return repository.render(TEMPLATES, values, asked.contract)
 
     def _hardware(self) -> Hardware:
         """This machine, or for a dry run of TensorRT-LLM without a GPU the one that NVIDIA's examples have."""
@@ -142,6 +146,10 @@ class Build:
         self.seconds[name] = round(time.monotonic() - start, 2)
         state = "unchanged" if note.cached else f"{self.seconds[name]:.1f} s"
         self.say(f"{name:<12}{state:>10}  {note.text}")
+
+    def _unchanged(self, stage: str, text: str) -> None:
+        with self._stage(stage) as note:
+            note.cached, note.text = True, text
 
     def _plan(self, source: Checkpoint, hardware: Hardware, refused: tuple[str, ...] = ()) -> Plan:
         with self._stage("plan") as note:
@@ -217,10 +225,8 @@ class Build:
         key = digest(inputs)
         built = self._current(folder, key)
         if built is not None:
-            with self._stage("quantize") as note:
-                note.cached, note.text = True, f"FP8, {built['calibration']['samples']} calibration samples"
-            with self._stage("gate") as note:
-                note.cached, note.text = True, built["gate"]["summary"]
+            self._unchanged("quantize", f"FP8, {built['calibration']['samples']} calibration samples")
+            self._unchanged("gate", built["gate"]["summary"])
             return folder, built
         with new_folder(folder) as fresh:
             with self._stage("quantize") as note:
@@ -241,8 +247,7 @@ class Build:
         built = self._current(folder, key)
         if built is not None:
             if built["gate"]:
-                with self._stage("gate") as note:
-                    note.cached, note.text = True, built["gate"]["summary"]
+                self._unchanged("gate", built["gate"]["summary"])
             return folder, built
         with new_folder(folder) as fresh:
             with self._stage("dequantize") as note:
@@ -437,7 +442,7 @@ class Build:
 
         return AutoTokenizer.from_pretrained(folder)
 
-    def _dry_run(self, source: Checkpoint, plan: Plan) -> dict[str, Any]:
+    def _dry_run(self, source: Checkpoint, plan: Plan, hardware: Hardware) -> dict[str, Any]:
         """Says what a build would do, in the order in which it would."""
         engine_dir = self._engine_folder(source, plan)
         if plan.lane == "trtllm-engine":
@@ -452,17 +457,7 @@ class Build:
                 lines += [f"write  {self.root}/checkpoints/{source.name}-fp8/ (ModelOpt FP8, accuracy gate)"]
             name = "engine.json" if plan.lane == "torch" else "llm_api.json"
             lines += [f"write  {engine_dir}/{file}" for file in (name, "manifest.json")]
-        values = repository.values_for(
-            plan,
-            source.name,
-            engine_dir,
-            source.folder,
-            parameters=self.settings.parameters,
-            decoupled=self.settings.decoupled,
-            accumulate_tokens=self.settings.accumulate_tokens,
-            contract=self.settings.contract,
-        )
-        rendering = repository.render(TEMPLATES, values, self.settings.contract)
+        rendering = self._rendering(source.name, plan, hardware, engine_dir, source.folder)
         lines += [f"write  {self.root}/model_repository/{name}" for name in sorted(rendering)]
         for line in [*lines, f"write  {self.root}/{deployment.FILE}", "dry run: no engine was built"]:
             self.say(line)

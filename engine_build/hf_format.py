@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,11 +92,6 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
         except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise BuildError(f"{path} is damaged ({error}): fetch the checkpoint again") from None
     return stored
-
-
-def tensor_sizes(files: list[Path]) -> dict[str, int]:
-    """Tensor name to number of elements; raises as :func:`stored_tensors`."""
-    return {name: math.prod(tensor.shape) for name, tensor in stored_tensors(files).items()}
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

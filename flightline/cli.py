@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flightline import __version__
-from flightline.settings import add_flags, given_flags
+from flightline.settings import SettingsError, add_flags, given_flags, load
 
 COMMAND_WIDTH = 12
 SHELLS = ("bash", "zsh", "tcsh")
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _completion(rest)
     command = COMMANDS[name]
     if command.builds and not _helps(rest) and _needs_build(rest):
-        rest, status = _build(rest)
+        ours, rest = _for_build(rest)
+        status = _build(ours) if _can_start(name, rest) else 0
         if status:
             return status
     sys.argv = [f"flightline {name}", *command.arguments, *rest]
@@ -101,17 +102,39 @@ def _needs_build(arguments: Sequence[str]) -> bool:
     return "--stop" not in arguments and not elsewhere
 
 
-def _build(arguments: Sequence[str]) -> tuple[list[str], int]:
-    """Builds with those of the arguments that are for it; the others and the build folder, and the exit status.
-
-    A process of its own: what a build leaves in memory and in its environment must not reach a server.
-    """
+def _for_build(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the arguments that are for the build, and the others with the build folder."""
     from flightline.engine_build.settings import Settings
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_flags(parser, Settings)
     ours, rest = parser.parse_known_args(list(arguments))
-    build = subprocess.Popen([sys.executable, "-m", COMMANDS["build"].module, *given_flags(ours, Settings)])
+    return given_flags(ours, Settings), rest + ([f"--build-dir={ours.build_dir}"] if ours.build_dir else [])
+
+
+def _can_start(name: str, arguments: list[str]) -> bool:
+    """Else there is nothing to build for: the command itself says what is wrong, and not after minutes."""
+    from flightline.supervisor import settings as serve
+    from flightline.supervisor.errors import ServeError
+
+    try:
+        if name == "serve":
+            serve.parse(arguments)
+        else:
+            from flightline.loadtest.options import BenchOptions
+
+            load(BenchOptions, f"flightline {name}", arguments)
+    except (ServeError, SettingsError):
+        return False
+    return True
+
+
+def _build(arguments: list[str]) -> int:
+    """The exit status of a build.
+
+    A process of its own: what a build leaves in memory and in its environment must not reach a server.
+    """
+    build = subprocess.Popen([sys.executable, "-m", COMMANDS["build"].module, *arguments])
     stops = {
         signal.SIGTERM: lambda *_: build.terminate(),
         signal.SIGINT: lambda *_: None,  # the terminal sends it to the build too, which ends by it
@@ -120,9 +143,7 @@ def _build(arguments: Sequence[str]) -> tuple[list[str], int]:
     status = build.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if ours.build_dir:
-        rest.append(f"--build-dir={ours.build_dir}")
-    return rest, status if status >= 0 else 128 - status
+    return status if status >= 0 else 128 - status
 
 
 def _completion(arguments: Sequence[str]) -> int:
@@ -140,7 +161,7 @@ def whole_parser() -> argparse.ArgumentParser:
     from flightline.engine_build.settings import Settings
     from flightline.loadtest.__main__ import COMMANDS as LOADTESTS
     from flightline.loadtest.options import BenchOptions
-    from flightline.supervisor import serve
+    from flightline.supervisor import settings as serve
 
     result = argparse.ArgumentParser(prog="flightline")
     result.add_argument("--version", action="store_true")

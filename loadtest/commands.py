@@ -271,13 +271,7 @@ def search(experiment: Experiment) -> Result:
         if bad is not None and good is None and rate <= options.start / 2**6:
             limit = "even the lowest rate breaks the SLO"
             break
-        rate = (
-            2 * good
-            if bad is None and good
-            else bad / 2
-            if good is None and bad
-            else ((good or 0) * (bad or 0)) ** 0.5
-        )
+        rate = _next_rate(good, bad)
     result = experiment.result(
         "search", f"{arm.label}: highest rate that holds the SLO", overload_is_a_result=True
     )
@@ -287,6 +281,13 @@ def search(experiment: Experiment) -> Result:
     elif bad is None:
         result.limits.append("no rate was found that breaks the SLO: raise MOST_TRIALS or START")
     return result
+
+
+def _next_rate(good: float | None, bad: float | None) -> float:
+    """Between the two if both are known, else on from the one that is."""
+    if good is None:
+        return (bad or 0.0) / 2
+    return 2 * good if bad is None else (good * bad) ** 0.5
 
 
 def holds(cell: Cell, options: LoadOptions) -> bool:

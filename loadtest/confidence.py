@@ -42,11 +42,6 @@ class Ratio:
     """Rounds, or samples, behind it."""
     method: str = ""
 
-    @property
-    def significant(self) -> bool:
-        """The interval does not hold 1."""
-        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
-
 
 Pair = tuple[float | None, float | None]
 

@@ -215,7 +215,7 @@ class Experiment:
         self._write_requests()
         labels = list(dict.fromkeys(cell.arm for cell in cells))
         knees = {label: knee([cell for cell in cells if cell.arm == label]) for label in labels}
-        result = Result(
+        return Result(
             kind=kind,
             title=title,
             created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -232,7 +232,6 @@ class Experiment:
             distributions=self._distributions(),
             conditions=self._conditions(),
         )
-        return result
 
     def checked(self, result: Result) -> Result:
         """The result with the user's assertions held against it."""

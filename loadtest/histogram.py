@@ -1,6 +1,6 @@
-"""Counts in buckets 1 % wide, from a microsecond to a day: percentiles of any number of processes together.
+"""Counts in buckets 1 % wide, from a microsecond to a day.
 
-Histograms add up exactly; percentiles of different workers do not and are never averaged.
+All workers' samples go into one histogram: percentiles of different workers do not add up and are never averaged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ class Histogram:
 
     def add(self, seconds: float) -> None:
         self.counts[round(math.log(max(seconds, SMALLEST_S) / SMALLEST_S) / _LOG_GROWTH)] += 1
-
-    def merge(self, other: Histogram) -> None:
-        self.counts.update(other.counts)
 
     @property
     def n(self) -> int:

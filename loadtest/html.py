@@ -35,6 +35,8 @@ TIMELINE_ORDER = (
     "GPU memory active", "GPU power", "GPU clock (SM)", "GPU memory", "CPU of the machine",
     "CPU of the load generator", "Memory of the server", "Memory of the machine in use",
 )  # fmt: skip
+ACROSS = 4
+"""So few loads stand across the page, more of them go down it."""
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "stall": "Worst stall"}
 
 
@@ -50,7 +52,7 @@ def page(result: Result) -> str:
         _tiles(result),
         _ratios(result),
         _curves(result, colours),
-        _figures(result, colours),
+        _figures(result),
         _distributions(result, colours),
         _timeline(result, colours),
         _audit(result),
@@ -208,12 +210,18 @@ def _curves(result: Result, colours: dict[str, int]) -> str:
         figure("Speed for one user (tokens/s) over load", lambda c: c.x,
                lambda c: c.summary.user_tokens_per_s.p50, load, log_x=spread),
     ]  # fmt: skip
-    return _section("Curves", _legend(colours), f'<div class="grid">{"".join(figures)}</div>',
-                    about=f"Knee: {DEFINITIONS['knee']}. SLO {slo.name}: {slo.describe()}.")  # fmt: skip
+    about = f"Knee: {DEFINITIONS['knee']}. SLO {slo.name}: {slo.describe()}."
+    return _charts("Curves", colours, figures, about)
 
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else 1e3 * seconds
+
+
+def _charts(title: str, colours: dict[str, int], figures: Sequence[str], about: str) -> str:
+    if not any(figures):
+        return ""
+    return _section(title, _legend(colours), f'<div class="grid">{"".join(figures)}</div>', about=about)
 
 
 def _legend(colours: dict[str, int]) -> str:
@@ -225,22 +233,26 @@ def _legend(colours: dict[str, int]) -> str:
     return f'<p class="legend">{keys}</p>'
 
 
-def _figures(result: Result, colours: dict[str, int]) -> str:
-    """Many loads go down the page, few across it."""
+def _figures(result: Result) -> str:
     rows = rows_of(result.cells, ROWS)
-    heads = [f"{c.arm}, {c.level}" for c in result.cells]
-    if len(result.cells) > 4:
+    if len(result.cells) > ACROSS:
         wanted = {"output tokens/s", "requests/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "worst stall",
                   "E2E p50", "kept the SLO", "goodput", "samples", "energy per output token"}  # fmt: skip
         rows = [(title, shown) for title, shown in rows if title in wanted]
         over = ["yes" if cell.over_capacity else "" for cell in result.cells]
         if any(over):
             rows.append(("over capacity", over))
-        body = [(head, *(shown[i] for _, shown in rows)) for i, head in enumerate(heads)]
-        table = _table(["", *(title for title, _ in rows)], body)
-    else:
-        table = _table(["", *heads], [(title, *shown) for title, shown in rows])
-    return _section("Figures", table, about=f"SLO {result.slo.name}: {result.slo.describe()}.")
+    return _section(
+        "Figures", _cells_table(result, rows), about=f"SLO {result.slo.name}: {result.slo.describe()}."
+    )
+
+
+def _cells_table(result: Result, rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    heads = [f"{c.arm}, {c.level}" for c in result.cells]
+    if len(heads) <= ACROSS:
+        return _table(["", *heads], [(title, *shown) for title, shown in rows])
+    body = [(head, *(shown[i] for _, shown in rows)) for i, head in enumerate(heads)]
+    return _table(["", *(title for title, _ in rows)], body)
 
 
 def _distributions(result: Result, colours: dict[str, int]) -> str:
@@ -263,8 +275,7 @@ def _distributions(result: Result, colours: dict[str, int]) -> str:
         svg = chart.lines(drawn, x_label="ms", y_label=title, shares=True, log_x=wide)
         figures.append(f"<figure><figcaption>{title}: share of requests below</figcaption>{svg}</figure>")
     about = f"Dashed: {levels[0]}; solid: {levels[-1]}." if several else ""
-    return _section("Distributions", _legend(colours), f'<div class="grid">{"".join(figures)}</div>' if figures else "",
-                    about=about)  # fmt: skip
+    return _charts("Distributions", colours, figures, about)
 
 
 def _timeline(result: Result, colours: dict[str, int]) -> str:
@@ -284,20 +295,11 @@ def _timeline(result: Result, colours: dict[str, int]) -> str:
         if svg:
             figures.append(f"<figure><figcaption>{escape(name + unit)}</figcaption>{svg}</figure>")
     about = "All on the client's clock; means over each step of the axis."
-    return _section("Timeline", _legend(colours), f'<div class="grid">{"".join(figures)}</div>' if figures else "",
-                    about=about) if figures else ""  # fmt: skip
+    return _charts("Timeline", colours, figures, about)
 
 
 def _audit(result: Result) -> str:
-    cells = result.cells
-    rows = rows_of(cells, AUDIT)
-    heads = [f"{c.arm}, {c.level}" for c in cells]
-    if len(cells) > 4:
-        table = _table(
-            ["", *(t for t, _ in rows)], [(h, *(s[i] for _, s in rows)) for i, h in enumerate(heads)]
-        )
-    else:
-        table = _table(["", *heads], [(title, *shown) for title, shown in rows])
+    table = _cells_table(result, rows_of(result.cells, AUDIT))
     told = f"<p>{escape(ceiling_text(result))}</p>" if result.ceiling else ""
     about = "What the client adds to the figures. Beyond the limits a run is INVALID."
     return _section("The load generator itself", table, told, about=about)

@@ -76,9 +76,12 @@ def set_up(environment: Environment, **_: object) -> None:
     if environment.web_ui is not None:
         llm_page.add_to(environment.web_ui, collector.live)
         if not environment.parsed_options.model:  # type: ignore[union-attr]
-            for offered in (environment.available_user_classes, environment.available_user_tasks):
-                offered.pop(OpenAi.__name__, None)  # type: ignore[union-attr]
             environment.user_classes = [user for user in environment.user_classes if user is not OpenAi]
+        # Locust offers all classes of this file, also those that its command line does not name.
+        named = {user.__name__ for user in environment.user_classes}
+        for offered in (environment.available_user_classes, environment.available_user_tasks):
+            for name in offered.keys() - named:  # type: ignore[union-attr]
+                del offered[name]  # type: ignore[union-attr]
 
 
 @events.test_start.add_listener

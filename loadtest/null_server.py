@@ -15,7 +15,7 @@ import math
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 
 import grpc
@@ -66,8 +66,9 @@ class Served:
 class NullService:
     """The methods of ``inference.GRPCInferenceService`` that a load generator calls."""
 
-    def __init__(self, timing: Timing) -> None:
+    def __init__(self, timing: Timing, models: Collection[str]) -> None:
         self.timing = timing
+        self.models = models
         self.log: list[Served] = []
         self._turn = asyncio.Lock()
         self.stop_requests: list[str] = []
@@ -79,7 +80,7 @@ class NullService:
         return service_pb2.ServerReadyResponse(ready=True)
 
     async def ModelReady(self, request, context):
-        return service_pb2.ModelReadyResponse(ready=request.name in wire.ENDPOINTS)
+        return service_pb2.ModelReadyResponse(ready=request.name in self.models)
 
     async def ModelStreamInfer(self, requests, context) -> Responses:
         async for request in requests:
@@ -235,9 +236,12 @@ class ResponseWriter:
 class NullServer:
     """The service on its own thread: ``with NullServer(Timing()) as server: Client(server.url)``."""
 
-    def __init__(self, timing: Timing | None = None, port: int = 0) -> None:
+    def __init__(
+        self, timing: Timing | None = None, port: int = 0, models: Collection[str] = wire.ENDPOINTS
+    ) -> None:
         self._timing = timing or Timing()
         self._port = port
+        self._models = models
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -280,7 +284,7 @@ class NullServer:
 
     async def _serve(self) -> None:
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
-        self._service = NullService(self._timing)
+        self._service = NullService(self._timing, self._models)
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers([_handlers(self._service)])
         try:

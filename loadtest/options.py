@@ -95,6 +95,12 @@ class LoadOptions:
         if not ok:
             raise value_error(self.__dataclass_fields__[name], getattr(self, name), remedy)
 
+    def _require_one_endpoint(self, text: str) -> None:
+        one = len(parse_arms(text, self.url, "endpoint")) == 1
+        self._require(
+            one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
+        )
+
     @property
     def workload_spec(self) -> WorkloadSpec:
         return WorkloadSpec(
@@ -120,10 +126,7 @@ class RunOptions(LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one = len(parse_arms(self.endpoint, self.url, "endpoint")) == 1
-        self._require(
-            one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
-        )
+        self._require_one_endpoint(self.endpoint)
         self._require(not (self.rate and self.trace), "trace", "give either a rate or a trace")
         self._require(
             self.ramp_s + self.discard_s < self.seconds, "seconds", "use more than RAMP_S and DISCARD_S"
@@ -229,10 +232,7 @@ class SearchOptions(LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one = len(parse_arms(self.endpoint, self.url, "endpoint")) == 1
-        self._require(
-            one, "endpoint", f"use one of {', '.join(wire.ENDPOINTS)}, or http://HOST:PORT/v1#MODEL"
-        )
+        self._require_one_endpoint(self.endpoint)
 
 
 IN_LOCUST = (

@@ -260,7 +260,10 @@ def fetch_metrics(url: str, timeout_s: float = 1.0) -> Metrics:
 
 
 def parse_metrics(text: str) -> Metrics:
-    """Prometheus' text format; values of the same name and label value are added up."""
+    """Prometheus' text format; values of the same name and label value are added up.
+
+    Names stay what the page calls them: prometheus_client's parser gives every counter the ending ``_total``.
+    """
     values: Metrics = {}
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -26,7 +27,7 @@ from flightline.loadtest.records import (
     read_clients,
     read_records,
 )
-from flightline.loadtest.schedule import Profile
+from flightline.loadtest.schedule import Profile, unit_times
 from flightline.loadtest.workload import read_trace
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -34,7 +35,7 @@ USER_CLASSES = {"text_generation": "TextGeneration", "ensemble": "Ensemble", "hf
 OPENAI_USER = "OpenAi"
 RECORDS, LOCUST_LOG = "records.jsonl", "locust.log"
 PROGRESS_S = 10.0
-START_S = 90.0
+START_S = 240.0
 """Longest that Locust may take beyond the load itself: its start, its workers', its end."""
 
 
@@ -141,26 +142,16 @@ def _window(
     if trial.level.trace:
         times = [row.at_s / trial.level.trace_speed for row in read_trace(trial.level.trace, options.seed)]
         end_s = min(trial.seconds, max(times) + 1e-3)
-        expected = float(sum(settled_s <= at < end_s for at in times))
     else:
         profile = Profile.parse(trial.level.rate, trial.seconds, options.ramp_s)
         end_s = min(trial.seconds, profile.seconds)
         # The schedule's own number and not its mean: chance is no fault of the client.
-        expected = _scheduled(options, profile, settled_s, end_s)
+        arrivals = profile.times(unit_times(options.arrivals, options.seed, options.burstiness))
+        times = list(itertools.takewhile(lambda at_s: at_s < end_s, arrivals))
+    expected = float(sum(settled_s <= at_s < end_s for at_s in times))
     if end_s <= settled_s:
         return None, expected
     return Window(start_ns + int(settled_s * 1e9), start_ns + int(end_s * 1e9)), expected
-
-
-def _scheduled(options: LoadOptions, profile: Profile, start_s: float, end_s: float) -> float:
-    from flightline.loadtest.schedule import unit_times
-
-    count = 0
-    for at_s in profile.times(unit_times(options.arrivals, options.seed, options.burstiness)):
-        if at_s >= end_s:
-            break
-        count += at_s >= start_s
-    return float(count)
 
 
 def _workers(path: Path, block: str) -> dict | None:

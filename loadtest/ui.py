@@ -11,7 +11,7 @@ from flightline.client import wire
 from flightline.client.errors import ClientError
 from flightline.client.sync import Client
 from flightline.loadtest.options import UiOptions
-from flightline.loadtest.trial import LOCUSTFILE
+from flightline.loadtest.trial import LOCUSTFILE, OPENAI_USER, USER_CLASSES
 from flightline.settings import add_flags, read
 
 
@@ -23,9 +23,7 @@ def main(arguments: list[str]) -> int:
     settings = read(UiOptions, vars(given))
     url, port, users = settings.url or wire.default_url(), settings.locust_port, settings.concurrency
     try:
-        for endpoint in wire.ENDPOINTS:
-            with Client(url, endpoint) as client:
-                client.check_ready()
+        endpoints = ready(url)
     except ClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -40,8 +38,28 @@ def main(arguments: list[str]) -> int:
     }
     command = [sys.executable, "-m", "flightline.loadtest.locust_main", "--class-picker"]
     command += [str(part) for option in options.items() for part in option]
+    command += [*(USER_CLASSES[endpoint] for endpoint in endpoints), OPENAI_USER]
     # A child and not exec: gRPC's threads of the check above do not survive an exec quietly.
     locust = subprocess.Popen([*command, *further])
     signal.signal(signal.SIGTERM, lambda *_: locust.terminate())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to Locust too, which ends by it
     return locust.wait()
+
+
+def ready(url: str) -> list[str]:
+    """The endpoints that a server has: one may run without ``hf_baseline``, or with NVIDIA's models of another kind.
+
+    Raises:
+        ClientError: it has none, or nobody answers.
+    """
+    found = []
+    for endpoint in wire.ENDPOINTS:
+        try:
+            with Client(url, endpoint) as client:
+                client.check_ready()
+            found.append(endpoint)
+        except ClientError as error:
+            missing = error
+    if not found:
+        raise missing
+    return found

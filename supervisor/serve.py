@@ -7,7 +7,6 @@ flightline serve --stop                 # ends a detached one
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import signal
 import subprocess
@@ -17,11 +16,9 @@ import time
 
 import psutil
 
-from flightline.gateway.settings import GatewaySettings
-from flightline.settings import add_flags
 from flightline.supervisor.errors import ServeError
 from flightline.supervisor.server import Server
-from flightline.supervisor.settings import ServeSettings
+from flightline.supervisor.settings import ServeSettings, parse
 from flightline.torch_engine.process.log import logger
 
 __all__ = ["ServeError", "ServeSettings", "Server", "main"]
@@ -163,15 +160,6 @@ def running(settings: ServeSettings) -> psutil.Process | None:
     return None
 
 
-def add_arguments(parser: argparse.ArgumentParser, *others: type) -> None:
-    """Ours, and those of further settings."""
-    add_flags(parser, ServeSettings, GatewaySettings, *others)
-    parser.add_argument("--detach", action="store_true", help="run in the background; return when ready")
-    parser.add_argument(
-        "--stop", action="store_true", help="stop the server that runs from this build folder"
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -179,14 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             logger("serve")
         except ValueError as error:
             raise ServeError(str(error)) from None
-        parser = argparse.ArgumentParser(
-            prog="flightline serve",
-            description=ServeSettings.__doc__,
-            epilog="It builds first what is not built yet, and takes the options of 'flightline build', too.",
-        )
-        add_arguments(parser)
-        options = parser.parse_args(arguments)
-        settings = ServeSettings.read(vars(options))
+        options, settings = parse(arguments)
         if options.stop:
             return stop_detached(settings)
         if options.detach:

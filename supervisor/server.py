@@ -206,10 +206,12 @@ class Server:
         """Waits until no request is running, for up to ``drain_s``."""
         if self._gate is None:
             return
-        self._gate.close()
-        for process in self._gateways:
+        for (
+            process
+        ) in self._gateways:  # before the models refuse, whose refusals leave a client's connection open
             if process.child is not None:
                 process.child.signal(gateway.REFUSE)
+        self._gate.close()
         deadline = time.monotonic() + self.settings.drain_s
         empty_since: float | None = None
         while (now := time.monotonic()) < deadline and not self._hurry.wait(0.05):

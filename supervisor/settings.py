@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from flightline.deployment import Deployment, DeploymentError
 from flightline.gateway.settings import GatewaySettings
-from flightline.settings import SettingsError, existing_file, read, setting
+from flightline.settings import SettingsError, add_flags, existing_file, read, setting
 from flightline.supervisor.errors import ServeError
 
 MOST_PORT = 65535
@@ -138,6 +139,27 @@ class ServeSettings:
     @property
     def grpc_url(self) -> str:
         return f"{self.host}:{self.grpc_port}"
+
+
+def add_arguments(parser: argparse.ArgumentParser, *others: type) -> None:
+    """Ours, and those of further settings."""
+    add_flags(parser, ServeSettings, GatewaySettings, *others)
+    parser.add_argument("--detach", action="store_true", help="run in the background; return when ready")
+    parser.add_argument(
+        "--stop", action="store_true", help="stop the server that runs from this build folder"
+    )
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, ServeSettings]:
+    """Raises ServeError: a setting cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="flightline serve",
+        description=ServeSettings.__doc__,
+        epilog="It builds first what is not built yet, and takes the options of 'flightline build', too.",
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    return options, ServeSettings.read(vars(options))
 
 
 def deployed(build_dir: Path) -> Deployment:

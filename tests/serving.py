@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,21 +22,36 @@ from tests.short_gate import short_gate
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for taken in sockets:
-            taken.bind(("127.0.0.1", 0))
-        return [taken.getsockname()[1] for taken in sockets]
-    finally:
-        for taken in sockets:
-            taken.close()
+    """Ports that nothing listens on now.
+
+    They are below those that the kernel gives to outgoing connections, so that none takes them before the server does,
+    or while one is started again; each worker of pytest-xdist has a thousand of its own.
+    """
+    first = 10_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    found: list[int] = []
+    for port in random.sample(range(first, first + 1_000), 1_000):
+        with socket.socket() as trial:
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def settings_for(build_dir: Path, **changes: object) -> ServeSettings:
     """Settings on free ports, with the patience of a loaded test machine."""
     http, grpc, metrics = free_ports(3)
-    return ServeSettings(build_dir=build_dir, http_port=http, grpc_port=grpc, metrics_port=metrics, **changes)
+    given = {
+        "http_port": http,
+        "grpc_port": grpc,
+        "metrics_port": metrics,
+        "start_timeout_s": 900.0,
+        **changes,
+    }
+    return ServeSettings(build_dir=build_dir, **given)
 
 
 @contextmanager
@@ -124,5 +140,6 @@ def tensorrt_llm_lane(
             tools.setenv("PATH", str(trtllm_tools.install(folder / "bin")), prepend=os.pathsep)
             build.Build(settings, say=lambda line: None).run()
         prepare(folder / "build")
-        with serving(settings_for(folder / "build", baseline=baseline)) as server:
+        # It asks itself nothing meanwhile: tests count the requests of its engine.
+        with serving(settings_for(folder / "build", baseline=baseline, probe_period_s=3600.0)) as server:
             yield server

@@ -58,7 +58,7 @@ def test_a_commands_help_names_it_and_takes_no_torch(name: str) -> None:
         "except SystemExit as end: sys.exit(end.code or 2 * ('torch' in sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: flightline {name} ")
@@ -70,6 +70,21 @@ def test_what_cannot_be_built_is_not_served(tmp_path: Path) -> None:
     assert "MODEL=no/such/model is neither an existing folder nor a hub id" in error
     code, said, error = flightline("serve", "--precision", "fp9", f"--build-dir={tmp_path}")
     assert code == 1 and error.startswith("error: PRECISION='fp9' is not valid: use one of auto, fp8")
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (("serve", "--grpc-port=99999"), "serve: error: GRPC_PORT='99999' is not valid"),
+        (("bench", "--concurrency=0"), "error: CONCURRENCY='0' is not valid"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_the_build(
+    tmp_path: Path, command: tuple[str, ...], error: str
+) -> None:
+    code, said, told = flightline(*command, f"--build-dir={tmp_path}")
+    assert code in (1, 2) and said == "" and told.startswith(error) and len(told.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_stopping_builds_nothing(tmp_path: Path) -> None:
@@ -89,7 +104,7 @@ def test_completion_knows_commands_and_options(tmp_path: Path) -> None:
 
     def complete(*words: str) -> list[str]:
         command = ["bash", "-c", press_tab, "bash", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert not done.stderr
         return done.stdout.split()
 
@@ -177,7 +192,7 @@ def test_pip_install_and_serve(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     preflight = subprocess.run(
         [str(bin_dir / "flightline"), "preflight", "--model", str(model)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert preflight.returncode == 0 and "compatible" in preflight.stdout, preflight.stderr
     server = subprocess.Popen(
@@ -201,7 +216,7 @@ def test_pip_install_and_serve(tmp_path: Path) -> None:
         )  # fmt: skip
         assert where.stdout.startswith(str(tmp_path / "env"))
         server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)
         assert server.returncode == 0
     finally:
         watch.cancel()

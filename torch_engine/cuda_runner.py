@@ -18,6 +18,9 @@ replay the same graphs on theirs: NCCL and symmetric memory are in the graphs. T
 best of what each rank finds in its part of the vocabulary; where a request asks for more, the first rank gathers the
 logits, chooses, and tells the others the tokens, on the device.
 
+Steps of single tokens of which many share their first keys replay graphs of a second kind, in which those keys are read
+once for all of them (``kernels/gpu/shared_prefix.py``).
+
 Steps with prompt chunks up to ``MIXED_ROWS[-1]`` tokens replay graphs of their own, where the host would need longer to
 launch the kernels than the device to run them; larger ones run without a graph.
 """
@@ -46,11 +49,13 @@ from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.core.shared_prefixes import Ints, find_groups
 from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, scatter
+from flightline.torch_engine.kernels.gpu.gathered import LEAST_TOKENS, padded
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, scatter
 from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
 from flightline.torch_engine.kernels.gpu.sampling_tables import Choice
@@ -65,6 +70,8 @@ MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 
 MIXED_SAMPLES = 256
 MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
+LEAST_SHARING = 4
+"""Rows of a step of single tokens from which on it is looked whether they share their first keys."""
 MASK_THREADS = 16
 """That make grammars' masks while the device computes."""
 MOST_UPDATES = 2**15
@@ -98,6 +105,30 @@ class MixedShape:
 
 
 @dataclass(frozen=True)
+class SharedShape:
+    """Sizes of a step of single tokens, captured or not, of which some share their first keys."""
+
+    rows: int
+    items: int
+    """Room in ``SharedPrefixes.items``."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Integers of each part of ``SharedPrefixes``."""
+        return [3 * self.rows, self.rows, 4 * self.items]
+
+
+class Sharing(NamedTuple):
+    """What :meth:`CudaRunner._shared` has found, and for which rows."""
+
+    tables: int
+    """``CudaRunner._tables_given`` then."""
+    slots: list[int]
+    parts: list[Ints] | None
+    """As ``PrefixPlan.lay_out`` gives them."""
+
+
+@dataclass(frozen=True)
 class Order:
     """A step as the device gets it: the same on every rank."""
 
@@ -105,14 +136,16 @@ class Order:
     """int32, laid out as the graph or :meth:`CudaRunner._loose` wants them."""
     updates: list[tuple[int, int]]
     """New entries of the block tables: where, and what."""
-    graph: int | MixedShape | None
-    """Rows of a step of single tokens, or the shape of one with prompt chunks; None: it has none of its own."""
+    graph: int | SharedShape | MixedShape | None
+    """Rows or shape of a step of single tokens, or shape of one with prompt chunks; None: it has none of its own."""
     decodes: int = 0
     """Of a step without a graph: rows of single tokens, which come first."""
     longest: int = 0
     """Of a step without a graph: the longest context of its prompt chunks."""
     long: bool = False
     """Of a step without a graph: its tiles are those of long prompts."""
+    gathered: bool = False
+    """Of a step without a graph: the last two parts are spans and offsets (``AttentionInput``)."""
     plain: bool = True
     """Nothing but the likeliest tokens is asked for."""
 
@@ -206,10 +239,13 @@ class CudaRunner:
         ranks: Ranks | None = None,
         groups: LayerGroups | None = None,
     ) -> None:
-        self.model, self._kernels = model, kernels
+        self.model, self.kernels = model, kernels
+        self.block_size = config.block_size
         self.ranks = ranks or Single()
         self.group = self.ranks.group
         groups = groups or LayerGroups.one(len(model.layers))
+        # Blocks behind a window are freed, and then another's table does not stand for one's own.
+        self._tables_stay = tuple(groups.windows) == (None,)
         blocks = groups.num_blocks(config.num_kv_blocks)
         self.caches = model.new_caches(blocks + 1, config.block_size, groups)  # one block for padding rows
         self.host = host_blocks(kernels, self.caches, groups.num_blocks(config.num_host_kv_blocks))
@@ -237,20 +273,25 @@ class CudaRunner:
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
         self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
-        mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
-        tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
-        # Ids, slots, positions, holds, forks; tiles; sampled rows, slots, holds; new entries of the block tables;
-        # alignment.
-        longest = max(config.max_num_tokens, len(self.tokens))
-        capacity = 5 * longest + 4 * tiles + 3 * samples + 2 * MOST_UPDATES + 11 * ALIGNMENT
-        self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
-        on_gpu = device.type == "cuda"
-        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
-        if config.cuda_tuning and on_gpu:
+        # Several ranks would have to agree on a plan, and each times its own.
+        if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
             kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
+            if self._tables_stay:
+                kernels.tune_prefixes(spec, self.caches[0], slots, config.max_seq_len)
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
         """Tokens of a tile of long prompts; 0: as of all."""
+        mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
+        tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
+        # Ids, slots, positions, holds, forks, shared prefixes; tiles; sampled rows, slots, holds; new entries of the
+        # block tables; alignment.
+        longest = max(config.max_num_tokens, len(self.tokens))
+        capacity = 9 * longest + 4 * tiles + 3 * samples + 2 * MOST_UPDATES + 13 * ALIGNMENT
+        capacity += 5 * slots + 2 * ALIGNMENT  # spans and offsets of gathered keys
+        capacity += 4 * kernels.prefix_plan(spec, self.caches[0]).items(len(self.tokens))
+        self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         self._own_scales: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
@@ -262,8 +303,16 @@ class CudaRunner:
         self._free = list(range(slots))[::-1]
         self._known: list[tuple[list[list[int]], int]] = [([], 0)] * slots
         """For each slot the sequence's block tables and how much of them is on the device."""
+        self._host_tables = np.zeros((slots + 1, self.width), dtype=np.int32)
+        """Those of the first group of layers."""
+        self._tables_given = 0
+        """How often a slot got another table."""
+        self._sharing = Sharing(0, [], None)
+        """Of the last step of single tokens."""
         self.graphs: dict[int, Captured] = {}
         """Of single tokens, by batch size, the largest first."""
+        self.shared: dict[SharedShape, Captured] = {}
+        """Of single tokens that share their first keys."""
         self.mixed: dict[MixedShape, Captured] = {}
         """Of steps with prompt chunks, the smallest first."""
         self.graph_bytes = 0
@@ -291,7 +340,8 @@ class CudaRunner:
         cache = sum({each.data_ptr(): each.nbytes for each in tensors}.values()) / MIB
         graphs = "no CUDA graphs"
         if self.graphs:
-            graphs = f"{len(self.graphs) + len(self.mixed)} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
+            count = len(self.graphs) + len(self.shared) + len(self.mixed)
+            graphs = f"{count} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
         return f", {cache:.0f} MiB KV cache, {graphs}{described(self.host)}"
 
     # Graphs ----------------------------------------------------------------------------------------
@@ -314,6 +364,15 @@ class CudaRunner:
         for size in sorted(sizes, reverse=True):
             self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size, []), [])
             self.graphs[size] = Captured(functools.partial(self._decode, size), self._choose, pool, mode)
+            sharing = self._shared_shape(size)
+            if sharing is not None:
+                nothing = [np.zeros(count, dtype=np.int32) for count in sharing.sizes]
+                self._upload(
+                    self.staging[0], [*self._columns([(0, self.spare, 0, 0)] * size, []), *nothing], []
+                )
+                self.shared[sharing] = Captured(
+                    functools.partial(self._decode, sharing), self._choose, pool, mode
+                )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             self.graph_bytes = max(0, before - torch.cuda.mem_get_info()[0])
@@ -321,19 +380,34 @@ class CudaRunner:
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
         for count in (min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024)):
-            columns = np.zeros((3, count), dtype=np.int32)
-            columns[1], columns[2] = self.spare, np.arange(count)
-            tiles = self._tiles(0, count, 0, self.spare)
-            self._carry_out(
-                self._loose(columns, tiles, [(count - 1, self.spare, 0)], [], 0), self.staging[0]
-            )()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            self._try_prompt(count)
+        count = min(LEAST_TOKENS, longest)
+        if self.long_tile:
+            self._try_prompt(count, self.long_tile, True)
+        if spans := self._spans([(0, count, 0, self.spare)]):
+            self._try_prompt(count, self.gathered_tile, spans=spans)
 
-    def _decode(self, size: int) -> Computed:
-        """A step of ``size`` rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
-        ids, slots, positions, holds, asking = self._places([size] * 5)
-        where = AttentionInput(slots, positions, self.tables, size, None)
+    def _try_prompt(
+        self, count: int, tile: int = 0, long: bool = False, spans: list[Ints] | None = None
+    ) -> None:
+        """A step with a prompt of so many tokens that is nobody's."""
+        columns = np.zeros((3, count), dtype=np.int32)
+        columns[1], columns[2] = self.spare, np.arange(count)
+        tiles = self._tiles(0, count, 0, self.spare, tile)
+        sampled = [(count - 1, self.spare, 0)]
+        self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _decode(self, shape: int | SharedShape) -> Computed:
+        """A step of rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
+        size, sizes = (shape.rows, shape.sizes) if isinstance(shape, SharedShape) else (shape, [])
+        ids, slots, positions, holds, asking, *shared = self._places([size] * 5 + sizes)
+        prefixes = None
+        if shared:
+            rows, members, items = shared
+            prefixes = SharedPrefixes(rows.view(3, -1), members, items.view(-1, 4))
+        where = AttentionInput(slots, positions, self.tables, size, None, prefixes=prefixes)
         return self._forward(CudaStep(ids, where, self.last, None, asking, holds, idle=self.spare))
 
     def _mixed_forward(self, shape: MixedShape) -> Computed:
@@ -377,7 +451,7 @@ class CudaRunner:
             step.holds,
             self.ends,
             self.model.first_token,
-            self._kernels.exchange or self.group,
+            self.kernels.exchange or self.group,
         )
         return Computed(step, logits)
 
@@ -502,14 +576,18 @@ class CudaRunner:
         if isinstance(order.graph, MixedShape):
             captured = self.mixed[order.graph]
         elif order.graph is None:
-            ids, slots, positions, tiles, rows, row_slots, holds = placed
+            ids, slots, positions, tiles, rows, row_slots, holds, *spans = placed
             where = AttentionInput(
                 slots, positions, self.tables, order.decodes, tiles.view(-1, 4), order.longest, order.long
             )
+            if order.gathered:
+                where.spans, where.offsets = spans[0].view(-1, 4), spans[1]
             computed = self._forward(CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare))
             return functools.partial(self._choose, computed)
         elif not self.graphs:
             return functools.partial(self._choose, self._decode(order.graph))
+        elif isinstance(order.graph, SharedShape):
+            captured = self.shared[order.graph]
         else:
             captured = self.graphs[order.graph]
         captured.replay()
@@ -537,8 +615,35 @@ class CudaRunner:
         size = len(rows)
         if self.graphs:
             size = next(size for size in reversed(self.graphs) if size >= len(rows))
-        rows += [(0, self.spare, 0, 0)] * (size - len(rows))
-        return Order(self._columns(rows, self._forked), updates, size)
+        columns = self._columns(rows + [(0, self.spare, 0, 0)] * (size - len(rows)), self._forked)
+        shape = self._shared_shape(size)
+        shared = self._shared(rows, columns[2]) if shape is not None else None
+        if shared is None:
+            return Order(columns, updates, size)
+        return Order([*columns, *shared], updates, shape)
+
+    def _shared_shape(self, size: int) -> SharedShape | None:
+        """Of a step of ``size`` rows; None: they are too few to share keys, or nothing of it is computed together."""
+        plan = self.kernels.prefix
+        if plan is None or size < LEAST_SHARING or not self._tables_stay:
+            return None
+        return SharedShape(size, plan.items(size))
+
+    def _shared(self, rows: list[tuple[int, int, int, int]], positions: Ints) -> list[Ints] | None:
+        """What rows of single tokens share, laid out for the kernel; ``positions`` [rows of the graph].
+
+        Tables only grow behind what they share: it stays what it was as long as the same rows follow each other.
+        """
+        slots = [slot for _, slot, _, _ in rows]
+        known = self._sharing
+        plan = self.kernels.prefix
+        if known.tables != self._tables_given or known.slots != slots:
+            assert plan is not None
+            limits = positions[: len(rows)] // self.block_size
+            groups = find_groups(self._host_tables, np.array(slots, dtype=np.int32), limits)
+            parts = plan.lay_out(groups, len(positions), self.block_size) if groups else None
+            self._sharing = known = Sharing(self._tables_given, slots, parts)
+        return known.parts
 
     @staticmethod
     def _columns(rows: list[tuple[int, int, int, int]], forked: list[Fork]) -> list[NDArray[Any]]:
@@ -628,14 +733,36 @@ class CudaRunner:
         shape = self._shape(total, len(tiles), len(sampled), singles)
         if shape is not None:  # its decodes are tiles of one token
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
-        long = bool(shape is None and self.long_tile) and max(each[1] + each[2] for each in prompts) >= LONG
-        if long:
-            tiles = [tile for each in prompts for tile in self._tiles(*each, self.long_tile)]
+        long = shape is None and max(each[1] + each[2] for each in prompts) >= LONG
+        spans = self._spans(prompts) if long else []
+        tile = self.gathered_tile if spans else self.long_tile
+        if long and tile:
+            tiles = [piece for each in prompts for piece in self._tiles(*each, tile)]
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
         if shape is not None:
             return Order(self._padded(shape, step, tiles, sampled), updates, shape)
-        return self._loose(step, tiles, sampled, updates, len(singles), long)
+        long &= bool(self.long_tile) and not spans
+        return self._loose(step, tiles, sampled, updates, len(singles), long, spans)
+
+    @property
+    def gathered_tile(self) -> int:
+        """Tokens of a tile of prompts whose keys are gathered; 0: none are."""
+        plan = self.kernels.gathered
+        return plan.tile.tokens(self.model.spec.num_groups) if plan else 0
+
+    def _spans(self, prompts: list[tuple[int, int, int, int]]) -> list[Ints]:
+        """Spans and offsets of prompt chunks, if their keys are to be gathered."""
+        plan = self.kernels.gathered
+        if plan is None or sum(count for _, count, _, _ in prompts) < LEAST_TOKENS:
+            return []
+        spans = np.zeros((len(prompts), 4), dtype=np.int32)
+        offsets, used = np.zeros(self.spare + 1, dtype=np.int32), 0
+        for span, (_, count, first, slot) in zip(spans, prompts, strict=True):
+            span[:3] = slot, first + count, used
+            offsets[slot] = used
+            used += padded(first + count)
+        return [spans.reshape(-1), offsets] if used <= plan.keys else []
 
     def _shape(
         self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
@@ -663,14 +790,16 @@ class CudaRunner:
         updates: list[tuple[int, int]],
         decodes: int,
         long: bool = False,
+        spans: list[Ints] | None = None,
     ) -> Order:
-        """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows, their slots and holds."""
+        """A step of ``columns`` [3, T] (ids, slots, positions); ``sampled`` are rows, their slots and holds, ``spans``
+        what :meth:`_spans` gave."""
         if not sampled:  # the head wants a row; its token goes where nobody looks
             sampled = [(0, self.spare, 0)]
         sampled_rows = [np.array(values, dtype=np.int32) for values in zip(*sampled, strict=True)]
-        parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows]
+        parts = [*columns, np.array(tiles, dtype=np.int32).reshape(-1), *sampled_rows, *(spans or [])]
         longest = max((first + count for _, count, first, _ in tiles), default=0)
-        return Order(parts, updates, None, decodes, longest, long)
+        return Order(parts, updates, None, decodes, longest, long, bool(spans))
 
     def _row(self, sequence: Sequence, updates: list[tuple[int, int]]) -> tuple[int, int, int, int]:
         """Token id, slot, position and hold of a sequence's next token; notes what its row of the table lacks."""
@@ -685,7 +814,9 @@ class CudaRunner:
         known, count = self._known[slot]
         if known is not tables:  # another sequence, or one that lost its blocks: a new list is a new table
             count = 0
+            self._tables_given += 1
         if count < length:
+            self._host_tables[slot, count:length] = tables[0][count:length]
             for group, table in enumerate(tables):
                 base = (slot * len(tables) + group) * self.width
                 updates += [(base + column, table[column]) for column in range(count, length)]

@@ -34,7 +34,6 @@ CONTAINERS = (
     Container("26.06", "1.2.1", "10.14.1.48", "13.1", (590, 44, 1)),
     Container("26.02", "1.1.0", "10.13.3.9", "13.0", (580, 95, 5)),
 )
-PINNED = CONTAINERS[0]
 
 
 def driver_version(text: str) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flightline.engine_build.trtllm.containers import CONTAINERS
+
 ENGINE_LANE, PYTORCH_LANE = "trtllm-engine", "trtllm-pytorch"
 FIRST = (1, 0)
 FIRST_WITHOUT_ENGINES = (1, 3)
-PINNED_IMAGE = "nvcr.io/nvidia/tritonserver:26.06-trtllm-python-py3"
-PINNED_VERSION = "1.2.1"
+PINNED_IMAGE, PINNED_VERSION = CONTAINERS[0].image, CONTAINERS[0].tensorrt_llm
 FINAL = 1_000_000
 """Number of a release candidate that stands for the release itself."""
 

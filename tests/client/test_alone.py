@@ -81,7 +81,7 @@ def test_an_app_gets_the_client_and_no_torch(python: Path, server, tmp_path: Pat
         json.dumps({"chat_template": "<{{ messages[0].content }}>"})
     )
     command = [str(python), "-c", PROGRAM, server.url, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env={})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env={})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"tokens": 3, "prompt": "<hi>", "others": []}
 
@@ -91,7 +91,7 @@ def test_its_command_line(python: Path, server, tmp_path: Path) -> None:
     command = [str(python), "-m", "flightline.client", "hello", "--max-tokens=3", "--json"]
     port = server.url.rsplit(":", 1)[1]
     environment = {"FLIGHTLINE_GRPC_PORT": port, "GRPC_PORT": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_output_tokens"] == 3
 

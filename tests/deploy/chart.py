@@ -31,7 +31,7 @@ def _run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
     if found is None:
         pytest.skip(f"{program} is not installed: make test says why")
     command = [found, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @functools.cache

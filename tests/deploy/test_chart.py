@@ -387,7 +387,7 @@ def test_what_scales_fires_when_requests_wait_and_not_before(tmp_path: Path) -> 
     }
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(document))
     done = subprocess.run(
-        [promtool, "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True, timeout=60
+        [promtool, "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

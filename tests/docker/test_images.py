@@ -53,7 +53,7 @@ def tool(name: str) -> str:
 
 def check(*command: str | Path) -> str:
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -156,7 +156,7 @@ def compose(*profiles: str, **variables: str) -> dict[str, Any]:
     flags = [flag for profile in profiles for flag in ("--profile", profile)]
     command = [tool("docker-compose"), "-f", "docker/compose.yaml", *flags, "config", "--format", "json"]
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip(), done.stderr
     return json.loads(done.stdout)
@@ -340,7 +340,7 @@ def test_up_says_what_is_missing(tmp_path: Path) -> None:
 def health(port: int) -> int:
     command = [sys.executable, "-S", str(DOCKER / "healthcheck.py")]
     environment = {"HTTP_PORT": str(port), "HEALTH_PATIENCE_S": "0.5"}
-    return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode
+    return subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode
 
 
 @pytest.mark.slow
@@ -446,7 +446,7 @@ def test_every_flag_exists(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=triton.environment(home, ["s"]),
-        timeout=60,
+        timeout=300,
     )
     known = set(re.findall(r"--[a-z-]+", done.stdout + done.stderr))
     flags = command[command.index(str(home.binary)) + 1 :]

@@ -53,7 +53,7 @@ def test_interrupted_build_leaves_nothing(
 ) -> None:
     child = start_and_wait_for(moment, tiny, tmp_path / "build")
     child.send_signal(number)
-    _, stderr = child.communicate(timeout=60)
+    _, stderr = child.communicate(timeout=300)
     assert child.returncode == 130
     assert stderr.strip() == "build interrupted: nothing half-written was left"
     assert {path.name for path in (tmp_path / "build").rglob("*")} <= {"checkpoints", "hashes.json", ".lock"}

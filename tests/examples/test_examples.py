@@ -52,7 +52,7 @@ def test_without_a_server_it_says_so(tmp_path: Path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert run.returncode == 1

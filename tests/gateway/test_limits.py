@@ -26,6 +26,7 @@ from flightline.gateway.keys import ApiKeys
 from flightline.gateway.settings import GatewaySettings, ProcessSettings, SettingsError, Upstream
 from flightline.loadtest.null_server import NullServer, Timing
 from tests.client.waiting import eventually
+from tests.model_repository.endpoints import PATIENCE_S
 from tests.tiny import byte_level_tokenizer, save_tokenizer
 
 KEYS = ("first-key-0123456789abcdef", "second-key-0123456789abcdef")
@@ -78,7 +79,7 @@ def ask(
         method=method or None,
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             status, found, content = answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         status, found, content = error.code, error.headers, error.read()
@@ -96,9 +97,9 @@ def client(gateway: Alone, key: str = "none") -> openai.OpenAI:
 GOOD = {"prompt": "hello", "max_tokens": 2}
 
 
-def raw(gateway: Alone, data: bytes, patience_s: float = 10.0) -> bytes:
+def raw(gateway: Alone, data: bytes) -> bytes:
     """What comes back until the connection ends."""
-    with socket.create_connection(("127.0.0.1", gateway.port), patience_s) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), PATIENCE_S) as connection:
         connection.sendall(data)
         answer = b""
         try:
@@ -191,7 +192,7 @@ def test_refusals_have_the_envelope(
 
 
 def test_a_chunked_body_without_a_length(gateway: Alone) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=300)
     head = {
         "Authorization": f"Bearer {KEYS[0]}",
         "Content-Type": "application/json",
@@ -256,7 +257,7 @@ def test_slow_clients_are_left(gateway: Alone) -> None:
 
 
 def test_hundreds_of_idle_connections_hinder_nobody(gateway: Alone) -> None:
-    idle = [socket.create_connection(("127.0.0.1", gateway.port), 10) for _ in range(300)]
+    idle = [socket.create_connection(("127.0.0.1", gateway.port), PATIENCE_S) for _ in range(300)]
     assert ask(gateway, "/v1/completions", GOOD)[0] == 200
     for connection in idle:
         assert connection.recv(1) == b""  # dropped
@@ -284,24 +285,32 @@ def test_a_client_that_leaves_cancels_its_calls(gateway: Alone, triton: NullServ
         stream = llm.completions.create(model="tiny/model", prompt=["a", "b"], max_tokens=3000, stream=True)
         next(stream)
         stream.close()
-        with pytest.raises(openai.APITimeoutError):
-            llm.with_options(timeout=0.5).completions.create(model="tiny/model", prompt="a", max_tokens=3000)
+    body = json.dumps({"prompt": "a", "max_tokens": 3000})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        connection.sendall((head + body).encode())
+        assert eventually(lambda: len(triton.log) == before + 3)
     assert eventually(lambda: [served.outcome for served in triton.log[before:]] == ["cancelled"] * 3)
 
 
 def test_a_stop_ends_streams_with_words(upstream: Upstream) -> None:
-    """What has not ended in time is told why; what has is whole."""
-    with alone(upstream, drain_s=2.0) as gateway:
-        with openai.OpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0) as llm:
-            long = llm.completions.create(model="tiny/model", prompt="a", max_tokens=4000, stream=True)
-            short = llm.completions.create(model="tiny/model", prompt="a", max_tokens=20, stream=True)
-            next(long)
-            gateway.process.terminate()
-            assert [chunk.choices[0].finish_reason for chunk in short][-1] == "length"
-            with pytest.raises(openai.APIError, match="the server is stopping"):
-                list(long)
-        gateway.process.wait(30)
-    assert not psutil.pid_exists(gateway.process.pid)
+    """What has not ended in time, or at a second signal, is told why; what has is whole."""
+    for drain_s in (1.0, 600.0):
+        with alone(upstream, drain_s=drain_s) as gateway:
+            with openai.OpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0) as llm:
+                long = llm.completions.create(model="tiny/model", prompt="a", max_tokens=4000, stream=True)
+                short = llm.completions.create(model="tiny/model", prompt="a", max_tokens=20, stream=True)
+                next(long)
+                gateway.process.terminate()
+                if drain_s > 1:
+                    assert [chunk.choices[0].finish_reason for chunk in short][-1] == "length"
+                    gateway.process.terminate()
+                with pytest.raises(openai.APIError, match="the server is stopping"):
+                    list(long)
+                short.close()
+            gateway.process.wait(PATIENCE_S)
+        assert not psutil.pid_exists(gateway.process.pid)
 
 
 def test_counters_never_fall(upstream: Upstream, tmp_path: Path) -> None:
@@ -408,7 +417,7 @@ def test_a_start_that_cannot_be_says_why(upstream: Upstream, tmp_path: Path) -> 
         [sys.executable, "-m", "flightline.gateway", settings.to_json()],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert (
         done.returncode == 1 and done.stderr.startswith("gateway: error: ") and done.stderr.count("\n") == 1

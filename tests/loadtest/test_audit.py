@@ -134,8 +134,9 @@ def test_samples_that_percentiles_need_are_mlperfs():
 
 def test_intervals_hold_the_truth_and_are_narrow_when_the_repeats_agree():
     even = ratio_of_rounds([[(10.0, 1.0)], [(10.1, 1.0)], [(9.9, 1.0)]])
-    assert even.low < 10 < even.high and even.high - even.low < 1 and even.significant
-    assert not ratio_of_rounds([[(1.1, 1.0)], [(0.9, 1.0)], [(1.0, 1.0)]]).significant
+    assert 1 < even.low < 10 < even.high and even.high - even.low < 1
+    none = ratio_of_rounds([[(1.1, 1.0)], [(0.9, 1.0)], [(1.0, 1.0)]])
+    assert none.low < 1 < none.high
     same = bootstrap_ratio([1.0, 2.0, 3.0] * 50, [1.0, 2.0, 3.0] * 50)
     assert same.low <= 1.0 <= same.high
 
@@ -148,15 +149,11 @@ def test_a_lone_round_has_no_interval_but_the_spread_of_its_pairs():
     assert ratio_of_rounds([[(None, 1.0)], []]).value is None
 
 
-def test_histograms_add_up_and_are_exact_to_one_percent():
-    parts = [[0.001 * i for i in range(1, 500)], [0.5 + 0.002 * i for i in range(500)]]
-    together = Histogram()
-    for part in parts:
-        together.merge(Histogram(part))
-    everything = sorted(value for part in parts for value in part)
+def test_histograms_are_exact_to_one_percent():
+    values = [*(0.001 * i for i in range(1, 500)), *(0.5 + 0.002 * i for i in range(500))]
     for percent in (50, 90, 99):
-        true = everything[int(len(everything) * percent / 100)]
-        assert together.percentile(percent) == pytest.approx(true, rel=0.01)
+        true = values[int(len(values) * percent / 100)]
+        assert Histogram(values).percentile(percent) == pytest.approx(true, rel=0.01)
     assert Histogram().percentile(50) is None
 
 

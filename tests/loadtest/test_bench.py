@@ -41,7 +41,7 @@ def test_a_whole_run(tmp_path, capsys):
     # On a machine that is busy with other tests, the load generator may be late, and then must say so.
     assert status == (data["verdict"] != "VALID")
     assert data["verdict"] == ("INVALID" if data["reasons"] else "UNSTEADY" if data["unsteady"] else "VALID")
-    assert all("load generator is too slow" in reason for reason in data["reasons"])
+    assert all("load generator" in reason for reason in data["reasons"])
     assert {path.name for path in folder.iterdir()} - {"comparison.png"} == {
         "clients.jsonl", "figures.csv", "locust.log", "records.jsonl", "report.html", "report.json", "report.md",
         "requests.csv", "workers.jsonl",

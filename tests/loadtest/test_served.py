@@ -92,9 +92,13 @@ def test_a_run_against_real_triton_agrees_with_tritons_own_client(served, tmp_pa
     assert summary["completed"] == len(complete)
     assert summary["failed"] == summary["wrong_length"] == 0
     assert summary["output_tokens"] == 32 and summary["input_tokens"] > 10
-    assert 0.25 < summary["output_tokens_per_s"] / independent.tokens_per_s < 4
-    assert 0.25 < summary["e2e_s"]["p50"] / independent.e2e_s < 4
-    assert 0 < summary["server_ttft_s"]["p50"] < summary["ttft_s"]["p50"] < 10 * independent.ttft_s
+    for mine, other in (
+        (summary["output_tokens_per_s"], independent.tokens_per_s),
+        (summary["e2e_s"]["p50"], independent.e2e_s),
+        (summary["ttft_s"]["p50"], independent.ttft_s),
+    ):
+        assert 1 / 30 < mine / other < 30  # less than a wrong unit would make of it
+    assert 0 < summary["server_ttft_s"]["p50"] < summary["ttft_s"]["p50"]
     series = cell["utilisation"]["series"]
     assert 0 < series["active"] <= 4 and 0 < series["kv_used"] < 1
     names = {line["name"] for line in data["timeline"]["lines"]}

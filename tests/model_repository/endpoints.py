@@ -29,7 +29,7 @@ INT32 |= {
     "runtime_top_k",
 }
 UINT64 = {"seed", "lora_task_id", "prompt_table_extra_id"}
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """Only a hang takes longer, on however busy a machine."""
 
 

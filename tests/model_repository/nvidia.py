@@ -21,7 +21,7 @@ PERF_METRICS = (
     *("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns"),
     *("acceptance_rate", "total_accepted_draft_tokens", "total_draft_tokens"),
 )
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 def tensors(values: dict[str, np.ndarray]) -> list[grpcclient.InferInput]:

@@ -40,7 +40,7 @@ def lines() -> list[str]:
 def server(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Iterator[Server]:
     """One to break; it asks itself more often whether it still works."""
     build = private_copy(tiny_build, tmp_path_factory.mktemp("faults"))
-    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=5.0, drain_s=60.0)
+    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=5.0, drain_s=600.0)
     with Server(settings, say=lines.append) as running:
         yield running
 
@@ -242,12 +242,15 @@ def test_stop_lets_running_requests_end_and_refuses_new_ones(server: Server) -> 
     endpoints = ["ensemble", "text_generation"] * 4
     calls = [Call(server, endpoint, inputs) for endpoint in endpoints]
     firsts = [call.next() for call in calls]
-    stopping = threading.Thread(target=server.stop)
+    engine = psutil.Process(server.engine_pids[0])
+    engine.suspend()  # else a busy machine could end them all before new requests are refused
+    gate, stopping = server._gate, threading.Thread(target=server.stop)
     stopping.start()
-    wait_until(lambda: server._gate is None or server._gate.closed)
+    wait_until(lambda: gate.closed)
     for endpoint in ("ensemble", "text_generation"):
         with pytest.raises(GrpcError, match="the server is stopping and takes no new requests"):
             ask(server, endpoint)
+    engine.resume()
     for endpoint, call, first in zip(endpoints, calls, firsts, strict=True):
         answer = call.read()
         answer.responses.insert(0, first)
@@ -320,7 +323,7 @@ def test_command_line(tiny_build: Path, tmp_path: Path) -> None:
     settings = settings_for(private_copy(tiny_build, tmp_path))
     command = _command(settings)
     # A folder of its own, or any other server that starts now would end it.
-    env = os.environ | {"TMPDIR": str(tmp_path), "DRAIN_S": "60"}
+    env = os.environ | {"TMPDIR": str(tmp_path), "DRAIN_S": "600"}
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert any(line.startswith("ready: ") for line in first.stdout)
     orphans = psutil.Process(first.pid).children(recursive=True)

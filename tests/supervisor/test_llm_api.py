@@ -230,7 +230,7 @@ def test_failures_cancellation_and_a_full_queue(
     assert (last["works"].finish_reason, last["works"].num_output_tokens) == (FinishReason.LENGTH, 8)
     assert last["leaves"].finish_reason is FinishReason.CANCELLED
     engine.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= threads

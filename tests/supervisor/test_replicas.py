@@ -73,16 +73,21 @@ DRAWN = {"seed": 2**64 - 1, "temperature": 1.2, "top_k": 0, "top_p": 0.95, "max_
 
 def drawn_by_both(server: Server) -> set[str]:
     """The answers of both engines to one seeded request, asked four times at once."""
-    wait_until(lambda: idle(server))
-    before = [engine.stats.generated_tokens for engine in server.engine.engines]
     batch = {name: np.tile(endpoints.array(name, value), (4, 1)) for name, value in DRAWN.items()}
-    answer = Call(
-        server, "text_generation", {"text_input": np.array([[b"the cat"]] * 4, dtype=np.object_), **batch}
-    ).read()
-    wait_until(lambda: idle(server))
-    after = [engine.stats.generated_tokens for engine in server.engine.engines]
-    assert all(new - old >= DRAWN["max_tokens"] for old, new in zip(before, after, strict=True))
-    return set(answer.texts)
+    batch["text_input"] = np.array([[b"the cat"]] * 4, dtype=np.object_)
+    texts: set[str] = set()
+
+    def spread() -> bool:
+        """A model's process may take a moment to find an engine that was started again."""
+        wait_until(lambda: idle(server))
+        before = [engine.stats.generated_tokens for engine in server.engine.engines]
+        texts.update(Call(server, "text_generation", batch).read().texts)
+        wait_until(lambda: idle(server))
+        after = [engine.stats.generated_tokens for engine in server.engine.engines]
+        return all(new - old >= DRAWN["max_tokens"] for old, new in zip(before, after, strict=True))
+
+    wait_until(spread)
+    return texts
 
 
 @pytest.mark.slow
@@ -202,8 +207,10 @@ def test_a_frozen_instance_is_noticed_though_the_other_answers(pair: Server, lin
     stubs[0].suspend()
     wait_until(lambda: pair.triton_pid != old)
     wait_until(lambda: pair.wait_ready(0.1))
-    # Triton may have been first to see that its stub is not there; else a later question has overtaken one.
+    # By Triton, which sees that its stub is not there; by a later question that has overtaken one; or, where a busy
+    # machine answers no later one in time, by the engines, which answer all the same.
     noticed = ("model text_generation is dead", "an instance of model text_generation has left")
+    noticed += ("model text_generation has not answered",)
     assert any(line.startswith(noticed) for line in lines)
     assert ask(pair, "text_generation").text
     for call in traffic.values():

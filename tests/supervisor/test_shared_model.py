@@ -15,6 +15,7 @@ from flightline.supervisor.serve import Server
 from flightline.torch_engine.core.config import EngineConfig
 from tests.model_repository.endpoints import Call, GrpcError, ask, wait_until
 from tests.serving import CONTEXT, settings_for
+from tests.supervisor.test_faults import recovered
 
 LONG = {"text_input": "the dog", "max_tokens": CONTEXT - 100, "end_id": -1, "stream": True}
 
@@ -57,7 +58,8 @@ def test_the_loss_of_a_rank(shared: Server, lines: list[str]) -> None:
     rank.kill()
     with pytest.raises(GrpcError, match="the engine process ended while this request was in flight"):
         call.read()
-    wait_until(lambda: shared.engine.connected and shared.wait_ready(0.1) and shared.engine_pids[0] != first)
+    wait_until(lambda: shared.engine.connected and shared.engine_pids[0] != first)
+    recovered(shared)
     assert not psutil.pid_exists(rank.pid) and len(ranks(shared)) == 1
     assert ask(shared, "ensemble", "the cat", 8, end_id=-1).text == said
     log = (shared.settings.run_dir / "engine.log").read_text()
@@ -71,5 +73,6 @@ def test_no_rank_outlives_its_engine(shared: Server) -> None:
     first, (rank,) = shared.engine_pids[0], ranks(shared)
     psutil.Process(first).kill()
     wait_until(lambda: not rank.is_running())
-    wait_until(lambda: shared.engine.connected and shared.wait_ready(0.1) and shared.engine_pids[0] != first)
+    wait_until(lambda: shared.engine.connected and shared.engine_pids[0] != first)
+    recovered(shared)
     assert ask(shared, "ensemble").text

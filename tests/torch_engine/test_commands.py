@@ -121,10 +121,10 @@ def test_an_engine_with_a_full_queue_passes_the_request_on(start: Start) -> None
     wait_until(lambda: engines.stats.active_requests == 2)
     assert outputs[0].empty() and handles[0].engine is engines.engines[1]
     engines.submit(request(), outputs[1].put)
-    refused = outputs[1].get(timeout=60)
+    refused = outputs[1].get(timeout=300)
     assert refused.error.code is Code.UNAVAILABLE and "queue is full" in refused.error.message
     engines.cancel(handles[0])
-    assert outputs[0].get(timeout=60).finish_reason is FinishReason.CANCELLED
+    assert outputs[0].get(timeout=300).finish_reason is FinishReason.CANCELLED
     other.close(), engines.close()
 
 
@@ -136,10 +136,10 @@ def test_a_stop_that_overtakes_its_request_waits_for_it(start: Start, count: int
     if count > 1:
         time.sleep(0.2)  # both engines say that they know none before they are told to keep it
     engines.submit(request("early"), outputs.put)
-    assert outputs.get(timeout=60).finish_reason is FinishReason.CANCELLED
+    assert outputs.get(timeout=300).finish_reason is FinishReason.CANCELLED
     engines.submit(request("other"), outputs.put)
     engines.stop("other")
-    assert outputs.get(timeout=60).finish_reason is FinishReason.CANCELLED
+    assert outputs.get(timeout=300).finish_reason is FinishReason.CANCELLED
     # Now known and ended: one more stop is late, and means no request to come.
     engines.stop("other")
     time.sleep(0.2)
@@ -156,7 +156,7 @@ def test_a_stop_that_overtakes_several_answers_ends_them_all(start: Start) -> No
     outputs: queue.Queue[RequestOutput] = queue.Queue()
     for sibling in request("early").siblings(3):
         engines.submit(sibling, outputs.put)
-    ends = [outputs.get(timeout=60) for _ in range(3)]
+    ends = [outputs.get(timeout=300) for _ in range(3)]
     assert {end.finish_reason for end in ends} == {FinishReason.CANCELLED}
     assert sorted(end.sequence_index for end in ends) == [0, 1, 2]
     engines.submit(request("early"), outputs.put)  # for it the stop is used up
@@ -178,7 +178,7 @@ def test_a_request_that_breaks_the_engines_endpoint_is_answered(start: Start) ->
     engine = replicas(start(9))
     outputs: queue.Queue[RequestOutput] = queue.Queue()
     engine.submit(request(max_tokens=0), outputs.put)
-    error = outputs.get(timeout=60).error
+    error = outputs.get(timeout=300).error
     assert error.code is Code.INTERNAL and "a fault of ours" in error.message
     engine.submit(request(), outputs.put)
     wait_until(lambda: engine.stats.active_requests == 1)

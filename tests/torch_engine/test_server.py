@@ -78,7 +78,7 @@ def submit(engine: EngineClient, request: GenerationRequest) -> tuple[int, queue
 def last(outputs: queue.Queue[RequestOutput]) -> RequestOutput:
     whole = RequestOutput()
     while whole.finish_reason is None:
-        whole.extend(outputs.get(timeout=60))
+        whole.extend(outputs.get(timeout=300))
     return whole
 
 
@@ -91,7 +91,7 @@ def free_blocks(engine: EngineClient, expected: int) -> int:
 
 def test_tokens_stream_and_metrics_come_last(engine: EngineClient) -> None:
     _, outputs = submit(engine, GenerationRequest([5, 6, 7], 600, end_id=-1))
-    first = outputs.get(timeout=60)
+    first = outputs.get(timeout=300)
     assert first.token_ids and first.finish_reason is None and first.metrics is None
     rest = last(outputs)
     assert len(first.token_ids + rest.token_ids) == 600
@@ -104,24 +104,24 @@ def test_tokens_stream_and_metrics_come_last(engine: EngineClient) -> None:
 def test_a_request_that_does_not_stream_is_told_once(engine: EngineClient) -> None:
     _, streamed = submit(engine, GenerationRequest([5, 6, 7], 50, end_id=-1))
     _, outputs = submit(engine, GenerationRequest([5, 6, 7], 50, end_id=-1, stream=False))
-    whole = outputs.get(timeout=60)
+    whole = outputs.get(timeout=300)
     assert whole.finish_reason is FinishReason.LENGTH and whole.metrics is not None
     assert whole.token_ids == last(streamed).token_ids and len(whole.token_ids) == 50
     handle, outputs = submit(engine, dataclasses.replace(LONG, stream=False))
     engine.cancel(handle)
-    assert outputs.get(timeout=60).finish_reason is FinishReason.CANCELLED
+    assert outputs.get(timeout=300).finish_reason is FinishReason.CANCELLED
     assert outputs.empty()
 
 
 def test_cancel_and_disconnect_free_the_blocks(process: Process, engine: EngineClient) -> None:
     handle, outputs = submit(engine, LONG)
-    outputs.get(timeout=60)
+    outputs.get(timeout=300)
     engine.cancel(handle)
     assert last(outputs).finish_reason is FinishReason.CANCELLED
     assert free_blocks(engine, 600) == 600
     other = EngineClient(process.socket, connect_timeout_s=60)
     _, outputs = submit(other, LONG)
-    outputs.get(timeout=60)
+    outputs.get(timeout=300)
     other.close()
     assert last(outputs).finish_reason is FinishReason.ERROR
     assert free_blocks(engine, 600) == 600
@@ -203,7 +203,7 @@ def test_requests_in_flight_get_an_error_when_the_engine_dies_and_it_comes_back(
     try:
         engine = EngineClient(process.socket, connect_timeout_s=60)
         _, outputs = submit(engine, LONG)
-        outputs.get(timeout=60)
+        outputs.get(timeout=300)
         process.kill()
         error = last(outputs).error
         assert error.code is Code.UNAVAILABLE and "engine process ended" in error.message
@@ -225,7 +225,7 @@ def test_sigterm_ends_it_cleanly(llama_dir: Path) -> None:
     engine = EngineClient(process.socket, connect_timeout_s=60)
     submit(engine, LONG)
     process.process.send_signal(signal.SIGTERM)
-    out, err = process.process.communicate(timeout=60)
+    out, err = process.process.communicate(timeout=300)
     assert process.process.returncode == 0 and err == ""
     assert out.startswith("engine ready: LlamaForCausalLM")
     assert not os.path.exists(process.socket)
@@ -253,14 +253,14 @@ def test_a_front_end_that_watches_is_told_of_the_prefix_cache(engine: EngineClie
     prompt = list(range(40, 140))
     last(submit(engine, GenerationRequest(prompt, 1))[1])
     engine.watch_blocks(told.put)
-    before = {event.uid: event for event in told.get(timeout=60)}
+    before = {event.uid: event for event in told.get(timeout=300)}
     chain = spelled(before, prompt)
     assert chain == prompt[: len(chain)] and len(chain) >= 64
     longer = [*prompt[: len(chain)], *range(150, 290)]
     last(submit(engine, GenerationRequest(longer, 1))[1])
     deadline = time.monotonic() + 60
     while len(spelled(before, longer)) < 200 and time.monotonic() < deadline:
-        before |= {event.uid: event for event in told.get(timeout=60)}
+        before |= {event.uid: event for event in told.get(timeout=300)}
     assert spelled(before, longer) == longer[: len(spelled(before, longer))]
     assert len(spelled(before, longer)) >= 200
 

@@ -47,15 +47,22 @@ def compile_only(self, grid):
 
 JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
-from flightline.torch_engine.kernels.gpu.activation import Form
+from types import SimpleNamespace
+from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
-from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, row_means, scatter
+from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, GroupedLinear, Scratch
+from flightline.torch_engine.kernels.gpu.kv_cache import (
+    AttentionInput, KVCache, SharedPrefixes, rotate_write, row_means, scatter,
+)
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
 from flightline.torch_engine.kernels.gpu.norm import add_norm, add_up, gate
+from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.tokens import argmax, embed, remember
 from flightline.torch_engine.model.coded import Coded
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.parallel.group import Alone, Boxes
 
 class Three(Alone):
@@ -90,12 +97,33 @@ form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
     plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
     attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
+prefix_plan = PrefixPlan.of(cache, 32, bf16, 132)
+step.prefixes = SharedPrefixes(torch.zeros(3, 4, dtype=torch.int32), ints, torch.zeros(2, 4, dtype=torch.int32))
+prefix = attend_prefixes(qkv, cache, step, 32, 0.1, None, None, prefix_plan)
+attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one, prefix=prefix)
 if hopper:
+    step.spans, step.offsets = torch.zeros(1, 4, dtype=torch.int32), ints
+    gathered = GatheredPlan(gathered_plans(bf16, 128)[0], GatheredPlan.new_scratch(cache, bf16, 128))
+    attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)
     for plan in (plans[0], plans[-1]):
         skinny_linear(codes[:1], codes, one, one, plan)
     skinny_linear(codes[:1], codes, torch.ones(1), torch.ones(6144), plans[0])
+# gpt-oss: sinks, and experts in MXFP4 with biases, of a row by itself and in blocks; widths end within a block.
+step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
+attend(torch.zeros(4, 80 * 64, dtype=bf16), KVCache(cache.values[..., :64], cache.scales), step, 64, 0.1, 128, None,
+       decode_plan(4, 8, 8, 64, 132, 128), Form.PLAIN, None, None, torch.zeros(64))
+spec = MixtureSpec(32, 4, 2880, normalise=True, router_bias=True, expert_bias=True, clamp=7.0)
+experts = []
+for outputs in (5760, 2880):
+    nothing = torch.zeros(outputs, 2880, dtype=torch.uint8)
+    stored = Coded(nothing, torch.ones(outputs, 90).bfloat16(), 32, bits=4, e2m1=True)
+    experts.append(Experts.of_codes(GroupedCodes.of(stored), outputs, 2880).with_bias(torch.zeros(outputs)))
+mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, None, "silu", bf16, torch.zeros(32))
+for rows in (1, 64):
+    where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
+    mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
 packed = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
 if hopper:
@@ -105,10 +133,6 @@ for coded in packed:
     for rows in (1, 64):
         linear._few(torch.zeros(rows, 4096, dtype=bf16))
     linear.weight()
-from types import SimpleNamespace
-from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes
-from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
-from flightline.torch_engine.model.mixture import MixtureSpec
 
 def experts_like(coded, outputs, inputs):
     def one(rows, columns):
@@ -145,8 +169,10 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(shared <= shared_limit for kernels in found.values() for shared, *_ in kernels)
-    prefill = {unit for _, units, _ in found["_prefill_kernel"] for unit in units}
-    assert prefill == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
+    gathers = ["_gathered_kernel"] if capability == 90 else []
+    for name in ("_prefill_kernel", "_prefix_kernel", *gathers):
+        used = {unit for _, units, _ in found[name] for unit in units}
+        assert used == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
     assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
     assert all(used == units for _, used, _ in found["_product_kernel"])
@@ -156,5 +182,5 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     for kernel in ("_rows_in_kernel", "_rows_out_kernel", "_blocks_kernel"):
         assert all(used == units for _, used, _ in found[kernel]), kernel
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
-    attention = found["_decode_kernel"] + found["_prefill_kernel"]
+    attention = found["_decode_kernel"] + found["_prefill_kernel"] + found["_prefix_kernel"]
     assert not any(bytewise for _, _, bytewise in attention)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import FinishReason, GenerationRequest, Guide, SamplingParams
+from flightline.torch_engine.core.shared_prefixes import Group, find_groups
 from flightline.torch_engine.model.coded import Coded
 from tests.tiny import tiny_checkpoint
 
@@ -36,13 +37,16 @@ if RUNS:
     from flightline.engine_build.engine_model import EngineModel
     from flightline.torch_engine import cuda_runner
     from flightline.torch_engine.cuda_runner import MixedShape
+    from flightline.torch_engine.kernels.gpu import attention, cuda, shared_prefix, timing
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
     from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
+    from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, padded
     from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.kv_cache import (
         AttentionInput,
         KVCache,
+        SharedPrefixes,
         rotate_write,
         row_means,
         scatter,
@@ -58,6 +62,7 @@ if RUNS:
         skinny_linear,
     )
     from flightline.torch_engine.kernels.gpu.norm import add_norm, gate
+    from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
     from flightline.torch_engine.kernels.gpu.tokens import argmax, embed
 
 if RUNS and INTERPRETED:
@@ -404,6 +409,161 @@ class TestKernels:
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
 
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "size", "kind", "window", "softcap"),
+        [
+            (8, 2, 32, "compute", None, None),
+            (6, 2, 40, "fp8", None, 3.0),
+            (4, 1, 16, "int8", 30, None),
+            (2, 2, 16, "scaled fp8", 7, None),
+        ],
+    )
+    def test_shared_keys_are_met_together(
+        self, monkeypatch, heads, kv_heads, size, kind, window, softcap
+    ) -> None:
+        """As each row alone would: groups of less, as much and more than a tile, rows in none, rows cut and whole."""
+        monkeypatch.setattr(shared_prefix, "LEAST_KEYS", 16)
+        torch.manual_seed(size)
+        block_size, dtype = 4, DTYPES[0]
+        free = random.Random(3).sample(range(1, 100), 99)
+        # Shared blocks and rows of each group, of which a row may have more blocks of its own.
+        begins = [[free.pop() for _ in range(blocks)] for blocks in (9, 8, 0)]
+        tables, positions = [], []
+        for begin, owns in zip(begins, ([1, 3, 1, 2, 7, 1], [2, 1], [1, 10]), strict=True):
+            for own in owns:
+                tables.append(begin + [free.pop() for _ in range(own)] + [0] * 20)
+                positions.append((len(begin) + own) * block_size - 1 - len(tables) % block_size)
+        integers = {"dtype": torch.int32, "device": DEVICE}
+        order = torch.randperm(len(tables))  # rows of groups do not lie side by side
+        slots = order.to(**integers)
+        where = torch.tensor(positions, **integers)[order.to(DEVICE)]
+        block_tables = torch.tensor([table[:20] for table in tables], **integers)
+        known = [torch.randn(position + 1, 2, kv_heads, size) for position in positions]
+        cache = filled_cache(
+            kind,
+            dtype,
+            known,
+            [(position + 1, 0) for position in positions],
+            tables,
+            block_size,
+            kv_heads,
+            size,
+        )
+        qkv = torch.randn(len(tables), (heads + 2 * kv_heads) * size, device=DEVICE, dtype=dtype)
+        plan = dataclasses.replace(
+            PrefixPlan.of(cache, heads, dtype, 4), tile=PrefillPlan(16, 16, 4, 2), programs=11, result_bytes=0
+        )
+        groups = find_groups(
+            block_tables.cpu().numpy(), slots.cpu().numpy(), (where // block_size).cpu().numpy()
+        )
+        assert sorted(len(group.rows) for group in groups) == [2, 6]
+        parts = plan.lay_out(groups, len(tables), block_size, least=-(2**60))
+        rows, members, items = (torch.tensor(part, **integers) for part in parts)
+        prefixes = SharedPrefixes(rows.view(3, -1), members, items.view(-1, 4))
+        sinks = torch.randn(heads, device=DEVICE) if softcap else None
+        assert rows.view(3, -1)[2].max() > 1, "pieces of keys have to be put together"
+        scale = torch.tensor(0.01, device=DEVICE)
+        extra, form = (7, Form.FP8_STATIC) if heads % 4 else (0, Form.PLAIN)
+        results = []
+        for shared in (None, prefixes):
+            step = AttentionInput(slots, where, block_tables, len(tables), None, prefixes=shared)
+            prefix = attend_prefixes(qkv, cache, step, heads, 0.2, window, softcap, plan)
+            assert (prefix is None) == (shared is None)
+            plain = qkv, cache, step, heads, 0.2, window, softcap, DecodePlan(extra, 16, 16, 2), form, scale
+            results.append(attend(*plain, sinks=sinks, prefix=prefix).float())
+        close(results[1], results[0], 4e-2 if form else 2e-3 if ON_GPU else 1e-5)
+
+    def test_shared_keys_are_laid_out_in_the_room_there_is(self) -> None:
+        cache = KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=torch.float8_e4m3fn), None)
+        plan = PrefixPlan.of(cache, 32, torch.bfloat16, 132)
+        assert plan.rows == 16 and plan.key_bytes == 2048
+        for sizes in ([(64, 125)], [(8, 90)], [(17, 40), (16, 400), (300, 8), (5, 4000)], [(2, 3000)] * 60):
+            total = sum(count for count, _ in sizes)
+            starts = [sum(count for count, _ in sizes[:number]) for number in range(len(sizes))]
+            groups = [
+                Group(torch.arange(start, start + count).numpy(), blocks)
+                for start, (count, blocks) in zip(starts, sizes, strict=True)
+            ]
+            parts = plan.lay_out(groups, total + 3, 16)
+            rows, members, items = (torch.tensor(part) for part in parts)
+            rows, items = rows.view(3, -1), items.view(-1, 4)
+            assert len(items) == plan.items(total + 3) and rows.shape[1] == len(members) == total + 3
+            seen: dict[int, list[tuple[int, int]]] = {}
+            for number, (first, count, begin, end) in enumerate(items.tolist()):
+                assert count <= plan.rows and (count == 0 or begin < end)
+                for place, row in enumerate(members[first : first + count].tolist()):
+                    piece = len(seen.setdefault(row, []))
+                    assert number * plan.rows + place == rows[1, row] + piece * plan.rows
+                    seen[row].append((begin, end))
+            for group in groups:
+                for row in group.rows.tolist():
+                    if row not in seen:  # no room: the row is computed alone
+                        assert rows[:, row].tolist() == [0, 0, 0] and len(sizes) == 60
+                        continue
+                    assert rows[0, row] == group.blocks * 16 and rows[2, row] == len(seen[row])
+                    ends = [end for _, end in seen[row]]
+                    assert [begin for begin, _ in seen[row]] == [0, *ends[:-1]] and ends[-1] == rows[0, row]
+        assert plan.lay_out([Group(torch.arange(2).numpy(), 60)], 8, 16) is None, "it would cost more"
+
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "size", "kind", "softcap"),
+        [
+            (6, 2, 64, "compute", None),
+            (2, 1, 64, "scaled fp8", 3.0),
+            (4, 1, 64, "int8", None),
+        ],
+    )
+    def test_prompts_over_gathered_keys(self, heads, kv_heads, size, kind, softcap) -> None:
+        """As over keys where they lie: several prompts, the first chunk of one and the last of another, a decode first;
+        contexts that end at a block of keys and beside it. What nobody wrote is not a number."""
+        torch.manual_seed(heads)
+        block_size, dtype = 16, DTYPES[1] if ON_GPU else DTYPES[0]
+        lengths = [(20, 1), (64, 64), (129, 30), (47, 47)]  # context, tokens of it in this step
+        free = random.Random(4).sample(range(1, 100), 99)
+        tables = [[free.pop() for _ in range(-(-context // block_size))] + [0] * 9 for context, _ in lengths]
+        tables = [table[:9] for table in tables]
+        known = [torch.randn(context, 2, kv_heads, size) for context, _ in lengths]
+        whole = [(context, 0) for context, _ in lengths]
+        cache = filled_cache(kind, dtype, known, whole, tables, block_size, kv_heads, size)
+        tile = PrefillPlan(32, 64, 4, 2)
+        each = tile.tokens(heads // kv_heads)
+        slots, positions, tiles, spans, offsets, used = [], [], [], [], [0] * 4, 0
+        for slot, (context, count) in enumerate(lengths):
+            if count > 1:
+                tiles += [
+                    (len(slots) + begin, min(each, count - begin), context - count + begin, slot)
+                    for begin in range(0, count, each)
+                ]
+                spans.append((slot, context, used, 0))
+                offsets[slot] = used
+                used += padded(context)
+            slots += [slot] * count
+            positions += range(context - count, context)
+        slots, positions, tables, tiles, spans, offsets = (
+            torch.tensor(values, dtype=torch.int32, device=DEVICE)
+            for values in (slots, positions, tables, tiles, spans, offsets)
+        )
+        width = (heads + 2 * kv_heads) * size
+        qkv = torch.randn(len(slots), width, device=DEVICE, dtype=dtype)
+        plan = GatheredPlan(tile, GatheredPlan.new_scratch(cache, dtype, used))
+        assert plan.keys == used
+        plan.scratch.fill_(torch.nan)
+        sinks = torch.randn(heads, device=DEVICE) if softcap else None
+        scale = torch.tensor(0.01, device=DEVICE)
+        form = Form.FP8_STATIC if kind == "int8" else Form.PLAIN
+        results = []
+        for gathers in (False, True):
+            step = AttentionInput(slots, positions, tables, 1, tiles, 129)
+            if gathers:
+                step.spans, step.offsets = spans, offsets
+            decode = DecodePlan(0, 0, 32, 1)
+            out = attend(qkv, cache, step, heads, 0.2, None, softcap, decode, form, scale, tile, sinks)
+            if gathers:
+                attend_gathered(qkv, cache, step, heads, 0.2, softcap, plan, out, form, scale, sinks)
+            results.append(out.float())
+        assert results[1].isfinite().all()
+        close(results[1], results[0], 4e-2 if form else 1e-2 if ON_GPU else 1e-5)
+
     def test_the_longest_rows_are_cut(self) -> None:
         """Whatever else is in the batch, and never into more pieces than there are programs."""
         chance = random.Random(5)
@@ -673,6 +833,67 @@ class TestEngine:
         monkeypatch.setattr(engine.runner, "_loose", None)
         assert [output.token_ids for output in engine.generate(requests)] == expected
 
+    def test_shared_prefixes_change_nothing(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Greedy tokens of requests with a beginning in common, which come and go, with graphs' shapes and without."""
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        begin = [5 + at % 90 for at in range(40)]
+        requests = [GenerationRequest([*begin, 7 + n, 9], 2 + n % 3, end_id=-1) for n in range(5)]
+        requests.append(GenerationRequest([4] * 9, 4, end_id=-1))
+        first, *others = requests
+        settings = {"max_num_tokens": 64, "num_kv_blocks": 96}
+
+        def tokens(engine) -> list[list[int]]:
+            return [output.token_ids for some in ([first], others) for output in engine.generate(some)]
+
+        expected = tokens(make_engine(folder, **settings))
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type, **settings)
+        runner, kernels = engine.runner, engine.kernels
+        plan = dataclasses.replace(kernels.prefix_plan(runner.model.spec, runner.caches[0]), result_bytes=0)
+        kernels.prefix = dataclasses.replace(plan, tile=PrefillPlan(32, 16, 4, 1))
+        monkeypatch.setattr(PrefixPlan.lay_out, "__defaults__", (0,))
+        with torch.inference_mode():
+            runner.capture([4, 8], [])
+        replayed, carry_out = [], runner._carry_out
+
+        def watched(order, staging):
+            replayed.append(type(order.graph).__name__)
+            return carry_out(order, staging)
+
+        monkeypatch.setattr(runner, "_carry_out", watched)
+        assert tokens(engine) == expected
+        assert replayed.count("SharedShape") >= 2 and "int" in replayed
+        engine.audit()
+
+    def test_gathered_keys_change_nothing(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Greedy tokens of prompts of several steps beside others', as far as the scratch memory holds them."""
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1, head_dim=64)
+        requests = [
+            GenerationRequest([5 + at % 90 for at in range(length)], 2, end_id=-1) for length in (61, 40, 3)
+        ]
+        settings = {"max_num_tokens": 32, "block_size": 16, "enable_kv_cache_reuse": False}
+        expected = [output.token_ids for output in make_engine(folder, **settings).generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type, **settings)
+        runner, kernels = engine.runner, engine.kernels
+        scratch = GatheredPlan.new_scratch(runner.caches[0], kernels.dtype, 200)
+        kernels.gathered = GatheredPlan(PrefillPlan(32, 32, 4, 2), scratch)
+        monkeypatch.setattr(cuda_runner, "LONG", 8)
+        monkeypatch.setattr(cuda_runner, "LEAST_TOKENS", 8)
+        gathered, carry_out = [], runner._carry_out
+
+        def watched(order, staging):
+            if order.graph is None:
+                gathered.append(order.gathered)
+            return carry_out(order, staging)
+
+        monkeypatch.setattr(runner, "_carry_out", watched)
+        assert [output.token_ids for output in engine.generate(requests)] == expected
+        assert gathered.count(True) >= 2
+        engine.audit()
+        gathered.clear()
+        with torch.inference_mode():
+            runner._warm_up(8)
+        assert gathered == [False, False, False, True]
+
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:
         """Steps with guesses replay graphs of decodes; the host waits before and after them, and else stays ahead."""
         requests = [GenerationRequest([8, 7, 8, 7, 8, 7], 10, end_id=-1)]
@@ -752,6 +973,67 @@ class TestEngine:
         outputs = [output for _ in range(6) for output in engine.step()]
         assert {key for key, _ in outputs} == {"stays"} and not engine.busy
         engine.audit()
+
+
+@pytest.mark.skipif(ON_GPU, reason="there the clock decides")
+class TestTuning:
+    """What is timed at load: here times are told, and the results are computed."""
+
+    pytestmark = kernel
+
+    @pytest.fixture
+    def engine(self, tmp_path, make_engine, monkeypatch):
+        monkeypatch.setattr(attention, "LONG", 64)
+        monkeypatch.setattr(PrefixPlan.lay_out, "__defaults__", (0,))
+        monkeypatch.setattr(
+            cuda, "gathered_plans", lambda dtype, size: [PrefillPlan(32, 64, 4, 2), PrefillPlan(64, 64, 4, 2)]
+        )
+        shape = {"num_hidden_layers": 1, "head_dim": 64, "num_key_value_heads": 1}
+        settings = {"block_size": 16, "max_seq_len": 400, "device": DEVICE.type, "kernels": "cuda"}
+        return make_engine(tiny_checkpoint(tmp_path / "llama", **shape), **settings)
+
+    def tune(self, engine, monkeypatch, *seconds: float) -> str:
+        """With these times of one candidate after the other; what the engine says of itself."""
+        told = iter(seconds)
+        monkeypatch.setattr(timing, "device_seconds", lambda run, repeats=5: next(told))
+        kernels, spec, cache = engine.kernels, engine.model.spec, engine.runner.caches[0]
+        with torch.inference_mode():
+            kernels.tune_prefill(spec, cache, 80)
+            kernels.tune_prefixes(spec, cache, 8, 400)
+        assert next(told, None) is None and not cache.values.any(), "the cache is empty again"
+        return kernels.describe(spec)
+
+    def test_the_faster_way_is_taken(self, engine, monkeypatch) -> None:
+        said = self.tune(engine, monkeypatch, 10e-6, 9e-6, 8e-6, 50e-6, 30e-6)
+        kernels = engine.kernels
+        assert kernels.long_prefill is None and kernels.gathered.tile == PrefillPlan(64, 64, 4, 2)
+        assert kernels.gathered.keys == padded(80) and kernels.prefix is not None
+        assert "over gathered keys: 10 -> 8 us" in said and "shared prefixes: 50 -> 30 us" in said
+
+    def test_what_gains_little_is_not(self, engine, monkeypatch) -> None:
+        said = self.tune(engine, monkeypatch, 10e-6, 9.8e-6, 9.9e-6, 50e-6, 49e-6)
+        assert engine.kernels.gathered is None and engine.kernels.prefix is None
+        assert "gathered" not in said and "shared" not in said
+
+    def test_what_gives_other_results_is_not(self, engine, monkeypatch) -> None:
+        real = timing.attend_gathered, timing.attend_prefixes
+
+        def wrong_prompts(*arguments) -> None:
+            real[0](*arguments)
+            arguments[7].mul_(1.1)
+
+        def wrong_prefixes(*arguments):
+            prefix = real[1](*arguments)
+            if prefix is not None:
+                prefix.values.fill_(torch.nan)
+            return prefix
+
+        monkeypatch.setattr(timing, "attend_gathered", wrong_prompts)
+        monkeypatch.setattr(timing, "attend_prefixes", wrong_prefixes)
+        said = self.tune(engine, monkeypatch, 10e-6, 5e-6, 5e-6, 50e-6, 5e-6)
+        assert engine.kernels.gathered is None and engine.kernels.prefix is None
+        assert said.count("over gathered keys is not used: results differ by") == 2
+        assert "shared prefixes are not computed together: results differ by nan" in said
 
 
 def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap, sinks):

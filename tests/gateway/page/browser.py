@@ -63,7 +63,7 @@ class Page:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']['exception'].get('description')}")
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 30.0) -> None:
+    def wait(self, condition: str, seconds: float = 120.0) -> None:
         """Until a JavaScript expression is true."""
         end = time.monotonic() + seconds
         while not self._true(condition):
@@ -158,4 +158,4 @@ def _connect(port_file: Path, process: subprocess.Popen[bytes]) -> websocket.Web
     port = port_file.read_text().split()[0]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
         tab = next(tab for tab in json.load(answer) if tab["type"] == "page")
-    return websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=60)
+    return websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=300)

@@ -131,7 +131,7 @@ def test_enter_with_shift_is_a_new_line(page, answers):
 def test_text_appears_as_it_comes_and_stops_when_told(page, answers):
     more = threading.Semaphore(2)
     answers.pieces = say("one two three " * 200)
-    answers.gate = lambda index: more.acquire(timeout=60) and None
+    answers.gate = lambda index: more.acquire(timeout=300) and None
     ask(page)
     page.wait("document.querySelector('.assistant .body').innerText.trim() === 'one two'")
     assert page.evaluate("running !== null && $('send').hidden && !$('stop').hidden")

@@ -117,28 +117,28 @@ def _attend(
 
 
 @triton.jit
-def _store_heads(out, in_scale, target, result, mask, FORM: tl.constexpr):
+def store_heads(out, in_scale, target, result, mask, FORM: tl.constexpr):
     if FORM == FP8_STATIC:
         result = to_fp8(result / tl.load(in_scale))
     tl.store(out + target, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _sink(sinks, head, top):
+def add_sink(sinks, head, top):
     """What the sink of a query head adds to the sum of a row whose largest score is ``top``."""
     return tl.exp(tl.load(sinks + head) - top)
 
 
 @triton.jit
-def _first_key(length, WINDOW: tl.constexpr):
-    """Of those that a decode sees which is the ``length``-th token."""
-    return tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+def _first_key(length, shared, WINDOW: tl.constexpr):
+    """Of those that a decode sees which is the ``length``-th token, beyond ``shared`` that are computed elsewhere."""
+    return tl.maximum(length - WINDOW, shared) if WINDOW > 0 else shared
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _share_kernel(
-    positions, rows, shares, EXTRA: tl.constexpr, KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    positions, prefixes, rows, shares, EXTRA: tl.constexpr, KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Shares ``EXTRA`` programs a head out among the longest rows; ``shares`` as :class:`Shares` has it.
 
@@ -147,7 +147,10 @@ def _share_kernel(
     begin_kernel()
     r = tl.arange(0, BLOCK_ROWS)
     length = tl.load(positions + r, mask=r < rows, other=-1) + 1
-    length -= _first_key(length, WINDOW)
+    shared = 0
+    if TILE > 0:
+        shared = tl.load(prefixes + r, mask=r < rows, other=0)
+    length -= _first_key(length, shared, WINDOW)
     each = tl.maximum(tl.cdiv(tl.sum(length, 0), EXTRA), KEYS)
     each = tl.cdiv(each, BLOCK_N) * BLOCK_N
     more = tl.maximum(tl.cdiv(length, each) - 1, 0)
@@ -165,10 +168,10 @@ def _share_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _decode_kernel(
-    qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, rows, scale,
-    v_scale, softcap,
+    qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, prefixes, rows,
+    scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, EXTRA: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, EXTRA: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
@@ -185,12 +188,17 @@ def _decode_kernel(
     if there:
         position = tl.load(positions + row)
         length = position + 1
-        begin = _first_key(length, WINDOW)
+        shared = 0
+        if TILE > 0:
+            shared = tl.load(prefixes + row)
+        begin = _first_key(length, shared, WINDOW)
         end = length
         whole = True
         if EXTRA > 0:
             each = tl.load(shares)
             whole = begin + each >= length
+            if TILE > 0:
+                whole = whole & (shared == 0)
             begin += piece * each
             end = tl.minimum(begin + each, length)
         slot = tl.load(slots + row).to(tl.int64)
@@ -205,9 +213,9 @@ def _decode_kernel(
         )  # fmt: skip
         if whole:
             if SINKS:
-                total += _sink(sinks, head * G + tl.minimum(g, G - 1), top)
+                total += add_sink(sinks, head * G + tl.minimum(g, G - 1), top)
             result = result / total[:, None] * v_scale
-            _store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
+            store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
         else:
             result = result / total[:, None] * v_scale
             part = program.to(tl.int64) * H + head * G + g
@@ -215,43 +223,68 @@ def _decode_kernel(
             tl.store(sums + part, top + tl.log(total), mask=g < G)
 
 
+@triton.jit
+def _add_parts(
+    result, top, total, parts, sums, part, used, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Adds the results ``part`` [pieces], as far as they are ``used``, of one row and head to what the others gave."""
+    d = tl.arange(0, BLOCK_D)
+    logs = tl.load(sums + part, mask=used, other=float("-inf"))
+    higher = tl.maximum(top, tl.max(logs, 0))
+    weights = tl.exp(logs - higher)
+    mask = used[:, None] & (d < D)[None, :]
+    values = tl.load(parts + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+    fade = tl.exp(top - higher)
+    result = result * fade + tl.sum(values * weights[:, None], 0)
+    return result, higher, total * fade + tl.sum(weights, 0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
-    positions, sinks, out, in_scale, shares, parts, sums, rows,
+    positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, rows,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of the rows that were cut, ``PIECES`` at a time; their sink joins them here, once."""
+    """The pieces of the rows that were cut and the shared beginnings of rows that have one, ``PIECES`` at a time; their
+    sink joins them here, once."""
     begin_kernel()
     number, head = tl.program_id(0), tl.program_id(1)
-    if number < tl.load(shares + 2):
-        row = tl.load(shares + 3 + EXTRA + number).to(tl.int64)
+    shared, before, at = 0, 0, 0
+    if TILE > 0:  # a program for each row
+        row = number.to(tl.int64)
+        shared = tl.load(prefixes + row)
+        at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
+        there = True
+    else:
+        there = number < tl.load(shares + 2)
+        row = tl.load(shares + 3 + EXTRA + number, mask=there, other=0).to(tl.int64)
+    length = tl.load(positions + row) + 1
+    count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
+    if TILE > 0:
+        there = count + before > 1
+    if there:
         first = tl.load(shares + 3 + 2 * EXTRA + row)
-        length = tl.load(positions + row) + 1
-        count = tl.cdiv(length - _first_key(length, WINDOW), tl.load(shares))
         d = tl.arange(0, BLOCK_D)
         top = float("-inf")
         total = 0.0
         result = tl.zeros([BLOCK_D], tl.float32)
         for begin in range(0, count, PIECES):
             piece = begin + tl.arange(0, PIECES)
-            used = piece < count
             part = tl.where(piece == 0, row, rows + first + piece - 1) * H + head
-            logs = tl.load(sums + part, mask=used, other=float("-inf"))
-            higher = tl.maximum(top, tl.max(logs, 0))
-            weights = tl.exp(logs - higher)
-            mask = used[:, None] & (d < D)[None, :]
-            values = tl.load(parts + part[:, None] * D + d[None, :], mask=mask, other=0.0)
-            fade = tl.exp(top - higher)
-            result = result * fade + tl.sum(values * weights[:, None], 0)
-            total = total * fade + tl.sum(weights, 0)
-            top = higher
+            result, top, total = _add_parts(result, top, total, parts, sums, part, piece < count, D, BLOCK_D)
+        if TILE > 0:
+            for begin in range(0, before, PIECES):
+                piece = begin + tl.arange(0, PIECES)
+                part = (at + piece * TILE).to(tl.int64) * H + head
+                result, top, total = _add_parts(
+                    result, top, total, prefix_parts, prefix_sums, part, piece < before, D, BLOCK_D
+                )
         if SINKS:
-            total += _sink(sinks, head, top)
-        _store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
+            total += add_sink(sinks, head, top)
+        store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
 
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -267,7 +300,30 @@ def _load_rows(values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, MAS
 
 
 @triton.jit
-def _meet(
+def weigh(scores, seen, top, total, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """Weights of ``scores`` [rows, keys], where ``seen`` if ``MASKED``, beside what ``top`` and ``total`` [rows] stand
+    for: these weights, the factor of earlier ones, and the new maxima and sums.
+
+    Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
+    """
+    if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
+        factor = LOG2_E
+    else:
+        factor = scale * LOG2_E
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * factor)
+    base = higher
+    if MASKED:
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+    p = tl.exp2(scores * factor - base[:, None])
+    fade = tl.exp2(top - base)
+    return p, fade, higher, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def meet(
     q, out, top, total, begin, end, positions, table, values, scales, head, scale, softcap,
     V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
@@ -275,13 +331,11 @@ def _meet(
 ):  # fmt: skip
     """Online softmax of ``q`` [rows, BLOCK_D] over the blocks of keys from ``begin`` to ``end``, on top of what
     ``out``, ``top`` and ``total`` hold. Unless ``MASKED`` all rows see all of these keys.
-
-    Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
     """
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
+        known = n < end
         if MASKED:
-            known = n < end
             block = tl.load(table + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
         else:
             block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
@@ -296,30 +350,18 @@ def _meet(
         if KV_INT8:
             unit = tl.load(scales + place, mask=n < end, other=0.0)
             scores *= unit[None, :]
-        if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
-            factor = _LOG2_E
-        else:
-            factor = scale * _LOG2_E
+        seen = known
         if MASKED:
             seen = known[None, :] & (n[None, :] <= positions[:, None])
             if WINDOW > 0:
                 seen = seen & (n[None, :] > positions[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * factor)
-        base = higher
-        if MASKED:
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-        p = tl.exp2(scores * factor - base[:, None])
-        fade = tl.exp2(top - base)
-        total = total * fade + tl.sum(p, 1)
+        p, fade, top, total = weigh(scores, seen, top, total, scale, softcap, SOFTCAP, MASKED)
         if KV_INT8:
             unit = tl.load(scales + place + apart, mask=n < end, other=0.0)
             p *= unit[None, :]
         if BLOCK_D > 128:
             v = _load_rows(values, place + apart, n < end, D, BLOCK_D, MASKED).to(DOT)
         out = out * fade[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
-        top = higher
     return out, top, total
 
 
@@ -354,23 +396,23 @@ def _prefill_kernel(
         low = tl.maximum(first + count - WINDOW, 0)
         low = tl.minimum(tl.cdiv(low, BLOCK_N) * BLOCK_N, high)
         low = tl.maximum(low, begin)
-        result, top, total = _meet(
+        result, top, total = meet(
             q, result, top, total, begin, low, first + token, table, values, scales, head, scale, softcap,
             V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
         )  # fmt: skip
         high = tl.maximum(high, low)
-    result, top, total = _meet(
+    result, top, total = meet(
         q, result, top, total, low, high, first + token, table, values, scales, head, scale, softcap,
         V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, STAGES, False,
     )  # fmt: skip
-    result, top, total = _meet(
+    result, top, total = meet(
         q, result, top, total, high, first + count, first + token, table, values, scales, head, scale, softcap,
         V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
     )  # fmt: skip
     if SINKS:  # scores count in units of ln 2 here; rows of nobody have seen nothing
-        total += _sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / _LOG2_E))
+        total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
-    _store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
+    store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
 
 @dataclass(frozen=True)
@@ -454,6 +496,20 @@ def decode_plan(
 
 
 @dataclass(frozen=True)
+class PrefixParts:
+    """What the rows of a step have of the keys that several of them share (``shared_prefix.py``)."""
+
+    rows: torch.Tensor
+    """As of ``kv_cache.SharedPrefixes``."""
+    tile: int
+    """How far a row's results are apart."""
+    values: torch.Tensor
+    """[results, H, D] float32: weighted sums of values."""
+    sums: torch.Tensor
+    """[results, H] float32: logarithms of the sums of the weights; -inf: the row sees none of these keys."""
+
+
+@dataclass(frozen=True)
 class Shares:
     """Who computes which piece of the rows' keys in a step: the same for all layers of one window."""
 
@@ -463,16 +519,19 @@ class Shares:
     rows: int
 
     @classmethod
-    def of(cls, step: AttentionInput, plan: DecodePlan, window: int | None) -> Shares:
+    def of(
+        cls, step: AttentionInput, plan: DecodePlan, window: int | None, prefix: PrefixParts | None = None
+    ) -> Shares:
         """The step's, which are made where its first layer asks."""
-        key = (plan, window)
+        key = (plan, window, prefix is None)
         if key not in step.shares:
             rows = step.num_decodes
             table = torch.empty(3 + 2 * plan.extra + rows, dtype=torch.int32, device=step.positions.device)
             step.shares[key] = cls(table, rows)
+            prefixes, tile = (table, 0) if prefix is None else (prefix.rows, prefix.tile)
             _share_kernel[(1,)](
-                step.positions, rows, table, plan.extra, plan.keys, triton.next_power_of_2(rows), plan.block,
-                window or 0, **LAUNCH,
+                step.positions, prefixes, rows, table, plan.extra, plan.keys, triton.next_power_of_2(rows), plan.block,
+                window or 0, tile, **LAUNCH,
             )  # fmt: skip
         shares: Shares = step.shares[key]
         return shares
@@ -491,18 +550,20 @@ def attend(
     in_scale: torch.Tensor | None = None,
     prefill: PrefillPlan | None = None,
     sinks: torch.Tensor | None = None,
+    prefix: PrefixParts | None = None,
 ) -> torch.Tensor:
     """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3.
 
     ``sinks`` [H] float32 are scores that join the softmax of each query head, and that no value belongs to.
-    ``prefill`` is the plan that the step's tiles were made for; None: :func:`prefill_plan`.
+    ``prefill`` is the plan that the step's tiles were made for; None: :func:`prefill_plan`. ``prefix`` is what decodes
+    have already of the keys that they share. Tiles of a step with ``spans`` are left to ``gathered.attend_gathered``.
     """
     _, _, kv_heads, block_size, size = cache.values.shape
     rows, group = qkv.shape[0], num_heads // kv_heads
     out, _ = new_output(rows, num_heads * size, form, qkv)
     in_scale = out if in_scale is None else in_scale
     scales = cache.values if cache.scales is None else cache.scales
-    dot = _dot_type(qkv.dtype, cache.values.dtype)
+    dot = dot_type(qkv.dtype, cache.values.dtype)
     block_d = max(32, triton.next_power_of_2(size))
     shared = {
         "BLOCK_SIZE": block_size, "WINDOW": window or 0, "SOFTCAP": softcap is not None,
@@ -510,26 +571,32 @@ def attend(
     }  # fmt: skip
     sinks = out if sinks is None else sinks
     softcap = softcap or 1.0
+    if prefix is not None:  # its rows are merged, cut or not
+        plan = dataclasses.replace(plan, extra=max(1, plan.extra))
     decodes, extra = step.num_decodes, plan.extra
+    tile = 0 if prefix is None else prefix.tile
     if decodes:
         shares = parts = sums = out
+        prefixes, prefix_parts, prefix_sums = (
+            (out, out, out) if prefix is None else (prefix.rows, prefix.values, prefix.sums)
+        )
         if extra:
-            shares = Shares.of(step, plan, window).table
+            shares = Shares.of(step, plan, window, prefix).table
             parts = torch.empty(decodes + extra, num_heads, size, dtype=torch.float32, device=qkv.device)
             sums = torch.empty(decodes + extra, num_heads, dtype=torch.float32, device=qkv.device)
         _decode_kernel[(decodes + extra, kv_heads)](
             qkv, step.slots, step.positions, step.tables, step.tables.stride(0), cache.values, scales, sinks,
-            out, in_scale, shares, parts, sums, decodes, scale * cache.k_scale, cache.v_scale, softcap,
+            out, in_scale, shares, parts, sums, prefixes, decodes, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
-            EXTRA=extra, PAIRS=cache.values.element_size() == 1, **shared,
+            EXTRA=extra, TILE=tile, PAIRS=cache.values.element_size() == 1, **shared,
             num_warps=plan.warps, num_stages=3, **LAUNCH,
         )  # fmt: skip
         if extra:
-            _merge_kernel[(min(decodes, extra), num_heads)](
-                step.positions, sinks, out, in_scale, shares, parts, sums, decodes, num_heads, size, block_d,
-                extra, 16, window or 0, shared["SINKS"], int(form), **LAUNCH,
+            _merge_kernel[(decodes if tile else min(decodes, extra), num_heads)](
+                step.positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes,
+                num_heads, size, block_d, extra, 16, window or 0, shared["SINKS"], int(form), tile, **LAUNCH,
             )  # fmt: skip
-    if step.tiles is not None:
+    if step.tiles is not None and step.spans is None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)
         _prefill_kernel[(step.tiles.shape[0], kv_heads)](
             qkv, step.tiles, step.tables, step.tables.stride(0), cache.values, scales, sinks,
@@ -540,7 +607,7 @@ def attend(
     return out
 
 
-def _dot_type(dtype: torch.dtype, cache: torch.dtype) -> tl.dtype:
+def dot_type(dtype: torch.dtype, cache: torch.dtype) -> tl.dtype:
     """Operands of the products: fp16 holds 8-bit codes exactly. The interpreter cannot multiply bf16."""
     if INTERPRETED or dtype == torch.float32:
         return tl.float32

@@ -8,19 +8,27 @@ that nothing is quantised in a pass of its own.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
+from flightline.torch_engine.core.shared_prefixes import Group
 from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
+from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
 from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
+from flightline.torch_engine.kernels.gpu.gathered import (
+    FETCHES,
+    GatheredPlan,
+    attend_gathered,
+    gathered_plans,
+)
 from flightline.torch_engine.kernels.gpu.grouped import (
     GroupedCodes,
     GroupedLinear,
@@ -28,7 +36,7 @@ from flightline.torch_engine.kernels.gpu.grouped import (
     Scratch,
     tile_of,
 )
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, row_means
+from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write, row_means
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     SKINNY_ROWS,
@@ -43,7 +51,17 @@ from flightline.torch_engine.kernels.gpu.linear import (
     skinny_plans,
 )
 from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
+from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
+from flightline.torch_engine.kernels.gpu.timing import (
+    difference,
+    graph_seconds,
+    prefill_seconds,
+    prompt_attention,
+    random_content,
+    random_qkv,
+    shared_seconds,
+)
 from flightline.torch_engine.kernels.operations import Operations, name_of
 from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.kernel_interface import GatedMlp, Layer
@@ -54,6 +72,8 @@ from flightline.torch_engine.model.weights import Checkpoint
 EXCHANGED_ROWS = (1, 4, 16, 32, MOST_ROWS)
 """Of sums that are timed in one kernel with the norm, and apart."""
 EXCHANGES = 32
+MOST_APART = 0.02
+"""A way to compute attention whose results differ by more from the usual one's is not used: rounding explains less."""
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
 
 
@@ -83,10 +103,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self.scratch = Scratch(dtype, device)
         self._used: dict[str, int] = {}
         self._tuning = ""
-        self.long_prefill: attention.PrefillPlan | None = None
+        self.long_prefill: PrefillPlan | None = None
         """How long prompts are cut up, where that was timed; None: as all are."""
         self.exchange: Exchange | None = None
         """Sums of few rows over the ranks, where that was seen to work and to be faster than sum and norm apart."""
+        self.gathered: GatheredPlan | None = None
+        """How they are computed over gathered keys, where that was faster; None: never."""
+        self.prefix: PrefixPlan | None = None
+        """How keys that several decodes share are computed, where that was timed; None: by each for itself."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -114,10 +138,6 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 "weight_precision='int8' is not for mixtures of experts on a GPU: use 'auto' or 'dequantised' "
                 "(PRECISION=bf16 of the build)"
             )
-        if mixture.expert_bias or mixture.router_bias or mixture.clamp is not None:
-            raise ConfigError(
-                "experts with biases or a clamped activation (gpt-oss) do not run on a GPU yet: use device='cpu'"
-            )
         names = mixture.names
 
         def named(module: str) -> torch.Tensor:
@@ -143,6 +163,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             shared,
             activation,
             self.dtype,
+            named(f"{names.router}.bias").float() if mixture.router_bias else None,
         )
 
     def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
@@ -173,14 +194,15 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if fp8 and readable and fits and coded.by_tensor is not None and coded.input_scale is not None:
                 scales = coded.scales[:1, 0].float()
                 expert = Experts(coded.codes[None], outputs, inputs, scales, coded.input_scale[None])
-                return expert, "FP8 W8A8"
+                return expert.with_bias(stored[1]), "FP8 W8A8"
             if readable and coded.order is None and tile_of(coded) is not None:
                 expert = Experts.of_codes(GroupedCodes.of(coded), outputs, inputs)
                 where = "by output" if coded.scales.shape[1] == 1 else f"in groups of {coded.group}"
-                return expert, f"{_codes_in_words(coded)} {where}"
+                return expert.with_bias(stored[1]), f"{_codes_in_words(coded)} {where}"
             why = f" ({_codes_in_words(coded)} dequantised)"
-        weight = checkpoint.fused(modules, self.dtype)[0].to(self.device)
-        return Experts(weight[None], *weight.shape), f"{name_of(self.dtype)}{why}"
+        weight, bias = checkpoint.fused(modules, self.dtype)
+        expert = Experts(weight.to(self.device)[None], *weight.shape)
+        return expert.with_bias(bias), f"{name_of(self.dtype)}{why}"
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
         """A weight as its checkpoint stores it; None if its shape does not allow that."""
@@ -319,6 +341,13 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             norms_row,
             means,
         )
+        prefix = None
+        if where.prefixes is not None:
+            assert self.prefix is not None
+            prefix = attend_prefixes(
+                qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
+                self.prefix,
+            )  # fmt: skip
         plan = attention.decode_plan(
             max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
             layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
@@ -327,8 +356,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale, self.long_prefill if where.long else None, layer.sinks,
+            plan, form, reader.input_scale, self.long_prefill if where.long else None, layer.sinks, prefix,
         )  # fmt: skip
+        if where.spans is not None:
+            assert self.gathered is not None
+            attend_gathered(
+                qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, self.gathered, out,
+                form, reader.input_scale, layer.sinks,
+            )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
 
@@ -376,7 +411,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             def apart(x: torch.Tensor = x, share: torch.Tensor = share) -> None:
                 self.add_norm(x, self.summed(share), None, ones, 1e-5, reader)
 
-            seen = [_graph_us([run] * EXCHANGES) / EXCHANGES for run in (together, apart)]
+            seen = [_microseconds(run, EXCHANGES) for run in (together, apart)]
             # All ranks decide by the same figures.
             took = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device)).tolist()
             ours, theirs = (each / self.group.size for each in took)
@@ -443,25 +478,102 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
         """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
 
-        Each computes the last tokens of a long prompt over ``cache``, whatever that holds.
+        Each computes the last tokens of a long prompt over ``cache``. Where keys are laid side by side first, the
+        results have to be those of the others.
         """
         block_size = cache.values.shape[3]
         context = min(longest, 16384, cache.values.shape[0] * block_size)
         if context < attention.LONG:
             return
-        plans = attention.long_prefill_plans(self.dtype, spec.head_dim)
-        seen = [prefill_seconds(plan, spec, cache, context, min(context, 2048), self.dtype) for plan in plans]
-        # All ranks decide by the same figures: rank 0 cuts up the prompts for all of them.
-        total = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device))
-        times = dict(zip(plans, (total / self.group.size).tolist(), strict=True))
-        usual, *_ = times
+        tokens = min(context, 2048)
+        with random_content(cache, -(-context // block_size)):
+            times = {
+                plan: prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
+                for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
+            }
+            usual, *_ = times
+            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual)
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
             self.long_prefill = best
             self._tuning += (
                 f"; long prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
             )
-        self.tuned["prefill attention"] = {str(plan): round(time * 1e6, 1) for plan, time in times.items()}
+        self.tuned["prefill attention"] = {str(plan): round(took * 1e6, 1) for plan, took in times.items()}
+        if not gathered:
+            return
+        plan, seconds = min(gathered, key=lambda each: each[1])
+        if seconds < 0.95 * min(times.values()):
+            self.gathered = plan
+            self._tuning += (
+                f"; prompts of up to {plan.keys} tokens over gathered keys: {times[usual] * 1e6:.0f} -> "
+                f"{seconds * 1e6:.0f} us with {plan.tile}"
+            )
+        self.tuned["prefill attention over gathered keys"] = {
+            str(plan.tile): round(seconds * 1e6, 1) for plan, seconds in gathered
+        }
+
+    def _time_gathered(
+        self,
+        spec: ModelSpec,
+        cache: KVCache,
+        longest: int,
+        context: int,
+        tokens: int,
+        usual: PrefillPlan,
+    ) -> list[tuple[GatheredPlan, float]]:
+        """Plans with gathered keys and what they take: those that give the results of the ``usual`` one."""
+        tiles = gathered_plans(self.dtype, spec.head_dim)
+        if not tiles or not FETCHES or any(layer.window for layer in spec.layers):
+            return []
+        try:
+            scratch = GatheredPlan.new_scratch(cache, self.dtype, longest)
+        except torch.OutOfMemoryError:
+            self._tuning += "; no memory is left to gather prompts' keys in"
+            return []
+        qkv = random_qkv(spec, tokens, self.dtype, cache.values.device)
+        expected = prompt_attention(usual, spec, cache, context, qkv)()
+        found = []
+        for tile in tiles:
+            plan = GatheredPlan(tile, scratch)
+            seconds = prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
+            if math.isinf(seconds):
+                continue
+            apart = difference(prompt_attention(plan, spec, cache, context, qkv)(), expected)
+            if apart <= MOST_APART:
+                found.append((plan, seconds))
+            else:
+                self._tuning += f"; {tile} over gathered keys is not used: results differ by {apart:.2g}"
+        return found
+
+    def prefix_plan(self, spec: ModelSpec, cache: KVCache) -> PrefixPlan:
+        return PrefixPlan.of(cache, spec.num_heads, self.dtype, self.multiprocessors)
+
+    def tune_prefixes(self, spec: ModelSpec, cache: KVCache, decodes: int, longest: int) -> None:
+        """Decides whether keys that decodes share are computed together, by timing both ways.
+
+        Up to 64 decodes share up to 2,048 tokens of ``cache`` and have 64 of their own.
+        """
+        block_size = cache.values.shape[3]
+        own = -(-64 // block_size)
+        decodes = min(decodes, 64)
+        shared = min(2048, longest - 64) // block_size
+        shared = min(shared, cache.values.shape[0] - decodes * own)
+        if decodes < 8 or shared * block_size < 256:
+            return
+        plan = self.prefix_plan(spec, cache)
+        if plan.lay_out([Group(np.arange(decodes), shared)], decodes, block_size) is None:
+            return
+        with random_content(cache, shared + decodes * own):
+            alone, together, apart = shared_seconds(
+                plan, spec, cache, decodes, shared, own, self.dtype, self.multiprocessors
+            )
+        self.tuned["shared prefixes"] = {"each row alone": alone * 1e6, "together": together * 1e6}
+        if not apart <= MOST_APART:
+            self._tuning += f"; shared prefixes are not computed together: results differ by {apart:.2g}"
+        elif together < 0.9 * alone:
+            self.prefix = plan
+            self._tuning += f"; shared prefixes: {alone * 1e6:.0f} -> {together * 1e6:.0f} us"
 
 
 def _codes_in_words(coded: Coded) -> str:
@@ -470,75 +582,28 @@ def _codes_in_words(coded: Coded) -> str:
     return "FP4 W4A16" if coded.e2m1 else f"W{coded.bits}A16"
 
 
-def prefill_seconds(
-    plan: attention.PrefillPlan,
-    spec: ModelSpec,
-    cache: KVCache,
-    context: int,
-    tokens: int,
-    dtype: torch.dtype,
-    repeats: int = 5,
-) -> float:
-    """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
-    fit this device."""
-    device, block_size = cache.values.device, cache.values.shape[3]
-    each, first = plan.tokens(spec.num_groups), context - tokens
-    pieces = [(at, min(each, tokens - at), first + at, 0) for at in range(0, tokens, each)][::-1]
-    tiles = torch.tensor(pieces, dtype=torch.int32, device=device)
-    table = torch.arange(-(-context // block_size), dtype=torch.int32, device=device)[None]
-    positions = torch.arange(first, context, dtype=torch.int32, device=device)
-    where = AttentionInput(torch.zeros_like(positions), positions, table, 0, tiles, context, True)
-    qkv = torch.randn(
-        tokens, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, dtype=dtype, device=device
-    )
-
-    def run() -> None:
-        attention.attend(
-            qkv, cache, where, spec.num_heads, spec.attention_scale, None, spec.attention_softcap,
-            attention.DecodePlan(0, 0, 32, 1), prefill=plan,
-        )  # fmt: skip
-
-    try:
-        run()
-    except (OutOfResources, CompilationError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        return float("inf")
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
-
-
 def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:
     """Microseconds to run ``x`` through all of them; infinite if the plan does not fit this device."""
     for linear in linears:
         linear.plan = plan
+
+    def run() -> None:
+        for linear in linears:
+            linear(x)
+
     try:
-        return _graph_us([functools.partial(linear, x) for linear in linears])
+        linears[0](x)
+        return graph_seconds(run) * 1e6
     except OutOfResources:
         return float("inf")
 
 
-def _graph_us(kernels: list[Callable[[], Any]]) -> float:
-    """Microseconds of all of them in one graph; the first is run once before, to be compiled."""
-    kernels[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL may have a thread
-        for run in kernels:
+def _microseconds(run: Callable[[], Any], times: int) -> float:
+    """Of one call of so many in a graph; the first compiles."""
+
+    def again() -> None:
+        for _ in range(times):
             run()
-    times: list[float] = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[2]
+
+    run()
+    return graph_seconds(again) * 1e6 / times

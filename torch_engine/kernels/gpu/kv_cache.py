@@ -40,6 +40,19 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in (self.values, self.scales) if t is not None)
 
 
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Keys that several decodes of a step share, and who computes them; all int32 on the device."""
+
+    rows: torch.Tensor
+    """[3, decodes]: keys that the row shares with others, whole blocks before its own token (0: none); the number of
+    its first result; how many it has, a tile of rows apart."""
+    members: torch.Tensor
+    """[decodes]: the rows that share, group by group."""
+    items: torch.Tensor
+    """[items, 4]: first of ``members``, how many, first key, end of the keys; what a program computes for each head."""
+
+
 @dataclass
 class AttentionInput:
     """Where the rows of a step belong; all int32 on the device."""
@@ -58,6 +71,13 @@ class AttentionInput:
     """Tokens, with those before the chunk, of the longest prompt."""
     long: bool = False
     """The tiles are those of the plan for long prompts (``CudaKernels.long_prefill``)."""
+    prefixes: SharedPrefixes | None = None
+    """Of the decodes."""
+    spans: torch.Tensor | None = None
+    """[prompts, 4]: slot, keys, where these begin in the scratch memory, 0; the tiles' keys are laid there first
+    (``gathered.py``). None: they are read where they are."""
+    offsets: torch.Tensor | None = None
+    """[slots]: where the keys of a slot with a span begin."""
 
     def __post_init__(self) -> None:
         self.shares: dict[Hashable, Any] = {}

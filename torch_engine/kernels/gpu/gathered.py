@@ -1,0 +1,208 @@
+"""Attention of long prompts over keys and values that are first laid side by side, in the form of the products.
+
+A cache block holds 16 tokens: each iteration of a prompt's attention looks its blocks up, and turns 8-bit codes into
+the operands of the tensor cores, for every tile of the prompt again. Here both happen once a layer and step; then whole
+tiles of keys come by the device's copy engine (tensor descriptors), and nothing is converted between two products.
+It costs the scratch memory, and a pass over the context, which pays where many tokens attend to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flightline.torch_engine.kernels.gpu.activation import Form
+from flightline.torch_engine.kernels.gpu.attention import (
+    LOG2_E,
+    PrefillPlan,
+    add_sink,
+    dot_type,
+    store_heads,
+    weigh,
+)
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel
+
+ALIGNED = 128
+"""Each prompt's keys start at a multiple of it in the scratch memory, and are filled up with zeros."""
+LEAST_TOKENS = 1024
+"""Of a step's prompts: the context of fewer is not worth laying out, since that takes as long as about 50 tokens'
+attention to it."""
+MOST_KEYS = 131_072
+"""In the scratch memory."""
+MOST_SHARE = 0.01
+"""Of the device's memory that it may have."""
+FETCHES = INTERPRETED or OVERLAPS
+"""Whether the device has the copy engine: both came with Hopper."""
+SIZES = (64, 128, 256)
+"""Of heads whose rows a tensor descriptor can fetch."""
+
+
+def padded(keys: int) -> int:
+    """Room in the scratch memory."""
+    return -(-keys // ALIGNED) * ALIGNED
+
+
+@dataclass(frozen=True)
+class GatheredPlan:
+    """How long prompts are computed over keys that lie side by side."""
+
+    tile: PrefillPlan
+    scratch: torch.Tensor
+    """[2, V, keys, D]: keys and values of one layer, all layers' after each other."""
+
+    @property
+    def keys(self) -> int:
+        return self.scratch.shape[2]
+
+    @staticmethod
+    def new_scratch(cache: KVCache, dtype: torch.dtype, keys: int) -> torch.Tensor:
+        """For prompts of ``keys`` tokens together, or fewer where the device is small, of a model in ``dtype``."""
+        _, _, kv_heads, _, size = cache.values.shape
+        device = cache.values.device
+        kind = torch.float32 if INTERPRETED else dtype if cache.values.element_size() > 1 else torch.float16
+        keys = min(keys, MOST_KEYS)
+        if device.type == "cuda":
+            room = MOST_SHARE * torch.cuda.get_device_properties(device).total_memory
+            keys = min(keys, int(room) // (2 * kv_heads * size * kind.itemsize))
+        return torch.empty(2, kv_heads, padded(keys), size, dtype=kind, device=device)
+
+
+@triton.jit
+def _gather_kernel(
+    tables, width, spans, values, scales, out, room,
+    V: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, KV_INT8: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    first, head = tl.program_id(0) * KEYS, tl.program_id(1)
+    span = spans + tl.program_id(2) * 4
+    slot, keys, offset = tl.load(span).to(tl.int64), tl.load(span + 1), tl.load(span + 2)
+    if first < keys:
+        n, d = first + tl.arange(0, KEYS), tl.arange(0, D)
+        known = n < keys
+        block = tl.load(tables + slot * width + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+        place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
+        target = out + (head * room + offset + n).to(tl.int64)[:, None] * D + d[None, :]
+        for part in tl.static_range(2):
+            row = place + part * V * BLOCK_SIZE
+            codes = tl.load(values + row[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
+            if KV_INT8:
+                codes = codes.to(tl.float32) * tl.load(scales + row, mask=known, other=0.0)[:, None]
+            tl.store(target + part * V * room * D, codes.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _advance(
+    q, out, top, total, begin, end, last, positions, place, keys, values, scale, softcap,
+    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """As ``attention.meet``, over keys that start at ``place``; ``last`` is the end of those that there are."""
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        k = keys.load([place + start, 0])
+        v = values.load([place + start, 0])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        n = start + tl.arange(0, BLOCK_N)
+        seen = n < last
+        if MASKED:
+            seen = seen[None, :] & (n[None, :] <= positions[:, None])
+        p, fade, top, total = weigh(scores, seen, top, total, scale, softcap, SOFTCAP, MASKED)
+        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return out, top, total
+
+
+@triton.jit
+def _gathered_kernel(
+    qkv, tiles, offsets, keys, values, room, sinks, out, in_scale, scale, v_scale, softcap,
+    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    tile = tiles + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    G: tl.constexpr = H // V
+    start, count, first = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    place = head * room + tl.load(offsets + tl.load(tile + 3))
+    r, d = tl.arange(0, ROWS), tl.arange(0, D)
+    token = r // G
+    mask = (token < count)[:, None]
+    row = start + token
+    heads = (head * G + r % G)[:, None] * D + d[None, :]
+    q = tl.load(qkv + row[:, None] * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
+    result = tl.zeros([ROWS, D], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    end = first + count
+    edge = (first + 1) // BLOCK_N * BLOCK_N
+    result, top, total = _advance(
+        q, result, top, total, 0, edge, end, first + token, place, keys, values, scale, softcap,
+        BLOCK_N, SOFTCAP, STAGES, False,
+    )  # fmt: skip
+    result, top, total = _advance(
+        q, result, top, total, edge, end, end, first + token, place, keys, values, scale, softcap,
+        BLOCK_N, SOFTCAP, 1, True,
+    )  # fmt: skip
+    if SINKS:  # rows of nobody have seen nothing
+        total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
+    result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
+    store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
+
+
+def gather(cache: KVCache, step: AttentionInput, scratch: torch.Tensor) -> None:
+    """Lays the keys and values of the step's ``spans`` side by side."""
+    assert step.spans is not None
+    _, _, kv_heads, block_size, size = cache.values.shape
+    grid = (triton.cdiv(step.longest, ALIGNED), kv_heads, len(step.spans))
+    _gather_kernel[grid](
+        step.tables, step.tables.stride(0), step.spans, cache.values,
+        cache.values if cache.scales is None else cache.scales, scratch, scratch.shape[2],
+        kv_heads, size, block_size, ALIGNED, cache.scales is not None, num_warps=8, **LAUNCH,
+    )  # fmt: skip
+
+
+def attend_gathered(
+    qkv: torch.Tensor,
+    cache: KVCache,
+    step: AttentionInput,
+    num_heads: int,
+    scale: float,
+    softcap: float | None,
+    plan: GatheredPlan,
+    out: torch.Tensor,
+    form: Form = Form.PLAIN,
+    in_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of the step's tiles, without a window, into the rows of ``out`` [T, H D] that they have; the rest as of
+    ``attention.attend``."""
+    assert step.tiles is not None and step.offsets is not None
+    gather(cache, step, plan.scratch)
+    _, kv_heads, room, size = plan.scratch.shape
+    tile = plan.tile
+    keys, values = (
+        TensorDescriptor(part, [kv_heads * room, size], [size, 1], [tile.block, size])
+        for part in plan.scratch
+    )
+    _gathered_kernel[(step.tiles.shape[0], kv_heads)](
+        qkv, step.tiles, step.offsets, keys, values, room, out if sinks is None else sinks,
+        out, out if in_scale is None else in_scale,
+        scale * cache.k_scale, cache.v_scale, softcap or 1.0,
+        num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None, sinks is not None,
+        dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
+    )  # fmt: skip
+
+
+def gathered_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
+    """Candidates; none where heads have another size, or products are of float32."""
+    if size not in SIZES or (dtype == torch.float32 and not INTERPRETED):
+        return []
+    if size > 128:
+        return [PrefillPlan(64, 64, 4, 2), PrefillPlan(128, 64, 8, 2)]
+    return [
+        PrefillPlan(64, 64, 4, 2), PrefillPlan(64, 128, 4, 2), PrefillPlan(128, 64, 8, 2),
+        PrefillPlan(128, 64, 8, 3), PrefillPlan(128, 128, 8, 2),
+    ]  # fmt: skip

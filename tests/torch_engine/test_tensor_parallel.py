@@ -86,7 +86,7 @@ def test_ranks_together_have_the_logits_of_one(variant: str, tmp_path: Path, mak
             kernels = PyTorchKernels(torch.device("cpu"), torch.float32)
             kernels.group = group
             model = Model(checkpoint.part(Shard(group.rank, size)), kernels, 128)
-            caches = model.new_caches(64, 4)
+            caches = model.new_caches(engine.groups.num_blocks(64), 4, engine.groups)
             return [model.forward(dataclasses.replace(step), caches) for step, _ in steps]
 
         of_ranks = at_once(size, replay)

@@ -582,6 +582,7 @@ class TestEngine:
         with torch.inference_mode():
             runner.caches[0].values[broken[1]] = torch.nan
 
+        @torch.inference_mode()
         def launch_over_broken_blocks(*step):
             for sequence, slot in runner._slots.items():
                 for group, left in enumerate(sequence.num_left):

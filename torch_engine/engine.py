@@ -144,10 +144,11 @@ class Engine:
         spec, config = self.model.spec, self.config
         ranks = config.tensor_parallel_size
         where = config.device if ranks == 1 else f"{config.device}, shared by {ranks} ranks"
+        freed = ", given back behind windows" if self.blocks.has_windows else ""
         return (
             f"{spec.architecture} with {spec.num_layers} layers, {self.kernels.describe(spec)} on "
-            f"{where}, {config.num_kv_blocks} KV blocks of "
-            f"{config.block_size} tokens, {config.batch_scheduler_policy}{self.runner.describe()}"
+            f"{where}, {config.num_kv_blocks} KV blocks of {config.block_size} tokens{freed}, "
+            f"{config.batch_scheduler_policy}{self.runner.describe()}"
         )
 
     @property

@@ -39,7 +39,13 @@ if RUNS:
     from flightline.torch_engine.cuda_runner import MixedShape
     from flightline.torch_engine.kernels.gpu import attention, cuda, shared_prefix, timing
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
+    from flightline.torch_engine.kernels.gpu.attention import (
+        DecodePlan,
+        PrefillPlan,
+        Shares,
+        attend,
+        long_prefill_plans,
+    )
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, padded
     from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
@@ -724,8 +730,11 @@ class TestEngine:
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
 
     def test_layers_with_windows_have_tables_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
-        """Blocks behind the window are given back, and others' by then; float32's plans read 32 keys at a time."""
-        monkeypatch.setattr(CudaKernels, "stride", 32)
+        """Blocks behind the window are given back: nobody reads what is there then."""
+        for size in (64, 128, 256):
+            plans = long_prefill_plans(torch.bfloat16, size)
+            assert all(CudaKernels.stride % plan.block == 0 for plan in plans)
+        monkeypatch.setattr(CudaKernels, "stride", 32)  # of float32's plans
         kinds = ["sliding_attention", "full_attention"]
         shape = {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
         folder = tiny_checkpoint(tmp_path / "gemma3", "gemma3", **shape)
@@ -734,9 +743,22 @@ class TestEngine:
         settings = {"kernels": "cuda", "device": DEVICE.type, "max_num_tokens": 32}
         engine = make_engine(folder, num_kv_blocks=36, **settings)
         assert engine.blocks.windows == (None, 8)
+        runner, launch, broken = engine.runner, engine.runner.launch, engine.blocks.allocate(2)
+        with torch.inference_mode():
+            runner.caches[0].values[broken[1]] = torch.nan
+
+        @torch.inference_mode()
+        def launch_over_broken_blocks(*step):
+            for sequence, slot in runner._slots.items():
+                for group, left in enumerate(sequence.num_left):
+                    runner.tables[slot, group, :left] = broken[1]
+            return launch(*step)
+
+        monkeypatch.setattr(runner, "launch", launch_over_broken_blocks)
         for _ in range(2):
             assert [output.token_ids for output in engine.generate(requests)] == expected
-            engine.audit()
+        engine.blocks.free(broken)
+        engine.audit()
         assert engine.stats.kv_blocks_reused > 0
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
 

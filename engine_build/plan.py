@@ -20,8 +20,10 @@ INT8_CAPABILITIES = ((8, 0), (10, 0))
 """Compute capabilities, the second excluded, that offer int8: newer ones have FP8 and few integer tensor cores."""
 AUTO = "auto"
 
+FP4 = "FP4"
+"""In the name of such a checkpoint's format: codes of which no kernel of integers on a CPU has four bits."""
 NVFP4 = "NVFP4"
-"""In the name of such a checkpoint's format: a scale for 16 weights, which no kernel of integers on a CPU has."""
+"""As well: a scale for 16 weights."""
 NVFP4_CAPABILITY = (10, 0)
 BF16_CAPABILITY = (8, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -498,7 +500,7 @@ def _weights_bytes(
         stored = "int8_sq" if precision in INTEGERS else precision
         return weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp) + rest
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
-        each = 1.07 if precision == "int8" or NVFP4 in shape.stored else 0.63
+        each = 1.07 if precision == "int8" or FP4 in shape.stored else 0.63
         linear = each * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:

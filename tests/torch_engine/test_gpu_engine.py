@@ -32,7 +32,7 @@ from flightline.torch_engine.engine import Engine
 from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.config_json import load_spec, transformers_class
 from flightline.torch_engine.model.weights import Checkpoint
-from tests.packing import FORMATS, rewrite
+from tests.packing import FORMATS, rewrite, rewrite_experts
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS
 
@@ -232,6 +232,18 @@ def test_experts_of_each_format(name: str, tmp_path: Path) -> None:
         r"2 (FP4 )?W4A16 in groups of \d+ of experts", engine.info.description
     )
     assert greedy(engine, prompts) == expected
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts stay codes of 4 bits, of a row by itself and in blocks of many rows."""
+    packed, plain = rewrite_experts(tiny_checkpoint(tmp_path / "source", "gpt_oss"), tmp_path)
+    prompts = [[5, 6, 7], list(range(20, 60))]
+    case = Family(packed, reference(plain, torch.float32), prompts)
+    engine = small_engine(packed, **BATCH_ONE)
+    assert "FP4 W4A16 in groups of 32 of experts" in engine.info.description
+    assert logit_error(case, monkeypatch, engine) < 1e-3
+    expected = greedy(small_engine(packed, kernels="pytorch"), prompts)
+    assert greedy(small_engine(packed), prompts) == expected
 
 
 # A real model --------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ GROUPED = MixtureSpec(
     experts=12, chosen=4, inner=40, score="sigmoid", correction=True, groups=4, kept_groups=2, normalise=True,
     scale=2.5,
 )  # fmt: skip
+BIASED = replace(PLAIN, normalise=True, router_bias=True, expert_bias=True, clamp=0.5)
+"""As gpt-oss has them; half of all values are clamped."""
 SHARED = replace(PLAIN, shared_inner=56, shared_gate=True)
 MIXTURES = {"plain": PLAIN, "grouped": GROUPED, "shared": SHARED, "all experts": replace(PLAIN, chosen=9)}
 
@@ -48,6 +50,10 @@ class Drawn:
         for name, shape in mixture_linears(mixture).items():
             drawn = torch.randn(*(sizes[extent] for extent in shape), generator=generator)
             self.tensors[f"layer.{name}.weight"] = (drawn / drawn.shape[1] ** 0.5).bfloat16().float()
+        for name in list(self.tensors):
+            if (mixture.expert_bias and ".experts." in name) or (mixture.router_bias and ".gate." in name):
+                size = len(self.tensors[name])
+                self.tensors[name.replace("weight", "bias")] = torch.randn(size, generator=generator) / 2
         if mixture.correction:
             self.tensors[f"layer.{mixture.names.correction}"] = (
                 torch.randn(mixture.experts, generator=generator) / 3
@@ -59,8 +65,12 @@ class Drawn:
     def weight(self, module: str, dtype: torch.dtype) -> torch.Tensor:
         return self.raw(f"{module}.weight").to(dtype)
 
-    def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, None]:
-        return torch.cat([self.weight(module, dtype) for module in modules]), None
+    def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return torch.cat([self.weight(module, dtype) for module in modules]), self.biases(modules)
+
+    def biases(self, modules: list[str]) -> torch.Tensor | None:
+        found = [self.tensors[f"{module}.bias"] for module in modules if f"{module}.bias" in self.tensors]
+        return torch.cat(found) if found else None
 
     def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> None:
         return None
@@ -200,6 +210,16 @@ def test_experts_that_are_stored_otherwise_than_the_first_are_refused(make) -> N
         checkpoint.codes[module] = random_codes("e2m1-16", checkpoint.tensors[f"{module}.weight"])
     with pytest.raises(ConfigError, match=r"experts\.4\.gate_proj is not stored like the experts before it"):
         make(1, "int4").load_mixture(checkpoint, PLAIN, "layer", "silu")
+
+
+@needs_compiler
+def test_compiled_biases_and_clamps_are_the_references(make) -> None:
+    checkpoint = Drawn(BIASED)
+    mlp = make(2, "auto").load_mixture(checkpoint, BIASED, "layer", "silu")
+    reference = PyTorchKernels(CPU, torch.float32).load_mixture(checkpoint, BIASED, "layer", "silu")
+    for count in (1, 70):
+        expected = reference(rows(count), None)
+        assert (mlp(rows(count), None) - expected).norm() < 1e-4 * expected.norm()
 
 
 @needs_compiler

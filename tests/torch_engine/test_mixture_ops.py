@@ -19,6 +19,7 @@ from flightline.torch_engine.model.mixture import MixtureSpec
 from tests.packing import e2m1
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_mixture import (
+    BIASED,
     GROUPED,
     HIDDEN,
     PLAIN,
@@ -61,17 +62,21 @@ class Quantised(Drawn):
         super().__init__(mixture, hidden)
         self.input_scales: dict[str, torch.Tensor] = {}
         for name in self.tensors:
-            if "proj" in name:
+            if name.endswith("proj.weight"):
                 codes = (self.tensors[name] / WEIGHT_SCALE).clamp(-448, 448).to(E4M3)
                 self.tensors[name] = codes.float() * WEIGHT_SCALE
                 # One scale for all experts, the largest, since a row is rounded once.
                 self.input_scales[name] = torch.tensor(INPUT_SCALE / (4 if "experts.0." in name else 1))
 
-    def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> tuple[Coded, None]:
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, torch.Tensor | None]:
         codes = torch.cat([self.raw(f"{module}.weight") for module in modules]) / WEIGHT_SCALE
         scales = torch.full((len(codes), 1), WEIGHT_SCALE)
         inputs = torch.stack([self.input_scales[f"{module}.weight"] for module in modules]).amax()
-        return Coded(codes.to(E4M3), scales, codes.shape[1], input_scale=inputs).to(device), None
+        return Coded(codes.to(E4M3), scales, codes.shape[1], input_scale=inputs).to(device), self.biases(
+            modules
+        )
 
 
 class Rounding(PyTorchKernels):
@@ -123,7 +128,7 @@ class TestExperts:
 
     @pytest.mark.parametrize("count", [1, 11])
     @pytest.mark.parametrize("kind", ["float32", "fp8"])
-    @pytest.mark.parametrize("mixture", [GROUPED, SHARED], ids=["grouped", "shared"])
+    @pytest.mark.parametrize("mixture", [GROUPED, SHARED, BIASED], ids=["grouped", "shared", "biased"])
     def test_like_the_reference(self, mixture: MixtureSpec, kind: str, count: int) -> None:
         """Few rows, each by itself, and many in blocks; the last two belong to nobody, and are NaN."""
         coded = kind == "fp8"

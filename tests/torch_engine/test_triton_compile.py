@@ -46,16 +46,19 @@ def compile_only(self, grid):
 
 JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
-from flightline.torch_engine.kernels.gpu.activation import Form
+from types import SimpleNamespace
+from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
-from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, GroupedLinear, Scratch
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, rotate_write, scatter
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
 from flightline.torch_engine.kernels.gpu.norm import add_norm, add_up, gate
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.tokens import argmax, embed, remember
 from flightline.torch_engine.model.coded import Coded
+from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.parallel.group import Alone
 
 class Three(Alone):
@@ -98,6 +101,20 @@ if hopper:
     for plan in (plans[0], plans[-1]):
         skinny_linear(codes[:1], codes, one, one, plan)
     skinny_linear(codes[:1], codes, torch.ones(1), torch.ones(6144), plans[0])
+# gpt-oss: sinks, and experts in MXFP4 with biases, of a row by itself and in blocks; widths end within a block.
+step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
+attend(torch.zeros(4, 80 * 64, dtype=bf16), KVCache(cache.values[..., :64], cache.scales), step, 64, 0.1, 128, None,
+       decode_plan(4, 8, 8, 64, 132, 128), Form.PLAIN, None, None, torch.zeros(64))
+spec = MixtureSpec(32, 4, 2880, normalise=True, router_bias=True, expert_bias=True, clamp=7.0)
+experts = []
+for outputs in (5760, 2880):
+    nothing = torch.zeros(outputs, 2880, dtype=torch.uint8)
+    stored = Coded(nothing, torch.ones(outputs, 90).bfloat16(), 32, bits=4, e2m1=True)
+    experts.append(Experts.of_codes(GroupedCodes.of(stored), outputs, 2880).with_bias(torch.zeros(outputs)))
+mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, None, "silu", bf16, torch.zeros(32))
+for rows in (1, 64):
+    where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
+    mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
 packed = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
 if hopper:
@@ -107,10 +124,6 @@ for coded in packed:
     for rows in (1, 64):
         linear._few(torch.zeros(rows, 4096, dtype=bf16))
     linear.weight()
-from types import SimpleNamespace
-from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes
-from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
-from flightline.torch_engine.model.mixture import MixtureSpec
 
 def experts_like(coded, outputs, inputs):
     def one(rows, columns):

@@ -130,10 +130,6 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 "weight_precision='int8' is not for mixtures of experts on a GPU: use 'auto' or 'dequantised' "
                 "(PRECISION=bf16 of the build)"
             )
-        if mixture.expert_bias or mixture.router_bias or mixture.clamp is not None:
-            raise ConfigError(
-                "experts with biases or a clamped activation (gpt-oss) do not run on a GPU yet: use device='cpu'"
-            )
         names = mixture.names
 
         def named(module: str) -> torch.Tensor:
@@ -159,6 +155,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             shared,
             activation,
             self.dtype,
+            named(f"{names.router}.bias").float() if mixture.router_bias else None,
         )
 
     def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
@@ -189,14 +186,15 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if fp8 and readable and fits and coded.by_tensor is not None and coded.input_scale is not None:
                 scales = coded.scales[:1, 0].float()
                 expert = Experts(coded.codes[None], outputs, inputs, scales, coded.input_scale[None])
-                return expert, "FP8 W8A8"
+                return expert.with_bias(stored[1]), "FP8 W8A8"
             if readable and coded.order is None and tile_of(coded) is not None:
                 expert = Experts.of_codes(GroupedCodes.of(coded), outputs, inputs)
                 where = "by output" if coded.scales.shape[1] == 1 else f"in groups of {coded.group}"
-                return expert, f"{_codes_in_words(coded)} {where}"
+                return expert.with_bias(stored[1]), f"{_codes_in_words(coded)} {where}"
             why = f" ({_codes_in_words(coded)} dequantised)"
-        weight = checkpoint.fused(modules, self.dtype)[0].to(self.device)
-        return Experts(weight[None], *weight.shape), f"{name_of(self.dtype)}{why}"
+        weight, bias = checkpoint.fused(modules, self.dtype)
+        expert = Experts(weight.to(self.device)[None], *weight.shape)
+        return expert.with_bias(bias), f"{name_of(self.dtype)}{why}"
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
         """A weight as its checkpoint stores it; None if its shape does not allow that."""

@@ -82,16 +82,18 @@ def _first_best(values, places, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step", "idle"])
 def _route_kernel(
-    logits, step, correction, slots, idle, ids, weights,
+    logits, step, bias, correction, slots, idle, ids, weights,
     E: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CHOSEN: tl.constexpr, PLACES: tl.constexpr,
-    SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, KEPT: tl.constexpr,
-    NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    BIASED: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+    KEPT: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     mask = e < E
     x = sum_parts(logits + row * E + e, step, mask, PARTS)
+    if BIASED:
+        x += tl.load(bias + e, mask=mask, other=0.0)
     if SIGMOID:
         scores = tl.sigmoid(x)
     else:
@@ -139,20 +141,21 @@ def route(
     correction: torch.Tensor | None,
     slots: torch.Tensor,
     idle: int,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From partial sums [S, T, E] of the router to the chosen experts, int32, and their weights, float32: each [T, C].
 
-    Rows whose slot is ``idle`` choose nobody (-1), with weight 0.
+    ``bias`` [E] float32 is the router's. Rows whose slot is ``idle`` choose nobody (-1), with weight 0.
     """
     parts, step = parts_of(logits)
     rows, experts = logits.shape[-2:]
     ids = torch.empty(rows, mixture.chosen, dtype=torch.int32, device=logits.device)
     weights = torch.empty(rows, mixture.chosen, dtype=torch.float32, device=logits.device)
     _route_kernel[(rows,)](
-        logits, step, logits if correction is None else correction, slots, idle, ids, weights,
+        logits, step, _or(bias, logits), _or(correction, logits), slots, idle, ids, weights,
         experts, triton.next_power_of_2(experts), parts, mixture.chosen, triton.next_power_of_2(mixture.chosen),
-        mixture.score == "sigmoid", correction is not None, mixture.groups, triton.next_power_of_2(mixture.groups),
-        mixture.kept_groups, mixture.normalise,
+        bias is not None, mixture.score == "sigmoid", correction is not None, mixture.groups,
+        triton.next_power_of_2(mixture.groups), mixture.kept_groups, mixture.normalise,
         float(mixture.scale), num_warps=1, **LAUNCH,
     )  # fmt: skip
     return ids, weights
@@ -211,9 +214,10 @@ def _codes_at(codes, expert, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexp
 
 @triton.jit
 def _rows_in_kernel(
-    x, in_scale, weight, weight_scales, offsets, ids, out,
+    x, in_scale, weight, weight_scales, offsets, bias, ids, out,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr, OFFSETS: tl.constexpr,
+    BIASED: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     pair = tl.program_id(0).to(tl.int64)
@@ -233,15 +237,17 @@ def _rows_in_kernel(
         )
     if FP8:
         sums *= tl.load(in_scale) * tl.load(weight_scales + expert)
+    if BIASED:
+        sums += tl.load(bias + expert * N + n, n < N, 0.0)
     tl.store(out + pair * N + n, sums, n < N)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _rows_out_kernel(
-    x, in_scale, weight, weight_scales, offsets, ids, shares, out, rows,
+    x, in_scale, weight, weight_scales, offsets, bias, ids, shares, out, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, EACH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BIASED: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
@@ -265,7 +271,9 @@ def _rows_out_kernel(
                 x + pair * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, False
             )
         if FP8:
-            share *= tl.load(in_scale) * tl.load(weight_scales + expert)
+            sums *= tl.load(in_scale) * tl.load(weight_scales + expert)
+        if BIASED:
+            sums += tl.load(bias + expert * N + n, n < N, 0.0)
         total += sums * share
     tl.store(out + (split * rows + row) * N + n, total, n < N)
 
@@ -350,10 +358,10 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
 
 @triton.jit(do_not_specialize=["pairs", "rows"])
 def _blocks_kernel(
-    x, in_scale, weight, weight_scales, offsets, order, experts, shares, out, pairs, rows,
+    x, in_scale, weight, weight_scales, offsets, bias, order, experts, shares, out, pairs, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    OFFSETS: tl.constexpr, DOWN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BIASED: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, OFFSETS: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tiles = (N + BLOCK_N - 1) // BLOCK_N
@@ -393,6 +401,8 @@ def _blocks_kernel(
                 sums = tl.dot(a, tl.trans(w), sums, input_precision="ieee")
         if FP8:
             sums *= tl.load(in_scale) * tl.load(weight_scales + tl.maximum(expert, 0))
+        if BIASED:
+            sums += tl.load(bias + tl.maximum(expert, 0) * N + n, n < N, 0.0)[None, :]
         target = pair
         if DOWN:  # a row's results one after the other are partial sums for the next norm
             sums *= tl.load(shares + pair, lives, 0.0)[:, None]
@@ -420,6 +430,10 @@ def _shared_kernel(
     tl.store(out + row * N + columns, values.to(out.dtype.element_ty), mask=mask)
 
 
+TENSORS = ("weight", "scales", "input_scale", "offsets", "bias")
+"""Of :class:`Experts`, with a place for each expert."""
+
+
 @dataclass(frozen=True)
 class Experts:
     """One linear of all experts; of the three ways in which its weights may be kept, each uses what it needs."""
@@ -436,12 +450,18 @@ class Experts:
     """GROUP, TILE, KIND and OFFSETS of such codes, as the kernels have them; a tile of 0 says that there are none."""
     offsets: torch.Tensor | None = None
     """[E, G, N]."""
+    bias: torch.Tensor | None = None
+    """[E, N] float32."""
 
     @classmethod
     def of_codes(cls, codes: GroupedCodes, outputs: int, inputs: int) -> Experts:
         """Of a single expert."""
         cut = codes.group, codes.tile, int(codes.kind), int(codes.offset_kind)
         return cls(codes.codes[None], outputs, inputs, codes.scales[None], None, cut, codes.offsets[None])
+
+    def with_bias(self, bias: torch.Tensor | None) -> Experts:
+        """A single expert with ``bias`` [N]."""
+        return self if bias is None else replace(self, bias=bias.float().to(self.weight.device)[None])
 
     def room(self, count: int) -> Experts:
         """Room for ``count`` experts like this one."""
@@ -451,7 +471,7 @@ class Experts:
         """Writes a single expert to its place; False if it is kept in another way."""
         if expert._kind() != self._kind():
             return False
-        for name in ("weight", "scales", "input_scale", "offsets"):
+        for name in TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 tensor[number] = getattr(expert, name)[0]
         return True
@@ -461,13 +481,12 @@ class Experts:
         return self if self.input_scale is None else replace(self, input_scale=self.input_scale.amax())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Experts:
-        names = ("weight", "scales", "input_scale", "offsets")
-        tensors = ((name, getattr(self, name)) for name in names)
+        tensors = ((name, getattr(self, name)) for name in TENSORS)
         changed: dict[str, Any] = {name: change(each) for name, each in tensors if each is not None}
         return replace(self, **changed)
 
     def _kind(self) -> tuple[object, ...]:
-        tensors = (self.weight, self.scales, self.input_scale, self.offsets)
+        tensors = (getattr(self, name) for name in TENSORS)
         return self.cut, *(None if each is None else (each.dtype, each.shape[1:]) for each in tensors)
 
     @property
@@ -498,10 +517,11 @@ class CudaMixture:
         shared: Shared | None,
         activation: str,
         dtype: torch.dtype,
+        router_bias: torch.Tensor | None = None,
     ) -> None:
-        """``router`` [E, N] in the compute dtype if that holds it exactly, else float32."""
+        """``router`` [E, N] in the compute dtype if that holds it exactly, else float32; its bias [E] in float32."""
         self.mixture, self.correction = mixture, correction
-        self.router = PlainLinear(router, None)
+        self.router, self.router_bias = PlainLinear(router, None), router_bias
         self.gate_up, self.down, self.shared = gate_up, down, shared
         self.activation, self.dtype = activation, dtype
 
@@ -514,6 +534,7 @@ class CudaMixture:
             self.correction,
             step.attention.slots,
             step.idle,
+            self.router_bias,
         )
         few = ids.numel() <= self.mixture.experts
         out = self._few(values, ids, shares) if few else self._many(values, ids, shares)
@@ -523,7 +544,7 @@ class CudaMixture:
 
     def _gate(self, wide: torch.Tensor) -> torch.Tensor:
         form = Form.FP8_STATIC if self.down.fp8 else Form.PLAIN
-        return gate(wide, self.activation, self.dtype, form, self.down.input_scale).values
+        return gate(wide, self.activation, self.dtype, form, self.down.input_scale, self.mixture.clamp).values
 
     def _room(self, parts: int, rows: int, size: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         parts += self.shared is not None
@@ -536,8 +557,9 @@ class CudaMixture:
         wide = torch.empty(ids.numel(), wide_n, dtype=torch.float32, device=x.device)
         block_n, block_k = 64, 256 if one.fp8 else 128
         _rows_in_kernel[(ids.numel(), triton.cdiv(wide_n, block_n))](
-            x, _or(one.input_scale, x), one.weight, _or(one.scales, x), _or(one.offsets, x), ids, wide,
-            wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)), one.fp8, *one.cut,
+            x, _or(one.input_scale, x), one.weight, _or(one.scales, x), _or(one.offsets, x), _or(one.bias, x), ids,
+            wide, wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)),
+            one.bias is not None, one.fp8, *one.cut,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         read = self._gate(wide)
@@ -547,8 +569,10 @@ class CudaMixture:
         splits = triton.cdiv(chosen, each)
         out = self._room(splits, rows, size, x, torch.float32)
         _rows_out_kernel[(rows, triton.cdiv(size, block_n), splits)](
-            read, _or(two.input_scale, x), two.weight, _or(two.scales, x), _or(two.offsets, x), ids, shares, out, rows,
-            size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)), two.fp8, *two.cut,
+            read, _or(two.input_scale, x), two.weight, _or(two.scales, x), _or(two.offsets, x), _or(two.bias, x), ids,
+            shares, out, rows,
+            size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)),
+            two.bias is not None, two.fp8, *two.cut,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         return out
@@ -581,8 +605,9 @@ class CudaMixture:
         block_k = min(128 if linear.fp8 else 64, triton.next_power_of_2(inputs))
         _blocks_kernel[(len(sorted_.experts) * triton.cdiv(outputs, block_n),)](
             x, _or(linear.input_scale, x), linear.weight, _or(linear.scales, x), _or(linear.offsets, x),
-            sorted_.order, sorted_.experts, shares, out, shares.numel(), rows,
-            outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k, linear.fp8, *linear.cut, down,
+            _or(linear.bias, x), sorted_.order, sorted_.experts, shares, out, shares.numel(), rows,
+            outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k,
+            linear.bias is not None, linear.fp8, *linear.cut, down,
             num_warps=4 if sorted_.size < 64 else 8, num_stages=4, **LAUNCH,
         )  # fmt: skip
 

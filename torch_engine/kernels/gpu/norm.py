@@ -20,6 +20,9 @@ from flightline.torch_engine.kernels.gpu.activation import (
     warps_of,
 )
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.model.mixture import CLAMPED_SLOPE
+
+_CLAMPED_SLOPE = tl.constexpr(CLAMPED_SLOPE)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -91,7 +94,8 @@ def add_up(sums: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 @triton.jit(do_not_specialize=["step"])
 def _gate_kernel(
     gate_up, step, out, scales, in_scale,
-    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, FORM: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, CLAMP: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
@@ -99,7 +103,11 @@ def _gate_kernel(
     mask = columns < N
     gate = sum_parts(gate_up + row * 2 * N + columns, step, mask, PARTS)
     up = sum_parts(gate_up + row * 2 * N + N + columns, step, mask, PARTS)
-    if SILU:
+    if CLAMP > 0:
+        gate = tl.minimum(gate, CLAMP)
+        gate = gate * tl.sigmoid(_CLAMPED_SLOPE * gate)
+        up = tl.clamp(up, -CLAMP, CLAMP) + 1.0
+    elif SILU:
         gate = gate * tl.sigmoid(gate)
     else:  # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
         gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
@@ -112,10 +120,12 @@ def gate(
     dtype: torch.dtype,
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
+    clamp: float | None = None,
 ) -> Activation:
     """``[T, 2 N] -> [T, N]``: activation (``silu`` or ``gelu_tanh``) of the first half times the second.
 
-    ``gate_up`` may be partial sums; ``dtype`` is that of the plain form.
+    With ``clamp`` it is what ``MixtureSpec.clamp`` says. ``gate_up`` may be partial sums; ``dtype`` is the plain
+    form's.
     """
     rows, size = gate_up.shape[-2], gate_up.shape[-1] // 2
     out, scales = new_output(rows, size, form, gate_up, dtype)
@@ -126,6 +136,6 @@ def gate(
     grid = (rows, triton.cdiv(size, block))
     _gate_kernel[grid](
         gate_up, step, out, scales, out if in_scale is None else in_scale,
-        size, block, parts, activation == "silu", int(form), num_warps=warps_of(block), **LAUNCH,
+        size, block, parts, activation == "silu", float(clamp or 0.0), int(form), num_warps=warps_of(block), **LAUNCH,
     )  # fmt: skip
     return Activation(out, scales)

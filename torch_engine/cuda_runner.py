@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +35,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from flightline.torch_engine.core.config import EngineConfig
@@ -63,8 +61,6 @@ MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 
 MIXED_SAMPLES = 256
 MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
-MASK_THREADS = 16
-"""That make grammars' masks while the device computes."""
 MIB = 2**20
 ALIGNMENT = 4
 """Integers in 16 bytes."""
@@ -263,7 +259,6 @@ class CudaRunner:
         self.graph_bytes = 0
         self._unfinished: Callable[[], None] | None = None
         """What of the launched step is not queued."""
-        self._executor = LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
         if config.cuda_graphs and on_gpu:
             if config.cuda_tuning:
                 kernels.tune(model.layers)
@@ -502,7 +497,7 @@ class CudaRunner:
             if sequence.grammar is not None and sequence.finish_reason is None
         }
         if grammars:
-            fill(list(grammars.values()), self.sampling.new_masks(len(grammars)), self._executor)
+            fill(list(grammars.values()), self.sampling.new_masks(len(grammars)))
             self.sampling.allow(list(grammars))
 
     def _order_decodes(self, chunks: list[Chunk]) -> Order:

@@ -143,15 +143,16 @@ class Sequence:
     def append(
         self, token_id: int, log_prob: float, now_ns: int, top: tuple[tuple[int, float], ...] = ()
     ) -> RequestOutput | None:
-        """Takes the sampled token and the likeliest ones there; returns what can be told about it, if anything."""
+        """Takes the sampled token and the likeliest ones there; returns what can be told about it, if anything.
+
+        Its grammar, if there is one, has the token already.
+        """
         if not self.first_token_ns:
             self.first_token_ns = now_ns
         self.last_token_ns = now_ns
         if token_id in self.end_ids:
             return self._finish(FinishReason.END_ID)
         self.tokens.append(token_id)
-        if self.grammar is not None:
-            self.grammar.take(token_id)
         release = self.output.push(token_id, log_prob, top)
         if release.stopped:
             self.finish_reason = FinishReason.STOP

@@ -178,6 +178,10 @@ class GenerateParams:
         "INT32", what="tell so many of the most likely tokens in each token's place",
         limits=(0, MOST_TOP_LOG_PROBS), ours=True, backends=(TORCH, PYTORCH),
     )  # fmt: skip
+    return_prompt_log_probs: bool = _parameter(
+        "BOOL", False, "tell the prompt's tokens' log-probabilities, too, and what `top_logprobs` asks for",
+        silent=True, ours=True, backends=(TORCH,),
+    )  # fmt: skip
     return_token_ids: bool = _parameter("BOOL", False, "tell the tokens of the text", silent=True, ours=True)
     return_finish_reason: bool = _parameter(
         "BOOL", False, "tell why the answer has ended", silent=True, ours=True

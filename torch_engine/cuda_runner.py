@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.grammar import fill
-from flightline.torch_engine.core.sampling import Sampled
-from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.request import Code, RequestError
+from flightline.torch_engine.core.sampling import Asked, Sampled, Scores, score, scored_rows, told_scores
+from flightline.torch_engine.core.scheduler import MOST_SCORED, Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import LONG, prefill_plan
@@ -215,7 +216,7 @@ class CudaRunner:
         """Of the last step."""
         self.last = torch.zeros(slots + 1 + forks, dtype=torch.int32, device=device)
         ladder = self._ladder(max(slots, min(slots * (1 + config.speculation_tokens), MOST_ROWS)))
-        samples = max(slots, MIXED_SAMPLES)
+        samples = max(slots + MOST_SCORED, MIXED_SAMPLES)
         self.tokens = torch.zeros(max(samples, ladder[-1]), dtype=torch.int32, device=device)
         spec = model.spec
         self.choice = Choice.empty(len(self.tokens), device)
@@ -257,6 +258,8 @@ class CudaRunner:
         self.mixed: dict[MixedShape, Captured] = {}
         """Of steps with prompt chunks, the smallest first."""
         self.graph_bytes = 0
+        self._computed: Computed
+        """The last step's forward pass."""
         self._unfinished: Callable[[], None] | None = None
         """What of the launched step is not queued."""
         if config.cuda_graphs and on_gpu:
@@ -408,8 +411,11 @@ class CudaRunner:
         asks = max(told, default=-1) >= 0
         count = len(sampling)
         guided = {self._slots[sequence]: sequence for sequence in sampling if sequence.grammar is not None}
+        asked, scores = scored_rows(chunks), []
 
         def finish() -> None:
+            if asked:
+                scores.append(self._score(count, asked))
             if not plain:
                 self.sampling.flush()
                 self._fork()
@@ -434,9 +440,10 @@ class CudaRunner:
                     staging.event.synchronize()
             self.ranks.done()
             tokens = staging.tokens[:count].tolist()
-            if not asks:
-                return [Sampled(token) for token in tokens]
-            return _told(staging.choice, tokens, told)
+            sampled = (
+                [Sampled(token) for token in tokens] if not asks else _told(staging.choice, tokens, told)
+            )
+            return sampled + told_scores(scores[0], asked) if asked else sampled
 
         return fetch
 
@@ -480,14 +487,27 @@ class CudaRunner:
             where = AttentionInput(
                 slots, positions, self.tables, order.decodes, tiles.view(-1, 4), order.longest, order.long
             )
-            computed = self._forward(CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare))
-            return functools.partial(self._choose, computed)
+            self._computed = self._forward(
+                CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare)
+            )
+            return functools.partial(self._choose, self._computed)
         elif not self.graphs:
-            return functools.partial(self._choose, self._decode(order.graph))
+            self._computed = self._decode(order.graph)
+            return functools.partial(self._choose, self._computed)
         else:
             captured = self.graphs[order.graph]
-        captured.replay()
+        self._computed = captured.replay()
         return captured.choose
+
+    def _score(self, first: int, asked: list[Asked]) -> Scores:
+        """Queues what is told of the prompts' tokens whose logits begin at row ``first``, and its way to the host."""
+        rows = sum(len(each.targets) for each in asked)
+        scores = score(self._computed.logits[first : first + rows], asked, self.model.finished)
+        pinned = self.device.type == "cuda"
+        here = [torch.empty(each.shape, dtype=each.dtype, pin_memory=pinned) for each in scores]
+        for each, there in zip(here, scores, strict=True):
+            each.copy_(there, non_blocking=True)
+        return Scores(*here)
 
     def _mask(self, guided: dict[int, Sequence]) -> None:
         """Queues what the grammars of slots' sequences allow now; of those that have just ended nobody looks at it."""
@@ -577,6 +597,7 @@ class CudaRunner:
         tiles: list[tuple[int, int, int, int]] = []
         prompts: list[tuple[int, int, int, int]] = []
         sampled: list[tuple[int, int, int]] = []
+        scored: list[tuple[int, int, int]] = []
         updates: list[tuple[int, int]] = []
         total = 0
         for chunk in chunks:
@@ -596,6 +617,11 @@ class CudaRunner:
             total += count
             if chunk.samples:
                 sampled.append((total - 1, slot, holds))
+            # Tokens are chosen in these rows, too, where nobody looks.
+            scored += [
+                (row, self.spare, 0) for row in range(total - chunk.num_rows, total - chunk.num_sampled)
+            ]
+        sampled += scored
         if singles:
             columns.insert(0, np.array(singles, dtype=np.int32).T[:3])
         step = np.concatenate(columns, axis=1)
@@ -695,6 +721,12 @@ class CudaRunner:
     def check(self, sequence: Sequence) -> None:
         """Raises RequestError: INVALID_ARG if the device has no room for all that a request asks of its tokens."""
         self.sampling.check(sequence)
+        if sequence.request.return_prompt_log_probs and self.group.size > 1:
+            raise RequestError(
+                Code.INVALID_ARG,
+                f"return_prompt_log_probs is true: {self.group.size} GPUs share this model, which is not supported; "
+                "leave it out, or ask a server with TP=1",
+            )
 
     def forget(self, sequence: Sequence) -> None:
         """Frees the slot. A step in flight may still use it: its successor's first step runs after that one."""

@@ -237,6 +237,7 @@ class Engine:
         sampling = [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)]
         ticket = self.runner.launch(chunks, sampling)
         for chunk in chunks:
+            chunk.sequence.num_scored += chunk.scored
             chunk.sequence.computed(self.blocks, chunk.num_tokens)
             if chunk.samples:
                 chunk.sequence.num_pending += 1
@@ -308,7 +309,12 @@ class Engine:
         outputs: Outputs = []
         now, at = time.monotonic_ns(), 0
         self._time(flight, now)
+        scores_at = sum(chunk.num_sampled for chunk in flight.chunks)
         for chunk in flight.chunks:
+            if chunk.scored:
+                told = sampled[scores_at : scores_at + chunk.scored]
+                chunk.sequence.output.hear([(token.log_prob, token.top) for token in told])
+                scores_at += chunk.scored
             if not chunk.samples:
                 continue
             sequence, first, at = chunk.sequence, at, at + chunk.num_sampled

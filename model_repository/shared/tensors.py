@@ -88,6 +88,7 @@ _REQUEST = {
     "skip_special_tokens": "skip_special_tokens",
     "return_log_probs": "return_log_probs",
     "top_logprobs": "top_log_probs",
+    "return_prompt_log_probs": "return_prompt_log_probs",
 }
 """Parameters that fill a field of ``GenerationRequest`` as they are."""
 _OPTION = {
@@ -99,6 +100,7 @@ _OPTION = {
     "return_num_input_tokens": "num_input_tokens",
     "return_num_output_tokens": "num_output_tokens",
     "return_finish_reason": "finish_reason",
+    "return_prompt_log_probs": "prompt_log_probs",
     "return_token_ids": "token_ids",
     "return_num_cached_tokens": "num_cached_tokens",
 }
@@ -191,6 +193,8 @@ class Options:
     num_cached_tokens: bool = False
     top_log_probs: int = 0
     """The most likely tokens in the place of each generated one: so many."""
+    prompt_log_probs: bool = False
+    """The first response tells of the prompt's tokens what is told of generated ones."""
 
 
 class Inputs:

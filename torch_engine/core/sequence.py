@@ -55,6 +55,8 @@ class Sequence:
     reused_blocks: int = 0
     num_cached: int = 0
     """Tokens of the prompt that did not have to be computed when it began."""
+    num_scored: int = 0
+    """Tokens of the prompt whose logits have told, or will when their step is fetched, how likely the next one was."""
     num_guessed: int = 0
     num_accepted: int = 0
     """Of the guessed tokens."""
@@ -134,6 +136,14 @@ class Sequence:
         if self.num_pending and length >= self.last_length:
             return 0
         return length - self.num_computed
+
+    def num_unscored(self, num_tokens: int) -> int:
+        """How many of the next ``num_tokens`` tokens tell how likely the one behind them was, and have to: those of a
+        prompt whose log-probabilities are asked for, but for its last, which no token of the prompt follows."""
+        if not self.request.return_prompt_log_probs:
+            return 0
+        end = min(self.num_computed + num_tokens, self.num_prompt - 1)
+        return max(0, end - max(self.num_computed, self.num_scored))
 
     @property
     def max_length(self) -> int:

@@ -190,6 +190,13 @@ class GenerateParams:
     return_num_cached_tokens: bool = _parameter(
         "BOOL", False, "tell how many tokens of the prompt were found computed", silent=True, ours=True
     )
+    counts_at_end: bool = _parameter(
+        "BOOL",
+        False,
+        "a stream tells `num_output_tokens` with its last response only",
+        silent=True,
+        ours=True,
+    )
     exclude_input_in_output: bool = _parameter("BOOL", True)
     """False puts the prompt in front of a non-streamed text, which is NVIDIA's default."""
     return_num_input_tokens: bool = _parameter("BOOL", True)

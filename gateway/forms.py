@@ -61,6 +61,8 @@ class Counts:
     def note(self, piece: Piece) -> None:
         if piece.num_output_tokens:
             self._choices[piece.choice] = piece.num_output_tokens
+        elif piece.text:  # a token at least; how many there were the last piece says
+            self._choices[piece.choice] += 1
         if piece.num_cached_tokens is not None and piece.choice % self._n == 0:
             self._cached[piece.choice] = piece.num_cached_tokens
 

@@ -217,6 +217,8 @@ def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
     ]
     if model.tells_cached_tokens:
         made.append(("return_num_cached_tokens", "BOOL", [True]))
+    if model.counts_at_end and not (values["stream_options"] or {}).get("continuous_usage_stats"):
+        made.append(("counts_at_end", "BOOL", [True]))
     if values["logit_bias"]:
         model.check_ids(values["logit_bias"], "logit_bias")
         made += bias_tensors(values["logit_bias"])

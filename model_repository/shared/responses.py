@@ -59,7 +59,7 @@ def details(output: RequestOutput, options: Options, row: int, num_output_tokens
         made["output_log_probs"] = lambda: np.array([[output.log_probs]], dtype=np.float32)
     if options.num_input_tokens:
         made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
-    if options.num_output_tokens:
+    if options.num_output_tokens and (output.finish_reason or not options.counts_at_end):
         made["num_output_tokens"] = _one(num_output_tokens, np.int32)
     metrics = output.metrics  # of the end; before it they would be ten tensors of 0
     if options.perf_metrics and metrics:

@@ -103,6 +103,7 @@ _OPTION = {
     "return_prompt_log_probs": "prompt_log_probs",
     "return_token_ids": "token_ids",
     "return_num_cached_tokens": "num_cached_tokens",
+    "counts_at_end": "counts_at_end",
 }
 """Parameters that fill a field of ``Options``."""
 
@@ -186,6 +187,8 @@ class Options:
     perf_metrics: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False
+    counts_at_end: bool = False
+    """The number of output tokens comes with the last response only."""
     num_sequences: int = 1
     """Answers to each prompt."""
     finish_reason: bool = False

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from flightline.gateway import errors
+from flightline.gateway.forms import Counts
+from flightline.gateway.job import Job
 from flightline.gateway.logprobs import FLOOR, CompletionLogprobs, TokenNames, chat_entries
 from flightline.gateway.params import CHAT, COMPLETIONS, TABLE, Rule, parse
 from flightline.gateway.upstream import Piece
@@ -98,6 +100,19 @@ def test_a_prompts_log_probabilities_stand_before_all_others() -> None:
     assert made["text_offset"] == [0, 0, 2, 3] and logprobs.entries(piece)["text_offset"] == [8]
     with pytest.raises(errors.ApiError, match="no log-probabilities of the prompt"):
         logprobs.prompt([0, 1], "abé", Piece(0))
+
+
+def test_tokens_are_counted_by_pieces_until_their_number_is_told() -> None:
+    """A client may leave before."""
+    counts = Counts(Job("m", [[1, 2]], [], 1, True))
+    for piece, count in (
+        (Piece(0, "a"), 1),
+        (Piece(0, ""), 1),
+        (Piece(0, "bc"), 2),
+        (Piece(0, "", 7, "stop"), 7),
+    ):
+        counts.note(piece)
+        assert counts.generated == count
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
         ("return_token_ids", "TYPE_BOOL", [1]),
         ("return_finish_reason", "TYPE_BOOL", [1]),
         ("return_num_cached_tokens", "TYPE_BOOL", [1]),
+        ("counts_at_end", "TYPE_BOOL", [1]),
     ],
     "output": [
         ("finish_reason", "TYPE_STRING", [1]),

@@ -71,6 +71,16 @@ def test_a_row_of_the_baseline_that_fails_leaves_the_others_theirs() -> None:
     assert outputs[1].text == "ab" and outputs[1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_count_may_be_left_to_the_last_response(at_end: bool) -> None:
+    options = Options(stream=True, num_output_tokens=True, counts_at_end=at_end)
+    told = [
+        "num_output_tokens" in responses.details(RequestOutput([1], "b", finish_reason=reason), options, 0, 1)
+        for reason in (None, FinishReason.LENGTH)
+    ]
+    assert told == [not at_end, True]
+
+
 def test_a_prompts_log_probabilities_have_tensors_of_their_own() -> None:
     output = RequestOutput([1], "b", prompt_log_probs=[-1.0, -2.0], prompt_top_log_probs=[[(5, -0.5)], []])
     made = responses.details(output, Options(prompt_log_probs=True, top_log_probs=1), 0, 1)

@@ -19,6 +19,8 @@ INT8_CAPABILITIES = ((8, 0), (10, 0))
 """Compute capabilities, the second excluded, that offer int8: newer ones have FP8 and few integer tensor cores."""
 AUTO = "auto"
 
+NVFP4 = "NVFP4"
+"""In the name of such a checkpoint's format: a scale for 16 weights, which no kernel of integers on a CPU has."""
 NVFP4_CAPABILITY = (10, 0)
 BF16_CAPABILITY = (8, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -458,11 +460,13 @@ def _weights_bytes(
         rest = (shape.parameters - shape.linear_parameters) * wide
         if shape.int4:  # with scales, and the largest weight of a layer written out for many rows
             largest = shape.linear_parameters // shape.layers // 2
-            return int(0.6 * shape.linear_parameters / tp) + largest * wide // tp + rest
+            each = 0.8 if NVFP4 in shape.stored else 0.6
+            return int(each * shape.linear_parameters / tp) + largest * wide // tp + rest
         stored = "int8_sq" if precision in INTEGERS else precision
         return weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp) + rest
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
-        linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
+        each = 1.07 if precision == "int8" or NVFP4 in shape.stored else 0.63
+        linear = each * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:
         return shape.parameters * (2 if kernels == "native" else wide)  # TP: of all processes together, about

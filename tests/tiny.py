@@ -43,8 +43,9 @@ _FAMILIES: dict[str, str] = {
     "mixtral": "Mixtral",
     "olmoe": "Olmoe",
     "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
 }
-MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
 WRAPPED = {
     "gemma3-wrapped": ("Gemma3", "siglip_vision_model", "gemma3"),
     "mistral3": ("Mistral3", "pixtral", "mistral"),
@@ -103,6 +104,12 @@ _FAMILY_SHAPE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
         "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True,
         "attention_bias": True, "norm_topk_prob": True},
+    # Windows and the context that YaRN stretches are shorter than the tests' prompts.
+    "gpt_oss": {
+        "num_hidden_layers": 3, "num_local_experts": 6, "num_experts_per_tok": 3,
+        "sliding_window": 8, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 16}},
 }  # fmt: skip
 
 
@@ -220,7 +227,11 @@ def tiny_checkpoint(
         with torch.no_grad():
             for key, weight in model.named_parameters():
                 # Wide enough that the logits differ and activations matter, narrow enough to stay finite.
-                if weight.dim() == 1:
+                if key.endswith("sinks"):
+                    weight.copy_(torch.randn_like(weight))
+                elif key.endswith("experts.gate_up_proj"):  # so much that some values are clamped
+                    weight.copy_(torch.randn_like(weight) * 4 / weight.shape[1] ** 0.5)
+                elif weight.dim() == 1:
                     weight.add_(torch.randn_like(weight) * 0.1)
                 elif "embed" in key:
                     # Gemma multiplies by sqrt(hidden size); wider ones would make it echo its input.

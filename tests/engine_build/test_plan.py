@@ -277,6 +277,17 @@ def test_a_checkpoint_of_4_bits_stays_one() -> None:
         make_plan(shape, H200, "trtllm-pytorch")
 
 
+def test_nvfp4_takes_its_scales_and_becomes_int8_on_a_cpu() -> None:
+    awq, fours = (dataclasses.replace(SMALL, int4=True, stored=name) for name in ("AWQ", "ModelOpt NVFP4"))
+    gpu, cpu = (
+        [make_plan(shape, hardware).weights_bytes for shape in (awq, fours)]
+        for hardware in (H200, CPU_COMPILER)
+    )
+    linear = SMALL.linear_parameters
+    assert gpu[1] - gpu[0] == pytest.approx(0.2 * linear, rel=0.01)
+    assert cpu[1] - cpu[0] == pytest.approx(0.44 * linear, rel=0.01)
+
+
 def test_tensorrt_llm_lanes_cache_in_fp8() -> None:
     """8.5 GiB of FP8 weights and 64 KiB a token: the fact sheet's arithmetic for Llama-3.1-8B."""
     plan = make_plan(LLAMA_8B, H200, "trtllm-engine", "fp8")

@@ -302,7 +302,10 @@ def test_attention(make: Make, reference, heads: tuple, mask: tuple, kv: str) ->
     )  # fmt: skip
     each = {"none": (0, 0), "head": (size, size), "row": (heads * size, kv_heads * size)}[spec.qk_norm]
     q_norm, k_norm = (torch.rand(width) + 0.5 if width else None for width in each)
-    layer = SimpleNamespace(q_norm=q_norm, k_norm=k_norm, spec=SimpleNamespace(window=window), out=FLOATS)
+    layer = SimpleNamespace(
+        q_norm=q_norm, k_norm=k_norm, spec=SimpleNamespace(window=window), out=FLOATS,
+        sinks=torch.randn(heads) * 2 if window in (5, 17) else None,
+    )  # fmt: skip
     angles = torch.rand(200, size // 2) * 6
     rope = torch.stack([angles.cos(), angles.sin()], dim=1)
     for block_size in (1, 4, 16):
@@ -327,7 +330,9 @@ def test_integer_attention_keeps_what_many_small_weights_add_up_to(make: Make, i
         num_heads=1, num_kv_heads=1, head_dim=size, norm_eps=1e-6, attention_scale=1.0,
         attention_softcap=None, qk_norm="none",
     )  # fmt: skip
-    layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=None), out=FLOATS)
+    layer = SimpleNamespace(
+        q_norm=None, k_norm=None, sinks=None, spec=SimpleNamespace(window=None), out=FLOATS
+    )
     rope = torch.stack([torch.ones(tokens, size // 2), torch.zeros(tokens, size // 2)], dim=1)
     qkv = torch.zeros(tokens, 3 * size)
     qkv[:, 0] = 7.0
@@ -352,7 +357,9 @@ def test_attention_does_not_depend_on_how_a_prompt_is_cut(make: Make, kv: str, w
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, norm_eps=1e-6, attention_scale=size**-0.5,
         attention_softcap=None, qk_norm="none",
     )  # fmt: skip
-    layer = SimpleNamespace(q_norm=None, k_norm=None, spec=SimpleNamespace(window=window), out=FLOATS)
+    layer = SimpleNamespace(
+        q_norm=None, k_norm=None, sinks=None, spec=SimpleNamespace(window=window), out=FLOATS
+    )
     angles = torch.rand(tokens, size // 2) * 6
     rope = torch.stack([angles.cos(), angles.sin()], dim=1)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size)

@@ -178,6 +178,8 @@ SWITCHES = [
     ("phi3", "sliding_window", None),
     ("phi3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     ("glm4", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+    ("gpt_oss", "sliding_window", 9),
+    ("gpt_oss", "num_experts_per_tok", 2),
 ]
 
 

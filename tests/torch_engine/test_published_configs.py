@@ -128,6 +128,31 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"max_position_embeddings": 16384, "num_layers": 34},
     ),
+    "gpt-oss 20b": (
+        {
+            "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+            "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+            "hidden_size": 2880, "initial_context_length": 4096, "initializer_range": 0.02,
+            "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12,
+            "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64,
+            "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+            "output_router_logits": False, "pad_token_id": 199999, "quantization_config": {
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+                ],
+                "quant_method": "mxfp4",
+            },
+            "rms_norm_eps": 1e-05, "rope_scaling": {
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                "rope_type": "yarn", "truncate": False,
+            },
+            "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+            "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
+            "vocab_size": 201088,
+        },
+        {"num_layers": 24, "head_dim": 64, "num_kv_heads": 8, "qkv_bias": True, "out_bias": True, "sinks": True,
+         "stored": "MXFP4, 4 bits in groups of 32", "attention_scale": 0.125},
+    ),
 }  # fmt: skip
 
 
@@ -152,3 +177,13 @@ def test_what_turns(tmp_path: Path) -> None:
     assert specs["glm-4 9b 0414"][0].dims == 64 and specs["glm-4 9b 0414"][0].interleaved
     olmo = specs["olmo 3 7b"]
     assert not olmo[0].scaling and dict(olmo[3].scaling)["rope_type"] == "yarn"
+
+
+def test_windows_and_experts_of_gpt_oss(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gpt-oss 20b"][0]))
+    first, second, *_ = load_spec(tmp_path).layers
+    assert first.window == 128 and second.window is None
+    assert first.rope == second.rope and dict(first.rope.scaling)["truncate"] is False
+    mixture = first.mixture
+    assert mixture is not None
+    assert (mixture.experts, mixture.chosen, mixture.inner, mixture.clamp) == (32, 4, 2880, 7.0)

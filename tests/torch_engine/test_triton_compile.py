@@ -98,6 +98,27 @@ for coded in packed:
     for rows in (1, 64):
         linear._few(torch.zeros(rows, 4096, dtype=bf16))
     linear.weight()
+from types import SimpleNamespace
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
+from flightline.torch_engine.model.mixture import MixtureSpec
+
+def experts_like(coded, outputs, inputs):
+    def one(rows, columns):
+        groups = -(-columns // coded.group)
+        zeros = None if coded.offsets is None else coded.offsets[:rows, :groups]
+        part = Coded(coded.codes[:rows, :columns], coded.scales[:rows, :groups], coded.group, zeros, coded.bits,
+                     e2m1=coded.e2m1)
+        return Experts.of_codes(GroupedCodes.of(part), rows, columns).room(16)
+    return one(2 * inputs, outputs), one(outputs, inputs)
+
+fours = Coded(zeros, torch.ones(6144, 256), 16, bits=4, e2m1=True)
+for coded in (*packed, fours):
+    mixture = CudaMixture(MixtureSpec(16, 8, 768), torch.zeros(16, 2048, dtype=bf16), None,
+                          *experts_like(coded, 2048, 768), None, "silu", bf16)
+    for rows in (1, 512):
+        step = SimpleNamespace(attention=SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32)), idle=-1)
+        mixture(SimpleNamespace(values=torch.zeros(rows, 2048, dtype=bf16)), step)
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
 from flightline.torch_engine.kernels.gpu.sampling_tables import Choice, Tables
 tables = Tables.empty(4, 128256, torch.device("cpu"))
@@ -122,6 +143,8 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
     assert all(used == units for _, used, _ in found["_product_kernel"])
+    for kernel in ("_rows_in_kernel", "_rows_out_kernel", "_blocks_kernel"):
+        assert all(used == units for _, used, _ in found[kernel]), kernel
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"]
     assert not any(bytewise for _, _, bytewise in attention)

@@ -275,20 +275,20 @@ class TestKernels:
         assert torch.equal(target.view(-1), expected)
 
     @pytest.mark.parametrize(
-        ("heads", "kv_heads", "size", "kind", "window", "softcap", "normed"),
+        ("heads", "kv_heads", "size", "kind", "window", "softcap", "normed", "sunk"),
         [
-            (4, 4, 8, "compute", None, None, False),
-            (9, 3, 64, "compute", 5, None, True),
-            (4, 1, 40, "compute", 70, 3.0, False),
-            (8, 2, 128, "compute", None, None, True),
-            (9, 3, 64, "fp8", None, None, False),
-            (8, 2, 128, "fp8", 70, None, True),
-            (4, 1, 40, "int8", 5, None, False),
-            (4, 2, 16, "scaled fp8", 7, 3.0, False),
-            (8, 2, 128, "int8", None, 3.0, False),
+            (4, 4, 8, "compute", None, None, False, False),
+            (9, 3, 64, "compute", 5, None, True, True),
+            (4, 1, 40, "compute", 70, 3.0, False, False),
+            (8, 2, 128, "compute", None, None, True, True),
+            (9, 3, 64, "fp8", None, None, False, True),
+            (8, 2, 128, "fp8", 70, None, True, False),
+            (4, 1, 40, "int8", 5, None, False, True),
+            (4, 2, 16, "scaled fp8", 7, 3.0, False, False),
+            (8, 2, 128, "int8", None, 3.0, False, False),
         ],
     )
-    def test_attention(self, heads, kv_heads, size, kind, window, softcap, normed) -> None:
+    def test_attention(self, heads, kv_heads, size, kind, window, softcap, normed, sunk) -> None:
         """Rotation, cache write, decodes and ragged prompt chunks, with every cache and number of splits."""
         dtype = DTYPES[1] if size == 128 else DTYPES[0]
         chance = random.Random(heads * size)
@@ -321,8 +321,9 @@ class TestKernels:
         rope = torch.randn(160, 2, size // 2, device=DEVICE)
         qkv = torch.randn(step_rows, heads + 2 * kv_heads, size, device=DEVICE).to(dtype)
         q_norm, k_norm = (torch.rand(2, size) + 0.5).to(DEVICE) if normed else (None, None)
+        sinks = torch.randn(heads, device=DEVICE) * 2 if sunk else None
         expected, writes = reference(
-            qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap
+            qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap, sinks
         )
         cache = filled_cache(kind, dtype, known, lengths, tables, block_size, kv_heads, size)
         flat = qkv.reshape(step_rows, -1).clone()
@@ -338,7 +339,9 @@ class TestKernels:
             del kinds[1 + heads % 2]
         for extra, form in kinds:
             plan = DecodePlan(extra, 32, 32, 2)
-            out = attend(flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill).float()
+            out = attend(
+                flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill, sinks
+            ).float()
             out = out * scale if form == Form.FP8_STATIC else out
             close(out, expected, tolerance * 1.5 + (4e-2 if form else 1e-6))
 
@@ -376,6 +379,9 @@ def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
     if name == "fp8":
         codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Coded(codes, scales, int(group))
+    if name == "e2m1":
+        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=DEVICE)
+        return Coded(codes, scales, int(group), bits=4, e2m1=True)
     bits = int(name.removeprefix("int"))
     codes, zeros = (
         torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
@@ -443,6 +449,7 @@ class TestLinears:
             *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
             *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
             *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+            *((3, "e2m1-none-16"), (129, "e2m1-none-16"), (70, "e2m1-none-32")),
         ],
     )
     def test_in_groups(self, rows: int, kind: str) -> None:
@@ -641,7 +648,7 @@ class TestEngine:
         engine.audit()
 
 
-def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap):
+def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap, sinks):
     """Outputs [T, H D] and cache writes [T, 2, V, D] in float64; ``known`` gets the new keys and values."""
     q, k, v = qkv.double().cpu().split([heads, kv_heads, kv_heads], 1)
     if q_norm is not None:
@@ -665,7 +672,11 @@ def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, 
             scores = softcap * torch.tanh(scores / softcap)
         own, other = torch.arange(context - count, context)[:, None], torch.arange(context)
         hidden = (other > own) | ((other <= own - window) if window else False)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(hidden, float("-inf")).exp()
+        sums = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            sums = sums + sinks.double().cpu().exp()[:, None, None]
+        weights = weights / sums
         outputs.append(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
         row += count
     return torch.cat(outputs).to(DEVICE), writes.to(DEVICE)

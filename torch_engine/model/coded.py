@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""The numbers of one bit of sign, two of exponent and one of mantissa."""
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -28,6 +31,8 @@ class Coded:
     """[K] int64: which input each column of ``codes`` multiplies; None = in order."""
     input_scale: torch.Tensor | None = None
     """Scalar float32: what activations are divided by before they are rounded to e4m3; None = not known beforehand."""
+    e2m1: bool = False
+    """Codes of 4 bits are floating-point numbers (:data:`E2M1`)."""
 
     def rows(self, index: torch.Tensor | slice) -> Coded:
         """The outputs of ``index``, in its order."""
@@ -58,7 +63,7 @@ class Coded:
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] itself, its inputs in order, computed in float32 and rounded once."""
-        values = self.codes.float()
+        values = E2M1.to(self.codes.device)[self.codes.int()] if self.e2m1 else self.codes.float()
         if self.offsets is not None and not self.offsets.is_floating_point():
             values -= self._spread(self.offsets)
         values *= self._spread(self.scales)
@@ -74,13 +79,21 @@ class Coded:
         offsets = self.offsets.float()
         return offsets if self.offsets.is_floating_point() else -offsets * self.scales.float()
 
+    def whole(self) -> Coded:
+        """The same weight in whole codes, for kernels that know no others: twice an e2m1 number, plus 12."""
+        if not self.e2m1:
+            return self
+        codes = (2 * E2M1 + 12).to(torch.uint8).to(self.codes.device)[self.codes.int()]
+        zeros = torch.full(self.scales.shape, 12, dtype=torch.uint8, device=codes.device)
+        return replace(self, codes=codes, scales=self.scales.float() / 2, offsets=zeros, bits=5, e2m1=False)
+
     def _spread(self, groups: torch.Tensor) -> torch.Tensor:
         """[N, G] to [N, K], or to [N, 1] of a single group."""
         wide = groups.float()
         return wide if wide.shape[1] == 1 else wide.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
 
     def _unites(self) -> bool:
-        return self.codes.dtype == torch.uint8 and self.order is None
+        return self.codes.dtype == torch.uint8 and self.order is None and not self.e2m1
 
     def _in_groups_of(self, group: int, bits: int) -> Coded:
         """The same weight in codes of more bits, with a minimum and a scale for ``group`` inputs, a part of its own."""
@@ -90,7 +103,8 @@ class Coded:
 
     def _kind(self) -> tuple[object, ...]:
         offsets = None if self.offsets is None else self.offsets.dtype
-        return self.codes.dtype, self.bits, self.group, self.scales.dtype, offsets, self.input_scale is None
+        kept = self.codes.dtype, self.bits, self.group, self.scales.dtype, offsets
+        return *kept, self.input_scale is None, self.e2m1
 
     @property
     def by_tensor(self) -> torch.Tensor | None:
@@ -121,6 +135,7 @@ def stack(parts: list[Coded]) -> Coded | None:
         bits=first.bits,
         order=first.order,
         input_scale=torch.stack(inputs).amax() if inputs else None,
+        e2m1=first.e2m1,
     )
 
 

@@ -85,6 +85,7 @@ def load_spec(model_dir: str | Path) -> ModelSpec:
         quantization=quantization,
         qkv_bias=fields.flag("qkv_bias", attention_bias or family.qkv_bias),
         out_bias=attention_bias and family.out_bias,
+        sinks=family.sinks,
         mlp_bias=fields.flag("mlp_bias", False),
         fused=family.fused,
         extra_layers=_extra_layers(fields),
@@ -98,7 +99,10 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises UnsupportedModel if its architecture is none that runs.
     """
     family, fields, _ = _text_model(Fields(config, "config.json"))
-    return {**family.defaults, **fields.config}
+    plain = {**family.defaults, **fields.config}
+    if fields.config.get("rope_parameters") and "rope_scaling" not in fields.config:
+        plain.pop("rope_scaling", None)  # which is the other spelling's default
+    return plain
 
 
 def transformers_class(model_dir: str | Path) -> str:

@@ -16,6 +16,7 @@ from flightline.torch_engine.model.kernel_interface import (
     RoutedMlp,
     StepT,
 )
+from flightline.torch_engine.model.layout import SINKS
 from flightline.torch_engine.model.rope import rope_table
 from flightline.torch_engine.model.weights import Checkpoint
 
@@ -87,6 +88,8 @@ class Model(Generic[LinearT, CacheT, StepT]):
         )
         if spec.qk_norm != "none":
             layer.q_norm, layer.k_norm = norm("self_attn.q_norm"), norm("self_attn.k_norm")
+        if spec.sinks:
+            layer.sinks = checkpoint.raw(f"{name}.{SINKS}").float().to(self.kernels.device)
         return layer
 
     def new_caches(self, num_blocks: int, block_size: int) -> list[CacheT]:

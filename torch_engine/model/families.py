@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flightline.torch_engine.model.fields import Fields, names
-from flightline.torch_engine.model.mixture import Mixtures, glm_mixtures, mixtral_mixtures, qwen_mixtures
+from flightline.torch_engine.model.mixture import (
+    Mixtures,
+    glm_mixtures,
+    gpt_oss_mixtures,
+    mixtral_mixtures,
+    qwen_mixtures,
+)
 from flightline.torch_engine.model.spec import Fused, Norms, QkNorm
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -95,6 +101,8 @@ class Family:
     """The output projection has a bias where ``attention_bias`` says so."""
     scales_embedding: bool = False
     """By the root of the hidden size."""
+    sinks: bool = False
+    """Each query head has a learned score that nothing is read for."""
     interleaved: bool = False
     """The rotary embedding pairs neighbours."""
     fused: Fused = ()
@@ -365,6 +373,36 @@ _FAMILIES = (
         },
         out_bias=False,
         mixtures=glm_mixtures,
+    ),
+    Family(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        models="gpt-oss 20b and 120b",
+        # initial_context_length is that of rope_scaling once more.
+        keys=names(
+            "sliding_window num_local_experts num_experts_per_tok experts_per_token swiglu_limit "
+            "initial_context_length"
+        ),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "max_position_embeddings": 131072,
+            "sliding_window": 128,
+            "attention_bias": True,
+        },
+        windowed_layers=_first_of_two_sliding,
+        sinks=True,
+        mixtures=gpt_oss_mixtures,
     ),
 )
 FAMILIES: Mapping[str, Family] = {family.architecture: family for family in _FAMILIES}

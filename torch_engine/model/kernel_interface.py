@@ -65,6 +65,8 @@ class Layer(Generic[LinearT]):
     mlp_out_norm: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    """[H] float32: a score of each query head that joins its softmax, and that no value belongs to."""
     kv_scales: tuple[float, float] = (1.0, 1.0)
     """What keys and values are divided by where the KV cache is e4m3."""
 

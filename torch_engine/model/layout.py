@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flightline.torch_engine.model.fields import UnsupportedModel
-from flightline.torch_engine.model.mixture import mixture_linears, mixture_sizes
+from flightline.torch_engine.model.mixture import MixtureSpec, mixture_linears, mixture_sizes
 from flightline.torch_engine.model.quantization import (
     BESIDE_CODES,
     BESIDE_INT4,
     FP8,
+    PACKED,
     PLAIN,
     SUPPORTED,
     Stored,
@@ -26,6 +27,7 @@ from flightline.torch_engine.model.quantization import (
     codes_of,
 )
 from flightline.torch_engine.model.spec import ModelSpec, Rope
+from flightline.torch_engine.model.stacked import stacked_sizes, stacked_tensors
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def check_tensors(spec: ModelSpec, stored: Mapping[str, Stored], folder: Path) -
     foreign = [name for name in stored if name not in wanted and not _known(name, spec, wanted)]
     for name, extents in wanted.items():
         codes = codes_of(name.removesuffix(".weight"), spec.quantization)
-        if codes in stored and name not in stored and spec.quantization is not None:
+        if codes in stored and stored[codes].dtype in PACKED and spec.quantization is not None:
             shape = tuple(sizes[extent] for extent in extents)
             check_int4(name.removesuffix(".weight"), shape, stored, spec.quantization, folder)
             continue
@@ -146,7 +148,7 @@ def check_tensors(spec: ModelSpec, stored: Mapping[str, Stored], folder: Path) -
 
 def _is_codes(name: str, stored: Mapping[str, Stored], spec: ModelSpec) -> bool:
     codes = codes_of(name.removesuffix(".weight"), spec.quantization) or name
-    return codes in stored and (codes != name or stored[name].dtype == FP8)
+    return codes in stored and stored[codes].dtype in (*PACKED, FP8)
 
 
 def _check_tensor(
@@ -184,6 +186,9 @@ def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) ->
             layer is not None and int(layer.group(1)) < spec.num_layers and name[layer.end() :] in attention
         )
     packing = spec.quantization.packing if spec.quantization else ""
+    if packing == "mxfp4":
+        weight, _, kind = name.rpartition("_")
+        return kind in BESIDE_INT4[packing] and weight in wanted
     if leaf in BESIDE_CODES if not packing else leaf in BESIDE_INT4[packing]:
         return spec.quantization is not None and f"{module}.weight" in wanted
     if packing == "gptq" and leaf == "bias":  # its first tool gave one to every module
@@ -192,7 +197,8 @@ def _known(name: str, spec: ModelSpec, wanted: Mapping[str, tuple[str, ...]]) ->
 
 
 QUERIES, KEYS = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
-HIDDEN, INNER = "hidden_size", "intermediate_size"
+HIDDEN, INNER, HEADS = "hidden_size", "intermediate_size", "num_attention_heads"
+SINKS = "self_attn.sinks"
 LINEARS = {
     "self_attn.q_proj": (QUERIES, HIDDEN),
     "self_attn.k_proj": (KEYS, HIDDEN),
@@ -209,6 +215,8 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
     mixture = next((layer.mixture for layer in spec.layers if layer.mixture), None)
     sizes = {
         **(mixture_sizes(mixture) if mixture else {}),
+        **(stacked_sizes(mixture) if mixture else {}),
+        HEADS: spec.num_heads,
         "vocab_size": spec.vocab_size,
         HIDDEN: spec.hidden_size,
         INNER: spec.intermediate_size,
@@ -255,8 +263,8 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
         prefix = f"model.layers.{index}"
         own = linears
         if layer.mixture:
-            routed = mixture_linears(layer.mixture)
-            own = attention | {name: (*shape, False) for name, shape in routed.items()}
+            own = attention | _routed(layer.mixture)
+            wanted |= {f"{prefix}.{name}": shape for name, shape in stacked_tensors(layer.mixture).items()}
             if layer.mixture.correction:
                 wanted[f"{prefix}.{layer.mixture.names.correction}"] = ("experts",)
         for name, (outputs, inputs, biased) in own.items():
@@ -264,14 +272,26 @@ def _wanted(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
             if biased:
                 wanted[f"{prefix}.{name}.bias"] = (outputs,)
         wanted |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
+        if spec.sinks:
+            wanted[f"{prefix}.{SINKS}"] = (HEADS,)
     wanted["model.norm.weight"] = (HIDDEN,)
     if not spec.tie_embeddings:
         wanted["lm_head.weight"] = ("vocab_size", HIDDEN)
     return wanted
 
 
+def _routed(mixture: MixtureSpec) -> dict[str, tuple[str, str, bool]]:
+    """The linears of a routed MLP that are stored by themselves: outputs, inputs, and whether they have a bias."""
+    names = mixture.names
+    return {
+        name: (*shape, mixture.router_bias if name == names.router else mixture.expert_bias)
+        for name, shape in mixture_linears(mixture).items()
+        if not (mixture.stacked and name.startswith(f"{names.block}.experts."))
+    }
+
+
 def _is_linear(name: str) -> bool:
-    return name.endswith("_proj.weight") or ".experts." in name
+    return name.endswith("_proj.weight") or (".experts." in name and not name.endswith("bias"))
 
 
 def count(spec: ModelSpec) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from flightline.torch_engine.model.fields import Fields
 
 MOST_EXPERTS = 512
+CLAMPED_SLOPE = 1.702
+"""Of the sigmoid in the clamped activation."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class MixtureNames:
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_expert"
+    choice: str = "gate"
+    """The router."""
 
     @property
     def router(self) -> str:
-        return f"{self.block}.gate"
+        return f"{self.block}.{self.choice}"
 
     @property
     def correction(self) -> str:
@@ -74,6 +78,14 @@ class MixtureSpec:
     """Inner size of an expert that works for every token; 0: there is none."""
     shared_gate: bool = False
     """Whether the shared expert's result is multiplied by a learned sigmoid of the token."""
+    router_bias: bool = False
+    expert_bias: bool = False
+    """Whether all linears of the experts have one."""
+    clamp: float | None = None
+    """Instead of the model's activation of gate and up: both are clamped (the gate from above alone), and
+    gate * sigmoid(:data:`CLAMPED_SLOPE` * gate) is taken times up + 1."""
+    stacked: bool = False
+    """The checkpoint has one tensor of all experts, with gate and up in turns (``stacked.py``)."""
     names: MixtureNames = MixtureNames()
 
 
@@ -133,6 +145,26 @@ def glm_mixtures(fields: Fields, layers: int) -> tuple[MixtureSpec | None, ...]:
     )
     dense = fields.whole("first_k_dense_replace", 1, least=0)
     return (None,) * min(dense, layers) + (mixture,) * max(0, layers - dense)
+
+
+def gpt_oss_mixtures(fields: Fields, layers: int) -> tuple[MixtureSpec | None, ...]:
+    experts, chosen = _counts(fields, OTHER_NAME, 128, 4)
+    if fields.whole("experts_per_token", chosen) != chosen:
+        raise fields.refuse(
+            "experts_per_token", f"num_experts_per_tok is {chosen}: fetch the checkpoint again"
+        )
+    mixture = MixtureSpec(
+        experts,
+        chosen,
+        fields.whole("intermediate_size"),
+        normalise=True,  # a softmax over the chosen alone is the same
+        router_bias=True,
+        expert_bias=True,
+        clamp=fields.positive("swiglu_limit", 7.0),
+        stacked=True,
+        names=MixtureNames(choice="router"),
+    )
+    return (mixture,) * layers
 
 
 OTHER_NAME = "num_local_experts"

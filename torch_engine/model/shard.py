@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from flightline.torch_engine.model.fields import UnsupportedModel
-from flightline.torch_engine.model.layout import HIDDEN, INNER, KEYS, LAYER, LINEARS, QUERIES
+from flightline.torch_engine.model.layout import HIDDEN, INNER, KEYS, LAYER, LINEARS, QUERIES, SINKS
 from flightline.torch_engine.model.mixture import EXPERT_INNER, SHARED_INNER, MixtureSpec, mixture_linears
 from flightline.torch_engine.model.spec import LayerSpec, ModelSpec
 
@@ -81,6 +81,8 @@ class Shard:
         module, _, leaf = name.rpartition(".")
         if leaf in SCALARS:
             return WHOLE
+        if name.endswith(f".{SINKS}"):
+            return Part(self._even(spec.num_heads))
         mixture = _mixture(name, spec)
         if mixture is not None and name.endswith(f".{mixture.names.correction}"):
             return WHOLE

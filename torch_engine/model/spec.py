@@ -92,6 +92,8 @@ class ModelSpec:
     """How the linears are stored; None = as plain numbers."""
     qkv_bias: bool = False
     out_bias: bool = False
+    sinks: bool = False
+    """Each query head has a learned score that joins the softmax of every token, and nothing is read for it."""
     mlp_bias: bool = False
     fused: Fused = ()
     extra_layers: int = 0

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from flightline.torch_engine.model.coded import Coded, stack
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.int4 import read_int4
-from flightline.torch_engine.model.layout import check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.layout import LAYER, check_tensors, plain_names, rows_of
+from flightline.torch_engine.model.mxfp4 import read_mxfp4
 from flightline.torch_engine.model.quantization import (
     BESIDE_CODES,
     BESIDE_INT4,
@@ -23,12 +24,14 @@ from flightline.torch_engine.model.quantization import (
     FP8,
     INPUT_SCALES,
     KV_SCALES,
+    PACKED,
     WEIGHT_SCALES,
     Stored,
     codes_of,
 )
 from flightline.torch_engine.model.shard import WHOLE, Part, Shard
 from flightline.torch_engine.model.spec import ModelSpec
+from flightline.torch_engine.model.stacked import STACKED_CODES, Place, place_of
 
 
 class Checkpoint:
@@ -110,9 +113,18 @@ class Checkpoint:
         """The file's name of a tensor: its own, or that of the module which it is stored with."""
         if name not in self._names:
             module, _, leaf = name.rpartition(".")
-            rows = rows_of(self.whole, module)
-            name = name if rows is None else f"{rows.module}.{leaf}"
+            if (place := self._place(module)) is not None:
+                name = place.tensor if leaf == "weight" else f"{place.tensor}_{leaf}"
+            else:
+                rows = rows_of(self.whole, module)
+                name = name if rows is None else f"{rows.module}.{leaf}"
         return self._names.get(name)
+
+    def _place(self, module: str) -> Place | None:
+        """Where the module of an expert is, if all experts' are stored together."""
+        layer = LAYER.match(module)
+        mixture = None if layer is None else self.whole.layers[int(layer.group(1))].mixture
+        return place_of(module) if mixture is not None and mixture.stacked else None
 
     def _part(self, name: str) -> Part:
         """What this rank has of a tensor that is there."""
@@ -130,6 +142,8 @@ class Checkpoint:
         if stored is None:
             raise UnsupportedModel(f"{self.folder} lacks the tensor {name}")
         file, part = self._file(self._files[stored]), self._part(name)
+        if (place := self._place(name.rpartition(".")[0])) is not None:
+            return self._of_expert(file.get_slice(stored), place, part)
         shape = self._stored(stored).shape
         where = rows_of(self.whole, name.rpartition(".")[0])
         if where is not None and (not shape or shape[0] != where.total):
@@ -142,6 +156,15 @@ class Checkpoint:
         rows, entry = slice(start + begin, start + end), file.get_slice(stored)
         own: torch.Tensor = entry[rows, slice(*part.columns)] if part.columns else entry[rows]
         return own if where is None or where.order is None else _ordered(own, where.order)
+
+    @staticmethod
+    def _of_expert(entry: Any, place: Place, part: Part) -> torch.Tensor:
+        """A weight [N, K] or bias [N] out of all experts', whose outputs come last."""
+        own = entry[place.expert : place.expert + 1][0].movedim(-1, 0)[place.outputs]
+        own = own[slice(*part.rows)] if part.rows else own
+        own = own[:, slice(*part.columns)] if part.columns else own
+        expert: torch.Tensor = own.contiguous()
+        return expert
 
     def _tensor(self, name: str) -> torch.Tensor:
         """By the file's own name."""
@@ -183,6 +206,9 @@ class Checkpoint:
         refused.
         """
 
+        if (place := self._place(module)) is not None:
+            return self._expert_codes(place)
+
         def read(leaf: str) -> torch.Tensor | None:
             name = self._names.get(f"{module}.{leaf}")
             return None if name is None else self._tensor(name)
@@ -191,7 +217,8 @@ class Checkpoint:
             return next((tensor.float() for leaf in leaves if (tensor := read(leaf)) is not None), None)
 
         quantization, weight = self.spec.quantization, self._names.get(f"{module}.weight")
-        if quantization is not None and codes_of(module, quantization) in self._names:
+        packed = self._names.get(codes_of(module, quantization) or "")
+        if quantization is not None and packed is not None and self._stored(packed).dtype in PACKED:
             return read_int4(read, quantization, module)
         if weight is None or self._stored(weight).dtype != FP8:
             return None
@@ -208,6 +235,17 @@ class Checkpoint:
         scales = scales.reshape(-1, 1).expand(rows, 1).contiguous()
         return Coded(codes, scales, inputs, input_scale=None if known is None else known.reshape(()))
 
+    def _expert_codes(self, place: Place) -> Coded | None:
+        stored = [self._names.get(f"{place.tensor}_{leaf}") for leaf in STACKED_CODES]
+        names = [name for name in stored if name is not None]
+        if len(names) < len(stored):
+            return None
+        entries = [self._file(self._files[name]).get_slice(name) for name in names]
+        blocks, exponents = (
+            entry[place.expert : place.expert + 1][0][place.outputs].contiguous() for entry in entries
+        )
+        return read_mxfp4(blocks, exponents)
+
     def codes(self) -> Iterator[tuple[str, Coded]]:
         """The modules that are stored as codes, as the file has them, one at a time."""
         for module in dict.fromkeys(name.rpartition(".")[0] for name in self._names):
@@ -222,8 +260,19 @@ class Checkpoint:
             yield f"{module}.weight", coded.values(dtype)
         for plain, name in self._names.items():
             leaf = plain.rpartition(".")[2]
-            if leaf not in beside and not (leaf == "weight" and self._stored(name).dtype == FP8):
+            if leaf == "weight" and self._stored(name).dtype in (*PACKED, FP8):
+                continue
+            if packing == "mxfp4" and leaf.endswith(STACKED_CODES):
+                if leaf.endswith(STACKED_CODES[0]):
+                    tensor = name.removesuffix(f"_{STACKED_CODES[0]}")
+                    yield plain.removesuffix(f"_{STACKED_CODES[0]}"), self._stacked_weight(tensor, dtype)
+            elif leaf == "weight" or leaf not in beside:
                 yield plain, self._tensor(name)
+
+    def _stacked_weight(self, tensor: str, dtype: torch.dtype) -> torch.Tensor:
+        """Of all experts, as a checkpoint of plain numbers has it."""
+        pairs = zip(*(self._tensor(f"{tensor}_{leaf}") for leaf in STACKED_CODES), strict=True)
+        return torch.stack([read_mxfp4(*pair).values(dtype).t() for pair in pairs])
 
     def bias(self, module: str, dtype: torch.dtype) -> torch.Tensor | None:
         name = f"{module}.bias"

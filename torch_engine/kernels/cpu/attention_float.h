@@ -139,6 +139,7 @@ void attend_tile(const AttentionLayer& layer, const float* q, int64_t stride, co
     }
     for (int64_t r = 0; r < rows; r++) {
         float* to = out + (r / group * layer.heads + head * group + r % group) * d;
+        if (layer.sinks) total[r] += std::exp(layer.sinks[head * group + r % group] - highest[r]);
         const float inverse = 1.f / total[r];
         for (int64_t i = 0; i < d; i++) to[i] = sums[r * padded + i] * inverse;
     }

@@ -399,6 +399,7 @@ inline void attend_int_tile(const AttentionLayer& layer, const float* q, int64_t
         float* to = out + (r / group * layer.heads + head * group + r % group) * d;
         float total = 0.f;
         for (int i = 0; i < kLanes; i++) total += rows[r].total[i];
+        if (layer.sinks) total += std::exp2(layer.sinks[head * group + r % group] * 1.44269504f - rows[r].highest);
         const float inverse = 1.f / total;
         for (int64_t i = 0; i < d; i++) to[i] = sums[r * stretch.padded + i] * inverse;
     }

@@ -20,6 +20,7 @@ struct AttentionLayer {
     int64_t window;  // 0 = all
     int64_t norms_row;  // all heads of a token together, not each
     float eps, scale, softcap;  // softcap 0 = none
+    const float* sinks;  // [heads]: scores that join a query's softmax and that no value belongs to; null = none
 };
 
 // One step. Mirrored in native.py.

@@ -60,7 +60,8 @@ const char* fl_layout() {
     {
         using Struct = AttentionLayer;
         add(sizeof(Struct), {AT(cache), AT(scales), AT(rope), AT(q_norm), AT(k_norm), AT(element_bytes), AT(heads),
-                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(norms_row), AT(eps), AT(scale), AT(softcap)});
+                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(norms_row), AT(eps), AT(scale), AT(softcap),
+                             AT(sinks)});
     }
     {
         using Struct = AttentionStep;
@@ -81,7 +82,7 @@ const char* fl_layout() {
         using Struct = Mixture;
         add(sizeof(Struct), {AT(router), AT(gate_up), AT(down), AT(shared_gate_up), AT(shared_down), AT(correction),
                              AT(shared_gate), AT(experts), AT(chosen), AT(groups), AT(kept_groups), AT(sigmoid),
-                             AT(normalise), AT(gelu), AT(scale)});
+                             AT(normalise), AT(gelu), AT(scale), AT(clamp)});
     }
     {
         using Struct = Layer;
@@ -166,7 +167,7 @@ void fl_add_norm(float* x, const float* delta, const float* post, const float* w
 
 // x [rows, 2 n] -> out [rows, n]: activation of the first half times the second. gelu is its tanh form.
 void fl_gate(const float* x, int64_t rows, int64_t n, int64_t gelu, int64_t integers, void* out) {
-    gate_rows(pool, x, rows, n, gelu, integers, out);
+    gate_rows(pool, x, rows, n, gelu, 0.f, integers, out);
 }
 
 // qkv [rows, (heads + 2 kv_heads) * d], changed in place -> out [rows, heads * d].

@@ -23,6 +23,7 @@ struct Mixture {
     const float* shared_gate;             // [size]; null = the shared expert counts fully
     int64_t experts, chosen, groups, kept_groups, sigmoid, normalise, gelu;
     float scale;
+    float clamp;  // of the clamped activation; 0 = the model's own
 };
 
 // The `count` largest of n values, best first; of equal ones the first. The values are used up.
@@ -139,7 +140,7 @@ inline void run_mixture(Pool& pool, const Mixture& mixture, const float* x, int6
     sorted.resize(pairs * widest), wide.resize(pairs * 2 * inner), out.resize(pairs * size);
     for (int64_t i = 0; i < pairs; i++) std::memcpy(sorted.data() + places[i] * bytes, rounded + i / chosen * bytes, bytes);
     run_experts(pool, mixture.gate_up, hits, sorted.data(), wide.data());
-    gate_rows(pool, wide.data(), pairs, inner, mixture.gelu, integers, sorted.data());
+    gate_rows(pool, wide.data(), pairs, inner, mixture.gelu, mixture.clamp, integers, sorted.data());
     run_experts(pool, mixture.down, hits, sorted.data(), out.data());
 
     const Linear &wider = mixture.shared_gate_up, &narrower = mixture.shared_down;
@@ -147,7 +148,7 @@ inline void run_mixture(Pool& pool, const Mixture& mixture, const float* x, int6
         wide.resize(std::max<int64_t>(wide.size(), rows * wider.outputs)), shared.resize(rows * size);
         sorted.resize(std::max<int64_t>(sorted.size(), rows * narrower.row_bytes()));
         run_linear(pool, wider, rounded, rows, wide.data());
-        gate_rows(pool, wide.data(), rows, narrower.inputs, mixture.gelu, integers, sorted.data());
+        gate_rows(pool, wide.data(), rows, narrower.inputs, mixture.gelu, 0.f, integers, sorted.data());
         run_linear(pool, narrower, sorted.data(), rows, shared.data());
     }
     pool.run(rows, pairs * size > kParallelWork, [&](int64_t r) {

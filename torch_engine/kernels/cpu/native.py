@@ -10,7 +10,6 @@ the CPU has is taken.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +71,7 @@ class AttentionLayer(ctypes.Structure):
             for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
         ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
+        ("sinks", POINTER),
     )
 
 
@@ -200,6 +200,7 @@ class MixtureWeights(ctypes.Structure):
             for name in ("experts", "chosen", "groups", "kept_groups", "sigmoid", "normalise", "gelu")
         ],
         ("scale", F32),
+        ("clamp", F32),
     )
 
 
@@ -279,19 +280,51 @@ class NativeLinear:
         return out
 
 
+def bits_kept(coded: Coded) -> int:
+    """In how many bits the kernels keep a checkpoint's own codes: fewer than 8 where their groups fit; 8 lose little of
+    fewer."""
+    fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+    if not fits or coded.bits == 8:
+        return 8
+    return 4 if coded.bits == 4 and not coded.e2m1 else 7
+
+
 class NativeExperts:
     """One linear of every expert, one expert after the other, so that a pointer finds each."""
 
-    def __init__(
-        self, kernels: NativeKernels, weights: Iterable[torch.Tensor], experts: int, bits: int
-    ) -> None:
-        """``weights`` [N, K] of each expert are read, packed and dropped one by one."""
-        for number, weight in enumerate(weights):
+    def __init__(self, kernels: NativeKernels, checkpoint: Checkpoint, experts: list[list[str]]) -> None:
+        """Each expert's modules are stacked along the output; they are read, packed and dropped one expert by one.
+
+        Raises ConfigError if some experts are stored otherwise than the first.
+        """
+        for number, modules in enumerate(experts):
+            weight, bias, bits = self._read(kernels, checkpoint, modules)
             if number == 0:
-                self._packed = kernels.room(bits, experts, *weight.shape)
-                outputs, inputs = weight.shape
+                outputs, inputs = weight.codes.shape if isinstance(weight, Coded) else weight.shape
+                self._packed, kept = kernels.room(bits, len(experts), outputs, inputs), bits
+                kernels.rounded += kernels.bits == 4 and bits == 8
+                self._biases = None if bias is None else torch.empty(len(experts), outputs)
+            if bits != kept:
+                raise ConfigError(
+                    f"{modules[0]} is not stored like the experts before it: use weight_precision='auto' "
+                    "(PRECISION=bf16 of the build)"
+                )
             kernels.pack(bits, weight, self._packed[number])
-        self.weights = LinearWeights(_at(self._packed), None, bits, inputs, outputs)
+            if bias is not None and self._biases is not None:
+                self._biases[number] = bias
+        self.weights = LinearWeights(_at(self._packed), _at(self._biases), kept, inputs, outputs)
+
+    @staticmethod
+    def _read(
+        kernels: NativeKernels, checkpoint: Checkpoint, modules: list[str]
+    ) -> tuple[torch.Tensor | Coded, torch.Tensor | None, int]:
+        """An expert's weight and bias, and the bits to keep the weight in."""
+        stored = kernels.stored_codes(checkpoint, modules)
+        if stored is None:
+            return *checkpoint.fused(modules, torch.float32), kernels.bits
+        coded, bias = stored
+        bits = bits_kept(coded)
+        return (coded.whole() if bits < 8 else coded.values(torch.float32)), bias, bits
 
 
 class NativeMixture:
@@ -309,18 +342,15 @@ class NativeMixture:
             return f"{layer}.{name}"
 
         def experts(*wanted: int) -> NativeExperts:
-            """Of the modules gate, up and down the ``wanted`` ones, stacked along the output."""
-            weights = (
-                checkpoint.fused(
-                    [module(mixture.names.expert(number)[which]) for which in wanted], torch.float32
-                )[0]
-                for number in range(mixture.experts)
-            )
-            return NativeExperts(kernels, weights, mixture.experts, kernels.bits)
+            """Of the modules gate, up and down the ``wanted`` ones."""
+            modules = [mixture.names.expert(number) for number in range(mixture.experts)]
+            stacked = [[module(each[which]) for which in wanted] for each in modules]
+            return NativeExperts(kernels, checkpoint, stacked)
 
         names, none = mixture.names, LinearWeights()
         # In float32: rounding it to bfloat16 chooses other experts.
-        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), None, 32)
+        bias = checkpoint.raw(f"{module(names.router)}.bias") if mixture.router_bias else None
+        self.router = NativeLinear(kernels, checkpoint.raw(f"{module(names.router)}.weight"), bias, 32)
         self._experts = experts(0, 1), experts(2)
         self._shared: list[NativeLinear] = []
         if mixture.shared_inner:
@@ -350,6 +380,7 @@ class NativeMixture:
             normalise=mixture.normalise,
             gelu=activation != "silu",
             scale=mixture.scale,
+            clamp=mixture.clamp or 0.0,
         )
 
     def __call__(self, x: torch.Tensor, step: object) -> torch.Tensor:
@@ -397,18 +428,24 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
 
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> NativeLinear:
         head = modules == ["lm_head"]
-        if self.bits == 4 and not head:
-            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
-            if stored is not None and stored[0].codes.dtype == torch.uint8:
-                return self._coded(*stored)
+        stored = None if head else self.stored_codes(checkpoint, modules)
+        if stored is not None:
+            return self._coded(*stored)
         weight, bias = checkpoint.fused(modules, self.dtype)
         return self.linear(weight, bias) if head else NativeLinear(self, weight, bias, self.bits)
 
+    def stored_codes(
+        self, checkpoint: Checkpoint, modules: list[str]
+    ) -> tuple[Coded, torch.Tensor | None] | None:
+        """Codes of few bits as a checkpoint has them, and a bias, where the kernels are to keep such; else None."""
+        stored = checkpoint.fused_coded(modules, self.dtype, self.device) if self.bits == 4 else None
+        return stored if stored is not None and stored[0].codes.dtype == torch.uint8 else None
+
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> NativeLinear:
         """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of fewer."""
-        fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
-        if fits and coded.bits < 8:
-            return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
+        bits = bits_kept(coded)
+        if bits < 8:
+            return NativeLinear(self, coded.whole(), bias, bits)
         self.rounded += 1
         return NativeLinear(self, coded.values(self.dtype), bias, 8)
 
@@ -684,6 +721,7 @@ def _attention_layer(
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,
+        sinks=_at(layer.sinks),
     )
 
 

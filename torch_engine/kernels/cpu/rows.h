@@ -33,11 +33,20 @@ inline void for_reader(Pool& pool, int64_t rows, int64_t size, bool integers, vo
     });
 }
 
-// x [rows, 2 n] -> out [rows, n]: activation of the first half times the second. gelu is its tanh form.
-inline void gate_rows(Pool& pool, const float* x, int64_t rows, int64_t n, bool gelu, bool integers, void* out) {
+// x [rows, 2 n] -> out [rows, n]: activation of the first half times the second. gelu is its tanh form; with a clamp
+// above 0 it is instead gate * sigmoid(1.702 gate) * (up + 1) of both clamped, the gate from above alone.
+inline void gate_rows(Pool& pool, const float* x, int64_t rows, int64_t n, bool gelu, float clamp, bool integers, void* out) {
     for_reader(pool, rows, n, integers, out, [&](int64_t r, float* to) {
         const float *gate = x + r * 2 * n, *up = gate + n;
-        if (gelu) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
+        if (clamp > 0.f) {
+            const Floats most = Floats{} + clamp, least = Floats{} - clamp;
+            map(gate, up, n, to, [&](Floats x, Floats y) {
+                x = x < most ? x : most;
+                y = y < most ? y : most;
+                y = y > least ? y : least;
+                return x / (1.f + fast_exp(-1.702f * x)) * (y + 1.f);
+            });
+        } else if (gelu) {  // 1 + tanh(u) = 2 / (1 + e^-2u)
             map(gate, up, n, to, [](Floats x, Floats y) {
                 const Floats u = 0.7978845608f * (x + 0.044715f * x * x * x);
                 return x / (1.f + fast_exp(-2.f * u)) * y;

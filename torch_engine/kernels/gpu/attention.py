@@ -124,6 +124,12 @@ def _store_heads(out, in_scale, target, result, mask, FORM: tl.constexpr):
 
 
 @triton.jit
+def _sink(sinks, head, top):
+    """What the sink of a query head adds to the sum of a row whose largest score is ``top``."""
+    return tl.exp(tl.load(sinks + head) - top)
+
+
+@triton.jit
 def _first_key(length, WINDOW: tl.constexpr):
     """Of those that a decode sees which is the ``length``-th token."""
     return tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
@@ -159,11 +165,11 @@ def _share_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _decode_kernel(
-    qkv, slots, positions, tables, width, values, scales, out, in_scale, shares, parts, sums, rows, scale, v_scale,
-    softcap,
+    qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, rows, scale,
+    v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, EXTRA: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
@@ -197,10 +203,13 @@ def _decode_kernel(
             values, scales, head, scale, softcap,
             V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
         )  # fmt: skip
-        result = result / total[:, None] * v_scale
         if whole:
+            if SINKS:
+                total += _sink(sinks, head * G + tl.minimum(g, G - 1), top)
+            result = result / total[:, None] * v_scale
             _store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
         else:
+            result = result / total[:, None] * v_scale
             part = program.to(tl.int64) * H + head * G + g
             tl.store(parts + part[:, None] * D + d[None, :], result, mask=mask)
             tl.store(sums + part, top + tl.log(total), mask=g < G)
@@ -208,11 +217,11 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
-    positions, out, in_scale, shares, parts, sums, rows,
+    positions, sinks, out, in_scale, shares, parts, sums, rows,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
-    WINDOW: tl.constexpr, FORM: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of the rows that were cut, ``PIECES`` at a time."""
+    """The pieces of the rows that were cut, ``PIECES`` at a time; their sink joins them here, once."""
     begin_kernel()
     number, head = tl.program_id(0), tl.program_id(1)
     if number < tl.load(shares + 2):
@@ -237,6 +246,8 @@ def _merge_kernel(
             result = result * fade + tl.sum(values * weights[:, None], 0)
             total = total * fade + tl.sum(weights, 0)
             top = higher
+        if SINKS:
+            total += _sink(sinks, head, top)
         _store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
 
 
@@ -314,10 +325,10 @@ def _meet(
 
 @triton.jit
 def _prefill_kernel(
-    qkv, tiles, tables, width, values, scales, out, in_scale, scale, v_scale, softcap,
+    qkv, tiles, tables, width, values, scales, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    KV_INT8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+    SINKS: tl.constexpr, KV_INT8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
@@ -356,6 +367,8 @@ def _prefill_kernel(
         q, result, top, total, high, first + count, first + token, table, values, scales, head, scale, softcap,
         V, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, DOT, 1, True,
     )  # fmt: skip
+    if SINKS:  # scores count in units of ln 2 here; rows of nobody have seen nothing
+        total += _sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / _LOG2_E))
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
     _store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
@@ -477,9 +490,11 @@ def attend(
     form: Form = Form.PLAIN,
     in_scale: torch.Tensor | None = None,
     prefill: PrefillPlan | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of rotated queries in ``qkv`` [T, (H + 2 V) D] to the cache: [T, H D], plain or e4m3.
 
+    ``sinks`` [H] float32 are scores that join the softmax of each query head, and that no value belongs to.
     ``prefill`` is the plan that the step's tiles were made for; None: :func:`prefill_plan`.
     """
     _, _, kv_heads, block_size, size = cache.values.shape
@@ -491,8 +506,9 @@ def attend(
     block_d = max(32, triton.next_power_of_2(size))
     shared = {
         "BLOCK_SIZE": block_size, "WINDOW": window or 0, "SOFTCAP": softcap is not None,
-        "KV_INT8": cache.scales is not None, "DOT": dot, "FORM": int(form),
+        "SINKS": sinks is not None, "KV_INT8": cache.scales is not None, "DOT": dot, "FORM": int(form),
     }  # fmt: skip
+    sinks = out if sinks is None else sinks
     softcap = softcap or 1.0
     decodes, extra = step.num_decodes, plan.extra
     if decodes:
@@ -502,7 +518,7 @@ def attend(
             parts = torch.empty(decodes + extra, num_heads, size, dtype=torch.float32, device=qkv.device)
             sums = torch.empty(decodes + extra, num_heads, dtype=torch.float32, device=qkv.device)
         _decode_kernel[(decodes + extra, kv_heads)](
-            qkv, step.slots, step.positions, step.tables, step.tables.shape[1], cache.values, scales,
+            qkv, step.slots, step.positions, step.tables, step.tables.shape[1], cache.values, scales, sinks,
             out, in_scale, shares, parts, sums, decodes, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
             EXTRA=extra, PAIRS=cache.values.element_size() == 1, **shared,
@@ -510,13 +526,13 @@ def attend(
         )  # fmt: skip
         if extra:
             _merge_kernel[(min(decodes, extra), num_heads)](
-                step.positions, out, in_scale, shares, parts, sums, decodes, num_heads, size, block_d,
-                extra, 16, window or 0, int(form), **LAUNCH,
+                step.positions, sinks, out, in_scale, shares, parts, sums, decodes, num_heads, size, block_d,
+                extra, 16, window or 0, shared["SINKS"], int(form), **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)
         _prefill_kernel[(step.tiles.shape[0], kv_heads)](
-            qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales,
+            qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales, sinks,
             out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, prefill.rows, prefill.block, **shared,
             STAGES=prefill.stages, num_warps=prefill.warps, num_stages=prefill.stages, **LAUNCH,

@@ -39,6 +39,8 @@ class Kind(IntEnum):
     """An unsigned code."""
     PAIR = 2
     """Two codes of 4 bits, the lower one of the first half of a tile's inputs."""
+    FLOATS = 3
+    """The same, of e2m1."""
 
 
 class Offsets(IntEnum):
@@ -52,6 +54,7 @@ class Offsets(IntEnum):
 
 
 E4M3, PAIR = tl.constexpr(int(Kind.E4M3)), tl.constexpr(int(Kind.PAIR))
+FLOATS = tl.constexpr(int(Kind.FLOATS))
 ZEROS, MINIMA = tl.constexpr(int(Offsets.ZEROS)), tl.constexpr(int(Offsets.MINIMA))
 
 
@@ -91,6 +94,8 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
     """Codes as numbers of the compute dtype, which holds each of them; pairs are moved up by :func:`_moved`."""
     if KIND == E4M3:
         numbers = codes.to(tl.float32).to(like)
+    elif KIND == FLOATS:
+        numbers = _from_e2m1((codes >> (4 * half)) & 15, like)
     elif KIND == PAIR:
         numbers = (codes >> (4 * half)) & 15
         # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
@@ -105,12 +110,83 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
     return numbers
 
 
+@triton.jit
+def _from_e2m1(codes, like: tl.constexpr):
+    """Codes of sign, two bits of exponent and one of mantissa as numbers of the compute dtype.
+
+    From 1 on only the exponent's zero lies elsewhere; 0 and 0.5, which e2m1 has no exponent for, are numbers of their
+    own, since hardware may take subnormal ones for 0.
+    """
+    WIDE: tl.constexpr = _half(like) > 0xFFFF
+    codes = codes.to(tl.int32 if WIDE else tl.int16)
+    size, sign = codes & 7, (codes & 8) << (28 if WIDE else 12)
+    bits = tl.where(size < 2, (size & 1) * _half(like), _half(like) + (size << _mantissa(like)))
+    return (bits | sign).to(like, bitcast=True)
+
+
+@triton.constexpr_function
+def _half(like: tl.dtype) -> int:
+    """The bits of 0.5."""
+    return 0x3F00 if like == tl.bfloat16 else 0x3800 if like == tl.float16 else 0x3F000000
+
+
+@triton.constexpr_function
+def _mantissa(like: tl.dtype) -> int:
+    """The place of the mantissa's first bit."""
+    return 6 if like == tl.bfloat16 else 9 if like == tl.float16 else 22
+
+
+@triton.constexpr_function
+def halves_of(kind: int) -> int:
+    """Codes in a byte."""
+    return 2 if kind in (Kind.PAIR, Kind.FLOATS) else 1
+
+
 @triton.constexpr_function
 def _moved(kind: int, like: tl.dtype) -> int:
     """What a code of a pair is more than it says."""
     if kind != Kind.PAIR:
         return 0
     return 128 if like == tl.bfloat16 else 1024 if like == tl.float16 else 0
+
+
+@triton.jit
+def rows_product(
+    source, reads, codes, scales, offsets, n, owned,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rows of K inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight:
+    [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that are not ``owned``.
+
+    The weight is the tall operand: the tensor cores of Hopper want 64 rows of that.
+    """
+    HALVES: tl.constexpr = halves_of(KIND)
+    WIDTH: tl.constexpr = TILE // HALVES
+    MOVED: tl.constexpr = _moved(KIND, source.dtype.element_ty)
+    NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
+    w = tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for tile in range(K // TILE):
+        byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
+        for half in tl.static_range(HALVES):
+            k = tile * TILE + half * WIDTH
+            a = tl.load(source[:, None] + k + w[None, :], reads[:, None], 0.0)
+            part = tl.dot(
+                _numbers(byte, half, KIND, source.dtype.element_ty), tl.trans(a), input_precision="ieee"
+            )
+            at = (k // GROUP) * N + n
+            if OFFSETS > 0 or MOVED > 0:
+                sums = tl.sum(a.to(tl.float32), 1)[None, :]
+            if OFFSETS == ZEROS:
+                part -= (tl.load(offsets + at, owned, 0).to(tl.float32) + MOVED)[:, None] * sums
+            elif MOVED > 0:
+                part -= MOVED * sums
+            part *= tl.load(scales + at, owned, 0.0).to(tl.float32)[:, None]
+            if OFFSETS == MINIMA:
+                part += tl.load(offsets + at, owned, 0.0).to(tl.float32)[:, None] * sums
+            total += part
+    return total
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,7 +197,7 @@ def _product_kernel(
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
-    HALVES: tl.constexpr = 2 if KIND == PAIR else 1
+    HALVES: tl.constexpr = halves_of(KIND)
     WIDTH: tl.constexpr = TILE // HALVES
     TILES: tl.constexpr = K // TILE // SPLITS
     MOVED: tl.constexpr = _moved(KIND, x.dtype.element_ty)
@@ -165,7 +241,7 @@ def _write_out_kernel(
     OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
-    HALVES: tl.constexpr = 2 if KIND == PAIR else 1
+    HALVES: tl.constexpr = halves_of(KIND)
     WIDTH: tl.constexpr = TILE // HALVES
     tile = tl.program_id(0)
     n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
@@ -210,6 +286,39 @@ def tile_of(coded: Coded) -> int | None:
     return fitting[0] if fitting and outputs % 16 == 0 else None
 
 
+@dataclass(frozen=True)
+class GroupedCodes:
+    """A weight as the kernels read it."""
+
+    codes: torch.Tensor
+    """[K / tile, N, bytes of a tile's row]."""
+    scales: torch.Tensor
+    """[G, N]."""
+    offsets: torch.Tensor
+    """[G, N]; the scales once more where there are none."""
+    group: int
+    tile: int
+    kind: Kind
+    offset_kind: Offsets
+
+    @classmethod
+    def of(cls, coded: Coded) -> GroupedCodes:
+        """``coded`` must have a :func:`tile_of`; its order of inputs is left to whoever brings them."""
+        tile = tile_of(coded)
+        assert tile is not None
+        kind = Kind.FLOATS if coded.e2m1 else Kind.PAIR if coded.bits == 4 else Kind.WHOLE
+        if coded.codes.dtype.is_floating_point:
+            kind = Kind.E4M3
+        scales, offsets, offset_kind = coded.scales.t().contiguous(), None, Offsets.NONE
+        if coded.offsets is not None:
+            offsets = coded.offsets.t().contiguous()
+            offset_kind = Offsets.MINIMA if offsets.is_floating_point() else Offsets.ZEROS
+        codes = _tiled(coded.codes, tile, kind)
+        return cls(
+            codes, scales, scales if offsets is None else offsets, coded.group, tile, kind, offset_kind
+        )
+
+
 class GroupedLinear:
     """Codes with a scale for each output and group of inputs; activations in the compute dtype."""
 
@@ -226,22 +335,12 @@ class GroupedLinear:
         multiprocessors: int,
     ) -> None:
         """``coded`` must have a :func:`tile_of`."""
-        tile = tile_of(coded)
-        assert tile is not None
         self.outputs, self.inputs = coded.codes.shape
-        self.group, self.tile, self.bias, self.dtype = coded.group, tile, bias, dtype
-        self.kind = (
-            Kind.E4M3 if coded.codes.dtype.is_floating_point else Kind.PAIR if coded.bits == 4 else Kind.WHOLE
-        )
-        self.codes = _tiled(coded.codes, tile, self.kind)
-        self.scales = coded.scales.t().contiguous()
-        self.order = coded.order
-        self.offset_kind = Offsets.NONE
-        self.offsets = self.scales
-        if coded.offsets is not None:
-            self.offset_kind = Offsets.MINIMA if coded.offsets.is_floating_point() else Offsets.ZEROS
-            self.offsets = coded.offsets.t().contiguous()
-        self.plans = grouped_plans(self.outputs, self.inputs // tile, multiprocessors)
+        own = GroupedCodes.of(coded)
+        self.group, self.tile, self.kind, self.offset_kind = own.group, own.tile, own.kind, own.offset_kind
+        self.codes, self.scales, self.offsets = own.codes, own.scales, own.offsets
+        self.order, self.bias, self.dtype = coded.order, bias, dtype
+        self.plans = grouped_plans(self.outputs, self.inputs // self.tile, multiprocessors)
         self.plan = self.plans[0]
         """For few rows: :meth:`CudaKernels.tune` replaces it by the fastest."""
         self._scratch = scratch
@@ -282,7 +381,7 @@ def _tiled(codes: torch.Tensor, tile: int, kind: Kind) -> torch.Tensor:
     """[N, K] to [K / tile, N, bytes of a tile's row]: what a program reads at once lies together."""
     outputs, inputs = codes.shape
     tiles = codes.view(torch.uint8).view(outputs, inputs // tile, tile).transpose(0, 1)
-    if kind == Kind.PAIR:
+    if halves_of(kind) == 2:
         low, high = tiles.chunk(2, dim=2)
         return (low | high << 4).contiguous()
     return tiles.contiguous().view(codes.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from flightline.torch_engine.model.mixture import MixtureSpec
+from flightline.torch_engine.model.mixture import CLAMPED_SLOPE, MixtureSpec
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -39,6 +39,13 @@ def route(
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:
     """Of equal ones the first, which ``topk`` does not promise."""
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def clamped_gate(gate_up: torch.Tensor, clamp: float) -> torch.Tensor:
+    """[T, 2 I] -> [T, I], as ``MixtureSpec.clamp`` says."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    return gate * torch.sigmoid(CLAMPED_SLOPE * gate) * (up + 1)
 
 
 class RoutedMlp:

@@ -26,7 +26,7 @@ from flightline.torch_engine.core.steps import (
 )
 from flightline.torch_engine.kernels.operations import Operations, computed_in, name_of
 from flightline.torch_engine.kernels.reference import sampling
-from flightline.torch_engine.kernels.reference.mixture import RoutedMlp
+from flightline.torch_engine.kernels.reference.mixture import RoutedMlp, clamped_gate
 from flightline.torch_engine.model.kernel_interface import Layer
 from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
@@ -118,13 +118,17 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         def mlp(modules: tuple[str, str, str]) -> Linear:
             gate, up, down = (f"{layer}.{module}" for module in modules)
             first, last = self.load_linear(checkpoint, [gate, up]), self.load_linear(checkpoint, [down])
+            if mixture.clamp is not None:
+                clamp = mixture.clamp
+                return lambda x: last(clamped_gate(first(x), clamp))
             return lambda x: last(self.gate(first(x), activation))
 
         names = mixture.names
         router = named(f"{names.router}.weight").float()
+        bias = named(f"{names.router}.bias").float() if mixture.router_bias else None
         return RoutedMlp(
             mixture,
-            lambda x: F.linear(x.float(), router),
+            lambda x: F.linear(x.float(), router, bias),
             named(names.correction).float() if mixture.correction else None,
             [mlp(names.expert(number)) for number in range(mixture.experts)],
             mlp(names.shared_expert()) if mixture.shared_inner else None,
@@ -221,7 +225,8 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         qk = self.rotate(qk, rope, step.positions)
         q, k = qk.split([spec.num_heads, kv_heads], dim=1)
         scale, window, softcap = spec.attention_scale, layer.spec.window, spec.attention_softcap
-        return self.attend(q, k, v, cache, step, scale, window, softcap).reshape(qkv.shape[0], -1)
+        out = self.attend(q, k, v, cache, step, scale, window, softcap, layer.sinks)
+        return out.reshape(qkv.shape[0], -1)
 
     def attend(
         self,
@@ -233,17 +238,20 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes the step's keys and values into ``cache``, then lets each token attend to its sequence.
 
-        ``q`` [T, H, D], ``k`` and ``v`` [T, V, D] -> [T, H, D].
+        ``q`` [T, H, D], ``k`` and ``v`` [T, V, D] -> [T, H, D]; ``sinks`` as ``Layer`` has them.
         """
         self.write_cache(k, v, cache, step)
         parts = []
         if step.num_decodes:
-            parts.append(self.attend_decodes(q[: step.num_decodes], cache, step, scale, window, softcap))
+            parts.append(
+                self.attend_decodes(q[: step.num_decodes], cache, step, scale, window, softcap, sinks)
+            )
         for number in range(len(step.prefills)):
-            parts.append(self.attend_prefill(q, cache, step, number, scale, window, softcap))
+            parts.append(self.attend_prefill(q, cache, step, number, scale, window, softcap, sinks))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: Cache, step: StepInput) -> None:
@@ -261,6 +269,7 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """One query token of each sequence: ``q`` [decodes, H, D] -> [decodes, H, D]."""
         rows, heads, head_dim = q.shape
@@ -270,7 +279,8 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
             mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
             step.made["decode", window] = mask
         grouped = q.view(rows, keys.shape[1], -1, head_dim)
-        return _attention(grouped, keys, values, mask, scale, softcap).reshape(rows, heads, head_dim)
+        sinks = None if sinks is None else sinks.view(keys.shape[1], -1)
+        return _attention(grouped, keys, values, mask, scale, softcap, sinks).reshape(rows, heads, head_dim)
 
     def attend_prefill(
         self,
@@ -281,6 +291,7 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """The step's ``number``-th prompt chunk, out of ``q`` [T, H, D] -> [tokens of the chunk, H, D]."""
         chunk = step.prefills[number]
@@ -294,7 +305,9 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
             step.made[number, window] = mask
         # The group's heads become query rows, [1, V, G * tokens, D]: five times faster than repeating K and V.
         grouped = q[chunk.start : chunk.end].view(count, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        out = _attention(grouped.reshape(1, kv_heads, -1, head_dim), keys, values, mask, scale, softcap)
+        sinks = None if sinks is None else sinks.view(kv_heads, -1).repeat_interleave(count, 1)
+        queries = grouped.reshape(1, kv_heads, -1, head_dim)
+        out = _attention(queries, keys, values, mask, scale, softcap, sinks)
         return out.view(kv_heads, -1, count, head_dim).permute(2, 0, 1, 3).reshape(count, heads, head_dim)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -330,13 +343,25 @@ def _gather(
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    if softcap is None:
+    """``sinks`` [V, query rows]."""
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
-    scores = softcap * torch.tanh(scores / softcap) + mask.float()
-    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask.float()
+    if sinks is None:
+        return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    with_sinks = torch.cat([scores, sinks[..., None].expand(*scores.shape[:-1], 1)], dim=-1)
+    return torch.matmul(with_sinks.softmax(-1)[..., :-1].to(v.dtype), v)
 
 
 def _decode_mask(lengths: torch.Tensor, width: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:

@@ -9,9 +9,10 @@ PYTHON is an interpreter of a virtual environment of its own, which needs nothin
 Both read the same token ids and answer greedily. Two of our sides are compared with llama.cpp and with each other:
 ``float32``, the file's codes times their scales without any other rounding, and ``int4``, the compiled kernels with
 int8 activations, which a CPU serves with. llama.cpp rounds activations to 8 bits, too, and keeps keys and values in
-float16. An answer counts as equal up to its first other token; there the log-probabilities of both tokens say whether
-it was a near tie. Then all sides score the tokens that llama.cpp wrote: how often each finds the same one likeliest,
-and how far the log-probabilities of llama.cpp's ten likeliest tokens lie apart. One line of JSON a file and side.
+float16. An answer counts as equal up to its first other token; there llama.cpp's own log-probabilities of the two say
+whether it was a near tie. Then all sides score the tokens that llama.cpp wrote: how often each finds the same one
+likeliest, and how far the log-probabilities of llama.cpp's ten likeliest tokens lie apart. One line of JSON a file and
+side.
 """
 
 from __future__ import annotations
@@ -81,12 +82,16 @@ def both(file: Path, folder: Path, options: argparse.Namespace) -> Iterator[dict
     words = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
     prompts = [words.encode(text).ids for text in TEXTS]
     peer = ask(options, file, prompts)
+    exact: torch.Tensor | None = None
     for name, settings in SIDES.items():
         sizes = {"num_kv_blocks": 512, "max_seq_len": 512, "num_threads": options.threads}
         EngineConfig(model_dir="model", kernel_dir=".", **sizes, **settings).save(folder)
-        yield {"file": file.name, "peer": f"xllamacpp {peer['version']}", "side": name} | compare(
-            folder, prompts, peer["answers"]
-        )
+        result, values = compare(folder, prompts, peer["answers"])
+        if exact is None:
+            exact = values
+        else:
+            result["log_probabilities_apart_from_float32"] = spread(values - exact)
+        yield {"file": file.name, "peer": f"xllamacpp {peer['version']}", "side": name} | result
 
 
 def ask(options: argparse.Namespace, file: Path, prompts: list[list[int]]) -> dict[str, Any]:
@@ -101,8 +106,8 @@ def ask(options: argparse.Namespace, file: Path, prompts: list[list[int]]) -> di
     return said
 
 
-def compare(folder: Path, prompts: list[list[int]], peers: Answers) -> dict[str, Any]:
-    """The engine in ``folder`` against the peer's answers."""
+def compare(folder: Path, prompts: list[list[int]], peers: Answers) -> tuple[dict[str, Any], torch.Tensor]:
+    """The engine in ``folder`` against the peer's answers, and its log-probabilities of the peer's likeliest tokens."""
     theirs = [[token for token, _ in answer] for answer in peers]
     engine = Engine(EngineConfig.load(folder))
     requests = [
@@ -111,33 +116,41 @@ def compare(folder: Path, prompts: list[list[int]], peers: Answers) -> dict[str,
     ]
     ours = [output.token_ids for output in engine.generate(requests)]
     model = EngineModel(folder, 512)
-    equal, partings, agreed, apart = [], [], [], []
+    equal, partings, agreed, values, expected = [], [], [], [], []
     for prompt, our, their, peer in zip(prompts, ours, theirs, peers, strict=True):
         ids = torch.tensor([prompt + their[:-1]])
         scored = model(ids, logits_to_keep=len(their)).logits[0].float().log_softmax(-1)
         agreed += (scored.argmax(-1) == torch.tensor(their)).tolist()
         for row, (_, likeliest) in zip(scored, peer, strict=True):
-            tokens, values = zip(*likeliest, strict=True)
-            apart.append((row[list(tokens)] - torch.tensor(values)).abs())
+            tokens, known = zip(*likeliest, strict=True)
+            values.append(row[list(tokens)])
+            expected.append(torch.tensor(known))
         same = next((i for i, pair in enumerate(zip(our, their, strict=True)) if pair[0] != pair[1]), None)
         equal.append(len(their) if same is None else same)
         if same is not None:
-            known = dict(peer[same][1])
-            gap = known[their[same]] - known[our[same]] if our[same] in known else None
+            top = dict(peer[same][1])
+            gap = top[their[same]] - top[our[same]] if our[same] in top else None
             partings.append(None if gap is None else round(gap, 4))
-    distances = torch.cat(apart)
     whole = sum(count == len(their) for count, their in zip(equal, theirs, strict=True))
-    return {
+    scores = torch.cat(values)
+    result = {
         "description": engine.info.description,
         "equal_answers": f"{whole} of {len(equal)}",
         "equal_tokens_before_the_first_other": equal,
         "llama_cpp_prefers_its_own_there_by": partings,
         "same_token_likeliest": round(sum(agreed) / len(agreed), 4),
-        "log_probabilities_apart": {
-            "mean": round(float(distances.mean()), 4),
-            "median": round(float(distances.median()), 4),
-            "99th percentile": round(float(distances.quantile(0.99)), 4),
-        },
+        "tokens_scored": len(agreed),
+        "log_probabilities_apart": spread(scores - torch.cat(expected)),
+    }
+    return result, scores
+
+
+def spread(differences: torch.Tensor) -> dict[str, float]:
+    distances = differences.abs()
+    return {
+        "mean": round(float(distances.mean()), 4),
+        "median": round(float(distances.median()), 4),
+        "99th percentile": round(float(distances.quantile(0.99)), 4),
     }
 
 

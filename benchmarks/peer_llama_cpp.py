@@ -26,11 +26,10 @@ def main() -> None:
 
 
 def answer(server: Any, prompt: list[int], tokens: int, top: int) -> list[Any]:
-    """Token ids go in, so that no tokenizer has a say; ``ignore_eos`` makes all answers equally long."""
+    """Token ids go in, so that no tokenizer has a say."""
     said = server.handle_completions(
         {
             "prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": top, "cache_prompt": False,
-            "ignore_eos": True,
         }
     )  # fmt: skip
     return [

@@ -57,6 +57,16 @@ def test_logits_and_tokens_equal_transformers(
     assert [output.token_ids for output in outputs] == expected
 
 
+def test_the_plain_copy_is_what_the_codes_mean(folders: tuple[Path, Path]) -> None:
+    """Which the baseline and the accuracy gate run: nothing of the format is left, nothing is missing."""
+    packed, plain = folders
+    found = dict(Checkpoint(packed, load_spec(packed)).plain_tensors(torch.float32))
+    expected = load_file(plain / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].float(), tensor, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["compressed-dynamic", "hf-blocks", "gptq", "awq", "w4a16", "nvfp4"])
 def test_mixtures_of_experts_equal_transformers(
     name: str, tmp_path: Path, make_engine: Callable[..., Any]

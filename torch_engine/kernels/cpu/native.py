@@ -10,6 +10,7 @@ the CPU has is taken.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ SIGNATURES = {
     "fl_kept": (POINTER, I64, POINTER, POINTER),
     "fl_noise": (ctypes.c_uint64, I64, I64, I64, POINTER, POINTER),
     "fl_embed": (POINTER, I64, POINTER, I64, F32, POINTER),
-    "fl_step": (POINTER, I64, POINTER, I64, I64, I64, POINTER),
+    "fl_step": (POINTER, I64, POINTER, I64, I64, I64, I64, POINTER),
     "fl_decode": (POINTER, POINTER, POINTER, POINTER, I64, POINTER),
 }
 GROUP = 32
@@ -68,7 +69,9 @@ class AttentionLayer(ctypes.Structure):
         *[(name, POINTER) for name in ("cache", "scales", "rope", "q_norm", "k_norm")],
         *[
             (name, I64)
-            for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
+            for name in (
+                *("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row", "group"),
+            )
         ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
         ("sinks", POINTER),
@@ -81,6 +84,7 @@ class AttentionStep(ctypes.Structure):
     _fields_ = (
         *[(name, I64) for name in ("rows", "chunks")],
         *[(name, POINTER) for name in ("positions", "slots", "spans", "tables")],
+        ("width", I64),
     )
 
 
@@ -109,20 +113,23 @@ class NativeSteps(StepBuilder[NativeStep]):
     """Steps straight from the builder's own block tables, in one call: in Python the arrays' many small operations
     take as long as everything else the host does."""
 
-    def __init__(self, block_size: int, library: ctypes.CDLL) -> None:
-        super().__init__(block_size, torch.device("cpu"))
+    def __init__(
+        self, block_size: int, library: ctypes.CDLL, windows: Sequence[int | None] = (None,)
+    ) -> None:
+        super().__init__(block_size, torch.device("cpu"), windows)
         self._make = library.fl_step
 
     def _step(
         self, tokens: NDArray[np.int64], columns: NDArray[np.int64], decodes: int, sampled: int
     ) -> NativeStep:
         chunks, rows, tables = len(columns), len(tokens), self._tables
-        made = np.empty(4 * chunks + 2 * rows + sampled, dtype=np.int64)
+        _, groups, width = tables.shape
+        made = np.empty(4 * chunks + (1 + groups) * rows + sampled, dtype=np.int64)
         at, table_at = _address(made), _address(tables)
-        self._make(_address(columns), chunks, table_at, tables.shape[1], self._block_size, rows, at)
+        self._make(_address(columns), chunks, table_at, groups, width, self._block_size, rows, at)
         spans, positions, slots = at, at + 32 * chunks, at + 32 * chunks + 8 * rows
-        where = AttentionStep(rows, chunks, positions, slots, spans, table_at)
-        return NativeStep(tokens, where, slots + 8 * rows, sampled, (made, tables))
+        where = AttentionStep(rows, chunks, positions, slots, spans, table_at, width)
+        return NativeStep(tokens, where, slots + 8 * groups * rows, sampled, (made, tables))
 
 
 class SamplingRow(ctypes.Structure):
@@ -396,6 +403,7 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
     """
 
     name = "native"
+    stride = 64  # kStretch of attention_layer.h
 
     def __init__(self, config: EngineConfig, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         super().__init__(device, dtype)
@@ -530,6 +538,12 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         codes = torch.zeros(*shape[:3], block_size * head_dim, dtype=dtype)
         return NativeCache(codes, torch.zeros(shape) if dtype == torch.int8 else None, block_size)
 
+    def same_cache(self, cache: NativeCache, kv_scales: tuple[float, float]) -> NativeCache:
+        return NativeCache(cache.codes, cache.scales, cache.block_size)
+
+    def cache_tensors(self, cache: NativeCache) -> list[torch.Tensor]:
+        return [cache.codes] if cache.scales is None else [cache.codes, cache.scales]
+
     def attention(
         self,
         qkv: torch.Tensor,
@@ -550,8 +564,8 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         )
         return out
 
-    def steps(self, block_size: int) -> StepBuilder[NativeStep]:
-        return NativeSteps(block_size, self.library)
+    def steps(self, block_size: int, windows: Sequence[int | None]) -> StepBuilder[NativeStep]:
+        return NativeSteps(block_size, self.library, windows)
 
     def sequence_steps(
         self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
@@ -718,6 +732,7 @@ def _attention_layer(
         block_size=cache.block_size,
         window=layer.spec.window or 0,
         norms_row=spec.qk_norm == "row",
+        group=layer.group,
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,
@@ -726,24 +741,25 @@ def _attention_layer(
 
 
 def _where(step: StepInput) -> tuple[AttentionStep, tuple[object, ...]]:
-    """The step for the library, and the arrays that it points to."""
-    decodes, width = step.decode_blocks.shape
+    """The step for the library, of a model whose layers are one group, and the arrays that it points to."""
+    [blocks], [slots] = step.decode_blocks, step.slots
+    decodes, width = blocks.shape
     spans = np.empty((decodes + len(step.prefills), 4), dtype=np.int64)
     rows = np.arange(decodes)
     spans[:decodes].T[:] = rows, np.ones_like(rows), step.decode_lengths.numpy(), rows * width
     begin = decodes * width
     for number, chunk in enumerate(step.prefills, decodes):
         spans[number] = chunk.start, chunk.end - chunk.start, chunk.context, begin
-        begin += chunk.blocks.shape[0]
-    tables = step.decode_blocks
+        begin += chunk.blocks[0].shape[0]
+    tables = blocks
     if step.prefills:
-        tables = torch.cat([tables.flatten(), *[chunk.blocks for chunk in step.prefills]])
+        tables = torch.cat([tables.flatten(), *[chunk.blocks[0] for chunk in step.prefills]])
     where = AttentionStep(
         rows=step.positions.shape[0],
         chunks=spans.shape[0],
         positions=step.positions.data_ptr(),
-        slots=step.slots.data_ptr(),
+        slots=slots.data_ptr(),
         spans=spans.ctypes.data,
         tables=tables.data_ptr(),
     )
-    return where, (spans, tables, step.positions, step.slots)
+    return where, (spans, tables, step.positions, slots)

@@ -57,6 +57,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     """
 
     name = "cuda"
+    stride = 128  # the most keys of one iteration in attention.py's plans
 
     def __init__(self, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
@@ -263,6 +264,13 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         values = torch.zeros(shape, dtype=dtype, device=self.device)
         return KVCache(values, scales, *kv_scales) if self.kv == "fp8" else KVCache(values, scales)
 
+    def same_cache(self, cache: KVCache, kv_scales: tuple[float, float]) -> KVCache:
+        scales = kv_scales if self.kv == "fp8" else (1.0, 1.0)
+        return KVCache(cache.values, cache.scales, *scales)
+
+    def cache_tensors(self, cache: KVCache) -> list[torch.Tensor]:
+        return [cache.values] if cache.scales is None else [cache.values, cache.scales]
+
     def attention(
         self,
         qkv: torch.Tensor,
@@ -272,7 +280,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         cache: KVCache,
         step: CudaStep,
     ) -> Activation:
-        where = step.attention
+        where = step.attention.of(layer.group)
         qkv = rotate_write(
             qkv,
             cache,

@@ -41,13 +41,16 @@ def compile_only(self, grid):
         code = kernel.asm["ptx"]
         units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
         bytewise = code.count("ld.shared.b8") + code.count("ld.shared.u8")
-        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise])
+        loop = kernel.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+        between = loop.count("ttg.convert_layout")
+        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise, between])
     return run
 
 JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
-from flightline.torch_engine.kernels.gpu.activation import Form
+from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
+from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
@@ -60,6 +63,7 @@ class Three(Alone):
     size, stack = 3, lambda self, x: torch.stack([x, x, x])
 
 hopper = sys.argv[1] == "90"
+scratch = Scratch(torch.bfloat16, torch.device("cpu"))
 bf16, one, ints = torch.bfloat16, torch.ones(()), torch.zeros(4, dtype=torch.int32)
 form = Form.FP8_STATIC if hopper else Form.INT8_TOKEN
 x = torch.zeros(4, 4096, dtype=bf16)
@@ -90,13 +94,15 @@ if hopper:
         skinny_linear(codes[:1], codes, one, one, plan)
     skinny_linear(codes[:1], codes, torch.ones(1), torch.ones(6144), plans[0])
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
-packed = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
+packed = [
+    FourBitLinear(Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4), None, bf16, scratch, 132),
+    GroupedLinear(Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32]), None, bf16, scratch, 132),
+]
 if hopper:
-    packed.append(Coded(codes, torch.ones(6144, 32), 128))
-for coded in packed:
-    linear = GroupedLinear(coded, None, bf16, Scratch(bf16, torch.device("cpu")), 132)
+    packed.append(GroupedLinear(Coded(codes, torch.ones(6144, 32), 128), None, bf16, scratch, 132))
+for linear in packed:
     for rows in (1, 64):
-        linear._few(torch.zeros(rows, 4096, dtype=bf16))
+        linear(Activation(torch.zeros(rows, 4096, dtype=bf16)))
     linear.weight()
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
 from flightline.torch_engine.kernels.gpu.sampling_tables import Choice, Tables
@@ -117,11 +123,13 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(shared <= shared_limit for kernels in found.values() for shared, *_ in kernels)
-    prefill = {unit for _, units, _ in found["_prefill_kernel"] for unit in units}
+    prefill = {unit for _, units, *_ in found["_prefill_kernel"] for unit in units}
     assert prefill == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
-    assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
+    assert all(units == ["mma.sync"] for _, units, *_ in found["_decode_kernel"])
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
-    assert all(used == units for _, used, _ in found["_product_kernel"])
+    assert all(used == units for _, used, *_ in found["_product_kernel"])
+    # 4-bit codes become numbers where the tensor cores read them.
+    assert not any(between for *_, between in found["_four_bit_product_kernel"])
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"]
-    assert not any(bytewise for _, _, bytewise in attention)
+    assert not any(bytewise for _, _, bytewise, _ in attention)

@@ -1,4 +1,4 @@
-"""Products with weights whose codes have scales along the inputs: FP8 in blocks of 128x128, and integers in groups.
+"""Products with weights whose codes have scales along the inputs: FP8 in blocks of 128x128, and bytes in groups.
 
 For few rows such a product is bound by reading the codes once: they become numbers in registers, beside activations in
 the compute dtype. For many rows the weight is written out once into scratch memory for the library's product.
@@ -8,6 +8,8 @@ Shapes: T rows, K inputs, N outputs, G groups of inputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -22,8 +24,8 @@ from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_k
 from flightline.torch_engine.model.coded import Coded
 
 FEW_ROWS = 128
-"""Most rows of :func:`grouped_product`; more are served by the library. An estimate by bytes, not measured yet: up to
-here the codes are read at most twice, half a byte each, and writing a weight out and reading it again is 4.5 bytes."""
+"""Most rows of our own products where nothing was timed. An estimate by bytes: up to here the codes are read at most
+twice, half a byte each, and writing a weight out and reading it again is 4.5 bytes."""
 ROWS_AT_ONCE = 64
 WIDEST = 128
 """Most inputs of a tile."""
@@ -37,8 +39,6 @@ class Kind(IntEnum):
     E4M3 = 0
     WHOLE = 1
     """An unsigned code."""
-    PAIR = 2
-    """Two codes of 4 bits, the lower one of the first half of a tile's inputs."""
 
 
 class Offsets(IntEnum):
@@ -51,7 +51,7 @@ class Offsets(IntEnum):
     """A number that is added: a weight is code * scale + minimum."""
 
 
-E4M3, PAIR = tl.constexpr(int(Kind.E4M3)), tl.constexpr(int(Kind.PAIR))
+E4M3 = tl.constexpr(int(Kind.E4M3))
 ZEROS, MINIMA = tl.constexpr(int(Offsets.ZEROS)), tl.constexpr(int(Offsets.MINIMA))
 
 
@@ -66,18 +66,28 @@ class GroupedPlan:
     stages: int
 
 
-def grouped_plans(outputs: int, tiles: int, multiprocessors: int) -> list[GroupedPlan]:
-    """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess."""
+def plans_of(
+    shapes: Iterable[tuple[int, int, int]],
+    outputs: int,
+    tiles: int,
+    multiprocessors: int,
+    waves: tuple[int, ...],
+) -> list[GroupedPlan]:
+    """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess.
+
+    ``shapes`` are outputs of a program, warps and stages; few outputs are only for weights that more do not fit. Each
+    shape comes with so many splits that every multiprocessor has ``waves`` programs.
+    """
     plans: list[GroupedPlan] = []
-    for block_n, warps, stages in ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4)):
+    for block_n, warps, stages in shapes:
         if outputs % block_n or (block_n < 64 and plans):
             continue
-        for waves in (2, 4):
+        for each in waves:
             splits = 1
             while (
                 splits < 8
                 and tiles % (2 * splits) == 0
-                and outputs // block_n * splits < waves * multiprocessors
+                and outputs // block_n * splits < each * multiprocessors
             ):
                 splits *= 2
             plan = GroupedPlan(block_n, splits, warps, stages)
@@ -87,30 +97,11 @@ def grouped_plans(outputs: int, tiles: int, multiprocessors: int) -> list[Groupe
 
 
 @triton.jit
-def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
-    """Codes as numbers of the compute dtype, which holds each of them; pairs are moved up by :func:`_moved`."""
+def _numbers(codes, KIND: tl.constexpr, like: tl.constexpr):
+    """Codes as numbers of the compute dtype, which holds each of them."""
     if KIND == E4M3:
-        numbers = codes.to(tl.float32).to(like)
-    elif KIND == PAIR:
-        numbers = (codes >> (4 * half)) & 15
-        # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
-        if like == tl.bfloat16:
-            numbers = (numbers.to(tl.int16) | 0x4300).to(like, bitcast=True)
-        elif like == tl.float16:
-            numbers = (numbers.to(tl.int16) | 0x6400).to(like, bitcast=True)
-        else:
-            numbers = numbers.to(like)
-    else:
-        numbers = codes.to(like)
-    return numbers
-
-
-@triton.constexpr_function
-def _moved(kind: int, like: tl.dtype) -> int:
-    """What a code of a pair is more than it says."""
-    if kind != Kind.PAIR:
-        return 0
-    return 128 if like == tl.bfloat16 else 1024 if like == tl.float16 else 0
+        codes = codes.to(tl.float32)
+    return codes.to(like)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,37 +112,29 @@ def _product_kernel(
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
-    HALVES: tl.constexpr = 2 if KIND == PAIR else 1
-    WIDTH: tl.constexpr = TILE // HALVES
     TILES: tl.constexpr = K // TILE // SPLITS
-    MOVED: tl.constexpr = _moved(KIND, x.dtype.element_ty)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILE)
     mask = (m < rows)[:, None]
     if _OVERLAPS:
         cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for tile in range(split * TILES, (split + 1) * TILES):
-        byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
-        for half in tl.static_range(HALVES):
-            k = tile * TILE + half * WIDTH
-            a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
-            numbers = _numbers(byte, half, KIND, x.dtype.element_ty)
-            part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
-            # A half lies in one group: its scale is applied to the sums, which are fewer than the weights.
-            at = (k // GROUP) * N + n
-            scale = tl.load(scales + at).to(tl.float32)[:, None]
-            if OFFSETS > 0 or MOVED > 0:
-                sums = tl.sum(a.to(tl.float32), 1)[None, :]
-            if OFFSETS == ZEROS:
-                part -= (tl.load(offsets + at).to(tl.float32) + MOVED)[:, None] * sums
-            elif MOVED > 0:
-                part -= MOVED * sums
-            part *= scale
-            if OFFSETS == MINIMA:
-                part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
-            total += part
+        byte = tl.load(codes + tile * N * TILE + n[:, None] * TILE + w[None, :])
+        k = tile * TILE
+        a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
+        part = tl.dot(_numbers(byte, KIND, x.dtype.element_ty), tl.trans(a), input_precision="ieee")
+        # A tile lies in one group: its scale is applied to the sums, which are fewer than the weights.
+        at = (k // GROUP) * N + n
+        if OFFSETS > 0:
+            sums = tl.sum(a.to(tl.float32), 1)[None, :]
+        if OFFSETS == ZEROS:
+            part -= tl.load(offsets + at).to(tl.float32)[:, None] * sums
+        part *= tl.load(scales + at).to(tl.float32)[:, None]
+        if OFFSETS == MINIMA:
+            part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
+        total += part
     if BIASED and split == 0:
         total += tl.load(bias + n).to(tl.float32)[:, None]
     target = out + (split * rows + m).to(tl.int64)[None, :] * N + n[:, None]
@@ -165,22 +148,17 @@ def _write_out_kernel(
     OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
-    HALVES: tl.constexpr = 2 if KIND == PAIR else 1
-    WIDTH: tl.constexpr = TILE // HALVES
     tile = tl.program_id(0)
-    n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
-    byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
-    for half in tl.static_range(HALVES):
-        k = tile * TILE + half * WIDTH
-        values = _numbers(byte, half, KIND, tl.float32)
-        at = (k // GROUP) * N + n
-        scale = tl.load(scales + at).to(tl.float32)[:, None]
-        if OFFSETS == ZEROS:
-            values -= tl.load(offsets + at).to(tl.float32)[:, None]
-        values *= scale
-        if OFFSETS == MINIMA:
-            values += tl.load(offsets + at).to(tl.float32)[:, None]
-        tl.store(out + n.to(tl.int64)[:, None] * K + k + w[None, :], values.to(out.dtype.element_ty))
+    n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, TILE)
+    values = _numbers(tl.load(codes + tile * N * TILE + n[:, None] * TILE + w[None, :]), KIND, tl.float32)
+    k = tile * TILE
+    at = (k // GROUP) * N + n
+    if OFFSETS == ZEROS:
+        values -= tl.load(offsets + at).to(tl.float32)[:, None]
+    values *= tl.load(scales + at).to(tl.float32)[:, None]
+    if OFFSETS == MINIMA:
+        values += tl.load(offsets + at).to(tl.float32)[:, None]
+    tl.store(out + n.to(tl.int64)[:, None] * K + k + w[None, :], values.to(out.dtype.element_ty))
 
 
 class Scratch:
@@ -201,21 +179,80 @@ class Scratch:
         return self._memory[: rows * columns].view(rows, columns)
 
 
-def tile_of(coded: Coded) -> int | None:
-    """Inputs of a tile, which lies in one group (each of its halves, if two codes share a byte); None if none fits."""
-    outputs, inputs = coded.codes.shape
-    halves = 2 if coded.bits == 4 else 1
-    tiles = [WIDEST >> shift for shift in range(4) if WIDEST >> shift >= 16 * halves]
-    fitting = [tile for tile in tiles if inputs % tile == 0 and coded.group % (tile // halves) == 0]
-    return fitting[0] if fitting and outputs % 16 == 0 else None
-
-
-class GroupedLinear:
+class CodedLinear(ABC):
     """Codes with a scale for each output and group of inputs; activations in the compute dtype."""
 
     form = Form.PLAIN
     input_scale: torch.Tensor | None = None
     column_scales: torch.Tensor | None = None
+    least_rows = 16
+    """What fewer rows are filled up to."""
+
+    def __init__(
+        self,
+        coded: Coded,
+        tile: int,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        scratch: Scratch,
+        multiprocessors: int,
+    ) -> None:
+        self.outputs, self.inputs = coded.codes.shape
+        self.group, self.tile, self.bias, self.dtype = coded.group, tile, bias, dtype
+        self.order = coded.order
+        self.multiprocessors = multiprocessors
+        self.chosen: dict[int, GroupedPlan | None] = {FEW_ROWS: self.plans(FEW_ROWS)[0]}
+        """The plan up to so many rows, ascending; None and beyond the last: the library."""
+        self._scratch = scratch
+        scratch.reserve(self.outputs * self.inputs)
+
+    def choose(self, rows: int, plan: GroupedPlan | None) -> None:
+        """Takes ``plan`` for up to so many rows, but where one was chosen for fewer; the library for more."""
+        self.chosen = {most: kept for most, kept in self.chosen.items() if most < rows} | {rows: plan}
+
+    def plan_of(self, rows: int) -> GroupedPlan | None:
+        return next((plan for most, plan in self.chosen.items() if rows <= most), None)
+
+    def __call__(self, x: Activation) -> torch.Tensor:
+        values = x.values if self.order is None else x.values.index_select(1, self.order)
+        rows = len(values)
+        plan = self.plan_of(rows)
+        if plan is None:
+            return F.linear(values, self.weight(), self.bias)
+        at_once = min(ROWS_AT_ONCE, max(self.least_rows, triton.next_power_of_2(rows)))
+        out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
+        self.product(values, out, plan, at_once)
+        return out
+
+    def weight(self) -> torch.Tensor:
+        """[N, K], written out into the scratch memory."""
+        out = self._scratch.take(self.outputs, self.inputs)
+        self.write_out(out, min(64, self.outputs & -self.outputs))
+        return out
+
+    @abstractmethod
+    def plans(self, rows: int) -> list[GroupedPlan]:
+        """Worth timing for so many rows."""
+
+    @abstractmethod
+    def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
+        """Partial sums into ``out`` [S, T, N], in a fixed order; a program has ``at_once`` rows."""
+
+    @abstractmethod
+    def write_out(self, out: torch.Tensor, block_n: int) -> None:
+        """The weight into ``out`` [N, K]; a program has ``block_n`` outputs."""
+
+
+def tile_of(coded: Coded) -> int | None:
+    """Inputs of a tile, which lies in one group; None if none fits."""
+    outputs, inputs = coded.codes.shape
+    tiles = [WIDEST >> shift for shift in range(4)]
+    fitting = [tile for tile in tiles if inputs % tile == 0 and coded.group % tile == 0]
+    return fitting[0] if fitting and outputs % 16 == 0 else None
+
+
+class GroupedLinear(CodedLinear):
+    """Codes that are bytes."""
 
     def __init__(
         self,
@@ -228,61 +265,32 @@ class GroupedLinear:
         """``coded`` must have a :func:`tile_of`."""
         tile = tile_of(coded)
         assert tile is not None
-        self.outputs, self.inputs = coded.codes.shape
-        self.group, self.tile, self.bias, self.dtype = coded.group, tile, bias, dtype
-        self.kind = (
-            Kind.E4M3 if coded.codes.dtype.is_floating_point else Kind.PAIR if coded.bits == 4 else Kind.WHOLE
-        )
-        self.codes = _tiled(coded.codes, tile, self.kind)
+        super().__init__(coded, tile, bias, dtype, scratch, multiprocessors)
+        self.kind = Kind.E4M3 if coded.codes.dtype.is_floating_point else Kind.WHOLE
+        tiles = coded.codes.view(torch.uint8).view(self.outputs, self.inputs // tile, tile).transpose(0, 1)
+        self.codes = tiles.contiguous().view(coded.codes.dtype)
         self.scales = coded.scales.t().contiguous()
-        self.order = coded.order
         self.offset_kind = Offsets.NONE
         self.offsets = self.scales
         if coded.offsets is not None:
             self.offset_kind = Offsets.MINIMA if coded.offsets.is_floating_point() else Offsets.ZEROS
             self.offsets = coded.offsets.t().contiguous()
-        self.plans = grouped_plans(self.outputs, self.inputs // tile, multiprocessors)
-        self.plan = self.plans[0]
-        """For few rows: :meth:`CudaKernels.tune` replaces it by the fastest."""
-        self._scratch = scratch
-        scratch.reserve(self.outputs * self.inputs)
 
-    def __call__(self, x: Activation) -> torch.Tensor:
-        values = x.values if self.order is None else x.values.index_select(1, self.order)
-        if values.shape[0] <= FEW_ROWS:
-            return self._few(values)
-        return F.linear(values, self.weight(), self.bias)
+    def plans(self, rows: int) -> list[GroupedPlan]:
+        shapes = ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4))
+        return plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (2, 4))
 
-    def _few(self, x: torch.Tensor) -> torch.Tensor:
-        """Partial sums [S, T, N] float32, in a fixed order."""
-        rows, plan = x.shape[0], self.plan
-        at_once = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(rows)))
-        out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=x.device)
-        _product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(rows, at_once))](
-            x, self.codes, self.scales, self.offsets, out if self.bias is None else self.bias, out, rows,
+    def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
+        _product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(len(x), at_once))](
+            x, self.codes, self.scales, self.offsets, out if self.bias is None else self.bias, out, len(x),
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind),
             self.bias is not None, at_once, plan.block_n, plan.splits,
             num_warps=plan.warps, num_stages=plan.stages, **LAUNCH,
         )  # fmt: skip
-        return out
 
-    def weight(self) -> torch.Tensor:
-        """[N, K], written out into the scratch memory."""
-        out = self._scratch.take(self.outputs, self.inputs)
-        block_n = min(64, self.outputs & -self.outputs)
+    def write_out(self, out: torch.Tensor, block_n: int) -> None:
         _write_out_kernel[(self.inputs // self.tile, self.outputs // block_n)](
             self.codes, self.scales, self.offsets, out,
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind), block_n,
             num_warps=4, **LAUNCH,
         )  # fmt: skip
-        return out
-
-
-def _tiled(codes: torch.Tensor, tile: int, kind: Kind) -> torch.Tensor:
-    """[N, K] to [K / tile, N, bytes of a tile's row]: what a program reads at once lies together."""
-    outputs, inputs = codes.shape
-    tiles = codes.view(torch.uint8).view(outputs, inputs // tile, tile).transpose(0, 1)
-    if kind == Kind.PAIR:
-        low, high = tiles.chunk(2, dim=2)
-        return (low | high << 4).contiguous()
-    return tiles.contiguous().view(codes.dtype)

@@ -33,6 +33,7 @@ help: ## Show this list
 # ENGINE                 ## auto, trtllm-engine, trtllm-pytorch or torch (default: auto)
 # PRECISION              ## auto, fp8, nvfp4, int8, int4, int8_sq, int4_awq or bf16 (default: auto)
 # MAX_SEQ_LEN            ## longest prompt plus output, also MAX_BATCH_SIZE (requests at once) and MAX_NUM_TOKENS (of one step)
+# HOST_KV_GIB            ## host memory where the prefix cache goes on, in GiB (0; ENGINE=torch)
 # MAX_GAP_MS             ## longest wait of a stream for the prompts of others, in ms (no bound; ENGINE=torch)
 # TP                     ## GPUs that share each layer, also PP: GPUs that share the layers (TensorRT-LLM only)
 # DP                     ## whole engines, each on a GPU of its own (1; ENGINE=torch)

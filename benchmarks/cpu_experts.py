@@ -46,6 +46,9 @@ class Random:
     def fused(self, modules: list[str], dtype: torch.dtype) -> tuple[torch.Tensor, None]:
         return torch.cat([self.raw(module) for module in modules]), None
 
+    def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> None:
+        return None  # they are packed from numbers
+
 
 def seconds(run: Callable[[int], object], repeats: int) -> float:
     run(0)

@@ -31,10 +31,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.guesses import GUESSES, HEAD, take_turns  # noqa: E402
 from benchmarks.kinds import ALL, request_fields  # noqa: E402
-from benchmarks.random_checkpoint import LLAMA_8B, RandomCheckpoint  # noqa: E402
+from benchmarks.random_checkpoint import PRECISIONS, SHAPES, RandomCheckpoint  # noqa: E402
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest, SamplingParams  # noqa: E402
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector  # noqa: E402
+from flightline.torch_engine.model import layout  # noqa: E402
 from flightline.torch_engine.text.stream import TokenBytes  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
@@ -51,24 +52,24 @@ def report(**result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
-def llama_engine(
-    options: argparse.Namespace, guesses: int = 0, vocabulary: list[bytes] | None = None
-) -> Engine:
-    spec = LLAMA_8B
+def engine_of(options: argparse.Namespace, guesses: int = 0, vocabulary: list[bytes] | None = None) -> Engine:
+    spec = SHAPES[options.shape]
     width = {"fp8": 1, "int8": 1 + 4 / spec.head_dim, "bfloat16": 2}[options.kv]
     a_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 16 * width
-    weights = 17e9 if options.precision == "bf16" else 10e9
+    parameters, linear = layout.count(spec)
+    each = {"bf16": 2, "int4": 0.6, "mxfp4": 0.6}.get(options.precision, 1.1)
+    weights = each * linear + 2 * (parameters - linear)
     room = torch.cuda.mem_get_info()[0] * 0.9 - weights - 8e9
     config = EngineConfig(
         model_dir="random", device="cuda", compute_dtype="bfloat16", kv_dtype=options.kv,
-        weight_precision={"fp8": "auto", "int4": "auto", "bf16": "dequantised", "int8": "int8"}[options.precision],
+        weight_precision={"bf16": "dequantised", "int8": "int8"}.get(options.precision, "auto"),
         lm_head_precision=options.head, cuda_graphs=not options.no_graphs, cuda_tuning=not options.no_tuning,
         num_kv_blocks=min(60000, int(room / a_block)),
         max_batch_size=options.batch, max_num_tokens=options.budget, max_seq_len=4096, max_queue_size=0,
         enable_kv_cache_reuse=False, speculation_tokens=guesses,
     )  # fmt: skip
     started = time.perf_counter()
-    checkpoint = RandomCheckpoint(spec, fp8=options.precision == "fp8", int4=options.precision == "int4")
+    checkpoint = RandomCheckpoint(spec, options.precision)
     engine = Engine(config, checkpoint, TokenBytes(vocabulary or [b"a"] * spec.vocab_size))
     freeze_garbage_collector()  # as the engine's server does
     report(
@@ -142,7 +143,7 @@ def guess(options: argparse.Namespace) -> None:
     """Prompt lookup against none. Random weights do not copy, so a bias says what follows: always the same, one of two
     by chance (half of the guesses are wrong, which costs most), or nothing (the cost of looking alone).
     """
-    engine = llama_engine(options, guesses=GUESSES)
+    engine = engine_of(options, guesses=GUESSES)
     chance = random.Random(1)
     texts = {
         "as the weights say, greedy": SamplingParams(),
@@ -169,7 +170,7 @@ def guided(options: argparse.Namespace) -> None:
     from benchmarks.guided import RECORDS, compare
     from benchmarks.words import pieces
 
-    engine = llama_engine(options, vocabulary=pieces(LLAMA_8B.vocab_size))
+    engine = engine_of(options, vocabulary=pieces(SHAPES[options.shape].vocab_size))
     chance = random.Random(4)
     prompts = [request.prompt_ids for request in requests(128, 128, 1, chance)]
     for rows in (1, 64):
@@ -390,7 +391,8 @@ def main() -> int:
     parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="repeat the longest cases too")
-    parser.add_argument("--precision", choices=["fp8", "int4", "bf16", "int8"], default="fp8")
+    parser.add_argument("--shape", choices=PRECISIONS, default="llama-8b")
+    parser.add_argument("--precision", default="fp8", help=f"of the shape: {PRECISIONS}")
     parser.add_argument("--kv", choices=["fp8", "int8", "bfloat16"], default="fp8")
     parser.add_argument("--head", choices=["auto", "fp8"], default="auto", help="auto = bf16")
     parser.add_argument("--no-graphs", action="store_true")
@@ -401,6 +403,10 @@ def main() -> int:
     parser.add_argument("--profile-prompts", default="64:128,1:1000", help="COUNT:LENGTH, ...")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options = parser.parse_args()
+    if options.precision not in PRECISIONS[options.shape]:
+        parser.error(
+            f"--precision {options.precision}: --shape {options.shape} has {', '.join(PRECISIONS[options.shape])}"
+        )
     chosen = options.parts.split(",")
     if unknown := set(chosen) - {*PARTS, *MORE_PARTS}:
         parser.error(f"--parts {','.join(sorted(unknown))}: use {', '.join((*PARTS, *MORE_PARTS))}")
@@ -417,7 +423,7 @@ def main() -> int:
         started = time.perf_counter()
         try:
             if part in ("throughput", "gaps", "profile"):
-                engine = engine or llama_engine(options)
+                engine = engine or engine_of(options)
                 {"throughput": throughput, "gaps": gaps, "profile": profile}[part](engine, options)
             else:
                 engine = None  # it wants its memory

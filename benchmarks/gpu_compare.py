@@ -1,9 +1,9 @@
-"""Ours and a peer on one GPU, in turns: ``python3 benchmarks/gpu_compare.py --peer 'python3 vllm_bench.py fp8'``.
+"""Ours and a peer on one GPU, in turns: ``python3 benchmarks/gpu_compare.py --peer 'python3 peer_vllm.py'``.
 
 The peer is any command that takes ``--cases C:I:O,...`` and prints a line of JSON a case with ``concurrency``,
 ``isl``, ``osl`` and ``output_tokens_per_s``, and ``sampling`` if it takes ``--sampling`` and ``--greedy-cases``
 (``peer_vllm.py`` does). Each side runs in processes of its own, ours first, ``--rounds`` times; what follows ``--``
-goes to ``benchmarks/gpu.py``. Prints medians, spreads and ratios.
+goes to ``benchmarks/gpu.py``; ``--shape`` and ``--precision`` go to both. Prints medians, spreads and ratios.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ def main() -> int:
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--sampling", default="greedy", help=f"kinds, of {', '.join(ALL)}")
     parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
+    parser.add_argument("--shape", help="of both sides, as gpu.py has it")
+    parser.add_argument("--precision", help="of both sides, as gpu.py has it")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options, ours = parser.parse_known_args()
     ours = [argument for argument in ours if argument != "--"]
     asked = [] if options.sampling == "greedy" else ["--sampling", options.sampling]
+    for name in ("shape", "precision"):
+        if value := getattr(options, name):
+            asked += [f"--{name}", value]
     greedy = [*filter(None, options.greedy_cases.split(","))]
     cases = options.cases.split(",")
     named = [f"{case} {kind}" for case in cases for kind in options.sampling.split(",")]

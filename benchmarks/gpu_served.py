@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, spec: ModelSpec, device: str) -> None:
     quantized = {"producer": {"name": "benchmark"}, "quantization": quantization}
     (folder / "hf_quant_config.json").write_text(json.dumps(quantized))
     write_tokenizer(folder, spec.vocab_size)
-    source = RandomCheckpoint(spec, fp8=True, device=device)
+    source = RandomCheckpoint(spec, device=device)
     names = ["model.embed_tokens", "lm_head"]
     shards = [{f"{name}.weight": source.weight(name, torch.bfloat16) for name in names}]
     shards[0]["model.norm.weight"] = source.raw("model.norm.weight")

@@ -59,7 +59,7 @@ def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
         tensor_parallel_size=ranks, all_reduce=all_reduce,
     )  # fmt: skip
     started = time.perf_counter()
-    engine = Engine(config, RandomCheckpoint(spec, fp8=True), TokenBytes([b"a"] * spec.vocab_size))
+    engine = Engine(config, RandomCheckpoint(spec), TokenBytes([b"a"] * spec.vocab_size))
     freeze_garbage_collector()
     report(
         part="engine", shape=shape, ranks=ranks, all_reduce=all_reduce, description=engine.info.description,

@@ -1,7 +1,9 @@
-"""vLLM on the shape of ``benchmarks/gpu.py``, with the same kinds of sampling; a peer for ``gpu_compare.py``.
+"""vLLM on the shapes of ``benchmarks/gpu.py``, with the same kinds of sampling; a peer for ``gpu_compare.py``.
 
-Needs an environment with vLLM, nothing of ours but this folder. Random weights, random prompts, FP8 weights and KV
-cache, end of sequence ignored, prefix caching off, wall clock with prefill. One line of JSON a case.
+Needs an environment with vLLM, nothing of ours but this folder. Random weights, random prompts, an FP8 KV cache, end of
+sequence ignored, prefix caching off, wall clock with prefill. One line of JSON a case. ``--precision`` is as in
+``gpu.py``: vLLM makes ``fp8`` of bf16 weights itself, with a scale for each tensor of weights and of activations as
+they come; the others are what checkpoints have.
 """
 
 from __future__ import annotations
@@ -29,12 +31,34 @@ SHAPE = {
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
 }  # fmt: skip
-SHAPES = {
-    "8b": SHAPE,
-    "70b": SHAPE | {
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-8b": SHAPE,
+    "llama-70b": SHAPE | {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     },
+    "qwen3-30b-a3b": SHAPE | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    },
 }  # fmt: skip
+CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+SCHEME = {
+    "targets": ["Linear"], "weights": CHANNEL,
+    "input_activations": CHANNEL | {"strategy": "token", "dynamic": True},
+}  # fmt: skip
+STORED: dict[str, dict[str, Any]] = {
+    "fp8-output": {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": SCHEME}, "quantization_status": "compressed",
+    },
+    "fp8-blocks": {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3",
+    },
+    "int4": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+}  # fmt: skip
+"""What config.json says of the weights."""
 
 
 def main() -> None:
@@ -46,7 +70,8 @@ def main() -> None:
     parser.add_argument("--greedy-cases", default="", help="more cases, of greedy requests only")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer")
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--precision", choices=["fp8", *STORED, "bf16"], default="fp8")
     parser.add_argument(
         "--flashinfer", action="store_true", help="vLLM's FlashInfer sampler (compiles at first use)"
     )
@@ -56,10 +81,13 @@ def main() -> None:
     import vllm
 
     folder = tempfile.mkdtemp()
-    Path(folder, "config.json").write_text(json.dumps(SHAPES[options.shape]))
+    stored = STORED.get(options.precision)
+    config = SHAPES[options.shape] | ({"quantization_config": stored} if stored else {})
+    Path(folder, "config.json").write_text(json.dumps(config))
     llm = vllm.LLM(
         folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=512, max_logprobs=20,
-        gpu_memory_utilization=0.88, enable_prefix_caching=False, quantization="fp8", kv_cache_dtype="fp8",
+        gpu_memory_utilization=0.88, enable_prefix_caching=False, kv_cache_dtype="fp8",
+        quantization="fp8" if options.precision == "fp8" else None,
         tensor_parallel_size=options.tp,
     )  # fmt: skip
     chance = random.Random(0)

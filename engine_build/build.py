@@ -174,6 +174,7 @@ class Build:
             asked.max_num_tokens,
             asked.max_gap_ms,
             kv_dtype,
+            asked.host_kv_gib,
         )
 
     def _engine(
@@ -312,6 +313,7 @@ class Build:
             "max_batch_size": self.settings.max_batch_size,
             "max_num_tokens": self.settings.max_num_tokens,
             "max_gap_ms": self.settings.max_gap_ms,
+            "host_kv_gib": self.settings.host_kv_gib,
             "tp": plan.tp,
         }
         if plan.lane == "torch":

@@ -61,6 +61,7 @@ def package(
             weight_precision=plan.weight_precision,
             block_size=plan.block_size,
             num_kv_blocks=plan.num_kv_blocks,
+            num_host_kv_blocks=plan.num_host_kv_blocks,
             max_batch_size=plan.max_batch_size,
             max_num_tokens=plan.max_num_tokens,
             max_gap_ms=plan.max_gap_ms,

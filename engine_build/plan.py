@@ -10,6 +10,7 @@ from flightline.engine_build.hardware import Hardware
 from flightline.engine_build.memory import kv_bytes_per_token, weight_bytes
 from flightline.engine_build.trtllm import versions
 from flightline.torch_engine.core.config import FP8_CAPABILITY
+from flightline.torch_engine.core.layer_groups import LayerGroups
 
 LANES = ("trtllm-engine", "trtllm-pytorch", "torch")
 PRECISIONS = ("fp8", "nvfp4", "int8", "int4", "int8_sq", "int4_awq", "bf16")
@@ -19,12 +20,14 @@ INT8_CAPABILITIES = ((8, 0), (10, 0))
 """Compute capabilities, the second excluded, that offer int8: newer ones have FP8 and few integer tensor cores."""
 AUTO = "auto"
 
+NVFP4 = "NVFP4"
+"""In the name of such a checkpoint's format: a scale for 16 weights, which no kernel of integers on a CPU has."""
 NVFP4_CAPABILITY = (10, 0)
 BF16_CAPABILITY = (8, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK_SIZE = 16
 TRTLLM_BLOCK_SIZE = 32
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class ModelShape:
     """The checkpoint is of 4-bit codes already."""
     stored: str = "bf16"
     """How the linears are stored, in words."""
+    windows: tuple[int | None, ...] = ()
+    """Of each layer, as ``LayerSpec`` has it; empty: none has one."""
     splits: tuple[int, ...] | None = None
     """Numbers of GPUs above 1 that can share each layer in backend torch; None: nobody has looked."""
 
@@ -85,6 +90,15 @@ class Plan:
     """Of lane torch; 0: no bound."""
     kv_dtype: str = "auto"
     """Of backend torch: see :class:`EngineConfig`."""
+    num_host_kv_blocks: int = 0
+    """The same."""
+    sequence_blocks: int = 0
+    """What a sequence of ``max_seq_len`` takes of ``num_kv_blocks`` at most: layers with a window keep it alone."""
+
+    @property
+    def full_sequences(self) -> int:
+        """Of ``max_seq_len``, that fit at once."""
+        return self.num_kv_blocks // self.sequence_blocks
 
     @property
     def weight_precision(self) -> str:
@@ -117,6 +131,7 @@ def make_plan(
     max_num_tokens: int | None = None,
     max_gap_ms: int | None = None,
     kv_dtype: str | None = None,
+    host_kv_gib: float = 0.0,
 ) -> Plan:
     """Decides everything the engine needs to know.
 
@@ -141,6 +156,8 @@ def make_plan(
         raise BuildError(
             f"MAX_GAP_MS={max_gap_ms} is for ENGINE=torch, not {lane}: set MAX_NUM_TOKENS instead"
         )
+    if host_kv_gib and lane != "torch":
+        raise BuildError(f"HOST_KV_GIB={host_kv_gib:g} is for ENGINE=torch, not {lane}: leave it out")
     build_dtype = "bfloat16" if hardware.fast_bf16 else "float32"
     kernels = "pytorch" if tries_tp else _choose_kernels(lane, hardware, reasons)
     dtype = _compute_dtype(precision, kernels, build_dtype, hardware, reasons)
@@ -163,7 +180,19 @@ def make_plan(
     else:
         per_token = kv_bytes_per_token(shape.layers, shape.kv_heads, shape.head_dim, kv_bytes, tp, pp)
     shared = lane == "torch" and tp > 1
-    blocks = _kv_blocks(per_token, block_size, length, batch, weights, shape, hardware, reasons, shared)
+    one_sequence = -(-length // block_size)
+    if lane == "torch":
+        one_sequence = _groups(shape, length).most_whole(length, min(step_tokens, length), block_size)
+    on_host = int(host_kv_gib * GIB / (dp * tp) / (block_size * per_token))
+    taken = weights + (on_host * block_size * per_token if on_cpu else 0)
+    blocks = _kv_blocks(
+        per_token, block_size, length, batch, taken, shape, hardware, reasons, one_sequence, shared
+    )
+    if on_host:
+        reasons.append(
+            f"prefix cache: {on_host} more blocks of {block_size} tokens in the host memory of each engine"
+            f"{' and GPU' if tp > 1 else ''}"
+        )
     return Plan(
         lane=lane,
         precision=precision,
@@ -184,7 +213,13 @@ def make_plan(
         pp=pp,
         dp=dp,
         kv_dtype=kv_dtype,
+        num_host_kv_blocks=on_host,
+        sequence_blocks=one_sequence,
     )
+
+
+def _groups(shape: ModelShape, length: int) -> LayerGroups:
+    return LayerGroups.for_length(shape.windows or (None,) * shape.layers, length)
 
 
 def _kv_dtype(lane: str, precision: str, dtype: str, on_cpu: bool, reasons: list[str]) -> str:
@@ -458,11 +493,13 @@ def _weights_bytes(
         rest = (shape.parameters - shape.linear_parameters) * wide
         if shape.int4:  # with scales, and the largest weight of a layer written out for many rows
             largest = shape.linear_parameters // shape.layers // 2
-            return int(0.6 * shape.linear_parameters / tp) + largest * wide // tp + rest
+            each = 0.8 if NVFP4 in shape.stored else 0.6
+            return int(each * shape.linear_parameters / tp) + largest * wide // tp + rest
         stored = "int8_sq" if precision in INTEGERS else precision
         return weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp) + rest
     if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
-        linear = {"int4": 0.63, "int8": 1.07}[precision] * shape.linear_parameters
+        each = 1.07 if precision == "int8" or NVFP4 in shape.stored else 0.63
+        linear = each * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))
     if on_cpu:
         return shape.parameters * (2 if kernels == "native" else wide)  # TP: of all processes together, about
@@ -478,11 +515,11 @@ def _kv_blocks(
     shape: ModelShape,
     hardware: Hardware,
     reasons: list[str],
+    one_sequence: int,
     shared: bool = False,
 ) -> int:
-    """Blocks of ``block_size`` tokens on each GPU; always enough for one sequence of full length."""
+    """Blocks of ``block_size`` tokens on each GPU; always enough for ``one_sequence`` of full length."""
     block_bytes = block_size * per_token
-    one_sequence = -(-length // block_size)
     if hardware.device == "cuda":
         # The Transformers baseline lives on the same GPU; beside a model that several share there is none.
         baseline = 0 if shared else 2 * shape.parameters
@@ -492,7 +529,7 @@ def _kv_blocks(
         rule = f"0.9 of the free GPU memory, less {whose}"
     else:
         room = hardware.memory_free - weights
-        wanted = max(one_sequence, -(-batch * length // (4 * block_size)))
+        wanted = max(one_sequence, -(-batch * one_sequence // 4))
         quarter = hardware.memory_free // 4 // block_bytes
         blocks = max(one_sequence, min(quarter, wanted))
         rule = (
@@ -510,6 +547,12 @@ def _kv_blocks(
         f"KV cache {blocks * block_bytes // MIB} MiB = {blocks} blocks of {block_size} tokens "
         f"({per_token / 1024:g} KiB a token): {rule}"
     )
+    whole = -(-length // block_size)
+    if one_sequence != whole:
+        reasons.append(
+            f"sliding windows: {length} tokens take {one_sequence} blocks at most instead of {whole}, so that "
+            f"{blocks // one_sequence} such sequences fit"
+        )
     return blocks
 
 

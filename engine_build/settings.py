@@ -56,6 +56,12 @@ class Settings:
         least=1,
         most=MOST,
     )
+    host_kv_gib: float = setting(
+        0.0,
+        "GiB of host memory, of all engines together, where the prefix cache goes on (ENGINE=torch)",
+        least=0,
+        most=MOST,
+    )
     tp: int = setting(1, "GPUs that share each layer", least=1, most=MOST)
     pp: int = setting(1, "GPUs that share the layers (TensorRT-LLM backends)", least=1, most=MOST)
     dp: int = setting(1, "whole engines, each on GPUs of its own (ENGINE=torch)", least=1, most=MOST)

@@ -9,6 +9,7 @@ from typing import Any
 
 from flightline.client.params import DECLARED
 from flightline.gateway import params
+from flightline.gateway.chat.grammars import in_final_channel
 from flightline.gateway.chat.guides import Guide, Reasoning, response_format
 from flightline.gateway.chat.messages import parse_messages
 from flightline.gateway.chat.tools import ToolPlan, parse_tools
@@ -92,8 +93,9 @@ def of_chat(body: Any, model: ServedModel, request_id: str) -> Job:
         raise invalid("top_logprobs needs logprobs: set logprobs to true", "top_logprobs")
     values["top_logprobs"] = (values["top_logprobs"] or 0) if values["logprobs"] else None
     values["max_tokens"] = values["max_completion_tokens"] or values["max_tokens"]
-    if plan.keep_special_tokens:
+    if plan.keep_special_tokens or reasoning is Reasoning.CHANNELS:
         values["skip_special_tokens"] = False
+    values["stop_token_ids"] = list(dict.fromkeys([*(values["stop_token_ids"] or ()), *model.template.ends]))
     ids = model.encode(prompt, bool(values["add_special_tokens"]), "messages")
     names = params.names(body, CHAT) | {"input_ids": "messages"}
     if plan.guide is not None:
@@ -108,6 +110,8 @@ def _chat_guide(body: Any, plan: ToolPlan, reasoning: Reasoning, model: ServedMo
     guide = plan.guide or response_format(body)
     if guide is None:
         return None
+    if reasoning is Reasoning.CHANNELS and plan.guide is None:
+        guide = in_final_channel(guide, model.template.special_ids)
     guide = guide.beside(reasoning)
     return None if plan.optional and not model.can_enforce(guide) else guide
 

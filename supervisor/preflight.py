@@ -141,10 +141,11 @@ def _verdict(lane: str, precision: str, shape: ModelShape, hardware: Hardware, a
             dp=engines,
             max_num_tokens=asked.max_num_tokens,
             max_gap_ms=asked.max_gap_ms,
+            host_kv_gib=asked.host_kv_gib if lane == "torch" else 0.0,
         )
     except BuildError as error:
         return Verdict(lane, precision, IMPOSSIBLE, str(error))
-    sequences = plan.num_kv_blocks * plan.block_size // plan.max_seq_len
+    sequences = plan.full_sequences
     room = f"{sequences} sequences of {plan.max_seq_len} tokens at once"
     if sequences < min(COMFORTABLE_SEQUENCES, plan.max_batch_size):
         return Verdict(lane, precision, LOW, f"only {room}: lower MAX_SEQ_LEN", plan)
@@ -359,7 +360,7 @@ def _shared(shape: ModelShape, hardware: Hardware, chosen: Verdict, asked: Setti
         )
         held = verdict.reason
         if plan is not None:
-            tokens = plan.num_kv_blocks * plan.block_size
+            tokens = max(plan.num_kv_blocks * plan.block_size, plan.full_sequences * plan.max_seq_len)
             each = f"{_gib(plan.weights_bytes)} of weights and {_gib(plan.kv_bytes)} of KV cache on each"
             held = f"{each}, {tokens:,} tokens"
         lines.append(f"{f'TP={tp}':<10} {held}{there}")

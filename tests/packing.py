@@ -264,6 +264,49 @@ def compressed_int4_config(group: int, symmetric: bool, **more: Any) -> dict[str
     return config
 
 
+def e2m1(code: int) -> float:
+    """What four bits mean: sign, two bits of exponent, one of mantissa."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    size = (1 + mantissa / 2) * 2 ** (exponent - 1) if exponent else mantissa / 2
+    return -size if code & 8 else size
+
+
+def nvfp4(names: tuple[str, str, str], divides: bool) -> Callable[[str, torch.Tensor], Packed]:
+    """Under these names of codes, whole scale and scale of the inputs; whether the whole scale is a divisor."""
+    table = torch.tensor([e2m1(code) for code in range(16)])
+
+    def pack(module: str, weight: torch.Tensor) -> Packed:
+        whole = weight.abs().amax() / (6 * 448)
+        groups = weight.unflatten(1, (-1, 16))
+        scales = (groups.abs().amax(-1) / 6 / whole).clamp(2**-9, 448).to(E4M3)
+        wide = (scales.float() * whole)[..., None]
+        codes = ((groups / wide)[..., None] - table).abs().argmin(-1)
+        codes[0, 0, :] = torch.arange(16)
+        flat = codes.flatten(1).to(torch.uint8)
+        stored = {names[0]: flat[:, ::2] | flat[:, 1::2] << 4, "weight_scale": scales}
+        stored |= {names[1]: (1 / whole if divides else whole).reshape(1 if divides else ())}
+        return stored | {names[2]: torch.tensor(0.01)}, (table[codes] * wide).flatten(1)
+
+    return pack
+
+
+def compressed_nvfp4_config() -> dict[str, Any]:
+    inputs = {**float_inputs("tensor_group", False), "num_bits": 4, "group_size": 16, "dynamic": "local"}
+    config = compressed_fp8("tensor_group", inputs, num_bits=4, group_size=16)
+    (scheme,) = config["config_groups"].values()
+    scheme["format"] = config["format"] = "nvfp4-pack-quantized"
+    return config
+
+
+NVFP4_FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], Packed]]] = {
+    "nvfp4": (
+        compressed_nvfp4_config(), nvfp4(("weight_packed", "weight_global_scale", "input_global_scale"), True),
+    ),
+    "modelopt-nvfp4": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        nvfp4(("weight", "weight_scale_2", "input_scale"), False),
+    ),
+}  # fmt: skip
 INT4_FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], Packed]]] = {
     "gptq": (gptq_config(32, False), gptq(32, False, stored_less=1)),
     "gptq-symmetric": (gptq_config(64, True), gptq(64, True, stored_less=1)),
@@ -278,7 +321,7 @@ INT4_FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], Pack
         compressed_int4_config(32, True, actorder="group"), compressed_int4(32, True, act_order=True),
     ),
 }  # fmt: skip
-FORMATS = FP8_FORMATS | INT4_FORMATS
+FORMATS = FP8_FORMATS | NVFP4_FORMATS | INT4_FORMATS
 
 
 # MXFP4 ---------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ENGINE = (
         "parallel",
         "model",
         "kernels",
+        "host_blocks",
         "runner",
         "cuda_runner",
         "loading",

@@ -39,8 +39,10 @@ import torch.nn.functional as F
 from llguidance import LLExecutor
 from numpy.typing import NDArray
 
+from flightline.torch_engine.core.blocks import Moves
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.grammar import fill
+from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
@@ -56,7 +58,7 @@ from flightline.torch_engine.kernels.gpu.steps import CudaStep
 from flightline.torch_engine.kernels.gpu.tokens import argmax, remember
 from flightline.torch_engine.model.decoder import Model
 from flightline.torch_engine.parallel.ranks import Ranks, Single
-from flightline.torch_engine.runner import Ticket
+from flightline.torch_engine.runner import Ticket, described, host_blocks
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
@@ -65,6 +67,8 @@ MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
 MASK_THREADS = 16
 """That make grammars' masks while the device computes."""
+MOST_UPDATES = 2**15
+"""New entries of the block tables that travel with a step. Of more, the first ones go before it, one lot at a time."""
 MIB = 2**20
 ALIGNMENT = 4
 """Integers in 16 bytes."""
@@ -200,18 +204,23 @@ class CudaRunner:
         kernels: CudaKernels,
         config: EngineConfig,
         ranks: Ranks | None = None,
+        groups: LayerGroups | None = None,
     ) -> None:
         self.model = model
         self.ranks = ranks or Single()
         self.group = self.ranks.group
-        self.caches = model.new_caches(
-            config.num_kv_blocks + 1, config.block_size
-        )  # one block for padding rows
+        groups = groups or LayerGroups.one(len(model.layers))
+        blocks = groups.num_blocks(config.num_kv_blocks)
+        self.caches = model.new_caches(blocks + 1, config.block_size, groups)  # one block for padding rows
+        self.host = host_blocks(kernels, self.caches, groups.num_blocks(config.num_host_kv_blocks))
         device = self.device = kernels.device
         slots = config.max_batch_size
-        self.width = -(-config.max_seq_len // config.block_size)
-        self.tables = torch.zeros(slots + 1, self.width, dtype=torch.int32, device=device)
-        self.tables[slots] = config.num_kv_blocks
+        # Each table begins at a multiple of 16 bytes, too.
+        self.width = _aligned(-(-config.max_seq_len // config.block_size))
+        self.tables = torch.zeros(
+            slots + 1, len(groups.windows), self.width, dtype=torch.int32, device=device
+        )
+        self.tables[slots] = blocks
         self.spare = slots
         forks = MOST_ROWS - 1 if config.speculation_tokens else 0
         self._forks = range(slots + 1, slots + 1 + forks)
@@ -239,12 +248,10 @@ class CudaRunner:
         # Ids, slots, positions, holds, forks; tiles; sampled rows, slots, holds; new entries of the block tables;
         # alignment.
         longest = max(config.max_num_tokens, len(self.tokens))
-        capacity = 5 * longest + 4 * tiles + 3 * samples + 2 * slots * self.width + 11 * ALIGNMENT
+        capacity = 5 * longest + 4 * tiles + 3 * samples + 2 * MOST_UPDATES + 11 * ALIGNMENT
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
-        self.ranks.meet(
-            {"blocks": config.num_kv_blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"}
-        )
+        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         self._own_scales: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
@@ -254,8 +261,8 @@ class CudaRunner:
         self.staging = [Staging(capacity, len(self.tokens), on_gpu) for _ in range(2)]
         self._slots: dict[Sequence, int] = {}
         self._free = list(range(slots))[::-1]
-        self._known: list[tuple[list[int], int]] = [([], 0)] * slots
-        """For each slot the sequence's block table and how much of it is on the device."""
+        self._known: list[tuple[list[list[int]], int]] = [([], 0)] * slots
+        """For each slot the sequence's block tables and how much of them is on the device."""
         self.graphs: dict[int, Captured] = {}
         """Of single tokens, by batch size, the largest first."""
         self.mixed: dict[MixedShape, Captured] = {}
@@ -280,11 +287,12 @@ class CudaRunner:
         ]
 
     def describe(self) -> str:
-        cache = sum(cache.num_bytes for cache in self.caches) / MIB
+        tensors = [each for cache in self.caches for each in self.model.kernels.cache_tensors(cache)]
+        cache = sum({each.data_ptr(): each.nbytes for each in tensors}.values()) / MIB
         graphs = "no CUDA graphs"
         if self.graphs:
             graphs = f"{len(self.graphs) + len(self.mixed)} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
-        return f", {cache:.0f} MiB KV cache, {graphs}"
+        return f", {cache:.0f} MiB KV cache, {graphs}{described(self.host)}"
 
     # Graphs ----------------------------------------------------------------------------------------
 
@@ -394,6 +402,15 @@ class CudaRunner:
     # Steps -----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def move(self, moves: Moves) -> None:
+        """Queues copies of KV blocks to host memory and back."""
+        assert self.host is not None
+        self.ranks.tell(moves)
+        with self._together():
+            self.host.move(moves)
+        self.ranks.done()
+
+    @torch.inference_mode()
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Queues the step on the device and returns at once."""
         self.staging.reverse()
@@ -454,8 +471,12 @@ class CudaRunner:
                 unfinished()
 
     @torch.inference_mode()
-    def follow(self, told: Order) -> None:
+    def follow(self, told: Order | Moves) -> None:
         """Queues another rank's step. Its inputs' memory is used again when the device has read them."""
+        if isinstance(told, Moves):
+            assert self.host is not None
+            self.host.move(told)
+            return
         self.staging.reverse()
         staging = self.staging[0]
         if staging.event is not None:
@@ -656,18 +677,19 @@ class CudaRunner:
         slot = self._slots.get(sequence)
         if slot is None:
             if not self._free:  # preempted sequences wait without blocks and need no slot
-                for other in [other for other in self._slots if not other.block_table]:
+                for other in [other for other in self._slots if not other.block_tables]:
                     self.forget(other)
             slot = self._slots[sequence] = self._free.pop()
             self.sampling.assign(slot, sequence)
-        table = sequence.block_table
+        tables, length = sequence.block_tables, sequence.num_blocks
         known, count = self._known[slot]
-        if known is not table:  # another sequence, or one that lost its blocks: a new list is a new table
+        if known is not tables:  # another sequence, or one that lost its blocks: a new list is a new table
             count = 0
-        if count < len(table):
-            base = slot * self.width
-            updates += [(base + column, table[column]) for column in range(count, len(table))]
-            self._known[slot] = table, len(table)
+        if count < length:
+            for group, table in enumerate(tables):
+                base = (slot * len(tables) + group) * self.width
+                updates += [(base + column, table[column]) for column in range(count, length)]
+            self._known[slot] = tables, length
         position = sequence.num_computed
         tokens = sequence.tokens
         token = tokens[position] if position < len(tokens) else -1
@@ -680,6 +702,9 @@ class CudaRunner:
 
         Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
         """
+        while len(updates) > MOST_UPDATES:  # long prompts whose beginning is known
+            some, updates = updates[:MOST_UPDATES], updates[MOST_UPDATES:]
+            scatter(self.tables, torch.tensor(some, dtype=torch.int32).T.contiguous().to(self.device))
         if updates:
             parts = [*parts, np.array(updates, dtype=np.int32).T.reshape(-1)]
         at = 0

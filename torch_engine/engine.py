@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flightline.torch_engine.core.blocks import BlockEvent, BlockManager
-from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.core.guided import Guided
 from flightline.torch_engine.core.memory import reserved_gpu_memory
 from flightline.torch_engine.core.request import (
@@ -42,7 +42,7 @@ from flightline.torch_engine.core.scheduler import Chunk, Scheduler
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.siblings import Siblings
 from flightline.torch_engine.core.step_times import NOTHING, Work
-from flightline.torch_engine.loading import gather_ranks, load_runner
+from flightline.torch_engine.loading import gather_ranks, layer_groups, load_runner
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel.ranks import RankLost
@@ -64,6 +64,10 @@ IDLE_S = 0.002
 """How long a step waits for a grammar if there is nothing else to do: other requests may come meanwhile."""
 Outputs = list[tuple[Any, RequestOutput]]
 """Request keys, each with what became of its request."""
+
+
+class MovesFailed(Exception):
+    """KV blocks were not copied to host memory or back: what this step begins with may be missing."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,13 @@ class Engine:
         checkpoint = checkpoint or Checkpoint(config.model_dir, load_spec(config.model_dir))
         spec = checkpoint.spec
         self.tokens = tokens or TokenBytes.from_dir(config.model_dir)
+        self.groups = layer_groups(config, spec)
+        most = self.groups.most_whole(config.max_seq_len, config.most_at_once, config.block_size)
+        if most > config.num_kv_blocks:
+            raise ConfigError(
+                f"num_kv_blocks={config.num_kv_blocks} is not valid: one sequence of max_seq_len={config.max_seq_len} "
+                f"needs {most} blocks of {config.block_size}; raise it or lower max_seq_len"
+            )
         self.ranks, checkpoint = gather_ranks(config, checkpoint)
         try:
             self.runner = load_runner(config, checkpoint, self.ranks)
@@ -103,7 +114,14 @@ class Engine:
             raise
         self.model = self.runner.model
         self.kernels = self.model.kernels
-        self.blocks = BlockManager(config.num_kv_blocks, config.block_size, config.enable_kv_cache_reuse)
+        self.blocks = BlockManager(
+            self.groups.num_blocks(config.num_kv_blocks),
+            config.block_size,
+            config.enable_kv_cache_reuse,
+            self.groups.windows,
+            self.groups.num_blocks(config.num_host_kv_blocks),
+            stride=self.kernels.stride,
+        )
         self.scheduler = Scheduler(config, self.blocks, self.runner.row_cost)
         self.siblings = Siblings(config.block_size)
         self.guided = Guided(self.tokens, spec.vocab_size)
@@ -234,12 +252,26 @@ class Engine:
             for chunk in chunks:
                 work += chunk.work
         sampling = [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)]
+        self._move()
         ticket = self.runner.launch(chunks, sampling)
         for chunk in chunks:
             chunk.sequence.computed(self.blocks, chunk.num_tokens)
             if chunk.samples:
                 chunk.sequence.num_pending += 1
         return Flight(chunks, ticket, work, start)
+
+    def _move(self) -> None:
+        """Queues the copies of KV blocks that the scheduler has caused."""
+        moves = self.blocks.take_moves()
+        if moves is None:
+            return
+        try:
+            self.runner.move(moves)
+        except RankLost:
+            raise
+        except Exception as error:  # who knows which of them were made
+            self.blocks.forget_all()
+            raise MovesFailed(f"KV blocks could not be copied: {type(error).__name__}: {error}") from error
 
     def _finish(self, launched: Flight) -> Outputs:
         """Queues what of a step depends on the tokens of the step before, which have been fetched."""
@@ -276,7 +308,7 @@ class Engine:
         """
         outputs: Outputs = []
         guilty = isinstance(error, SamplingFailed)
-        if self.runner.lags or len(chunks) == 1:
+        if self.runner.lags or len(chunks) == 1 or isinstance(error, MovesFailed):
             outputs = self._fail(chunks, error)
         else:
             for chunk in chunks:
@@ -417,6 +449,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot of now."""
         counts = dict(self._counts)
+        # Of those that hold all layers each.
+        used = -(
+            -(self.blocks.num_blocks - self.blocks.num_free) * self.groups.size // self.model.spec.num_layers
+        )
         if not self.sequences:
             counts["scheduled_requests"] = counts["context_requests"] = 0
         return EngineStats(
@@ -424,13 +460,27 @@ class Engine:
             active_requests=len(self.sequences),
             waiting_requests=self._num_waiting,
             max_requests=self.config.max_batch_size,
-            kv_blocks_max=self.blocks.num_blocks,
-            kv_blocks_free=self.blocks.num_free,
-            kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
+            kv_blocks_max=self.config.num_kv_blocks,
+            kv_blocks_free=self.config.num_kv_blocks - used,
+            kv_blocks_used=used,
             kv_blocks_reused=self.blocks.num_reused,
+            **self._host_stats(),
             tokens_per_block=self.config.block_size,
             gpu_memory_bytes=reserved_gpu_memory(),
         )
+
+    def _host_stats(self) -> dict[str, int]:
+        host = self.blocks.host
+        if self.runner.host is None:
+            return {}
+        size = self.runner.host.block_bytes
+        return {
+            "host_kv_bytes_max": host.num_blocks * size,
+            "host_kv_bytes_used": len(host.used) * size,
+            "host_kv_bytes_saved": host.num_saved * size,
+            "host_kv_bytes_restored": host.num_restored * size,
+            "host_kv_hits": host.num_hits,
+        }
 
     def watch_blocks(self) -> list[BlockEvent]:
         """Begins to keep what happens to the prefix cache; returns what it holds now."""
@@ -452,7 +502,7 @@ class Engine:
 
     def audit(self) -> None:
         """Raises AssertionError if the block bookkeeping disagrees with the live sequences."""
-        self.blocks.check([sequence.block_table for sequence in self.sequences.values()])
+        self.blocks.check([table for sequence in self.sequences.values() for table in sequence.block_tables])
 
     def generate(self, requests: list[GenerationRequest]) -> list[RequestOutput]:
         """Runs requests to their end, all in flight together, and returns each one's whole output.

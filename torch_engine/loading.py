@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.kernels.choice import choose
 from flightline.torch_engine.kernels.cpu.native import NativeKernels
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
 from flightline.torch_engine.model.decoder import Model
 from flightline.torch_engine.model.shard import Shard
+from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel.ranks import Leader, Ranks, Single
 from flightline.torch_engine.runner import Runner, StepRunner
@@ -28,6 +30,13 @@ def gather_ranks(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Ranks, C
     return Leader(config, checkpoint), part
 
 
+def layer_groups(config: EngineConfig, spec: ModelSpec) -> LayerGroups:
+    """Of layers that have their KV blocks in common: by their windows, unless ``config`` has all keep all tokens."""
+    if not config.free_behind_windows:
+        return LayerGroups.one(spec.num_layers)
+    return LayerGroups.for_length([layer.window for layer in spec.layers], config.max_seq_len)
+
+
 @torch.inference_mode()
 def load_runner(config: EngineConfig, checkpoint: Checkpoint, ranks: Ranks) -> StepRunner:
     """Loads this rank's part of a checkpoint and makes room for its KV cache.
@@ -38,11 +47,12 @@ def load_runner(config: EngineConfig, checkpoint: Checkpoint, ranks: Ranks) -> S
         RankLost: another rank failed.
     """
     kernels, longest = choose(config, ranks.group), config.max_seq_len
-    room = config.num_kv_blocks, config.block_size
+    groups = layer_groups(config, checkpoint.spec)
+    room = config.num_kv_blocks, config.block_size, ranks, groups, config.num_host_kv_blocks
     if isinstance(kernels, PyTorchKernels):
-        return Runner(Model(checkpoint, kernels, longest), kernels, *room, ranks)
+        return Runner(Model(checkpoint, kernels, longest), kernels, *room)
     if isinstance(kernels, NativeKernels):
         return Runner(Model(checkpoint, kernels, longest), kernels, *room)
     from flightline.torch_engine.cuda_runner import CudaRunner  # needs Triton's language
 
-    return CudaRunner(Model(checkpoint, kernels, longest), kernels, config, ranks)
+    return CudaRunner(Model(checkpoint, kernels, longest), kernels, config, ranks, groups)

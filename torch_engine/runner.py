@@ -10,11 +10,14 @@ from typing import Any, Generic, Protocol
 
 import torch
 
+from flightline.torch_engine.core.blocks import Moves
+from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.core.sampling import Sampled, rows_of, sample
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
+from flightline.torch_engine.host_blocks import HostBlocks
 from flightline.torch_engine.model.decoder import Model
-from flightline.torch_engine.model.kernel_interface import CacheT, HostKernels, LinearT, StepT
+from flightline.torch_engine.model.kernel_interface import CacheT, HostKernels, Kernels, LinearT, StepT
 from flightline.torch_engine.parallel.ranks import Ranks, Single
 
 Ticket = Callable[[], list[Sampled]]
@@ -25,6 +28,24 @@ class SamplingFailed(Exception):
     """The step was computed, and then no token could be chosen for one of its sequences."""
 
 
+def host_blocks(
+    kernels: Kernels[LinearT, CacheT, StepT], caches: list[CacheT], num_blocks: int
+) -> HostBlocks | None:
+    """So many blocks in host memory for these caches' content; None: none were asked for."""
+    if not num_blocks:
+        return None
+    return HostBlocks([tensor for cache in caches for tensor in kernels.cache_tensors(cache)], num_blocks)
+
+
+def described(host: HostBlocks | None) -> str:
+    """For the log, after a comma; or nothing."""
+    return (
+        ""
+        if host is None
+        else f", {host.num_blocks * host.block_bytes >> 20} MiB of KV blocks in host memory"
+    )
+
+
 class StepRunner(Protocol):
     """What the engine asks of a device."""
 
@@ -32,6 +53,8 @@ class StepRunner(Protocol):
     """Whether the next step may be launched before this one's tokens are fetched."""
     row_cost: float
     """Time of one row more in a step, in times of what a step takes however few rows it has (reading the weights)."""
+    host: HostBlocks | None
+    """KV blocks in host memory, where there are any."""
 
     @property
     def model(self) -> Model[Any, Any, Any]:
@@ -39,6 +62,9 @@ class StepRunner(Protocol):
 
     def describe(self) -> str:
         """What it has reserved, for the log, after a comma; or nothing."""
+
+    def move(self, moves: Moves) -> None:
+        """Copies KV blocks to host memory and back, after the steps launched before and before the next one."""
 
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
@@ -53,7 +79,7 @@ class StepRunner(Protocol):
         """The sequence has ended."""
 
     def follow(self, told: Any) -> None:
-        """Runs this rank's part of a step that rank 0 has told."""
+        """Runs this rank's part of a step, or of moves, that rank 0 has told."""
 
 
 class Runner(Generic[LinearT, CacheT, StepT]):
@@ -69,16 +95,29 @@ class Runner(Generic[LinearT, CacheT, StepT]):
         num_blocks: int,
         block_size: int,
         ranks: Ranks | None = None,
+        groups: LayerGroups | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
+        """``num_blocks`` and ``num_host_blocks`` that hold all layers each, as ``EngineConfig`` counts them."""
+        groups = groups or LayerGroups.one(len(model.layers))
         self.model = model
         self.ranks = ranks or Single()
         self.kernels = kernels
-        self.caches = model.new_caches(num_blocks, block_size)
-        self.steps = kernels.steps(block_size)
+        self.caches = model.new_caches(groups.num_blocks(num_blocks), block_size, groups)
+        self.steps = kernels.steps(block_size, groups.windows)
+        self.host = host_blocks(kernels, self.caches, groups.num_blocks(num_host_blocks))
         self.ranks.meet({"blocks": num_blocks})
 
     def describe(self) -> str:
-        return ""
+        return described(self.host)
+
+    @torch.inference_mode()
+    def move(self, moves: Moves) -> None:
+        """Copies KV blocks to host memory and back."""
+        assert self.host is not None
+        self.ranks.tell(moves)
+        self.host.move(moves)
+        self.ranks.done()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
@@ -107,5 +146,9 @@ class Runner(Generic[LinearT, CacheT, StepT]):
         """The sequence has ended."""
         self.steps.forget(sequence)
 
-    def follow(self, told: StepT) -> None:
-        self.model.forward(told, self.caches)
+    def follow(self, told: StepT | Moves) -> None:
+        if isinstance(told, Moves):
+            assert self.host is not None
+            self.host.move(told)
+        else:
+            self.model.forward(told, self.caches)

@@ -176,12 +176,60 @@ def _keywords(index: int, schema: Mapping[str, Any]) -> list[str]:
     return [*rules, f'first_{index}_{len(properties)}: ""', f'next_{index}_{len(properties)}: ""']
 
 
+class _Harmony(Calls):
+    """One call at the most, which ends the answer; messages of the other channels stay free."""
+
+    def allowed(self) -> Guide:
+        return self._guide("start: calls | final TEXT")
+
+    def instead_of(self, answer: Guide) -> Guide:
+        return self._guide("start: calls | final answer", f"answer: {answer.as_lark()}")
+
+    def final(self, answer: Guide) -> Guide:
+        """No calls."""
+        return Guide(
+            "lark",
+            "\n".join(["start: final answer", f"answer: {answer.as_lark()}", *self._messages()]) + "\n",
+        )
+
+    def _rules(self) -> list[str]:
+        channel, constrain, message = map(self._marker, ("<|channel|>", "<|constrain|>", "<|message|>"))
+        heads = [_text(f"commentary to=functions.{function['name']} ") for function in self.functions]
+        calls = [f'{head} {constrain} "json" {message} arguments_{index}' for index, head in enumerate(heads)]
+        return [
+            f"calls: before* {channel} call",
+            *_choice("call", calls),
+            *self._arguments(),
+            *self._messages(),
+        ]
+
+    def _messages(self) -> list[str]:
+        channel, message, end, start = map(
+            self._marker, ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
+        )
+        return [
+            f'final: before* {channel} "final" {message}',
+            f'before: {channel} /analysis|commentary/ {message} TEXT {end} {start} "assistant"',
+            "TEXT: /(?s:.*)/",
+        ]
+
+
+def in_final_channel(answer: Guide, special_ids: Mapping[str, int]) -> Guide:
+    """``answer`` for a model that names its channels, as the message that the user sees.
+
+    Raises:
+        RequestError: a guide that cannot stand behind others.
+    """
+    return _Harmony((), False, special_ids).final(answer)
+
+
 FORMATS: dict[str, type[Calls]] = {
     "hermes": _Hermes,
     "llama3_json": _Llama3Json,
     "pythonic": _Pythonic,
     "mistral": _Mistral,
     "mistral_v11": _MistralV11,
+    "harmony": _Harmony,
 }
 
 

@@ -21,6 +21,8 @@ class Reasoning(StrEnum):
     """The model may open ``<think>`` first."""
     OPEN = "open"
     """Inside ``<think>``, which the prompt has opened."""
+    CHANNELS = "channels"
+    """At the head of a message that names its channel, as OpenAI's harmony format has it."""
 
 
 THOUGHTS = {
@@ -40,10 +42,12 @@ class Guide:
     def beside(self, reasoning: Reasoning) -> Guide:
         """The same guide for an answer that may have thoughts before it, which stay free.
 
+        A guide for channels has them in itself already (``grammars.py``).
+
         Raises:
             RequestError: a guide type that cannot be put behind thoughts.
         """
-        if reasoning is Reasoning.NONE:
+        if reasoning in (Reasoning.NONE, Reasoning.CHANNELS):
             return self
         rules = [
             THOUGHTS[reasoning],

@@ -61,9 +61,8 @@ class OutputParser:
         self._sink = _Sink(parallel, _mistral_id if tool_format in ("mistral", "mistral_v11") else _call_id)
         self._reader: Reader | None = None
         if tool_format is not None or reasoning is not Reasoning.NONE:
-            content = (
-                FORMATS[tool_format](self._sink, names) if tool_format is not None else _plain(self._sink)
-            )
+            plain = _harmony(self._sink, names) if reasoning is Reasoning.CHANNELS else _plain(self._sink)
+            content = plain if tool_format is None else FORMATS[tool_format](self._sink, names)
             self._reader = _answer(reasoning, content, self._sink)
             next(self._reader)
 
@@ -414,14 +413,70 @@ def _call_by_name(sink: _Sink, first: str) -> Generator[None, str, str | None]:
     return None
 
 
+_ENDS_OF_MESSAGES = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+
+
+def _harmony(sink: _Sink, names: Collection[str]) -> Reader:
+    """OpenAI's harmony: messages like ``<|channel|>final<|message|>...<|end|><|start|>assistant``; the prompt has
+    begun the first one.
+
+    ``analysis`` is thoughts; ``final``, no channel, and what ``commentary`` says to nobody is text. What is said to a
+    function is a call of it: ``<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>``, where
+    the addressee may as well stand before the channel. Where no tools are offered it is a thought, as is what is said
+    to anybody else.
+    """
+    said: set[str] = set()
+    while True:
+        head: list[str] = []
+        if not (yield from _until("<|message|>", head.append)):
+            unmarked = "".join(head)
+            if "<|" not in unmarked and not re.fullmatch(r"\s*(t|to|to=.*)?", unmarked, re.S):
+                sink.text(unmarked)  # the model has not kept to the format
+            return
+        channel = re.search(r"<\|channel\|>\s*(\w+)", "".join(head))
+        addressee = re.search(r"\bto=([^\s<]+)", "".join(head))
+        kind = "thoughts"
+        if addressee is not None and names and addressee[1].startswith("functions."):
+            kind = "call"
+            sink.start(addressee[1].removeprefix("functions."))
+            out = sink.arguments
+        elif addressee is None and (channel is None or channel[1] in ("final", "commentary")):
+            kind, out = "text", sink.text
+        else:
+            out = sink.reasoning
+        if kind in said and kind != "call":
+            out("\n")
+        said.add(kind)
+        if not (yield from _until_any(_ENDS_OF_MESSAGES, out)):
+            return
+        if kind == "call":
+            sink.close()
+
+
+def _until_any(markers: Collection[str], out: Callable[[str], None]) -> Generator[None, str, bool]:
+    """Passes text on until one of the ``markers``, none of which begins another, has come (True) or the end (False)."""
+    held = ""
+    while character := (yield):
+        held += character
+        while held and not any(marker.startswith(held) for marker in markers):
+            out(held[0])
+            held = held[1:]
+        if held in markers:
+            return True
+    out(held)
+    return False
+
+
 FORMATS: dict[str, Callable[[_Sink, Collection[str]], Reader]] = {
     "hermes": _hermes,
     "llama3_json": _llama3_json,
     "pythonic": _pythonic,
     "mistral": _mistral,
     "mistral_v11": _mistral,
+    "harmony": _harmony,
 }
-"""Readers of tool calls by name: Hermes and Qwen, Llama 3's JSON and its lists of calls, Mistral's two generations."""
+"""Readers of tool calls by name: Hermes and Qwen, Llama 3's JSON and its lists of calls, Mistral's two generations, and
+gpt-oss."""
 
 
 # JSON, as far as a call must be understood while it comes.

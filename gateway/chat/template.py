@@ -23,8 +23,12 @@ SIGNS: dict[str, str] = {
     "pythonic": r"\[called_tool\(",
     "mistral": r'\[TOOL_CALLS\]\s*\[\{"name": "called_tool", "arguments": ',
     "mistral_v11": r"\[TOOL_CALLS\]called_tool",
+    "harmony": r"to=functions\.called_tool\b[^{]*<\|message\|>",
 }
 """What the call looks like in each format."""
+HARMONY_MARKERS = frozenset(
+    f"<|{name}|>" for name in ("start", "end", "message", "channel", "constrain", "call", "return")
+)
 
 
 class ChatTemplate:
@@ -101,6 +105,9 @@ class ChatTemplate:
             RequestError: the template refuses the messages (the text is the template's own) or passes a limit; a
                 variable of ``kwargs`` that is not the caller's to set.
         """
+        if self.has_channels:
+            messages = [_with_channels(message, index) for index, message in enumerate(messages)]
+            tools = None if tools is None else [_described(tool) for tool in tools]
         variables = dict(kwargs or {})
         if taken := OURS.intersection(variables):
             raise invalid(f"chat_template_kwargs sets {min(taken)}: that has a field of its own")
@@ -138,8 +145,21 @@ class ChatTemplate:
         """A plain prompt ends inside ``<think>``."""
         return self.reasoning(self._shown([_USER])) is Reasoning.OPEN
 
+    @cached_property
+    def has_channels(self) -> bool:
+        """Messages name their channels, as OpenAI's harmony format has it."""
+        return "<|channel|>" in self._template.source and self.special_ids.keys() >= HARMONY_MARKERS
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer, whatever else the checkpoint says."""
+        return [self.special_ids[name] for name in ("<|return|>", "<|call|>")] if self.has_channels else []
+
     def reasoning(self, prompt: str) -> Reasoning:
         """Where the answer to this prompt begins."""
+        if self.has_channels:
+            ends = max(prompt.rfind(f"<|{name}|>") for name in ("end", "return", "call"))
+            return Reasoning.NONE if prompt.rfind("<|message|>") > ends else Reasoning.CHANNELS
         end = prompt.rstrip()
         if end.endswith("<think>"):
             return Reasoning.OPEN
@@ -158,6 +178,24 @@ OURS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
 )
 """Variables that ``chat_template_kwargs`` may not set."""
+
+
+def _with_channels(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """As templates of gpt-oss want it: thoughts under their own name, and no more than the one call that they show."""
+    if len(message.get("tool_calls") or ()) > 1:
+        raise invalid(
+            f"messages[{index}].tool_calls has several calls, and a message of this model has one: give each a message "
+            "of its own, with its result behind it"
+        )
+    thoughts = message.get("reasoning_content")
+    return message if thoughts is None else {**message, "thinking": thoughts}
+
+
+def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates of gpt-oss count on a description."""
+    function = tool["function"]
+    return {**tool, "function": {**function, "description": function.get("description") or ""}}
+
 
 _USER = {"role": "user", "content": "Hello"}
 

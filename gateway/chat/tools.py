@@ -19,7 +19,7 @@ MOST_TOOLS = 128
 """As many as OpenAI takes."""
 ROOM = 256
 """Bytes that ``Guide.beside`` may add."""
-MARKED_BY_SPECIAL_TOKENS = frozenset({"mistral", "mistral_v11"})
+MARKED_BY_SPECIAL_TOKENS = frozenset({"mistral", "mistral_v11", "harmony"})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The engine's state as Prometheus metrics, under NVIDIA's ``nv_trt_llm_*`` names.
+"""The engine's state as Prometheus metrics, under NVIDIA's ``nv_trt_llm_*`` names where it has them.
 
 Each call into Triton is a round trip (60 us) and one with a bad value aborts the server, so only finite
 numbers go in, and only those that have changed.
@@ -24,6 +24,11 @@ _GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Blocks of the KV cache",
         "kv_cache_block_type",
         ("max", "free", "used", "tokens_per", "reused", "fraction"),
+    ),
+    "flightline_host_kv_metrics": (
+        "KV cache in host memory: bytes, and prompts for which some came back",
+        "host_kv_type",
+        ("max", "used", "saved", "restored", "hits"),
     ),
     _MEMORY: ("Memory that the model holds, in bytes", "memory_type", ("gpu",)),
     "nv_trt_llm_inflight_batcher_metrics": (
@@ -56,6 +61,13 @@ def gauge_values(stats: EngineStats) -> dict[tuple[str, str], float]:
             "tokens_per": stats.tokens_per_block,
             "reused": stats.kv_blocks_reused,
             "fraction": stats.kv_blocks_used / stats.kv_blocks_max if stats.kv_blocks_max else 0.0,
+        },
+        "flightline_host_kv_metrics": {
+            "max": stats.host_kv_bytes_max,
+            "used": stats.host_kv_bytes_used,
+            "saved": stats.host_kv_bytes_saved,
+            "restored": stats.host_kv_bytes_restored,
+            "hits": stats.host_kv_hits,
         },
         "nv_trt_llm_inflight_batcher_metrics": {
             "generation_requests": stats.scheduled_requests - stats.context_requests,

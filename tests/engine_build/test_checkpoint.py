@@ -71,7 +71,14 @@ def test_unsupported_architecture_lists_the_supported(model: Path, tmp_path: Pat
         ({"quantization_config": {"quant_method": "aqlm"}}, "'aqlm' is not supported; supported are bf16"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "bits=3 is not valid: only 4"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "no tensor has such codes"),
-        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "NVFP4"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "no tensor has such codes",
+        ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}},
+            "'NVFP4_SVD' is not",
+        ),
         ({"architectures": None}, "names no architecture"),
         ({"hidden_act": "relu6"}, "relu6"),
     ],

@@ -84,8 +84,8 @@ def in_the_wrong_blocks(attend: Callable[..., Any]) -> Callable[..., Any]:
     """A decode that takes the blocks in order, whatever the table says."""
 
     def wrong(self: object, q: object, cache: object, step: StepInput, *rest: object) -> Any:
-        blocks = torch.arange(step.decode_blocks.shape[1])[None]
-        return attend(self, q, cache, dataclasses.replace(step, decode_blocks=blocks), *rest)
+        blocks = torch.arange(step.decode_blocks[0].shape[1])[None]
+        return attend(self, q, cache, dataclasses.replace(step, decode_blocks=[blocks]), *rest)
 
     return wrong
 

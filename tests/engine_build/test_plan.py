@@ -277,6 +277,17 @@ def test_a_checkpoint_of_4_bits_stays_one() -> None:
         make_plan(shape, H200, "trtllm-pytorch")
 
 
+def test_nvfp4_takes_its_scales_and_becomes_int8_on_a_cpu() -> None:
+    awq, fours = (dataclasses.replace(SMALL, int4=True, stored=name) for name in ("AWQ", "ModelOpt NVFP4"))
+    gpu, cpu = (
+        [make_plan(shape, hardware).weights_bytes for shape in (awq, fours)]
+        for hardware in (H200, CPU_COMPILER)
+    )
+    linear = SMALL.linear_parameters
+    assert gpu[1] - gpu[0] == pytest.approx(0.2 * linear, rel=0.01)
+    assert cpu[1] - cpu[0] == pytest.approx(0.44 * linear, rel=0.01)
+
+
 def test_tensorrt_llm_lanes_cache_in_fp8() -> None:
     """8.5 GiB of FP8 weights and 64 KiB a token: the fact sheet's arithmetic for Llama-3.1-8B."""
     plan = make_plan(LLAMA_8B, H200, "trtllm-engine", "fp8")
@@ -312,3 +323,51 @@ def test_detection_describes_this_machine() -> None:
     assert found.device in ("cpu", "cuda") and found.name
     assert 0 < found.memory_free <= found.memory_total
     assert "memory_free" not in found.identity()
+
+
+GEMMA_12B = dataclasses.replace(
+    LLAMA_8B,
+    layers=48,
+    kv_heads=8,
+    head_dim=256,
+    max_position_embeddings=131_072,
+    windows=(*[1024] * 5, None) * 8,
+)
+
+
+def test_layers_with_windows_take_less_of_a_long_sequence() -> None:
+    long = {"max_seq_len": 131_072, "precision": "bf16"}
+    plan = make_plan(GEMMA_12B, H200, "torch", **long)
+    whole = make_plan(dataclasses.replace(GEMMA_12B, windows=()), H200, "torch", **long)
+    assert plan.num_kv_blocks == whole.num_kv_blocks and whole.sequence_blocks == 8192
+    assert plan.sequence_blocks == -(-(8192 + 5 * (-(-(1023 + 127 + 8192) // 16) + 2)) * 8 // 48)
+    assert plan.full_sequences >= 4 * whole.full_sequences > 0
+    assert any(f"{plan.full_sequences} such sequences fit" in reason for reason in plan.reasons)
+    short = make_plan(GEMMA_12B, H200, "torch", max_seq_len=1024)
+    assert short.sequence_blocks == 64, "no window is shorter than a sequence"
+
+
+def test_a_sequence_that_fits_by_its_windows_alone_is_planned() -> None:
+    small = dataclasses.replace(H200, memory_free=int((16e9 + 4 * GEMMA_12B.parameters) / 0.9))
+    plan = make_plan(GEMMA_12B, small, "torch", max_seq_len=131_072, precision="bf16")
+    assert plan.num_kv_blocks < 8192 and plan.full_sequences == 1
+    with pytest.raises(BuildError, match="MAX_SEQ_LEN=131072 needs"):
+        make_plan(
+            dataclasses.replace(GEMMA_12B, windows=()), small, "torch", max_seq_len=131_072, precision="bf16"
+        )
+
+
+def test_host_memory_is_shared_among_engines_and_their_gpus() -> None:
+    one = make_plan(LLAMA_8B, H200, "torch", host_kv_gib=8)
+    assert one.num_host_kv_blocks == (8 << 30) // (one.kv_bytes // one.num_kv_blocks)
+    two = dataclasses.replace(H200, count=2)
+    assert (
+        make_plan(LLAMA_8B, two, "torch", dp=2, host_kv_gib=8).num_host_kv_blocks
+        == one.num_host_kv_blocks // 2
+    )
+    assert make_plan(LLAMA_8B, two, "torch", tp=2, host_kv_gib=8).num_host_kv_blocks == one.num_host_kv_blocks
+    assert make_plan(LLAMA_8B, H200, "torch").num_host_kv_blocks == 0
+    with pytest.raises(
+        BuildError, match=r"HOST_KV_GIB=8 is for ENGINE=torch, not trtllm-pytorch: leave it out"
+    ):
+        make_plan(LLAMA_8B, H200, "trtllm-pytorch", host_kv_gib=8)

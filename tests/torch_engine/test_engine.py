@@ -275,11 +275,16 @@ def test_greedy_unless_top_k_or_top_p_ask(params: dict, greedy: bool) -> None:
     assert SamplingParams(**params).greedy is greedy
 
 
+def test_a_cache_that_one_sequence_does_not_fit_is_refused(make_engine) -> None:
+    with pytest.raises(ConfigError, match=r"num_kv_blocks=2 .*max_seq_len=128 needs 8 blocks of 16"):
+        make_engine(num_kv_blocks=2, block_size=16)
+
+
 def test_config_errors_name_field_value_and_remedy(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"batch_scheduler_policy='best'.*guaranteed_no_evict"):
         EngineConfig(model_dir="x", batch_scheduler_policy="best")
-    with pytest.raises(ConfigError, match=r"num_kv_blocks=2 .*128 blocks of 16"):
-        EngineConfig(model_dir="x", num_kv_blocks=2)
+    with pytest.raises(ConfigError, match=r"num_host_kv_blocks=5 .*enable_kv_cache_reuse"):
+        EngineConfig(model_dir="x", num_host_kv_blocks=5, enable_kv_cache_reuse=False)
     with pytest.raises(ConfigError, match="make build-engines"):
         EngineConfig.load(tmp_path)
     EngineConfig(model_dir="../m", num_kv_blocks=999).save(tmp_path)

@@ -16,7 +16,7 @@ from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.shard import Shard
 from flightline.torch_engine.model.weights import Checkpoint
-from tests.packing import FORMATS, INT4_FORMATS, rewrite
+from tests.packing import FORMATS, rewrite
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import (
     greedy,
@@ -55,6 +55,31 @@ def test_logits_and_tokens_equal_transformers(
     expected = [greedy(model, prompt) for prompt in PROMPTS]
     outputs = engine.generate([GenerationRequest(prompt, 12, end_id=-1) for prompt in PROMPTS])
     assert [output.token_ids for output in outputs] == expected
+
+
+def test_the_plain_copy_is_what_the_codes_mean(folders: tuple[Path, Path]) -> None:
+    """Which the baseline and the accuracy gate run: nothing of the format is left, nothing is missing."""
+    packed, plain = folders
+    found = dict(Checkpoint(packed, load_spec(packed)).plain_tensors(torch.float32))
+    expected = load_file(plain / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].float(), tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["compressed-dynamic", "hf-blocks", "gptq", "awq", "w4a16", "nvfp4"])
+def test_mixtures_of_experts_equal_transformers(
+    name: str, tmp_path: Path, make_engine: Callable[..., Any]
+) -> None:
+    shape = {**SHAPE, "num_hidden_layers": 2, "mlp_only_layers": [1], "moe_intermediate_size": 160}
+    packed, plain = rewrite(
+        tiny_checkpoint(tmp_path / "source", "qwen3_moe", **shape), tmp_path, *FORMATS[name]
+    )
+    assert sum(".experts." in tensor for tensor in Checkpoint(packed, load_spec(packed))._names) > 3 * 8
+    engine, model = make_engine(packed), reference(plain, torch.float32)
+    expected = reference_logits(model, PROMPTS[1])
+    error = (logits_of(engine, PROMPTS[1], 7) - expected).abs().max() / expected.std()
+    assert error < 2e-4, error
 
 
 def without(leaf: str) -> Callable[[Path], None]:
@@ -98,6 +123,15 @@ REFUSED: list[tuple[str, Callable[[Path], None], str]] = [
     ("awq", saying("version", value="gemv"), "only the layout 'gemm'"),
     ("awq", saying("zero_point", value=False), "zero_point=False is not valid: only True"),
     ("w4a16", saying(*GROUP, "weights", "num_bits", value=8), "pack-quantized of 8 bits"),
+    ("nvfp4", saying(*GROUP, "weights", "group_size", value=32), "group_size=32 is not valid: only 16"),
+    (
+        "nvfp4",
+        without("weight_global_scale"),
+        "lacks the tensor model.layers.0.mlp.up_proj.weight_global_scale",
+    ),
+    ("modelopt-nvfp4", saying("group_size", value=32), "group_size=32 is not valid: only 16"),
+    ("modelopt-nvfp4", without("weight_scale"), "lacks the tensor model.layers.0.mlp.up_proj.weight_scale"),
+    ("modelopt-nvfp4", saying("quant_algo", value="NVFP4_AWQ"), "'NVFP4_AWQ' is not supported"),
 ]
 
 
@@ -114,17 +148,27 @@ def test_refused_in_one_line(
     assert says in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_a_whole_scale_of_nothing_is_refused(source: Path, tmp_path: Path) -> None:
+    packed, _ = rewrite(source, tmp_path, *FORMATS["modelopt-nvfp4"])
+    tensors = load_file(packed / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale_2"].zero_()
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"up_proj\.weight_scale_2 is 0\.0: it must be positive"):
+        Checkpoint(packed, load_spec(packed)).weight("model.layers.0.mlp.up_proj", torch.float32)
+
+
 @needs_compiler
-@pytest.mark.parametrize("name", ["gptq", "awq", "gptq-act-order"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "gptq-act-order", "nvfp4"])
 def test_compiled_kernels_keep_codes_of_4_bits(
     name: str, source: Path, tmp_path: Path, make_engine: Callable[..., Any], library: str
 ) -> None:
     """All that is left is what int8 activations round (and int8 weights, where groups do not fit)."""
-    packed, plain = rewrite(source, tmp_path, *INT4_FORMATS[name])
+    packed, plain = rewrite(source, tmp_path, *FORMATS[name])
     native = {"kernels": "native", "kernel_dir": library}
     engine, wide = make_engine(packed, weight_precision="int4", **native), make_engine(plain)
     again = make_engine(plain, weight_precision="int4", **native)
-    told = "8 linears whose groups do not fit" if "act-order" in name else "int4 weights"
+    fits = name in ("gptq", "awq")
+    told = "int4 weights" if fits else "8 linears whose groups do not fit"
     assert told in engine.kernels.describe(engine.model.spec)
     errors = []
     for one in (engine, again):
@@ -133,7 +177,9 @@ def test_compiled_kernels_keep_codes_of_4_bits(
     assert errors[0] < 0.06 and errors[0] < errors[1], errors
 
 
-@pytest.mark.parametrize("name", ["compressed-dynamic", "modelopt", "gptq", "w4a16-asymmetric", "hf-blocks"])
+@pytest.mark.parametrize(
+    "name", ["compressed-dynamic", "modelopt", "gptq", "w4a16-asymmetric", "hf-blocks", "nvfp4"]
+)
 def test_ranks_have_parts_of_codes(name: str, source: Path, tmp_path: Path) -> None:
     """Put together they are the whole; a part that would cut a group is refused by name."""
     packed, _ = rewrite(source, tmp_path, *FORMATS[name])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from flightline.torch_engine.engine import Engine
 from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.config_json import load_spec, transformers_class
 from flightline.torch_engine.model.weights import Checkpoint
+from tests.packing import FORMATS, rewrite
 from tests.tiny import tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS
 
@@ -208,6 +210,28 @@ def test_int8_w8a8_logits_with_an_fp8_head(family: Family, monkeypatch: pytest.M
         return
     engine = small_engine(family.folder, **precision, **BATCH_ONE)
     assert logit_error(family, monkeypatch, engine) < 0.4
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-blocks", "gptq", "awq", "w4a16", "w4a16-asymmetric", "nvfp4", "modelopt-nvfp4"]
+)
+def test_experts_of_each_format(name: str, tmp_path: Path) -> None:
+    """Greedy tokens are those of the PyTorch kernels: few rows and many, of codes with activations as they are."""
+    shape = {
+        "hidden_size": 192,
+        "moe_intermediate_size": 160,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+    }
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_moe", mlp_only_layers=[1], **shape)
+    packed, _ = rewrite(source, tmp_path, *FORMATS[name])
+    prompts = [[5, 6, 7], list(range(20, 61))]
+    expected = greedy(small_engine(packed, kernels="pytorch"), prompts)
+    engine = small_engine(packed)
+    assert "2 FP8 in groups of 128 of experts" in engine.info.description or re.search(
+        r"2 (FP4 )?W4A16 in groups of \d+ of experts", engine.info.description
+    )
+    assert greedy(engine, prompts) == expected
 
 
 # A real model --------------------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def _step(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int
         used = table[: -(-end // block_size)]
         if end - begin > 1:
             prefills.append(
-                PrefillChunk(len(positions), len(positions) + end - begin, end, torch.tensor(used))
+                PrefillChunk(len(positions), len(positions) + end - begin, end, [torch.tensor(used)], [0])
             )
         else:
             decodes.append((used, end))
@@ -267,8 +267,9 @@ def _step(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int
     return StepInput(
         token_ids=torch.zeros(len(positions), dtype=torch.int64),
         positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        decode_blocks=torch.tensor(padded, dtype=torch.int64).view(len(decodes), width),
+        slots=[torch.tensor(slots)],
+        decode_blocks=[torch.tensor(padded, dtype=torch.int64).view(len(decodes), width)],
+        decode_begins=[torch.zeros(len(decodes), dtype=torch.int64)],
         decode_lengths=torch.tensor([end for _, end in decodes], dtype=torch.int64),
         prefills=prefills,
         logit_rows=torch.tensor([0]),
@@ -303,7 +304,7 @@ def test_attention(make: Make, reference, heads: tuple, mask: tuple, kv: str) ->
     each = {"none": (0, 0), "head": (size, size), "row": (heads * size, kv_heads * size)}[spec.qk_norm]
     q_norm, k_norm = (torch.rand(width) + 0.5 if width else None for width in each)
     layer = SimpleNamespace(
-        q_norm=q_norm, k_norm=k_norm, spec=SimpleNamespace(window=window), out=FLOATS,
+        group=0, q_norm=q_norm, k_norm=k_norm, spec=SimpleNamespace(window=window), out=FLOATS,
         sinks=torch.randn(heads) * 2 if window in (5, 17) else None,
     )  # fmt: skip
     angles = torch.rand(200, size // 2) * 6
@@ -331,7 +332,7 @@ def test_integer_attention_keeps_what_many_small_weights_add_up_to(make: Make, i
         attention_softcap=None, qk_norm="none",
     )  # fmt: skip
     layer = SimpleNamespace(
-        q_norm=None, k_norm=None, sinks=None, spec=SimpleNamespace(window=None), out=FLOATS
+        group=0, q_norm=None, k_norm=None, sinks=None, spec=SimpleNamespace(window=None), out=FLOATS
     )
     rope = torch.stack([torch.ones(tokens, size // 2), torch.zeros(tokens, size // 2)], dim=1)
     qkv = torch.zeros(tokens, 3 * size)
@@ -358,7 +359,7 @@ def test_attention_does_not_depend_on_how_a_prompt_is_cut(make: Make, kv: str, w
         attention_softcap=None, qk_norm="none",
     )  # fmt: skip
     layer = SimpleNamespace(
-        q_norm=None, k_norm=None, sinks=None, spec=SimpleNamespace(window=window), out=FLOATS
+        group=0, q_norm=None, k_norm=None, sinks=None, spec=SimpleNamespace(window=window), out=FLOATS
     )
     angles = torch.rand(tokens, size // 2) * 6
     rope = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -471,8 +472,8 @@ def test_a_library_with_other_structs_is_refused(make: Make, monkeypatch: pytest
     make()
     before, _, *after = native_module.STRUCTS
     for other, says in (
-        (Exchanged, "Exchanged is another one: 48 rows 0 chunks 8 .*, not 48 chunks 0 rows 8 "),
-        (Longer, "Longer is another one: 48 .*, not 56 .* new 48"),
+        (Exchanged, "Exchanged is another one: 56 rows 0 chunks 8 .*, not 56 chunks 0 rows 8 "),
+        (Longer, "Longer is another one: 56 .*, not 64 .* new 56"),
     ):
         monkeypatch.setattr(native_module, "STRUCTS", (before, other, *after))
         with pytest.raises(ConfigError, match=f"{says}.*make build-engines"):

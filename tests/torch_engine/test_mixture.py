@@ -12,11 +12,12 @@ import torch
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
-from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.kernels.cpu.native import NativeKernels
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
 from flightline.torch_engine.kernels.reference.mixture import route
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
+from flightline.torch_engine.model.coded import Coded, stack
 from flightline.torch_engine.model.config_json import load_spec
 from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.mixture import MixtureSpec, mixture_linears, mixture_sizes
@@ -63,6 +64,41 @@ class Drawn:
 
     def fused_coded(self, modules: list[str], dtype: torch.dtype, device: torch.device) -> None:
         return None
+
+
+class DrawnCodes(Drawn):
+    """The same, but its experts in codes, with scales and offsets that all differ."""
+
+    def __init__(self, mixture: MixtureSpec, kind: str, hidden: int = HIDDEN) -> None:
+        super().__init__(mixture, hidden)
+        self.codes = {}
+        for name in [name for name in self.tensors if ".experts." in name]:
+            coded = random_codes(kind, self.tensors[name])
+            self.codes[name.removesuffix(".weight")], self.tensors[name] = coded, coded.values(torch.float32)
+
+    def fused_coded(
+        self, modules: list[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Coded, None] | None:
+        stacked = stack([self.codes[module] for module in modules]) if modules[0] in self.codes else None
+        return None if stacked is None else (stacked.to(device), None)
+
+
+def random_codes(kind: str, weight: torch.Tensor) -> Coded:
+    """Codes like ``kind``, about as large as ``weight``; their group is the last part of its name, 0: one for all."""
+    form, group = kind.split("-")
+    each = int(group) or weight.shape[1]
+    shape = len(weight), -(-weight.shape[1] // each)
+    scales = (0.5 + torch.rand(shape)) / weight.shape[1] ** 0.5
+    if form == "fp8":
+        return Coded(
+            (torch.randn(weight.shape) * 90).clamp(-448, 448).to(torch.float8_e4m3fn), scales / 90, each
+        )
+    codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
+    if form == "e2m1":
+        return Coded(codes, scales / 3, each, bits=4, e2m1=True)
+    zeros = torch.randint(0, 16, shape, dtype=torch.uint8)
+    offsets = zeros if form == "zeros" else -8 * scales / 5
+    return Coded(codes, (scales / 5).half(), each, offsets, 4)
 
 
 def rows(count: int, hidden: int = HIDDEN) -> torch.Tensor:
@@ -142,6 +178,28 @@ def test_compiled_mixture_is_the_sum_of_its_parts(make, name: str, precision: st
         assert (result - expected).abs().max() < 2e-5 * expected.abs().max()
         if precision == "auto":
             torch.testing.assert_close(result, reference(x, None), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kind", "bits"), [("zeros-32", 4), ("zeros-0", 4), ("e2m1-32", 7), ("e2m1-16", 8)])
+def test_compiled_experts_keep_their_codes(make, kind: str, bits: int) -> None:
+    """Nothing but activations is rounded, to 7 bits and a sign, and what has no groups of 32 is kept in as many."""
+    kernels, checkpoint = make(2, "int4"), DrawnCodes(PLAIN, kind)
+    mlp = kernels.load_mixture(checkpoint, PLAIN, "layer", "silu")
+    assert mlp.weights.gate_up.bits == mlp.weights.down.bits == bits
+    assert kernels.rounded == (2 if bits == 8 else 0)
+    x = rows(9)
+    expected = PyTorchKernels(CPU, torch.float32).load_mixture(checkpoint, PLAIN, "layer", "silu")(x, None)
+    assert (mlp(x, None) - expected).norm() < 0.03 * expected.norm()
+
+
+@needs_compiler
+def test_experts_that_are_stored_otherwise_than_the_first_are_refused(make) -> None:
+    checkpoint = DrawnCodes(PLAIN, "zeros-32")
+    for module in [module for module in checkpoint.codes if ".experts.4." in module]:
+        checkpoint.codes[module] = random_codes("e2m1-16", checkpoint.tensors[f"{module}.weight"])
+    with pytest.raises(ConfigError, match=r"experts\.4\.gate_proj is not stored like the experts before it"):
+        make(1, "int4").load_mixture(checkpoint, PLAIN, "layer", "silu")
 
 
 @needs_compiler

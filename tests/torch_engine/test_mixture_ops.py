@@ -10,23 +10,35 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flightline.torch_engine.core.config import EngineConfig
+from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.kernels.reference import mixture as reference
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
 from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.mixture import MixtureSpec
+from tests.packing import e2m1
 from tests.tiny import tiny_checkpoint
-from tests.torch_engine.test_mixture import GROUPED, HIDDEN, PLAIN, SHARED, Drawn, rows
+from tests.torch_engine.test_mixture import (
+    GROUPED,
+    HIDDEN,
+    PLAIN,
+    SHARED,
+    Drawn,
+    DrawnCodes,
+    random_codes,
+    rows,
+)
 from tests.torch_engine.test_triton_ops import DEVICE, INTERPRETED, RUNS, close, kernel, needs_triton
 
 if RUNS:
     from flightline.torch_engine.kernels.gpu.activation import Activation
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
+    from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.mixture import route, sort_pairs
 
 IDLE = 3
 """Slot of the rows that fill up a batch."""
+CODED = MixtureSpec(experts=9, chosen=3, inner=64, normalise=True)
 E4M3 = torch.float8_e4m3fn
 INPUT_SCALE, WEIGHT_SCALE = 0.01, 0.6 / 448
 
@@ -74,7 +86,8 @@ def on_gpu(mixture: MixtureSpec, checkpoint: Drawn, dtype: torch.dtype = torch.f
     config = EngineConfig(
         model_dir="none", device=DEVICE.type, compute_dtype=str(dtype).removeprefix("torch.")
     )
-    return CudaKernels(config, DEVICE, dtype).load_mixture(checkpoint, mixture, "layer", "silu")
+    kernels = CudaKernels(config, DEVICE, dtype)
+    return kernels, kernels.load_mixture(checkpoint, mixture, "layer", "silu")
 
 
 def step_of(slots: list[int]) -> SimpleNamespace:
@@ -108,7 +121,7 @@ class TestRouting:
 class TestExperts:
     pytestmark = kernel
 
-    @pytest.mark.parametrize("count", [3, 11])
+    @pytest.mark.parametrize("count", [1, 11])
     @pytest.mark.parametrize("kind", ["float32", "fp8"])
     @pytest.mark.parametrize("mixture", [GROUPED, SHARED], ids=["grouped", "shared"])
     def test_like_the_reference(self, mixture: MixtureSpec, kind: str, count: int) -> None:
@@ -123,10 +136,47 @@ class TestExperts:
         plain = (Rounding if coded else PyTorchKernels)(torch.device("cpu"), torch.float32)
         expected = plain.load_mixture(checkpoint, mixture, "layer", "silu")(rows(count, hidden), None)
         x = torch.cat([rows(count, hidden), torch.full((2, hidden), torch.nan)])
-        result = run(on_gpu(mixture, checkpoint), x, [0] * count + [IDLE] * 2)
+        result = run(on_gpu(mixture, checkpoint)[1], x, [0] * count + [IDLE] * 2)
         close(result[:count], expected, 1e-2 if coded else 3e-5)
         if mixture.shared_inner == 0:
             assert (result[count:] == 0).all()
+
+    @pytest.mark.parametrize(
+        ("kind", "count"),
+        [("fp8-32", 1), ("fp8-0", 11), ("zeros-32", 1), ("zeros-32", 11), ("minima-32", 11), ("e2m1-16", 1),
+         ("e2m1-32", 11)],
+    )  # fmt: skip
+    def test_codes_like_the_reference(self, kind: str, count: int) -> None:
+        """Whose groups are smaller than tiles and than rows; widths that end within a block."""
+        checkpoint = DrawnCodes(CODED, kind, 96)
+        plain = PyTorchKernels(torch.device("cpu"), torch.float32)
+        expected = plain.load_mixture(checkpoint, CODED, "layer", "silu")(rows(count, 96), None)
+        dtype = torch.float16 if INTERPRETED and count > 1 else torch.float32
+        kernels, mlp = on_gpu(CODED, checkpoint, dtype)
+        told = "FP4 W4A16" if "e2m1" in kind else "FP8" if "fp8" in kind else "W4A16"
+        where = "by output" if kind == "fp8-0" else f"in groups of {kind[-2:]}"
+        assert f"2 {told} {where} of experts" in kernels.describe(SimpleNamespace(quantization=None))
+        x = torch.cat([rows(count, 96), torch.full((2, 96), torch.nan)]).to(dtype)
+        result = run(mlp, x, [0] * count + [IDLE] * 2)
+        close(result[:count], expected, 3e-5 if dtype == torch.float32 else 1e-2)
+        assert (result[count:] == 0).all()
+
+    def test_experts_of_several_kinds_are_refused(self) -> None:
+        checkpoint = DrawnCodes(CODED, "zeros-32", 96)
+        for module in [module for module in checkpoint.codes if ".experts.4." in module]:
+            checkpoint.codes[module] = random_codes("fp8-32", checkpoint.tensors[f"{module}.weight"])
+        with pytest.raises(ConfigError, match=r"experts\.4\.gate_proj is not stored like"):
+            on_gpu(CODED, checkpoint)
+
+    def test_every_e2m1_number(self) -> None:
+        coded = Coded(torch.arange(16).repeat(16, 2).byte(), torch.ones(16, 2), 16, bits=4, e2m1=True)
+        for dtype in (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16):
+            linear = GroupedLinear(coded.to(DEVICE), None, dtype, Scratch(dtype, DEVICE), 1)
+            one = torch.eye(32, device=DEVICE, dtype=dtype)
+            assert torch.equal(
+                linear._few(one).sum(0)[:16, 0].cpu(), torch.tensor(list(map(e2m1, range(16))))
+            )
+            assert torch.equal(linear.weight().float().cpu(), coded.values(torch.float32))
 
     def test_pairs_are_sorted_into_blocks(self) -> None:
         """An expert that all rows hit, one that nobody does, and rows of nobody."""

@@ -13,7 +13,6 @@ from transformers import AutoConfig, PreTrainedModel
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
-from flightline.torch_engine.core.steps import TensorSteps
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
 from flightline.torch_engine.model.config_json import load_spec, transformers_class
 from flightline.torch_engine.model.fields import UnsupportedModel
@@ -114,14 +113,15 @@ def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
 def logits_of(engine, prompt: list[int], chunk_size: int) -> torch.Tensor:
     """The engine's logits after each chunk of the prompt."""
     sequence = Sequence.start("x", GenerationRequest(prompt, 4), (), engine.tokens, 1)
+    sequence.adopt(engine.blocks, engine.blocks.match([]))
     sequence.grow(engine.blocks, engine.blocks.blocks_for(len(prompt)))
-    steps, rows = TensorSteps(4, engine.kernels.device), []
+    steps, rows = engine.kernels.steps(4, engine.groups.windows), []
     for begin in range(0, len(prompt), chunk_size):
         sequence.tokens = prompt[: begin + chunk_size]
         chunk = Chunk(sequence, len(sequence.tokens) - begin, True)
         rows.append(engine.model.forward(steps.build([chunk]), engine.runner.caches)[0])
         sequence.num_computed = len(sequence.tokens)
-    engine.blocks.free(sequence.block_table)
+    sequence.release_blocks(engine.blocks)
     return torch.stack(rows)
 
 

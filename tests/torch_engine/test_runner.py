@@ -14,12 +14,19 @@ from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.steps import StepBuilder, TensorSteps
 from flightline.torch_engine.kernels.cpu.native import NativeKernels, NativeSteps
 
+WINDOWS = (None, 9, 5)
+"""Of groups of layers."""
+
 
 def sequence(chance: random.Random, length: int) -> SimpleNamespace:
     made = SimpleNamespace(
-        tokens=[chance.randrange(999) for _ in range(length)], num_computed=0, block_table=[]
+        tokens=[chance.randrange(999) for _ in range(length)], num_computed=0, block_tables=[[], [], []]
     )
     return Hashable(vars(made))
+
+
+def slot(table: list[int], position: int, size: int) -> int:
+    return table[position // size] * size + position % size
 
 
 class Hashable(SimpleNamespace):
@@ -28,32 +35,43 @@ class Hashable(SimpleNamespace):
 
     __hash__ = object.__hash__
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_tables[0])
+
 
 def check(builder: StepBuilder, chunks: list[Chunk], size: int) -> None:
     step = builder.build(chunks)
-    tokens, positions, slots, wanted = [], [], [], []
+    tokens, positions, slots, wanted = [], [], [[], [], []], []
     for chunk in chunks:
-        table, begin = chunk.sequence.block_table, chunk.sequence.num_computed
+        begin = chunk.sequence.num_computed
         tokens += chunk.inputs
-        positions += range(begin, begin + chunk.num_tokens)
-        slots += [table[p // size] * size + p % size for p in range(begin, begin + chunk.num_tokens)]
+        here = range(begin, begin + chunk.num_tokens)
+        positions += here
+        for table, group in zip(chunk.sequence.block_tables, slots, strict=True):
+            group += [slot(table, position, size) for position in here]
         wanted += range(len(tokens) - chunk.num_sampled, len(tokens))
     assert step.token_ids.tolist() == tokens
     assert step.positions.tolist() == positions
-    assert step.slots.tolist() == slots
+    assert [group.tolist() for group in step.slots] == slots
     assert (list(range(len(tokens))) if step.logit_rows is None else step.logit_rows.tolist()) == wanted
     decodes = [chunk for chunk in chunks if chunk.num_tokens == 1]
     assert step.decode_lengths.tolist() == [chunk.sequence.num_computed + 1 for chunk in decodes]
-    for chunk, row, length in zip(
-        decodes, step.decode_blocks.tolist(), step.decode_lengths.tolist(), strict=True
-    ):
-        used = -(-length // size)
-        assert row[:used] == chunk.sequence.block_table[:used]
+    for group, window in enumerate(WINDOWS):
+        for number, chunk in enumerate(decodes):
+            length, begin = chunk.sequence.num_computed + 1, int(step.decode_begins[group][number])
+            table = chunk.sequence.block_tables[group][begin // size : -(-length // size)]
+            assert step.decode_blocks[group][number, : len(table)].tolist() == table
+            assert begin == 0 if window is None else begin <= max(length - window, 0) < begin + size
     row = len(decodes)
     for chunk, prefill in zip(chunks[len(decodes) :], step.prefills, strict=True):
         end = chunk.sequence.num_computed + chunk.num_tokens
         assert (prefill.start, prefill.end, prefill.context) == (row, row + chunk.num_tokens, end)
-        assert prefill.blocks.tolist() == chunk.sequence.block_table[: -(-end // size)]
+        for group, window in enumerate(WINDOWS):
+            begin, table = prefill.begins[group], chunk.sequence.block_tables[group]
+            assert prefill.blocks[group].tolist() == table[begin // size : -(-end // size)]
+            first = 0 if window is None else max(chunk.sequence.num_computed - window + 1, 0)
+            assert begin <= first < begin + size
         row += chunk.num_tokens
 
 
@@ -68,12 +86,15 @@ def check_native(builder: NativeSteps, chunks: list[Chunk], size: int) -> None:
     assert where.chunks == len(chunks) and step.wanted == sum(chunk.num_sampled for chunk in chunks)
     spans = numbers(where.spans, 4 * len(chunks))
     for chunk, span in zip(chunks, zip(*[iter(spans)] * 4, strict=True), strict=True):
-        table, begin, count = chunk.sequence.block_table, chunk.sequence.num_computed, chunk.num_tokens
+        begin, count = chunk.sequence.num_computed, chunk.num_tokens
         positions = range(begin, begin + count)
         assert span[:3] == (at, count, begin + count)
-        assert numbers(where.tables + 8 * span[3], -(-span[2] // size)) == table[: -(-span[2] // size)]
         assert numbers(where.positions + 8 * at, count) == list(positions)
-        assert numbers(where.slots + 8 * at, count) == [table[p // size] * size + p % size for p in positions]
+        for group, table in enumerate(chunk.sequence.block_tables):
+            there = numbers(where.tables + 8 * (span[3] + group * where.width), -(-span[2] // size))
+            assert there == table[: len(there)]
+            slots = numbers(where.slots + 8 * (group * where.rows + at), count)
+            assert slots == [slot(table, position, size) for position in positions]
         tokens += chunk.inputs
         at += count
         wanted += range(at - chunk.num_sampled, at)
@@ -88,10 +109,10 @@ def test_steps_of_growing_ending_and_preempted_sequences(seed: int, native: bool
     if native and not library:
         pytest.skip("no C++ compiler")
     chance, size = random.Random(seed), 4
-    builder: StepBuilder = TensorSteps(size, torch.device("cpu"))
+    builder: StepBuilder = TensorSteps(size, torch.device("cpu"), WINDOWS)
     if native:
         config = EngineConfig(model_dir="none", kernel_dir=library)
-        builder = NativeKernels(config, torch.device("cpu"), torch.float32, 1).steps(size)
+        builder = NativeKernels(config, torch.device("cpu"), torch.float32, 1).steps(size, WINDOWS)
     live: list[Hashable] = []
     for _ in range(60):
         live += [sequence(chance, chance.randrange(1, 200)) for _ in range(chance.randrange(3))]
@@ -99,13 +120,14 @@ def test_steps_of_growing_ending_and_preempted_sequences(seed: int, native: bool
             live.remove(gone)
             builder.forget(gone)
         for lost in chance.sample(live, len(live) // 10):
-            lost.num_computed, lost.block_table = 0, []
+            lost.num_computed, lost.block_tables = 0, [[], [], []]
         chunks = []
         for one in live:
             remaining = len(one.tokens) - one.num_computed
             count = chance.choice([1, min(remaining, 7), remaining])
             blocks = -(-(one.num_computed + count) // size)
-            one.block_table += [chance.randrange(999) for _ in range(blocks - len(one.block_table))]
+            for table in one.block_tables:
+                table += [chance.randrange(999) for _ in range(blocks - len(table))]
             chunks.append(Chunk(one, count, count == remaining, (5,) * chance.randrange(count)))
         chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
         if not chunks:

@@ -160,13 +160,14 @@ def test_a_tensor_that_nobody_knows_to_cut_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("shared"), "qwen3")
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    return tiny_checkpoint(tmp_path_factory.mktemp("shared"), "qwen3", **windows)
 
 
 def small(folder: Path, ranks: int, **settings: Any) -> Engine:
     defaults = {
         "num_kv_blocks": 24, "block_size": 4, "max_seq_len": 80, "max_batch_size": 8, "max_num_tokens": 16,
-        "num_threads": 1, "batch_scheduler_policy": "max_utilization",
+        "num_threads": 1, "batch_scheduler_policy": "max_utilization", "num_host_kv_blocks": 20,
     }  # fmt: skip
     config = EngineConfig(str(folder), **{**defaults, **settings}, tensor_parallel_size=ranks)
     return Engine(config)
@@ -206,6 +207,7 @@ def test_two_processes_are_one_engine(folder: Path, shared: Engine) -> None:
             told.append(tokens)
             engine.audit()
         assert engine.scheduler.num_preemptions > 0
+        assert engine.blocks.windows == (None, 8) and engine.stats.host_kv_hits > 0
         return told
 
     assert answers(shared) == answers(small(folder, 1))

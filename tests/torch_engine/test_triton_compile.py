@@ -94,16 +94,35 @@ if hopper:
         skinny_linear(codes[:1], codes, one, one, plan)
     skinny_linear(codes[:1], codes, torch.ones(1), torch.ones(6144), plans[0])
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
-packed = [
-    FourBitLinear(Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4), None, bf16, scratch, 132),
-    GroupedLinear(Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32]), None, bf16, scratch, 132),
-]
+stored = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
 if hopper:
-    packed.append(GroupedLinear(Coded(codes, torch.ones(6144, 32), 128), None, bf16, scratch, 132))
-for linear in packed:
+    stored.append(Coded(codes, torch.ones(6144, 32), 128))
+linears = [GroupedLinear(coded, None, bf16, scratch, 132) for coded in stored]
+for linear in (FourBitLinear(stored[0], None, bf16, scratch, 132), *linears):
     for rows in (1, 64):
         linear(Activation(torch.zeros(rows, 4096, dtype=bf16)))
     linear.weight()
+from types import SimpleNamespace
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes
+from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
+from flightline.torch_engine.model.mixture import MixtureSpec
+
+def experts_like(coded, outputs, inputs):
+    def one(rows, columns):
+        groups = -(-columns // coded.group)
+        zeros = None if coded.offsets is None else coded.offsets[:rows, :groups]
+        part = Coded(coded.codes[:rows, :columns], coded.scales[:rows, :groups], coded.group, zeros, coded.bits,
+                     e2m1=coded.e2m1)
+        return Experts.of_codes(GroupedCodes.of(part), rows, columns).room(16)
+    return one(2 * inputs, outputs), one(outputs, inputs)
+
+fours = Coded(zeros, torch.ones(6144, 256), 16, bits=4, e2m1=True)
+for coded in (*stored, fours):
+    mixture = CudaMixture(MixtureSpec(16, 8, 768), torch.zeros(16, 2048, dtype=bf16), None,
+                          *experts_like(coded, 2048, 768), None, "silu", bf16)
+    for rows in (1, 512):
+        step = SimpleNamespace(attention=SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32)), idle=-1)
+        mixture(SimpleNamespace(values=torch.zeros(rows, 2048, dtype=bf16)), step)
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
 from flightline.torch_engine.kernels.gpu.sampling_tables import Choice, Tables
 tables = Tables.empty(4, 128256, torch.device("cpu"))
@@ -130,6 +149,8 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert all(used == units for _, used, *_ in found["_product_kernel"])
     # 4-bit codes become numbers where the tensor cores read them.
     assert not any(between for *_, between in found["_four_bit_product_kernel"])
+    for kernel in ("_rows_in_kernel", "_rows_out_kernel", "_blocks_kernel"):
+        assert all(used == units for _, used, *_ in found[kernel]), kernel
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"]
     assert not any(bytewise for _, _, bytewise, _ in attention)

@@ -35,10 +35,12 @@ LINEAR_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 if RUNS:
     from flightline.engine_build.engine_model import EngineModel
+    from flightline.torch_engine import cuda_runner
     from flightline.torch_engine.cuda_runner import MixedShape
-    from flightline.torch_engine.kernels.gpu import cuda
+    from flightline.torch_engine.kernels.gpu import cuda, four_bits
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
     from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
+    from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
     from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write, scatter
@@ -382,6 +384,9 @@ def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
     if name == "fp8":
         codes = (torch.randn(outputs, inputs, device=DEVICE) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Coded(codes, scales, int(group))
+    if name == "e2m1":
+        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=DEVICE)
+        return Coded(codes, scales, int(group), bits=4, e2m1=True)
     bits = int(name.removeprefix("int"))
     codes, zeros = (
         torch.randint(0, 2**bits, (outputs, size), dtype=torch.uint8, device=DEVICE)
@@ -453,6 +458,7 @@ class TestLinears:
             *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
             *((8, "int4-zeros-16"), (33, "int4-zeros-384"), (130, "int4-zeros-32"), (1, "int4-none-128")),
             *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
+            *((3, "e2m1-none-16"), (129, "e2m1-none-16"), (70, "e2m1-none-32")),
         ],
     )
     def test_in_groups(self, rows: int, kind: str) -> None:
@@ -462,7 +468,7 @@ class TestLinears:
         coded = coded_weight(kind, 192, 384)
         x = torch.randn(rows, 384, device=DEVICE).to(dtype)
         bias = torch.randn(192, device=DEVICE).to(dtype)
-        made = FourBitLinear if coded.bits == 4 else GroupedLinear
+        made = FourBitLinear if four_bits.tile_of(coded) is not None else GroupedLinear
         linear = made(coded, bias, dtype, Scratch(dtype, DEVICE), 1)
         expected = x.float() @ coded.values(torch.float32).t() + bias.float()
         plans = linear.plans(rows) if rows <= FEW_ROWS else [None]
@@ -582,6 +588,53 @@ class TestEngine:
         assert engine.scheduler.num_preemptions > 0
         engine.audit()
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_layers_with_windows_have_tables_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Blocks behind the window are given back, and others' by then; float32's plans read 32 keys at a time."""
+        monkeypatch.setattr(CudaKernels, "stride", 32)
+        kinds = ["sliding_attention", "full_attention"]
+        shape = {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
+        folder = tiny_checkpoint(tmp_path / "gemma3", "gemma3", **shape)
+        requests = [GenerationRequest(list(range(3, 3 + n)), 3, end_id=-1) for n in (48, 5)]
+        expected = [output.token_ids for output in make_engine(folder).generate(requests)]
+        settings = {"kernels": "cuda", "device": DEVICE.type, "max_num_tokens": 32}
+        engine = make_engine(folder, num_kv_blocks=36, **settings)
+        assert engine.blocks.windows == (None, 8)
+        for _ in range(2):
+            assert [output.token_ids for output in engine.generate(requests)] == expected
+            engine.audit()
+        assert engine.stats.kv_blocks_reused > 0
+        assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
+
+    def test_blocks_come_back_from_host_memory(self, tmp_path, make_engine) -> None:
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        requests = [GenerationRequest([seed] * 12, 3, end_id=-1) for seed in (5, 6, 5)]
+        settings = {"num_kv_blocks": 5, "max_seq_len": 16, "num_host_kv_blocks": 20, "kv_dtype": "int8"}
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type, **settings)
+        plain = make_engine(folder, kernels="cuda", device=DEVICE.type, kv_dtype="int8")
+        expected = [plain.generate([request])[0].token_ids for request in requests]
+        assert [engine.generate([request])[0].token_ids for request in requests] == expected
+        assert engine.stats.host_kv_hits == 1 and engine.stats.host_kv_bytes_restored > 0
+        engine.audit()
+
+    def test_no_buffer_of_a_step_grows_with_the_longest_sequence(self, tmp_path, make_engine) -> None:
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        settings = {"kernels": "cuda", "device": DEVICE.type, "block_size": 16}
+        short = make_engine(folder, max_seq_len=128, num_kv_blocks=16, **settings)
+        long = make_engine(folder, max_seq_len=131_072, num_kv_blocks=8192, **settings)
+        assert long.runner.inputs.numel() == short.runner.inputs.numel()
+        assert long.runner.tables.numel() == 17 * 8192, "but for the block tables"
+        requests = [GenerationRequest([9, 4] * 20, 3, end_id=-1)]
+        assert long.generate(requests)[0].token_ids == short.generate(requests)[0].token_ids
+
+    def test_more_new_table_entries_than_travel_with_a_step(self, tmp_path, make_engine, monkeypatch) -> None:
+        monkeypatch.setattr(cuda_runner, "MOST_UPDATES", 3)
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)
+        requests = [GenerationRequest([9, 4] * 20, 2, end_id=-1)]
+        expected = [output.token_ids for output in make_engine(folder).generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
+        for _ in range(2):
+            assert [output.token_ids for output in engine.generate(requests)] == expected
 
     def test_padding_to_captured_sizes_changes_nothing(self, tmp_path, make_engine, monkeypatch) -> None:
         """Every step replays; without a GPU the passes that a graph would hold run as they are."""

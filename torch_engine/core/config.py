@@ -31,6 +31,7 @@ TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 MOST = {
     "block_size": 4096,
     "num_kv_blocks": 2**31 - 2,
+    "num_host_kv_blocks": 2**31 - 2,
     "max_batch_size": 65536,
     "max_num_tokens": 2**20,
     "max_seq_len": 2**31 - 1,
@@ -81,6 +82,9 @@ class EngineConfig:
     """CUDA: times the FP8 products for few rows at load (half a minute, the first time) and keeps the fastest."""
     block_size: int = 16
     num_kv_blocks: int = 2048
+    num_host_kv_blocks: int = 0
+    """In each rank's host memory: what of the prefix cache has no room among the others goes there, and comes back
+    when a prompt begins with it."""
     max_batch_size: int = 64
     """Most requests in flight in one step."""
     max_num_tokens: int = 512
@@ -93,6 +97,8 @@ class EngineConfig:
     batch_scheduler_policy: str = "guaranteed_no_evict"
     enable_kv_cache_reuse: bool = True
     enable_chunked_context: bool = True
+    free_behind_windows: bool = True
+    """Layers with a sliding window give the KV blocks behind it back as a request runs (``core/layer_groups.py``)."""
     speculation_tokens: int = 0
     """Most tokens guessed beside each decode, where that is likely to pay (``core/speculation.py``); 0 = none.
     On a GPU the host then waits before and after a step with guesses."""
@@ -151,8 +157,14 @@ class EngineConfig:
             "max_queue_delay_ms",
             "max_gap_ms",
             "speculation_tokens",
+            "num_host_kv_blocks",
         ):
             require(getattr(self, name) >= 0, name, "use 0 or a positive number")
+        require(
+            self.enable_kv_cache_reuse or not self.num_host_kv_blocks,
+            "num_host_kv_blocks",
+            "they hold what can be used again: use 0, or set enable_kv_cache_reuse=true",
+        )
         native = self.kernels == "native" or (self.kernels == "auto" and bool(self.kernel_dir))
         require(
             self.tensor_parallel_size == 1 or not native,
@@ -166,12 +178,6 @@ class EngineConfig:
             "choose them with CUDA_VISIBLE_DEVICES",
         )
         require(self.abandon_after_s > 0, "abandon_after_s", "use a positive number of seconds")
-        require(
-            self.num_kv_blocks * self.block_size >= self.max_seq_len,
-            "num_kv_blocks",
-            f"one sequence of max_seq_len={self.max_seq_len} needs "
-            f"{-(-self.max_seq_len // self.block_size)} blocks of {self.block_size}; raise it or lower max_seq_len",
-        )
         require(
             self.max_num_tokens >= self.max_batch_size,
             "max_num_tokens",
@@ -187,6 +193,11 @@ class EngineConfig:
             "max_num_tokens",
             f"without chunked context a prompt of up to max_seq_len={self.max_seq_len} must fit one step",
         )
+
+    @property
+    def most_at_once(self) -> int:
+        """Tokens of one sequence that a step computes at most."""
+        return max(1 + self.speculation_tokens, min(self.max_num_tokens, self.max_seq_len))
 
     def save(self, engine_dir: str | Path) -> None:
         """Writes ``engine.json``."""

@@ -282,6 +282,13 @@ class EngineStats:
     kv_blocks_free: int = 0
     kv_blocks_used: int = 0
     kv_blocks_reused: int = 0
+    host_kv_bytes_max: int = 0
+    """Host memory for KV blocks of rank 0, what of it is used, and what has been copied there and back."""
+    host_kv_bytes_used: int = 0
+    host_kv_bytes_saved: int = 0
+    host_kv_bytes_restored: int = 0
+    host_kv_hits: int = 0
+    """Prompts for which blocks came back."""
     tokens_per_block: int = 0
     iterations: int = 0
     generated_tokens: int = 0

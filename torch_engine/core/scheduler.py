@@ -20,7 +20,7 @@ from collections import deque
 from itertools import islice
 from typing import NamedTuple
 
-from flightline.torch_engine.core.blocks import BlockManager
+from flightline.torch_engine.core.blocks import NOWHERE, Beginning, BlockManager
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.speculation import MOST_ROWS, Speculation
@@ -120,6 +120,8 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, each with its blocks allocated; decodes first."""
+        for sequence in self.running if self.blocks.has_windows else ():
+            sequence.leave_behind(self.blocks)
         chunks: dict[Sequence, Chunk] = {}
         budget = Budget(self.config.max_num_tokens, self.times, ROOM * self.config.max_gap_ms / 1000)
         decodes, prompts = self._work()
@@ -156,12 +158,10 @@ class Scheduler:
         if any(sequence.num_pending for sequence in chunks):
             return
         for sequence, guesses in speculation.plan(list(chunks), budget).items():
-            missing = self.blocks.blocks_for(sequence.num_computed + 1 + len(guesses)) - len(
-                sequence.block_table
-            )
+            missing = sequence.missing(self.blocks, 1 + len(guesses))
             if missing > 0:
-                sequence.grow(self.blocks, min(missing, self.blocks.num_free))
-            room = len(sequence.block_table) * self.blocks.block_size - sequence.num_computed - 1
+                sequence.grow(self.blocks, min(missing, self.blocks.num_free // self.blocks.num_groups))
+            room = sequence.num_blocks * self.blocks.block_size - sequence.num_computed - 1
             if guesses := guesses[:room]:
                 chunks[sequence] = Chunk(sequence, 1 + len(guesses), True, tuple(guesses))
 
@@ -193,9 +193,9 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, count: int, chunks: dict[Sequence, Chunk], budget: Budget) -> None:
         """Gives a running sequence ``count`` tokens of the step, if it has the blocks or can be given them."""
-        if not count or not sequence.block_table:
+        if not count or not sequence.block_tables:
             return  # nothing is left; or it was preempted just now
-        if sequence.has_room(self.blocks, count) or self._make_room(sequence, count, chunks, budget):
+        if self._make_room(sequence, count, chunks, budget):
             chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
             budget.take(chunks[sequence])
 
@@ -227,12 +227,11 @@ class Scheduler:
                 continue
             budget.give_back(chunk)
             count = max(chunk.num_tokens, min(sequence.num_remaining, budget.most(sequence.num_computed)))
-            if not sequence.has_room(self.blocks, count):
-                missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
-                if missing > self.blocks.num_free:
-                    count = chunk.num_tokens
-                else:
-                    sequence.grow(self.blocks, missing)
+            missing = sequence.missing(self.blocks, count)
+            if missing * self.blocks.num_groups > self.blocks.num_free:
+                count = chunk.num_tokens
+            elif missing > 0:
+                sequence.grow(self.blocks, missing)
             chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
             budget.take(chunks[sequence])
 
@@ -243,8 +242,8 @@ class Scheduler:
 
         Returns whether it has them; ``budget`` gets back what preempted chunks set free.
         """
-        missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
-        while missing > self.blocks.num_free:
+        missing = sequence.missing(self.blocks, count)
+        while missing * self.blocks.num_groups > self.blocks.num_free:
             victim = self.running[-1]
             if (chunk := chunks.pop(victim, None)) is not None:
                 budget.give_back(chunk)
@@ -271,8 +270,10 @@ class Scheduler:
         """Starts a waiting sequence if it fits; returns the tokens of its first chunk, 0 if it has to wait."""
         if sequence.num_pending:
             return 0  # preempted with a token in flight: its tokens are not all known
-        cached = self.blocks.match(sequence.tokens) or sequence.computed_by_sibling(self.blocks)
-        computed = len(cached) * self.blocks.block_size
+        known = self.blocks.match(sequence.tokens)
+        if not known.num_tokens:
+            known = sequence.computed_by_sibling(self.blocks)
+        computed = known.num_tokens
         remaining = len(sequence.tokens) - computed
         count = self._fair(computed, [remaining, *others], budget)
         count = max(count, min(LEAST, remaining, budget.most(computed)))  # or nobody behind it could start
@@ -280,17 +281,34 @@ class Scheduler:
             count = remaining if remaining <= budget.tokens else 0
         if count == 0:
             return 0
-        if self.config.batch_scheduler_policy == "guaranteed_no_evict":
-            needed = self.blocks.blocks_for(sequence.max_length)
-        else:
-            needed = self.blocks.blocks_for(len(sequence.tokens))
-        available = self.blocks.num_free - self.blocks.num_free_among(cached) - promised
-        if needed - len(cached) > available:
+        if not self._fits(sequence, known, promised):
             return 0
-        sequence.adopt(self.blocks, cached)
-        sequence.grow(self.blocks, self.blocks.blocks_for(computed + count) - len(cached))
+        sequence.adopt(self.blocks, known)
+        sequence.grow(self.blocks, sequence.missing(self.blocks, count))
         return count
+
+    def _fits(self, sequence: Sequence, known: Beginning, promised: int) -> bool:
+        """Whether there are the blocks for a sequence that begins with what is ``known`` of it.
+
+        Those that others use, too, come for nothing; but of a window's it will give some up, which are not free then.
+        """
+        blocks, length = self.blocks, len(sequence.tokens)
+        if self.config.batch_scheduler_policy == "guaranteed_no_evict":
+            length = sequence.max_length
+        needed = blocks.most_held(length, self._at_once(len(sequence.tokens) - known.num_tokens))
+        taken = len(known.absent)
+        for table, window in zip(known.tables, blocks.windows, strict=True):
+            there = [index for index in table if index != NOWHERE]
+            free = blocks.num_free_among(there)
+            taken += free
+            needed -= len(there) if window is None else free
+        return needed - len(known.absent) <= blocks.num_free - taken - promised
+
+    def _at_once(self, remaining: int) -> int:
+        """Tokens that one step computes of a sequence at most, from now on."""
+        return max(1 + self.config.speculation_tokens, min(self.config.max_num_tokens, remaining))
 
     def _outstanding(self, sequence: Sequence) -> int:
         """Blocks promised to a running sequence and not allocated yet."""
-        return self.blocks.blocks_for(sequence.max_length) - len(sequence.block_table)
+        most = self.blocks.most_held(sequence.max_length, self._at_once(sequence.num_remaining))
+        return max(0, most - sequence.num_held)

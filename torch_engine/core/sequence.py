@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flightline.torch_engine.core.blocks import ROOT, BlockManager
+from flightline.torch_engine.core.blocks import NOWHERE, Beginning, BlockManager, Content
 from flightline.torch_engine.core.grammar import Grammar
 from flightline.torch_engine.core.output import OutputAccumulator, end_ids_of
 from flightline.torch_engine.core.request import FinishReason, GenerationRequest, PerfMetrics, RequestOutput
@@ -35,9 +35,13 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     """Tokens sampled by steps that have been launched and not fetched."""
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)
+    """For each group of layers its KV blocks, equally many, NOWHERE for those behind its window; empty: it has none."""
+    num_left: list[int] = field(default_factory=list)
+    """Of each table, how many of the first blocks are behind the window."""
     num_registered: int = 0
-    last_uid: int = ROOT
+    last_content: Content | None = None
+    """Of the blocks registered last."""
     finish_reason: FinishReason | None = None
     never_ends: bool = False
     """No token was to end it; ``end_ids`` are there for its grammar's end alone, if it has one."""
@@ -195,34 +199,67 @@ class Sequence:
         """Blocks of the prompt that a sibling can start from: its last token has to be computed to give logits."""
         return (self.num_prompt - 1) // block_size
 
-    def computed_by_sibling(self, blocks: BlockManager) -> list[int]:
-        """The prompt's blocks in the sibling's table, as far as they are computed."""
-        if self.sibling is None:
-            return []
+    def computed_by_sibling(self, blocks: BlockManager) -> Beginning:
+        """The prompt's blocks in the sibling's tables, as far as they are computed and not behind a window."""
+        nothing = Beginning(0, [[] for _ in blocks.windows], [], [])
+        if self.sibling is None or not self.sibling.block_tables:
+            return nothing
         count = min(self.num_shareable(blocks.block_size), self.sibling.num_computed // blocks.block_size)
-        return self.sibling.block_table[:count]
+        tables = []
+        for group, table in enumerate(self.sibling.block_tables):
+            first = blocks.first_seen(count * blocks.block_size, group)
+            if NOWHERE in table[first:count]:
+                return nothing
+            tables.append([NOWHERE] * first + table[first:count])
+        return Beginning(count * blocks.block_size, tables, [], [])
 
-    def adopt(self, blocks: BlockManager, cached: list[int]) -> None:
+    def adopt(self, blocks: BlockManager, beginning: Beginning) -> None:
         """Starts on blocks whose content is known."""
-        blocks.share(cached)
-        self.block_table = list(cached)
-        self.num_computed = len(cached) * blocks.block_size
-        self.num_registered = len(cached)
-        self.last_uid = blocks.uid(cached[-1]) if cached else ROOT
+        blocks.take(beginning)
+        self.block_tables = beginning.tables
+        self.num_left = [blocks.first_seen(beginning.num_tokens, group) for group in range(blocks.num_groups)]
+        self.num_computed = beginning.num_tokens
+        self.num_registered = self.num_blocks
+        self.last_content = beginning.contents[-1] if beginning.contents else None
+        if self.num_registered and self.last_content is None:
+            self.last_content = blocks.stray()
         if (
             not self.new_blocks + self.reused_blocks
         ):  # afterwards it only finds again what it had to give back
             self.num_cached = self.num_computed
-        self.reused_blocks += len(cached)
-        blocks.num_reused += len(cached)
+        self.reused_blocks += self.num_registered
+        blocks.num_reused += self.num_registered
+
+    @property
+    def num_blocks(self) -> int:
+        """Of each table."""
+        return len(self.block_tables[0]) if self.block_tables else 0
+
+    @property
+    def num_held(self) -> int:
+        """Blocks in all tables together."""
+        return len(self.block_tables) * self.num_blocks - sum(self.num_left)
+
+    def missing(self, blocks: BlockManager, count: int) -> int:
+        """Blocks that each table lacks for ``count`` more tokens; not above 0: there is room."""
+        return blocks.blocks_for(self.num_computed + count) - self.num_blocks
 
     def grow(self, blocks: BlockManager, count: int) -> None:
-        self.block_table += blocks.allocate(count)
+        """``count`` more blocks for each table."""
+        taken = blocks.allocate(count * len(self.block_tables))
+        for group, table in enumerate(self.block_tables):
+            table += taken[group * count : (group + 1) * count]
         self.new_blocks += count
 
-    def has_room(self, blocks: BlockManager, count: int) -> bool:
-        """Whether ``count`` more tokens fit the blocks it has."""
-        return self.num_computed + count <= len(self.block_table) * blocks.block_size
+    def leave_behind(self, blocks: BlockManager) -> None:
+        """Gives up the blocks that no token to come sees, nor one that goes on after the last registered block."""
+        position = self.num_registered * blocks.block_size
+        for group, table in enumerate(self.block_tables):
+            left, now = self.num_left[group], blocks.first_seen(position, group)
+            if now > left:
+                blocks.free(table[left:now], left_behind=True)
+                table[left:now] = [NOWHERE] * (now - left)
+                self.num_left[group] = now
 
     def computed(self, blocks: BlockManager, num_tokens: int) -> None:
         """``num_tokens`` more have their keys and values; blocks that became full may be reused from now on.
@@ -232,9 +269,9 @@ class Sequence:
         self.num_computed += num_tokens
         size, known = blocks.block_size, min(self.num_computed, len(self.tokens))
         while (self.num_registered + 1) * size <= known:
-            start = self.num_registered * size
-            index = self.block_table[self.num_registered]
-            self.last_uid = blocks.register(index, self.last_uid, self.tokens[start : start + size])
+            start, number = self.num_registered * size, self.num_registered
+            indices = [table[number] for table in self.block_tables]
+            self.last_content = blocks.register(indices, self.last_content, self.tokens[start : start + size])
             self.num_registered += 1
 
     def reject(self, count: int) -> None:
@@ -243,7 +280,8 @@ class Sequence:
 
     def release_blocks(self, blocks: BlockManager) -> None:
         """Gives all blocks back; what was computed has to be computed (or matched) again."""
-        blocks.free(self.block_table)
-        self.block_table = []
+        together = zip(*self.block_tables, strict=True)  # so that all groups keep what is kept longest
+        blocks.free([index for indices in together for index in indices if index != NOWHERE])
+        self.block_tables, self.num_left = [], []
         self.num_computed = self.num_registered = 0
-        self.last_uid = ROOT
+        self.last_content = None

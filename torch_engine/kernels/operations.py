@@ -38,6 +38,7 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
     """
 
     group: Group = Alone()
+    stride = 1
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device

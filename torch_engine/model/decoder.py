@@ -7,6 +7,7 @@ from typing import Generic
 import torch
 import torch.nn.functional as F
 
+from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.model.kernel_interface import (
     CacheT,
     GatedMlp,
@@ -92,26 +93,36 @@ class Model(Generic[LinearT, CacheT, StepT]):
             layer.sinks = checkpoint.raw(f"{name}.{SINKS}").float().to(self.kernels.device)
         return layer
 
-    def new_caches(self, num_blocks: int, block_size: int) -> list[CacheT]:
-        """A KV cache for each layer.
+    def new_caches(self, num_blocks: int, block_size: int, groups: LayerGroups | None = None) -> list[CacheT]:
+        """A KV cache for each layer, of ``num_blocks`` blocks; layers of different ``groups`` share their memory.
 
         Raises MemoryError if they do not fit the device.
         """
-        spec = self.spec
+        groups = groups or LayerGroups.one(len(self.layers))
         try:
-            return [
-                self.kernels.new_cache(
-                    num_blocks, block_size, spec.num_kv_heads, spec.head_dim, layer.kv_scales
-                )
-                for layer in self.layers
-            ]
+            return self._new_caches(num_blocks, block_size, groups)
         except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
             if "memory" not in str(error) and "overflow" not in str(error):
                 raise
             raise MemoryError(
-                f"num_kv_blocks={num_blocks} blocks of {block_size} tokens for {len(self.layers)} layers do not fit "
-                f"the memory of {self.kernels.device}: lower num_kv_blocks, or build with a smaller MAX_SEQ_LEN"
+                f"num_kv_blocks={num_blocks * groups.size // len(self.layers)} blocks of {block_size} tokens for "
+                f"{len(self.layers)} layers do not fit the memory of {self.kernels.device}: lower num_kv_blocks, or "
+                "build with a smaller MAX_SEQ_LEN"
             ) from None
+
+    def _new_caches(self, num_blocks: int, block_size: int, groups: LayerGroups) -> list[CacheT]:
+        spec, caches = self.spec, []
+        first: dict[int, CacheT] = {}
+        for layer, group, place in zip(self.layers, groups.groups, groups.places, strict=True):
+            layer.group = group
+            if place in first:
+                caches.append(self.kernels.same_cache(first[place], layer.kv_scales))
+                continue
+            first[place] = self.kernels.new_cache(
+                num_blocks, block_size, spec.num_kv_heads, spec.head_dim, layer.kv_scales
+            )
+            caches.append(first[place])
+        return caches
 
     def forward(self, step: StepT, caches: list[CacheT]) -> torch.Tensor:
         """Runs one step; fills the caches and returns logits [sampled, vocab] in float32, on every rank."""

@@ -1,10 +1,12 @@
-"""Codes of 4 bits as GPTQ, AWQ and compressed-tensors pack them, taken out of their words of 32 bits.
+"""Codes of 4 bits as GPTQ, AWQ and compressed-tensors pack them, taken out of their words of 32 bits; and NVFP4.
 
-A weight is (code - zero) * scale in all three; they differ in what lies beside what. N outputs, K inputs, G groups.
+A weight is (code - zero) * scale in the first three; they differ in what lies beside what. N outputs, K inputs,
+G groups.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,6 +29,8 @@ def read_int4(read: Read, quantization: Quantization, module: str) -> Coded:
     """
     if quantization.packing == "flightline":
         return _own(read)
+    if quantization.floats:
+        return _nvfp4(read, quantization, module)
     codes, scales, zeros = _READERS[quantization.packing](read, quantization)
     inputs = codes.shape[1]
     group = quantization.group or inputs
@@ -73,6 +77,23 @@ def _awq(read: Read, quantization: Quantization) -> tuple[torch.Tensor, torch.Te
 _READERS = {"compressed": _compressed, "gptq": _gptq, "awq": _awq}
 
 
+def _nvfp4(read: Read, quantization: Quantization, module: str) -> Coded:
+    """e2m1 codes along the inputs, e4m3 scales for 16 of them, and a scale of the whole: ModelOpt multiplies by it,
+    compressed-tensors divides.
+
+    Raises UnsupportedModel if that one means nothing.
+    """
+    compressed = quantization.packing == "nvfp4"
+    name = "weight_global_scale" if compressed else "weight_scale_2"
+    whole = float(_need(read, name).float())
+    if not 0 < whole < math.inf:
+        raise UnsupportedModel(f"{module}.{name} is {whole}: it must be positive, fetch the checkpoint again")
+    packed = _need(read, "weight_packed" if compressed else "weight")
+    scales = _need(read, "weight_scale").float()
+    scales = scales / whole if compressed else scales * whole
+    return Coded(unpack(packed), scales, quantization.group, bits=4, e2m1=True)
+
+
 def write_codes(coded: Coded) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a module in our own layout, by their last names: for formats that are no safetensors files.
 
@@ -96,7 +117,7 @@ def _own(read: Read) -> Coded:
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """[R, C] int32 to the codes [R, 8 C] uint8, the lowest bits first."""
+    """[R, C] int32 to the codes [R, 8 C] uint8, the lowest bits first; bytes to two each."""
     pairs = words.contiguous().view(torch.uint8)
     return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
 

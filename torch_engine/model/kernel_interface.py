@@ -6,6 +6,7 @@ layer, and the tensors of a step. A model is generic in them, so that no impleme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -69,6 +70,8 @@ class Layer(Generic[LinearT]):
     """[H] float32: a score of each query head that joins its softmax, and that no value belongs to."""
     kv_scales: tuple[float, float] = (1.0, 1.0)
     """What keys and values are divided by where the KV cache is e4m3."""
+    group: int = 0
+    """Whose block tables say where its keys and values are (``core/layer_groups.py``)."""
 
 
 class Decoder(Protocol[LinearT]):
@@ -92,6 +95,8 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
     """Of activations and embeddings."""
     group: Group
     """The ranks that share the model."""
+    stride: int
+    """Keys behind a window's beginning are read from a multiple of so many on, and ignored."""
 
     def describe(self, spec: ModelSpec) -> str:
         """How this model's weights are kept and computed, for the log."""
@@ -120,6 +125,12 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
     ) -> CacheT:
         """One layer's KV cache; ``kv_scales`` are what a key and a value are divided by where it is e4m3."""
 
+    def same_cache(self, cache: CacheT, kv_scales: tuple[float, float]) -> CacheT:
+        """The KV cache of another layer, in the same memory: what one writes to a block, the other must not."""
+
+    def cache_tensors(self, cache: CacheT) -> list[torch.Tensor]:
+        """What the cache holds, each [blocks, ...]."""
+
     def embed(self, step: StepT, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Embeddings [T, N] of the step's tokens out of ``table`` [vocab, N], times ``factor``."""
 
@@ -138,5 +149,5 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
 class HostKernels(Kernels[LinearT, CacheT, StepT], Sampler, Protocol[LinearT, CacheT, StepT]):
     """Kernels that the host drives step by step: it builds the steps and chooses the tokens."""
 
-    def steps(self, block_size: int) -> StepBuilder[StepT]:
-        """Makes the steps that :meth:`embed` and :meth:`decode` take."""
+    def steps(self, block_size: int, windows: Sequence[int | None]) -> StepBuilder[StepT]:
+        """Makes the steps that :meth:`embed` and :meth:`decode` take; ``windows`` are those of the groups of layers."""

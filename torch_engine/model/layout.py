@@ -18,6 +18,7 @@ from flightline.torch_engine.model.quantization import (
     BESIDE_CODES,
     BESIDE_INT4,
     FP8,
+    PACKED,
     PLAIN,
     SUPPORTED,
     Stored,
@@ -127,7 +128,7 @@ def check_tensors(spec: ModelSpec, stored: Mapping[str, Stored], folder: Path) -
     foreign = [name for name in stored if name not in wanted and not _known(name, spec, wanted)]
     for name, extents in wanted.items():
         codes = codes_of(name.removesuffix(".weight"), spec.quantization)
-        if codes in stored and name not in stored and spec.quantization is not None:
+        if codes in stored and stored[codes].dtype in PACKED and spec.quantization is not None:
             shape = tuple(sizes[extent] for extent in extents)
             check_int4(name.removesuffix(".weight"), shape, stored, spec.quantization, folder)
             continue
@@ -147,7 +148,7 @@ def check_tensors(spec: ModelSpec, stored: Mapping[str, Stored], folder: Path) -
 
 def _is_codes(name: str, stored: Mapping[str, Stored], spec: ModelSpec) -> bool:
     codes = codes_of(name.removesuffix(".weight"), spec.quantization) or name
-    return codes in stored and (codes != name or stored[name].dtype == FP8)
+    return codes in stored and stored[codes].dtype in (*PACKED, FP8)
 
 
 def _check_tensor(

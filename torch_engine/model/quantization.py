@@ -20,8 +20,11 @@ BLOCK = 128
 """Rows and columns of a weight that share a scale in FP8 by blocks."""
 SUPPORTED = (
     "bf16 and fp16; FP8 of ModelOpt, compressed-tensors and Hugging Face (a scale for each tensor, output or block of "
-    "128x128); 4 bits of GPTQ, AWQ and compressed-tensors (W4A16); MXFP4 of gpt-oss; GGUF files"
+    "128x128); 4 bits of GPTQ, AWQ and compressed-tensors (W4A16); NVFP4 of ModelOpt and compressed-tensors; "
+    "MXFP4 of gpt-oss; GGUF files"
 )
+NVFP4_GROUP = 16
+"""Inputs that share a scale in NVFP4."""
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 INPUT_SCALES = ("input_scale", "activation_scale")
 """ModelOpt and compressed-tensors, then Hugging Face FP8."""
@@ -48,7 +51,7 @@ class Quantization:
     """Activations have one scale, known beforehand; else they are quantised as they come."""
     blocks: bool = False
     """A scale for each 128x128 weights."""
-    packing: Literal["", "compressed", "gptq", "awq", "mxfp4", "flightline"] = ""
+    packing: Literal["", "compressed", "gptq", "awq", "nvfp4", "modelopt-nvfp4", "mxfp4", "flightline"] = ""
     """How codes of 4 bits lie in words or bytes, or integers of any format in our own layout; empty for FP8."""
     group: int = 0
     """Inputs that share a scale, of codes of 4 bits; 0 = all."""
@@ -60,6 +63,11 @@ class Quantization:
     @property
     def int4(self) -> bool:
         return bool(self.packing)
+
+    @property
+    def floats(self) -> bool:
+        """Codes of 4 bits are floating-point numbers."""
+        return self.packing in ("nvfp4", "modelopt-nvfp4")
 
 
 # The configuration --------------------------------------------------------------------------------------------------
@@ -113,6 +121,9 @@ def _modelopt(folder: Path, asked: Fields) -> Quantization:
     algorithm = asked.config.get("quant_algo")
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         return Quantization("ModelOpt FP8, a scale for each output", static=False)
+    if algorithm in ("NVFP4", "W4A16_NVFP4"):  # the same weights; activations stay as they are
+        _expect(asked, group_size=(NVFP4_GROUP, None))
+        return Quantization(f"ModelOpt {algorithm}", False, packing="modelopt-nvfp4", group=NVFP4_GROUP)
     if algorithm != "FP8":
         raise refuse_format(folder, algorithm or asked.config.get("quant_method"))
     return Quantization("ModelOpt FP8", static=True)
@@ -175,6 +186,11 @@ def _compressed_group(folder: Path, asked: Fields, name: str, group: Any) -> Qua
         return _compressed_fp8(weights, inputs)
     if form == "pack-quantized" and weights.config.get("type") == "int" and not inputs.config:
         return _compressed_int4(folder, weights)
+    if form == "nvfp4-pack-quantized" and weights.config.get("type") == "float":
+        _expect(
+            weights, num_bits=(4,), group_size=(NVFP4_GROUP,), dynamic=(False, None), symmetric=(True, None)
+        )
+        return Quantization("compressed-tensors NVFP4", False, packing="nvfp4", group=NVFP4_GROUP)
     raise refuse_format(folder, f"compressed-tensors {form}")
 
 
@@ -293,15 +309,19 @@ BESIDE_INT4: dict[str, tuple[str, ...]] = {
     "compressed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "awq": ("qweight", "scales", "qzeros"),
+    "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+    "modelopt-nvfp4": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
     "mxfp4": ("blocks", "scales"),
     "flightline": ("codes", "scales", "zeros", "minima", "bits"),
 }
 """The tensors of a module of 4-bit codes by their last names, the codes first."""
 CODES_PER_WORD = 8
+PACKED = ("I32", "U8")
+"""The types of tensors of such codes."""
 
 
 def codes_of(module: str, quantization: Quantization | None) -> str | None:
-    """The tensor that holds a module's codes of 4 bits, if its checkpoint has such."""
+    """The tensor that holds a module's codes of 4 bits, if its checkpoint has such; of another type it has none."""
     if quantization is None or not quantization.packing:
         return None
     between = "_" if quantization.packing == "mxfp4" else "."
@@ -340,6 +360,12 @@ def check_int4(
             "bits": (1,),
         }
         optional: dict[str, tuple[int, ...]] = {}
+    elif quantization.floats:
+        codes, scales, whole, inputs_whole = BESIDE_INT4[quantization.packing]
+        if inputs % group:
+            raise UnsupportedModel(f"{folder}: {module} has {inputs} inputs, no multiple of NVFP4's {group}")
+        wanted = {codes: (outputs, inputs // 2), scales: (outputs, groups), whole: ()}
+        optional = {inputs_whole: ()}
     elif quantization.packing == "compressed":
         wanted = {"weight_packed": (outputs, words(inputs)), "weight_scale": (outputs, groups)}
         if not quantization.symmetric:
@@ -371,7 +397,7 @@ def _expect_shape(
 ) -> None:
     if name not in stored:
         raise UnsupportedModel(f"{folder} lacks the tensor {name}: fetch the checkpoint again")
-    if stored[name].shape != extents:
+    if stored[name].shape != extents and (extents or stored[name].shape != (1,)):
         raise UnsupportedModel(
             f"{folder}: {name} has shape {list(stored[name].shape)}, and {quantization.name} has {list(extents)} "
             "there: fetch the checkpoint again"

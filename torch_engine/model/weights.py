@@ -24,6 +24,7 @@ from flightline.torch_engine.model.quantization import (
     FP8,
     INPUT_SCALES,
     KV_SCALES,
+    PACKED,
     WEIGHT_SCALES,
     Stored,
     codes_of,
@@ -216,7 +217,8 @@ class Checkpoint:
             return next((tensor.float() for leaf in leaves if (tensor := read(leaf)) is not None), None)
 
         quantization, weight = self.spec.quantization, self._names.get(f"{module}.weight")
-        if quantization is not None and codes_of(module, quantization) in self._names:
+        packed = self._names.get(codes_of(module, quantization) or "")
+        if quantization is not None and packed is not None and self._stored(packed).dtype in PACKED:
             return read_int4(read, quantization, module)
         if weight is None or self._stored(weight).dtype != FP8:
             return None
@@ -258,11 +260,13 @@ class Checkpoint:
             yield f"{module}.weight", coded.values(dtype)
         for plain, name in self._names.items():
             leaf = plain.rpartition(".")[2]
+            if leaf == "weight" and self._stored(name).dtype in (*PACKED, FP8):
+                continue
             if packing == "mxfp4" and leaf.endswith(STACKED_CODES):
                 if leaf.endswith(STACKED_CODES[0]):
                     tensor = name.removesuffix(f"_{STACKED_CODES[0]}")
                     yield plain.removesuffix(f"_{STACKED_CODES[0]}"), self._stacked_weight(tensor, dtype)
-            elif leaf not in beside and not (leaf == "weight" and self._stored(name).dtype == FP8):
+            elif leaf == "weight" or leaf not in beside:
                 yield plain, self._tensor(name)
 
     def _stacked_weight(self, tensor: str, dtype: torch.dtype) -> torch.Tensor:

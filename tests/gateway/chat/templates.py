@@ -12,6 +12,9 @@ from tests.tiny import byte_level_tokenizer
 ALL = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "jinja").glob("*.jinja"))}
 
 MISTRAL_TOKENS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+HARMONY_TOKENS = (
+    "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>",
+)  # fmt: skip
 
 
 def save(

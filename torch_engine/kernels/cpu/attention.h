@@ -54,7 +54,8 @@ inline void write_head(const float* x, int64_t d, Element* to, int64_t stride, f
 // Norm, rotary embedding and cache write of one row; the queries stay in `x`.
 template <class Element>
 inline void prepare_row(const AttentionLayer& layer, const AttentionStep& step, int64_t row, float* x) {
-    const int64_t d = layer.d, bs = layer.block_size, block = step.slots[row] / bs, offset = step.slots[row] % bs;
+    const int64_t d = layer.d, bs = layer.block_size, slot = step.slots[layer.group * step.rows + row];
+    const int64_t block = slot / bs, offset = slot % bs;
     const float* cos = layer.rope + step.positions[row] * d;
     if (layer.norms_row) {
         float* keys = x + layer.heads * d;
@@ -99,11 +100,12 @@ void attend(Pool& pool, const AttentionLayer& layer, const AttentionStep& step, 
             work += tokens * span[2] * layer.heads * d;
         }
     }
+    const int64_t* tables = step.tables + layer.group * step.width;
     const std::vector<Tile>& shared = tiles;  // the caller's, for every thread
     pool.run(shared.size() * layer.kv_heads, work > kParallelWork, [&](int64_t task) {
         const Tile& tile = shared[task / layer.kv_heads];
         const auto attend = [&](auto kernel) {
-            kernel(layer, qkv + tile.row * stride, stride, step.tables + tile.table, task % layer.kv_heads, tile.position,
+            kernel(layer, qkv + tile.row * stride, stride, tables + tile.table, task % layer.kv_heads, tile.position,
                    tile.tokens, out + tile.row * layer.heads * d);
         };
         if constexpr (kIntegers) {

@@ -19,6 +19,7 @@ struct AttentionLayer {
     int64_t heads, kv_heads, d, block_size;
     int64_t window;  // 0 = all
     int64_t norms_row;  // all heads of a token together, not each
+    int64_t group;  // of layers that have their blocks in common
     float eps, scale, softcap;  // softcap 0 = none
     const float* sinks;  // [heads]: scores that join a query's softmax and that no value belongs to; null = none
 };
@@ -27,9 +28,10 @@ struct AttentionLayer {
 struct AttentionStep {
     int64_t rows, chunks;
     const int64_t* positions;  // [rows]
-    const int64_t* slots;  // [rows]
+    const int64_t* slots;  // [groups, rows]
     const int64_t* spans;  // [chunks, 4]: first row, rows, context (its own rows included), where its table begins
     const int64_t* tables;
+    int64_t width;  // of a table: those of a sequence's groups follow each other
 };
 
 }  // namespace

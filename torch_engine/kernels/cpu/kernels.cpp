@@ -60,12 +60,12 @@ const char* fl_layout() {
     {
         using Struct = AttentionLayer;
         add(sizeof(Struct), {AT(cache), AT(scales), AT(rope), AT(q_norm), AT(k_norm), AT(element_bytes), AT(heads),
-                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(norms_row), AT(eps), AT(scale), AT(softcap),
-                             AT(sinks)});
+                             AT(kv_heads), AT(d), AT(block_size), AT(window), AT(norms_row), AT(group), AT(eps), AT(scale),
+                             AT(softcap), AT(sinks)});
     }
     {
         using Struct = AttentionStep;
-        add(sizeof(Struct), {AT(rows), AT(chunks), AT(positions), AT(slots), AT(spans), AT(tables)});
+        add(sizeof(Struct), {AT(rows), AT(chunks), AT(positions), AT(slots), AT(spans), AT(tables), AT(width)});
     }
     {
         using Struct = SamplingRow;
@@ -245,18 +245,21 @@ void fl_embed(const int64_t* ids, int64_t count, const float* table, int64_t n, 
 }
 
 // chunks [count, 4]: row of the block table, tokens computed before, tokens, of which so many at the end are sampled.
-// tables [.., width] -> out: spans [count, 4], positions [rows], slots [rows] as AttentionStep has them, and the rows
-// of the sampled tokens.
-void fl_step(const int64_t* chunks, int64_t count, const int64_t* tables, int64_t width, int64_t block_size,
-             int64_t rows, int64_t* out) {
-    int64_t *spans = out, *positions = spans + 4 * count, *slots = positions + rows, *sampled = slots + rows, row = 0;
+// tables [.., groups, width] -> out: spans [count, 4], positions [rows], slots [groups, rows] as AttentionStep has them,
+// and the rows of the sampled tokens.
+void fl_step(const int64_t* chunks, int64_t count, const int64_t* tables, int64_t groups, int64_t width,
+             int64_t block_size, int64_t rows, int64_t* out) {
+    int64_t *spans = out, *positions = spans + 4 * count, *slots = positions + rows, row = 0;
+    int64_t* sampled = slots + groups * rows;
     for (int64_t c = 0; c < count; c++, chunks += 4, spans += 4) {
-        const int64_t begin = chunks[1], tokens = chunks[2], *table = tables + chunks[0] * width;
-        spans[0] = row, spans[1] = tokens, spans[2] = begin + tokens, spans[3] = chunks[0] * width;
+        const int64_t begin = chunks[1], tokens = chunks[2], *table = tables + chunks[0] * groups * width;
+        spans[0] = row, spans[1] = tokens, spans[2] = begin + tokens, spans[3] = chunks[0] * groups * width;
         for (int64_t i = 0; i < tokens; i++, row++) {
             const int64_t position = begin + i;
             positions[row] = position;
-            slots[row] = table[position / block_size] * block_size + position % block_size;
+            for (int64_t g = 0; g < groups; g++) {
+                slots[g * rows + row] = table[g * width + position / block_size] * block_size + position % block_size;
+            }
         }
         for (int64_t i = row - chunks[3]; i < row; i++) *sampled++ = i;
     }

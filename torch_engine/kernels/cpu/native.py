@@ -10,7 +10,7 @@ the CPU has is taken.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ SIGNATURES = {
     "fl_kept": (POINTER, I64, POINTER, POINTER),
     "fl_noise": (ctypes.c_uint64, I64, I64, I64, POINTER, POINTER),
     "fl_embed": (POINTER, I64, POINTER, I64, F32, POINTER),
-    "fl_step": (POINTER, I64, POINTER, I64, I64, I64, POINTER),
+    "fl_step": (POINTER, I64, POINTER, I64, I64, I64, I64, POINTER),
     "fl_decode": (POINTER, POINTER, POINTER, POINTER, I64, POINTER),
 }
 GROUP = 32
@@ -69,7 +69,9 @@ class AttentionLayer(ctypes.Structure):
         *[(name, POINTER) for name in ("cache", "scales", "rope", "q_norm", "k_norm")],
         *[
             (name, I64)
-            for name in ("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row")
+            for name in (
+                *("element_bytes", "heads", "kv_heads", "d", "block_size", "window", "norms_row", "group"),
+            )
         ],
         *[(name, F32) for name in ("eps", "scale", "softcap")],
         ("sinks", POINTER),
@@ -82,6 +84,7 @@ class AttentionStep(ctypes.Structure):
     _fields_ = (
         *[(name, I64) for name in ("rows", "chunks")],
         *[(name, POINTER) for name in ("positions", "slots", "spans", "tables")],
+        ("width", I64),
     )
 
 
@@ -110,20 +113,23 @@ class NativeSteps(StepBuilder[NativeStep]):
     """Steps straight from the builder's own block tables, in one call: in Python the arrays' many small operations
     take as long as everything else the host does."""
 
-    def __init__(self, block_size: int, library: ctypes.CDLL) -> None:
-        super().__init__(block_size, torch.device("cpu"))
+    def __init__(
+        self, block_size: int, library: ctypes.CDLL, windows: Sequence[int | None] = (None,)
+    ) -> None:
+        super().__init__(block_size, torch.device("cpu"), windows)
         self._make = library.fl_step
 
     def _step(
         self, tokens: NDArray[np.int64], columns: NDArray[np.int64], decodes: int, sampled: int
     ) -> NativeStep:
         chunks, rows, tables = len(columns), len(tokens), self._tables
-        made = np.empty(4 * chunks + 2 * rows + sampled, dtype=np.int64)
+        _, groups, width = tables.shape
+        made = np.empty(4 * chunks + (1 + groups) * rows + sampled, dtype=np.int64)
         at, table_at = _address(made), _address(tables)
-        self._make(_address(columns), chunks, table_at, tables.shape[1], self._block_size, rows, at)
+        self._make(_address(columns), chunks, table_at, groups, width, self._block_size, rows, at)
         spans, positions, slots = at, at + 32 * chunks, at + 32 * chunks + 8 * rows
-        where = AttentionStep(rows, chunks, positions, slots, spans, table_at)
-        return NativeStep(tokens, where, slots + 8 * rows, sampled, (made, tables))
+        where = AttentionStep(rows, chunks, positions, slots, spans, table_at, width)
+        return NativeStep(tokens, where, slots + 8 * groups * rows, sampled, (made, tables))
 
 
 class SamplingRow(ctypes.Structure):
@@ -281,27 +287,51 @@ class NativeLinear:
         return out
 
 
+def bits_kept(coded: Coded) -> int:
+    """In how many bits the kernels keep a checkpoint's own codes: fewer than 8 where their groups fit; 8 lose little of
+    fewer."""
+    fits = coded.order is None and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
+    if not fits or coded.bits == 8:
+        return 8
+    return 4 if coded.bits == 4 and not coded.e2m1 else 7
+
+
 class NativeExperts:
     """One linear of every expert, one expert after the other, so that a pointer finds each."""
 
-    def __init__(
-        self,
-        kernels: NativeKernels,
-        linears: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
-        experts: int,
-        bits: int,
-    ) -> None:
-        """Weight [N, K] and bias [N] of each expert are read, packed and dropped one by one."""
-        self._biases = None
-        for number, (weight, bias) in enumerate(linears):
+    def __init__(self, kernels: NativeKernels, checkpoint: Checkpoint, experts: list[list[str]]) -> None:
+        """Each expert's modules are stacked along the output; they are read, packed and dropped one expert by one.
+
+        Raises ConfigError if some experts are stored otherwise than the first.
+        """
+        for number, modules in enumerate(experts):
+            weight, bias, bits = self._read(kernels, checkpoint, modules)
             if number == 0:
-                outputs, inputs = weight.shape
-                self._packed = kernels.room(bits, experts, outputs, inputs)
-                self._biases = None if bias is None else torch.empty(experts, outputs)
+                outputs, inputs = weight.codes.shape if isinstance(weight, Coded) else weight.shape
+                self._packed, kept = kernels.room(bits, len(experts), outputs, inputs), bits
+                kernels.rounded += kernels.bits == 4 and bits == 8
+                self._biases = None if bias is None else torch.empty(len(experts), outputs)
+            if bits != kept:
+                raise ConfigError(
+                    f"{modules[0]} is not stored like the experts before it: use weight_precision='auto' "
+                    "(PRECISION=bf16 of the build)"
+                )
             kernels.pack(bits, weight, self._packed[number])
             if bias is not None and self._biases is not None:
                 self._biases[number] = bias
-        self.weights = LinearWeights(_at(self._packed), _at(self._biases), bits, inputs, outputs)
+        self.weights = LinearWeights(_at(self._packed), _at(self._biases), kept, inputs, outputs)
+
+    @staticmethod
+    def _read(
+        kernels: NativeKernels, checkpoint: Checkpoint, modules: list[str]
+    ) -> tuple[torch.Tensor | Coded, torch.Tensor | None, int]:
+        """An expert's weight and bias, and the bits to keep the weight in."""
+        stored = kernels.stored_codes(checkpoint, modules)
+        if stored is None:
+            return *checkpoint.fused(modules, torch.float32), kernels.bits
+        coded, bias = stored
+        bits = bits_kept(coded)
+        return (coded.whole() if bits < 8 else coded.values(torch.float32)), bias, bits
 
 
 class NativeMixture:
@@ -319,14 +349,10 @@ class NativeMixture:
             return f"{layer}.{name}"
 
         def experts(*wanted: int) -> NativeExperts:
-            """Of the modules gate, up and down the ``wanted`` ones, stacked along the output."""
-            linears = (
-                checkpoint.fused(
-                    [module(mixture.names.expert(number)[which]) for which in wanted], torch.float32
-                )
-                for number in range(mixture.experts)
-            )
-            return NativeExperts(kernels, linears, mixture.experts, kernels.bits)
+            """Of the modules gate, up and down the ``wanted`` ones."""
+            modules = [mixture.names.expert(number) for number in range(mixture.experts)]
+            stacked = [[module(each[which]) for which in wanted] for each in modules]
+            return NativeExperts(kernels, checkpoint, stacked)
 
         names, none = mixture.names, LinearWeights()
         # In float32: rounding it to bfloat16 chooses other experts.
@@ -377,6 +403,7 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
     """
 
     name = "native"
+    stride = 64  # kStretch of attention_layer.h
 
     def __init__(self, config: EngineConfig, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         super().__init__(device, dtype)
@@ -409,22 +436,24 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
 
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> NativeLinear:
         head = modules == ["lm_head"]
-        if self.bits == 4 and not head:
-            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
-            if stored is not None and stored[0].codes.dtype == torch.uint8:
-                return self._coded(*stored)
+        stored = None if head else self.stored_codes(checkpoint, modules)
+        if stored is not None:
+            return self._coded(*stored)
         weight, bias = checkpoint.fused(modules, self.dtype)
         return self.linear(weight, bias) if head else NativeLinear(self, weight, bias, self.bits)
 
+    def stored_codes(
+        self, checkpoint: Checkpoint, modules: list[str]
+    ) -> tuple[Coded, torch.Tensor | None] | None:
+        """Codes of few bits as a checkpoint has them, and a bias, where the kernels are to keep such; else None."""
+        stored = checkpoint.fused_coded(modules, self.dtype, self.device) if self.bits == 4 else None
+        return stored if stored is not None and stored[0].codes.dtype == torch.uint8 else None
+
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> NativeLinear:
         """A checkpoint's own codes where the kernels' groups fit theirs; else 8 bits, which lose little of fewer."""
-        fits = (
-            coded.order is None
-            and not coded.e2m1
-            and (coded.group % GROUP == 0 or coded.scales.shape[1] == 1)
-        )
-        if fits and coded.bits < 8:
-            return NativeLinear(self, coded, bias, 4 if coded.bits == 4 else 7)
+        bits = bits_kept(coded)
+        if bits < 8:
+            return NativeLinear(self, coded.whole(), bias, bits)
         self.rounded += 1
         return NativeLinear(self, coded.values(self.dtype), bias, 8)
 
@@ -509,6 +538,12 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         codes = torch.zeros(*shape[:3], block_size * head_dim, dtype=dtype)
         return NativeCache(codes, torch.zeros(shape) if dtype == torch.int8 else None, block_size)
 
+    def same_cache(self, cache: NativeCache, kv_scales: tuple[float, float]) -> NativeCache:
+        return NativeCache(cache.codes, cache.scales, cache.block_size)
+
+    def cache_tensors(self, cache: NativeCache) -> list[torch.Tensor]:
+        return [cache.codes] if cache.scales is None else [cache.codes, cache.scales]
+
     def attention(
         self,
         qkv: torch.Tensor,
@@ -529,8 +564,8 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         )
         return out
 
-    def steps(self, block_size: int) -> StepBuilder[NativeStep]:
-        return NativeSteps(block_size, self.library)
+    def steps(self, block_size: int, windows: Sequence[int | None]) -> StepBuilder[NativeStep]:
+        return NativeSteps(block_size, self.library, windows)
 
     def sequence_steps(
         self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
@@ -697,6 +732,7 @@ def _attention_layer(
         block_size=cache.block_size,
         window=layer.spec.window or 0,
         norms_row=spec.qk_norm == "row",
+        group=layer.group,
         eps=spec.norm_eps,
         scale=spec.attention_scale,
         softcap=spec.attention_softcap or 0.0,
@@ -705,24 +741,25 @@ def _attention_layer(
 
 
 def _where(step: StepInput) -> tuple[AttentionStep, tuple[object, ...]]:
-    """The step for the library, and the arrays that it points to."""
-    decodes, width = step.decode_blocks.shape
+    """The step for the library, of a model whose layers are one group, and the arrays that it points to."""
+    [blocks], [slots] = step.decode_blocks, step.slots
+    decodes, width = blocks.shape
     spans = np.empty((decodes + len(step.prefills), 4), dtype=np.int64)
     rows = np.arange(decodes)
     spans[:decodes].T[:] = rows, np.ones_like(rows), step.decode_lengths.numpy(), rows * width
     begin = decodes * width
     for number, chunk in enumerate(step.prefills, decodes):
         spans[number] = chunk.start, chunk.end - chunk.start, chunk.context, begin
-        begin += chunk.blocks.shape[0]
-    tables = step.decode_blocks
+        begin += chunk.blocks[0].shape[0]
+    tables = blocks
     if step.prefills:
-        tables = torch.cat([tables.flatten(), *[chunk.blocks for chunk in step.prefills]])
+        tables = torch.cat([tables.flatten(), *[chunk.blocks[0] for chunk in step.prefills]])
     where = AttentionStep(
         rows=step.positions.shape[0],
         chunks=spans.shape[0],
         positions=step.positions.data_ptr(),
-        slots=step.slots.data_ptr(),
+        slots=slots.data_ptr(),
         spans=spans.ctypes.data,
         tables=tables.data_ptr(),
     )
-    return where, (spans, tables, step.positions, step.slots)
+    return where, (spans, tables, step.positions, slots)

@@ -518,7 +518,7 @@ def attend(
             parts = torch.empty(decodes + extra, num_heads, size, dtype=torch.float32, device=qkv.device)
             sums = torch.empty(decodes + extra, num_heads, dtype=torch.float32, device=qkv.device)
         _decode_kernel[(decodes + extra, kv_heads)](
-            qkv, step.slots, step.positions, step.tables, step.tables.shape[1], cache.values, scales, sinks,
+            qkv, step.slots, step.positions, step.tables, step.tables.stride(0), cache.values, scales, sinks,
             out, in_scale, shares, parts, sums, decodes, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
             EXTRA=extra, PAIRS=cache.values.element_size() == 1, **shared,
@@ -532,7 +532,7 @@ def attend(
     if step.tiles is not None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)
         _prefill_kernel[(step.tiles.shape[0], kv_heads)](
-            qkv, step.tiles, step.tables, step.tables.shape[1], cache.values, scales, sinks,
+            qkv, step.tiles, step.tables, step.tables.stride(0), cache.values, scales, sinks,
             out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, prefill.rows, prefill.block, **shared,
             STAGES=prefill.stages, num_warps=prefill.warps, num_stages=prefill.stages, **LAUNCH,

@@ -16,15 +16,17 @@ from triton.runtime.errors import OutOfResources
 
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
 from flightline.torch_engine.core.steps import SequenceSteps
-from flightline.torch_engine.kernels.gpu import attention, four_bits, grouped, norm, tokens
+from flightline.torch_engine.kernels.gpu import attention, four_bits, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.grouped import (
     ROWS_AT_ONCE,
     CodedLinear,
+    GroupedCodes,
     GroupedLinear,
     GroupedPlan,
     Scratch,
+    tile_of,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
@@ -62,6 +64,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     """
 
     name = "cuda"
+    stride = 128  # the most keys of one iteration in attention.py's plans
 
     def __init__(self, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
@@ -142,36 +145,40 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
 
     def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:
         """One linear of every expert, out of its modules stacked along the output; read expert by expert."""
-        weight: torch.Tensor | None = None
-        scales, input_scales = [], []
+        all_of_them: Experts | None = None
         for number, modules in enumerate(experts):
-            stored = checkpoint.fused_coded(modules, self.dtype, self.device)
-            part = None if stored is None else self._expert_codes(stored[0])
-            if part is not None and part.input_scale is not None:
-                scales.append(part.scales[0, 0].float())
-                input_scales.append(part.input_scale)
-            codes = checkpoint.fused(modules, self.dtype)[0].to(self.device) if part is None else part.codes
-            if weight is None:
-                weight = torch.empty(len(experts), *codes.shape, dtype=codes.dtype, device=self.device)
-            if weight.dtype != codes.dtype:
+            expert, kind = self._expert(checkpoint, modules)
+            if all_of_them is None:
+                all_of_them = expert.room(len(experts))
+                self._count(f"{kind} of experts")
+            if not all_of_them.put(number, expert):
                 raise ConfigError(
-                    f"only some experts beside {modules[0]} are FP8: use weight_precision='dequantised'"
+                    f"{modules[0]} is not stored like the experts before it: use weight_precision='dequantised'"
                 )
-            weight[number] = codes
-        assert weight is not None
-        self._count("FP8 W8A8 of experts" if scales else f"{name_of(self.dtype)} of experts")
-        if not scales:
-            return Experts(weight)
-        return Experts(weight, torch.stack(scales), torch.stack(input_scales).amax())
+        assert all_of_them is not None
+        return all_of_them.done()
 
-    def _expert_codes(self, coded: Coded) -> Coded | None:
-        """FP8 with one scale and a known input scale; all else is dequantised."""
-        fits = all(size % 16 == 0 for size in coded.codes.shape) and coded.scales.shape[1] == 1
-        if self.weights != "auto" or coded.codes.dtype != torch.float8_e4m3fn or not fits:
-            return None
-        if coded.by_tensor is None or coded.input_scale is None or not self.has_fp8:
-            return None
-        return coded
+    def _expert(self, checkpoint: Checkpoint, modules: list[str]) -> tuple[Experts, str]:
+        """One expert, and how it is kept, in words."""
+        stored = checkpoint.fused_coded(modules, self.dtype, self.device) if self.weights == "auto" else None
+        why = ""
+        if stored is not None:
+            coded = stored[0]
+            outputs, inputs = coded.codes.shape
+            fp8 = coded.codes.dtype == torch.float8_e4m3fn
+            fits = all(size % 16 == 0 for size in coded.codes.shape)
+            readable = self.has_fp8 or not fp8
+            if fp8 and readable and fits and coded.by_tensor is not None and coded.input_scale is not None:
+                scales = coded.scales[:1, 0].float()
+                expert = Experts(coded.codes[None], outputs, inputs, scales, coded.input_scale[None])
+                return expert, "FP8 W8A8"
+            if readable and coded.order is None and tile_of(coded) is not None:
+                expert = Experts.of_codes(GroupedCodes.of(coded), outputs, inputs)
+                where = "by output" if coded.scales.shape[1] == 1 else f"in groups of {coded.group}"
+                return expert, f"{_codes_in_words(coded)} {where}"
+            why = f" ({_codes_in_words(coded)} dequantised)"
+        weight = checkpoint.fused(modules, self.dtype)[0].to(self.device)
+        return Experts(weight[None], *weight.shape), f"{name_of(self.dtype)}{why}"
 
     def _coded(self, coded: Coded, bias: torch.Tensor | None) -> CudaLinear | None:
         """A weight as its checkpoint stores it; None if its shape does not allow that."""
@@ -181,7 +188,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 f"weight_precision='auto' follows the checkpoint, whose FP8 needs {NEEDED}: use 'dequantised' on "
                 "this GPU"
             )
-        kind = "FP8" if fp8 else f"W{coded.bits}A16"
+        kind = _codes_in_words(coded)
         fits = all(size % 16 == 0 for size in coded.codes.shape)
         if fp8 and coded.scales.shape[1] == 1 and fits:
             scale = coded.by_tensor
@@ -191,18 +198,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             self._count(f"FP8 W8A8 by {'output' if coded.input_scale is not None else 'output and row'}")
             scales = coded.scales[:, 0].float().contiguous()
             return Fp8RowLinear(coded.codes, scales, coded.input_scale, bias, self.dtype)
-        made: CodedLinear | None = None
-        if coded.bits == 4 and four_bits.tile_of(coded) is not None:
-            made = FourBitLinear(coded, bias, self.dtype, self.scratch, self.multiprocessors)
-        elif (
-            coded.bits != 4
-            and grouped.tile_of(coded) is not None
-            and not (fp8 and coded.scales.shape[1] == 1)
-        ):
-            made = GroupedLinear(coded, bias, self.dtype, self.scratch, self.multiprocessors)
-        how = f"in groups of {coded.group}" if made else "dequantised (shape or group fits no tile)"
-        self._count(f"{kind} {how}")
-        return made
+        make: type[FourBitLinear | GroupedLinear] | None = None
+        if four_bits.tile_of(coded) is not None:
+            make = FourBitLinear
+        elif tile_of(coded) is not None and not (fp8 and coded.scales.shape[1] == 1):
+            make = GroupedLinear
+        if make is None:
+            self._count(f"{kind} dequantised (shape is no multiple of 16)")
+            return None
+        self._count(f"{kind} in groups of {coded.group}")
+        return make(coded, bias, self.dtype, self.scratch, self.multiprocessors)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaLinear:
         """The output head, or a linear whose weights are not FP8 codes."""
@@ -271,6 +276,13 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         values = torch.zeros(shape, dtype=dtype, device=self.device)
         return KVCache(values, scales, *kv_scales) if self.kv == "fp8" else KVCache(values, scales)
 
+    def same_cache(self, cache: KVCache, kv_scales: tuple[float, float]) -> KVCache:
+        scales = kv_scales if self.kv == "fp8" else (1.0, 1.0)
+        return KVCache(cache.values, cache.scales, *scales)
+
+    def cache_tensors(self, cache: KVCache) -> list[torch.Tensor]:
+        return [cache.values] if cache.scales is None else [cache.values, cache.scales]
+
     def attention(
         self,
         qkv: torch.Tensor,
@@ -280,7 +292,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         cache: KVCache,
         step: CudaStep,
     ) -> Activation:
-        where = step.attention
+        where = step.attention.of(layer.group)
         qkv = rotate_write(
             qkv,
             cache,
@@ -396,6 +408,12 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 f"; long prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
             )
         self.tuned["prefill attention"] = {str(plan): round(time * 1e6, 1) for plan, time in times.items()}
+
+
+def _codes_in_words(coded: Coded) -> str:
+    if coded.codes.dtype == torch.float8_e4m3fn:
+        return "FP8"
+    return "FP4 W4A16" if coded.e2m1 else f"W{coded.bits}A16"
 
 
 def prefill_seconds(

@@ -180,7 +180,9 @@ def _four_bit_write_out_kernel(
 
 
 def tile_of(coded: Coded) -> int | None:
-    """Inputs of a tile, each quarter of which lies in one group; None if none fits."""
+    """Inputs of a tile, each quarter of which lies in one group; None if none fits, or the codes are no whole ones."""
+    if coded.bits != 4 or coded.e2m1:
+        return None
     outputs, inputs = coded.codes.shape
     fitting = [
         tile
@@ -210,7 +212,7 @@ class FourBitLinear(CodedLinear):
     ) -> None:
         """``coded`` must have a :func:`tile_of`."""
         tile = tile_of(coded)
-        assert tile is not None and coded.bits == 4 and not coded.e2m1
+        assert tile is not None
         super().__init__(coded, tile, bias, dtype, scratch, multiprocessors)
         self.words = _words(coded.codes, tile)
         self.marks, self.scale, self.minima = _marks(coded)

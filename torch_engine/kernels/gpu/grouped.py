@@ -1,4 +1,4 @@
-"""Products with weights whose codes have scales along the inputs: FP8 in blocks of 128x128, and bytes in groups.
+"""Products with weights whose codes have scales along the inputs: FP8 in blocks of 128x128, and integers in groups.
 
 For few rows such a product is bound by reading the codes once: they become numbers in registers, beside activations in
 the compute dtype. For many rows the weight is written out once into scratch memory for the library's product.
@@ -39,6 +39,10 @@ class Kind(IntEnum):
     E4M3 = 0
     WHOLE = 1
     """An unsigned code."""
+    PAIR = 2
+    """Two codes of 4 bits, the lower one of the first half of a tile's inputs."""
+    FLOATS = 3
+    """The same, of e2m1."""
 
 
 class Offsets(IntEnum):
@@ -51,7 +55,8 @@ class Offsets(IntEnum):
     """A number that is added: a weight is code * scale + minimum."""
 
 
-E4M3 = tl.constexpr(int(Kind.E4M3))
+E4M3, PAIR = tl.constexpr(int(Kind.E4M3)), tl.constexpr(int(Kind.PAIR))
+FLOATS = tl.constexpr(int(Kind.FLOATS))
 ZEROS, MINIMA = tl.constexpr(int(Offsets.ZEROS)), tl.constexpr(int(Offsets.MINIMA))
 
 
@@ -97,11 +102,103 @@ def plans_of(
 
 
 @triton.jit
-def _numbers(codes, KIND: tl.constexpr, like: tl.constexpr):
-    """Codes as numbers of the compute dtype, which holds each of them."""
+def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
+    """Codes as numbers of the compute dtype, which holds each of them; pairs are moved up by :func:`_moved`."""
     if KIND == E4M3:
-        codes = codes.to(tl.float32)
-    return codes.to(like)
+        numbers = codes.to(tl.float32).to(like)
+    elif KIND == FLOATS:
+        numbers = _from_e2m1((codes >> (4 * half)) & 15, like)
+    elif KIND == PAIR:
+        numbers = (codes >> (4 * half)) & 15
+        # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
+        if like == tl.bfloat16:
+            numbers = (numbers.to(tl.int16) | 0x4300).to(like, bitcast=True)
+        elif like == tl.float16:
+            numbers = (numbers.to(tl.int16) | 0x6400).to(like, bitcast=True)
+        else:
+            numbers = numbers.to(like)
+    else:
+        numbers = codes.to(like)
+    return numbers
+
+
+@triton.jit
+def _from_e2m1(codes, like: tl.constexpr):
+    """Codes of sign, two bits of exponent and one of mantissa as numbers of the compute dtype.
+
+    From 1 on only the exponent's zero lies elsewhere; 0 and 0.5, which e2m1 has no exponent for, are numbers of their
+    own, since hardware may take subnormal ones for 0.
+    """
+    WIDE: tl.constexpr = _half(like) > 0xFFFF
+    codes = codes.to(tl.int32 if WIDE else tl.int16)
+    size, sign = codes & 7, (codes & 8) << (28 if WIDE else 12)
+    bits = tl.where(size < 2, (size & 1) * _half(like), _half(like) + (size << _mantissa(like)))
+    return (bits | sign).to(like, bitcast=True)
+
+
+@triton.constexpr_function
+def _half(like: tl.dtype) -> int:
+    """The bits of 0.5."""
+    return 0x3F00 if like == tl.bfloat16 else 0x3800 if like == tl.float16 else 0x3F000000
+
+
+@triton.constexpr_function
+def _mantissa(like: tl.dtype) -> int:
+    """The place of the mantissa's first bit."""
+    return 6 if like == tl.bfloat16 else 9 if like == tl.float16 else 22
+
+
+@triton.constexpr_function
+def halves_of(kind: int) -> int:
+    """Codes in a byte."""
+    return 2 if kind in (Kind.PAIR, Kind.FLOATS) else 1
+
+
+@triton.constexpr_function
+def _moved(kind: int, like: tl.dtype) -> int:
+    """What a code of a pair is more than it says."""
+    if kind != Kind.PAIR:
+        return 0
+    return 128 if like == tl.bfloat16 else 1024 if like == tl.float16 else 0
+
+
+@triton.jit
+def rows_product(
+    source, reads, codes, scales, offsets, n, owned,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rows of K inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight:
+    [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that are not ``owned``.
+
+    The weight is the tall operand: the tensor cores of Hopper want 64 rows of that.
+    """
+    HALVES: tl.constexpr = halves_of(KIND)
+    WIDTH: tl.constexpr = TILE // HALVES
+    MOVED: tl.constexpr = _moved(KIND, source.dtype.element_ty)
+    NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
+    w = tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for tile in range(K // TILE):
+        byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
+        for half in tl.static_range(HALVES):
+            k = tile * TILE + half * WIDTH
+            a = tl.load(source[:, None] + k + w[None, :], reads[:, None], 0.0)
+            part = tl.dot(
+                _numbers(byte, half, KIND, source.dtype.element_ty), tl.trans(a), input_precision="ieee"
+            )
+            at = (k // GROUP) * N + n
+            if OFFSETS > 0 or MOVED > 0:
+                sums = tl.sum(a.to(tl.float32), 1)[None, :]
+            if OFFSETS == ZEROS:
+                part -= (tl.load(offsets + at, owned, 0).to(tl.float32) + MOVED)[:, None] * sums
+            elif MOVED > 0:
+                part -= MOVED * sums
+            part *= tl.load(scales + at, owned, 0.0).to(tl.float32)[:, None]
+            if OFFSETS == MINIMA:
+                part += tl.load(offsets + at, owned, 0.0).to(tl.float32)[:, None] * sums
+            total += part
+    return total
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -112,29 +209,37 @@ def _product_kernel(
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
+    HALVES: tl.constexpr = halves_of(KIND)
+    WIDTH: tl.constexpr = TILE // HALVES
     TILES: tl.constexpr = K // TILE // SPLITS
+    MOVED: tl.constexpr = _moved(KIND, x.dtype.element_ty)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILE)
+    m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     mask = (m < rows)[:, None]
     if _OVERLAPS:
         cuda.gdc_wait()
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for tile in range(split * TILES, (split + 1) * TILES):
-        byte = tl.load(codes + tile * N * TILE + n[:, None] * TILE + w[None, :])
-        k = tile * TILE
-        a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
-        part = tl.dot(_numbers(byte, KIND, x.dtype.element_ty), tl.trans(a), input_precision="ieee")
-        # A tile lies in one group: its scale is applied to the sums, which are fewer than the weights.
-        at = (k // GROUP) * N + n
-        if OFFSETS > 0:
-            sums = tl.sum(a.to(tl.float32), 1)[None, :]
-        if OFFSETS == ZEROS:
-            part -= tl.load(offsets + at).to(tl.float32)[:, None] * sums
-        part *= tl.load(scales + at).to(tl.float32)[:, None]
-        if OFFSETS == MINIMA:
-            part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
-        total += part
+        byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+        for half in tl.static_range(HALVES):
+            k = tile * TILE + half * WIDTH
+            a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
+            numbers = _numbers(byte, half, KIND, x.dtype.element_ty)
+            part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
+            # A half lies in one group: its scale is applied to the sums, which are fewer than the weights.
+            at = (k // GROUP) * N + n
+            scale = tl.load(scales + at).to(tl.float32)[:, None]
+            if OFFSETS > 0 or MOVED > 0:
+                sums = tl.sum(a.to(tl.float32), 1)[None, :]
+            if OFFSETS == ZEROS:
+                part -= (tl.load(offsets + at).to(tl.float32) + MOVED)[:, None] * sums
+            elif MOVED > 0:
+                part -= MOVED * sums
+            part *= scale
+            if OFFSETS == MINIMA:
+                part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
+            total += part
     if BIASED and split == 0:
         total += tl.load(bias + n).to(tl.float32)[:, None]
     target = out + (split * rows + m).to(tl.int64)[None, :] * N + n[:, None]
@@ -148,17 +253,22 @@ def _write_out_kernel(
     OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
+    HALVES: tl.constexpr = halves_of(KIND)
+    WIDTH: tl.constexpr = TILE // HALVES
     tile = tl.program_id(0)
-    n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, TILE)
-    values = _numbers(tl.load(codes + tile * N * TILE + n[:, None] * TILE + w[None, :]), KIND, tl.float32)
-    k = tile * TILE
-    at = (k // GROUP) * N + n
-    if OFFSETS == ZEROS:
-        values -= tl.load(offsets + at).to(tl.float32)[:, None]
-    values *= tl.load(scales + at).to(tl.float32)[:, None]
-    if OFFSETS == MINIMA:
-        values += tl.load(offsets + at).to(tl.float32)[:, None]
-    tl.store(out + n.to(tl.int64)[:, None] * K + k + w[None, :], values.to(out.dtype.element_ty))
+    n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+    for half in tl.static_range(HALVES):
+        k = tile * TILE + half * WIDTH
+        values = _numbers(byte, half, KIND, tl.float32)
+        at = (k // GROUP) * N + n
+        scale = tl.load(scales + at).to(tl.float32)[:, None]
+        if OFFSETS == ZEROS:
+            values -= tl.load(offsets + at).to(tl.float32)[:, None]
+        values *= scale
+        if OFFSETS == MINIMA:
+            values += tl.load(offsets + at).to(tl.float32)[:, None]
+        tl.store(out + n.to(tl.int64)[:, None] * K + k + w[None, :], values.to(out.dtype.element_ty))
 
 
 class Scratch:
@@ -177,6 +287,48 @@ class Scratch:
     def take(self, rows: int, columns: int) -> torch.Tensor:
         assert self._memory is not None
         return self._memory[: rows * columns].view(rows, columns)
+
+
+def tile_of(coded: Coded) -> int | None:
+    """Inputs of a tile, which lies in one group (each of its halves, if two codes share a byte); None if none fits."""
+    outputs, inputs = coded.codes.shape
+    halves = 2 if coded.bits == 4 else 1
+    tiles = [WIDEST >> shift for shift in range(4) if WIDEST >> shift >= 16 * halves]
+    fitting = [tile for tile in tiles if inputs % tile == 0 and coded.group % (tile // halves) == 0]
+    return fitting[0] if fitting and outputs % 16 == 0 else None
+
+
+@dataclass(frozen=True)
+class GroupedCodes:
+    """A weight as the kernels read it."""
+
+    codes: torch.Tensor
+    """[K / tile, N, bytes of a tile's row]."""
+    scales: torch.Tensor
+    """[G, N]."""
+    offsets: torch.Tensor
+    """[G, N]; the scales once more where there are none."""
+    group: int
+    tile: int
+    kind: Kind
+    offset_kind: Offsets
+
+    @classmethod
+    def of(cls, coded: Coded) -> GroupedCodes:
+        """``coded`` must have a :func:`tile_of`; its order of inputs is left to whoever brings them."""
+        tile = tile_of(coded)
+        assert tile is not None
+        kind = Kind.FLOATS if coded.e2m1 else Kind.PAIR if coded.bits == 4 else Kind.WHOLE
+        if coded.codes.dtype.is_floating_point:
+            kind = Kind.E4M3
+        scales, offsets, offset_kind = coded.scales.t().contiguous(), None, Offsets.NONE
+        if coded.offsets is not None:
+            offsets = coded.offsets.t().contiguous()
+            offset_kind = Offsets.MINIMA if offsets.is_floating_point() else Offsets.ZEROS
+        codes = _tiled(coded.codes, tile, kind)
+        return cls(
+            codes, scales, scales if offsets is None else offsets, coded.group, tile, kind, offset_kind
+        )
 
 
 class CodedLinear(ABC):
@@ -243,16 +395,8 @@ class CodedLinear(ABC):
         """The weight into ``out`` [N, K]; a program has ``block_n`` outputs."""
 
 
-def tile_of(coded: Coded) -> int | None:
-    """Inputs of a tile, which lies in one group; None if none fits."""
-    outputs, inputs = coded.codes.shape
-    tiles = [WIDEST >> shift for shift in range(4)]
-    fitting = [tile for tile in tiles if inputs % tile == 0 and coded.group % tile == 0]
-    return fitting[0] if fitting and outputs % 16 == 0 else None
-
-
 class GroupedLinear(CodedLinear):
-    """Codes that are bytes."""
+    """Codes of every kind; ``four_bits.FourBitLinear`` is for most of those of 4 bits."""
 
     def __init__(
         self,
@@ -263,18 +407,10 @@ class GroupedLinear(CodedLinear):
         multiprocessors: int,
     ) -> None:
         """``coded`` must have a :func:`tile_of`."""
-        tile = tile_of(coded)
-        assert tile is not None
-        super().__init__(coded, tile, bias, dtype, scratch, multiprocessors)
-        self.kind = Kind.E4M3 if coded.codes.dtype.is_floating_point else Kind.WHOLE
-        tiles = coded.codes.view(torch.uint8).view(self.outputs, self.inputs // tile, tile).transpose(0, 1)
-        self.codes = tiles.contiguous().view(coded.codes.dtype)
-        self.scales = coded.scales.t().contiguous()
-        self.offset_kind = Offsets.NONE
-        self.offsets = self.scales
-        if coded.offsets is not None:
-            self.offset_kind = Offsets.MINIMA if coded.offsets.is_floating_point() else Offsets.ZEROS
-            self.offsets = coded.offsets.t().contiguous()
+        own = GroupedCodes.of(coded)
+        super().__init__(coded, own.tile, bias, dtype, scratch, multiprocessors)
+        self.kind, self.offset_kind = own.kind, own.offset_kind
+        self.codes, self.scales, self.offsets = own.codes, own.scales, own.offsets
 
     def plans(self, rows: int) -> list[GroupedPlan]:
         shapes = ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4))
@@ -294,3 +430,13 @@ class GroupedLinear(CodedLinear):
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind), block_n,
             num_warps=4, **LAUNCH,
         )  # fmt: skip
+
+
+def _tiled(codes: torch.Tensor, tile: int, kind: Kind) -> torch.Tensor:
+    """[N, K] to [K / tile, N, bytes of a tile's row]: what a program reads at once lies together."""
+    outputs, inputs = codes.shape
+    tiles = codes.view(torch.uint8).view(outputs, inputs // tile, tile).transpose(0, 1)
+    if halves_of(kind) == 2:
+        low, high = tiles.chunk(2, dim=2)
+        return (low | high << 4).contiguous()
+    return tiles.contiguous().view(codes.dtype)

@@ -8,6 +8,7 @@ launch may live in a CUDA graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class AttentionInput:
     positions: torch.Tensor
     """[T]: its position in the sequence."""
     tables: torch.Tensor
-    """[slots, width]: blocks of each sequence."""
+    """[slots, width], or [slots, groups, width] where layers have tables of their own: blocks of each sequence."""
     num_decodes: int
     """The first rows, one of each sequence."""
     tiles: torch.Tensor | None
@@ -61,6 +62,17 @@ class AttentionInput:
     def __post_init__(self) -> None:
         self.shares: dict[Hashable, Any] = {}
         """What the attention's layers share (``attention.Shares``)."""
+
+    def of(self, group: int) -> AttentionInput:
+        """For layers of that group: with their tables alone."""
+        if self.tables.dim() == 2:
+            return self
+        key = "group", group
+        if key not in self.shares:
+            self.shares[key] = own = dataclasses.replace(self, tables=self.tables[:, group])
+            own.shares = self.shares
+        found: AttentionInput = self.shares[key]
+        return found
 
 
 @triton.jit
@@ -174,7 +186,7 @@ def rotate_write(
     together = triton.next_power_of_2((num_heads + kv_heads) * size) if norms_row else 0
     _rotate_write_kernel[grid](
         qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
-        step.slots, step.positions, step.tables, step.tables.shape[1],
+        step.slots, step.positions, step.tables, step.tables.stride(0),
         cache.values, cache.values if cache.scales is None else cache.scales, cache.k_scale, cache.v_scale, eps,
         num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
         block_size, parts, q_norm is not None, together, kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,

@@ -11,13 +11,16 @@ expert -1, whose weights nobody reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, parts_of, sum_parts, to_fp8
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, halves_of, rows_product
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
 from flightline.torch_engine.kernels.gpu.linear import CudaLinear, PlainLinear, quantise
 from flightline.torch_engine.kernels.gpu.norm import gate
@@ -186,10 +189,31 @@ def _row_product(
 
 
 @triton.jit
+def _row_of_codes(
+    x, codes, scales, offsets, expert, lives, n,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_row_product`, of an expert's codes."""
+    m = tl.arange(0, 16)
+    one, at = (m == 0) & lives, expert * (K // GROUP) * N
+    sums = rows_product(
+        x + m * 0, one, _codes_at(codes, expert, N, K, KIND), scales + at, offsets + at, n, (n < N) & lives,
+        N, K, GROUP, TILE, KIND, OFFSETS, 16, BLOCK_N,
+    )  # fmt: skip
+    return tl.sum(tl.where(one[None, :], sums, 0.0), 1)
+
+
+@triton.jit
+def _codes_at(codes, expert, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr):
+    return codes + expert * N * (K // halves_of(KIND))
+
+
+@triton.jit
 def _rows_in_kernel(
-    x, in_scale, weight, weight_scales, ids, out,
+    x, in_scale, weight, weight_scales, offsets, ids, out,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    FP8: tl.constexpr,
+    FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     pair = tl.program_id(0).to(tl.int64)
@@ -197,9 +221,16 @@ def _rows_in_kernel(
     expert = tl.load(ids + pair).to(tl.int64)
     lives = expert >= 0
     expert = tl.maximum(expert, 0)
-    sums = _row_product(
-        x + pair // CHOSEN * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, FP8
-    )
+    source = x + pair // CHOSEN * K
+    if TILE > 0:
+        sums = _row_of_codes(
+            source, weight, weight_scales, offsets, expert, lives, n,
+            N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_N,
+        )  # fmt: skip
+    else:
+        sums = _row_product(
+            source, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, FP8
+        )
     if FP8:
         sums *= tl.load(in_scale) * tl.load(weight_scales + expert)
     tl.store(out + pair * N + n, sums, n < N)
@@ -207,9 +238,10 @@ def _rows_in_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _rows_out_kernel(
-    x, in_scale, weight, weight_scales, ids, shares, out, rows,
+    x, in_scale, weight, weight_scales, offsets, ids, shares, out, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, EACH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_K: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
@@ -223,9 +255,15 @@ def _rows_out_kernel(
         share = tl.load(shares + pair, place < CHOSEN, 0.0)
         lives = expert >= 0
         expert = tl.maximum(expert, 0)
-        sums = _row_product(
-            x + pair * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, False
-        )
+        if TILE > 0:
+            sums = _row_of_codes(
+                x + pair * K, weight, weight_scales, offsets, expert, lives, n,
+                N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_N,
+            )  # fmt: skip
+        else:
+            sums = _row_product(
+                x + pair * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, False
+            )
         if FP8:
             share *= tl.load(in_scale) * tl.load(weight_scales + expert)
         total += sums * share
@@ -312,9 +350,10 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
 
 @triton.jit(do_not_specialize=["pairs", "rows"])
 def _blocks_kernel(
-    x, in_scale, weight, weight_scales, order, experts, shares, out, pairs, rows,
+    x, in_scale, weight, weight_scales, offsets, order, experts, shares, out, pairs, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, FP8: tl.constexpr, DOWN: tl.constexpr,
+    BLOCK_K: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    OFFSETS: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tiles = (N + BLOCK_N - 1) // BLOCK_N
@@ -330,7 +369,14 @@ def _blocks_kernel(
         owned = (n < N) & (expert >= 0)
         weights = weight + tl.maximum(expert, 0) * N * K + n.to(tl.int64) * K
         k = tl.arange(0, BLOCK_K)
-        if BLOCK_M < 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
+        if TILE > 0:
+            at = tl.maximum(expert, 0) * (K // GROUP) * N
+            tall = rows_product(
+                source, reads, _codes_at(weight, tl.maximum(expert, 0), N, K, KIND), weight_scales + at, offsets + at,
+                n, owned, N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            sums = tl.trans(tall)
+        elif BLOCK_M < 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
             tall = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for start in range(0, K, BLOCK_K):
                 inside = start + k < K
@@ -376,18 +422,57 @@ def _shared_kernel(
 
 @dataclass(frozen=True)
 class Experts:
-    """One linear of all experts."""
+    """One linear of all experts; of the three ways in which its weights may be kept, each uses what it needs."""
 
     weight: torch.Tensor
-    """[E, N, K], in the compute dtype or e4m3."""
+    """[E, N, K] in the compute dtype or e4m3; of codes with scales along their inputs [E, K / tile, N, bytes]."""
+    outputs: int
+    inputs: int
     scales: torch.Tensor | None = None
-    """[E] float32, of e4m3."""
+    """float32, of e4m3 whose inputs are e4m3 too: [E]; of such codes [E, G, N] in any type."""
     input_scale: torch.Tensor | None = None
-    """float32: the one of all experts, since a row is rounded once for all of its."""
+    """float32: the one of all experts, since a row is rounded once for all of its; [1] or, while they are read, [E]."""
+    cut: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """GROUP, TILE, KIND and OFFSETS of such codes, as the kernels have them; a tile of 0 says that there are none."""
+    offsets: torch.Tensor | None = None
+    """[E, G, N]."""
+
+    @classmethod
+    def of_codes(cls, codes: GroupedCodes, outputs: int, inputs: int) -> Experts:
+        """Of a single expert."""
+        cut = codes.group, codes.tile, int(codes.kind), int(codes.offset_kind)
+        return cls(codes.codes[None], outputs, inputs, codes.scales[None], None, cut, codes.offsets[None])
+
+    def room(self, count: int) -> Experts:
+        """Room for ``count`` experts like this one."""
+        return self._each(lambda tensor: tensor.new_empty(count, *tensor.shape[1:]))
+
+    def put(self, number: int, expert: Experts) -> bool:
+        """Writes a single expert to its place; False if it is kept in another way."""
+        if expert._kind() != self._kind():
+            return False
+        for name in ("weight", "scales", "input_scale", "offsets"):
+            if (tensor := getattr(self, name)) is not None:
+                tensor[number] = getattr(expert, name)[0]
+        return True
+
+    def done(self) -> Experts:
+        """When all are there."""
+        return self if self.input_scale is None else replace(self, input_scale=self.input_scale.amax())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Experts:
+        names = ("weight", "scales", "input_scale", "offsets")
+        tensors = ((name, getattr(self, name)) for name in names)
+        changed: dict[str, Any] = {name: change(each) for name, each in tensors if each is not None}
+        return replace(self, **changed)
+
+    def _kind(self) -> tuple[object, ...]:
+        tensors = (self.weight, self.scales, self.input_scale, self.offsets)
+        return self.cut, *(None if each is None else (each.dtype, each.shape[1:]) for each in tensors)
 
     @property
     def fp8(self) -> bool:
-        return self.scales is not None
+        return self.input_scale is not None
 
 
 @dataclass(frozen=True)
@@ -447,13 +532,12 @@ class CudaMixture:
     def _few(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         rows, chosen = ids.shape
         one, two = self.gate_up, self.down
-        wide_n, size = one.weight.shape[1:]
-        inner = two.weight.shape[2]
+        wide_n, size, inner = one.outputs, one.inputs, two.inputs
         wide = torch.empty(ids.numel(), wide_n, dtype=torch.float32, device=x.device)
         block_n, block_k = 64, 256 if one.fp8 else 128
         _rows_in_kernel[(ids.numel(), triton.cdiv(wide_n, block_n))](
-            x, _or(one.input_scale, x), one.weight, _or(one.scales, x), ids, wide,
-            wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)), one.fp8,
+            x, _or(one.input_scale, x), one.weight, _or(one.scales, x), _or(one.offsets, x), ids, wide,
+            wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)), one.fp8, *one.cut,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         read = self._gate(wide)
@@ -463,8 +547,8 @@ class CudaMixture:
         splits = triton.cdiv(chosen, each)
         out = self._room(splits, rows, size, x, torch.float32)
         _rows_out_kernel[(rows, triton.cdiv(size, block_n), splits)](
-            read, _or(two.input_scale, x), two.weight, _or(two.scales, x), ids, shares, out, rows,
-            size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)), two.fp8,
+            read, _or(two.input_scale, x), two.weight, _or(two.scales, x), _or(two.offsets, x), ids, shares, out, rows,
+            size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)), two.fp8, *two.cut,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         return out
@@ -472,7 +556,7 @@ class CudaMixture:
     def _many(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         rows, chosen = ids.shape
         one, two = self.gate_up, self.down
-        wide_n, size = one.weight.shape[1:]
+        wide_n, size = one.outputs, one.inputs
         pairs = ids.numel()
         sorted_ = sort_pairs(ids, self.mixture.experts, block_rows(pairs, self.mixture.experts))
         read = quantise(x, Form.FP8_STATIC, one.input_scale).values if one.fp8 else x
@@ -492,13 +576,13 @@ class CudaMixture:
         rows: int,
         down: bool,
     ) -> None:
-        outputs, inputs = linear.weight.shape[1:]
+        outputs, inputs = linear.outputs, linear.inputs
         block_n = min(128, triton.next_power_of_2(outputs))
         block_k = min(128 if linear.fp8 else 64, triton.next_power_of_2(inputs))
         _blocks_kernel[(len(sorted_.experts) * triton.cdiv(outputs, block_n),)](
-            x, _or(linear.input_scale, x), linear.weight, _or(linear.scales, x), sorted_.order, sorted_.experts,
-            shares, out, shares.numel(), rows,
-            outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k, linear.fp8, down,
+            x, _or(linear.input_scale, x), linear.weight, _or(linear.scales, x), _or(linear.offsets, x),
+            sorted_.order, sorted_.experts, shares, out, shares.numel(), rows,
+            outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k, linear.fp8, *linear.cut, down,
             num_warps=4 if sorted_.size < 64 else 8, num_stages=4, **LAUNCH,
         )  # fmt: skip
 

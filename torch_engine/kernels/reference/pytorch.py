@@ -7,7 +7,8 @@ that a token's keys and values are one row and a block is one contiguous piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,8 +141,8 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         x = F.embedding(step.token_ids, table)
         return x if factor == 1.0 else x * factor
 
-    def steps(self, block_size: int) -> StepBuilder[StepInput]:
-        return TensorSteps(block_size, self.device)
+    def steps(self, block_size: int, windows: Sequence[int | None]) -> StepBuilder[StepInput]:
+        return TensorSteps(block_size, self.device, windows)
 
     def sequence_steps(
         self, spec: ModelSpec, blocks: torch.Tensor, block_size: int
@@ -204,6 +205,18 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
             scales = torch.zeros(*shape[:-1], 1, device=self.device)
         return CodedCache(torch.zeros(shape, device=self.device).to(CODED[self.kv]), scales)
 
+    def same_cache(self, cache: Cache, kv_scales: tuple[float, float]) -> Cache:
+        if self.kv != "fp8":
+            return cache
+        assert isinstance(cache, CodedCache)
+        scales = torch.tensor(kv_scales, device=self.device).view(2, 1, 1)
+        return dataclasses.replace(cache, scales=scales)
+
+    def cache_tensors(self, cache: Cache) -> list[torch.Tensor]:
+        if not isinstance(cache, CodedCache):
+            return [cache]
+        return [cache.codes, cache.scales] if self.kv == "int8" else [cache.codes]
+
     def attention(
         self,
         qkv: torch.Tensor,
@@ -225,7 +238,7 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         qk = self.rotate(qk, rope, step.positions)
         q, k = qk.split([spec.num_heads, kv_heads], dim=1)
         scale, window, softcap = spec.attention_scale, layer.spec.window, spec.attention_softcap
-        out = self.attend(q, k, v, cache, step, scale, window, softcap, layer.sinks)
+        out = self.attend(q, k, v, cache, step, scale, window, softcap, layer.sinks, layer.group)
         return out.reshape(qkv.shape[0], -1)
 
     def attend(
@@ -239,27 +252,27 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        group: int = 0,
     ) -> torch.Tensor:
         """Writes the step's keys and values into ``cache``, then lets each token attend to its sequence.
 
-        ``q`` [T, H, D], ``k`` and ``v`` [T, V, D] -> [T, H, D]; ``sinks`` as ``Layer`` has them.
+        ``q`` [T, H, D], ``k`` and ``v`` [T, V, D] -> [T, H, D]; ``sinks`` and ``group`` as ``Layer`` has them.
         """
-        self.write_cache(k, v, cache, step)
+        self.write_cache(k, v, cache, step.slots[group])
         parts = []
         if step.num_decodes:
-            parts.append(
-                self.attend_decodes(q[: step.num_decodes], cache, step, scale, window, softcap, sinks)
-            )
+            decodes = q[: step.num_decodes]
+            parts.append(self.attend_decodes(decodes, cache, step, scale, window, softcap, sinks, group))
         for number in range(len(step.prefills)):
-            parts.append(self.attend_prefill(q, cache, step, number, scale, window, softcap, sinks))
+            parts.append(self.attend_prefill(q, cache, step, number, scale, window, softcap, sinks, group))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: Cache, step: StepInput) -> None:
+    def write_cache(self, k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: torch.Tensor) -> None:
         kv = torch.stack([k, v], dim=1)
         if isinstance(cache, CodedCache):
-            cache.write(kv, step.slots)
+            cache.write(kv, slots)
         else:
-            cache.view(-1, 2, *k.shape[1:]).index_copy_(0, step.slots, kv)
+            cache.view(-1, 2, *k.shape[1:]).index_copy_(0, slots, kv)
 
     def attend_decodes(
         self,
@@ -270,13 +283,16 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        group: int = 0,
     ) -> torch.Tensor:
         """One query token of each sequence: ``q`` [decodes, H, D] -> [decodes, H, D]."""
         rows, heads, head_dim = q.shape
-        keys, values = _gather(cache, step.decode_blocks.flatten(), rows, self.dtype)
+        keys, values = _gather(cache, step.decode_blocks[group].flatten(), rows, self.dtype)
         mask = step.made.get(("decode", window))
         if mask is None:
-            mask = _decode_mask(step.decode_lengths, keys.shape[2], window, self.dtype)
+            mask = _decode_mask(
+                step.decode_lengths, step.decode_begins[group], keys.shape[2], window, self.dtype
+            )
             step.made["decode", window] = mask
         grouped = q.view(rows, keys.shape[1], -1, head_dim)
         sinks = None if sinks is None else sinks.view(keys.shape[1], -1)
@@ -292,16 +308,18 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
         window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        group: int = 0,
     ) -> torch.Tensor:
         """The step's ``number``-th prompt chunk, out of ``q`` [T, H, D] -> [tokens of the chunk, H, D]."""
         chunk = step.prefills[number]
         count, (heads, head_dim) = chunk.end - chunk.start, q.shape[1:]
-        keys, values = _gather(cache, chunk.blocks, 1, self.dtype)
-        keys, values = keys[:, :, : chunk.context], values[:, :, : chunk.context]
+        begin = chunk.begins[group]
+        keys, values = _gather(cache, chunk.blocks[group], 1, self.dtype)
+        keys, values = keys[:, :, : chunk.context - begin], values[:, :, : chunk.context - begin]
         kv_heads = keys.shape[1]
         mask = step.made.get((number, window))
         if mask is None:
-            mask = _prefill_mask(chunk, heads // kv_heads, window, self.dtype, self.device)
+            mask = _prefill_mask(chunk, begin, heads // kv_heads, window, self.dtype, self.device)
             step.made[number, window] = mask
         # The group's heads become query rows, [1, V, G * tokens, D]: five times faster than repeating K and V.
         grouped = q[chunk.start : chunk.end].view(count, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
@@ -364,9 +382,11 @@ def _attention(
     return torch.matmul(with_sinks.softmax(-1)[..., :-1].to(v.dtype), v)
 
 
-def _decode_mask(lengths: torch.Tensor, width: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[decodes, 1, 1, width]: 0 where a key is seen, -inf elsewhere."""
-    keys = torch.arange(width, device=lengths.device)
+def _decode_mask(
+    lengths: torch.Tensor, begins: torch.Tensor, width: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """[decodes, 1, 1, width]: 0 where a key is seen, -inf elsewhere; each row's keys count from its ``begins`` on."""
+    keys = begins[:, None] + torch.arange(width, device=lengths.device)
     seen = keys < lengths[:, None]
     if window is not None:
         seen &= keys >= lengths[:, None] - window
@@ -374,11 +394,11 @@ def _decode_mask(lengths: torch.Tensor, width: int, window: int | None, dtype: t
 
 
 def _prefill_mask(
-    chunk: PrefillChunk, group: int, window: int | None, dtype: torch.dtype, device: torch.device
+    chunk: PrefillChunk, begin: int, group: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[group * tokens, context], the group's heads one after the other."""
+    """[group * tokens, keys from ``begin`` to the context's end], the group's heads one after the other."""
     count = chunk.end - chunk.start
-    keys = torch.arange(chunk.context, device=device)
+    keys = torch.arange(begin, chunk.context, device=device)
     own = torch.arange(chunk.context - count, chunk.context, device=device)[:, None]
     seen = keys <= own
     if window is not None:

@@ -64,7 +64,7 @@ def model_folder(options: argparse.Namespace) -> Path:
 def build(options: argparse.Namespace) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu_served.py"), "--folder", str(options.folder)]
     tiny = ["--tiny"] if options.tiny else []
-    subprocess.run([*command, *tiny, "--build-only"], cwd=ROOT, check=True)
+    subprocess.run([*command, *tiny, "--tp", str(options.tp), "--build-only"], cwd=ROOT, check=True)
 
 
 @contextmanager
@@ -168,6 +168,7 @@ def peer(options: argparse.Namespace) -> list[dict[str, Any]]:
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch]
         serve += ["--load-format", "dummy", "--quantization", "fp8", "--kv-cache-dtype", "fp8"]
         serve += ["--max-model-len", "4096", "--max-num-seqs", "512", "--gpu-memory-utilization", "0.85"]
+        serve += ["--tensor-parallel-size", str(options.tp)]
         serve += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(PEER_PORT)]
         url = f"http://127.0.0.1:{PEER_PORT}"
         with running(serve, f"{url}/health", options.folder / "peer.log", peers(options)):
@@ -200,6 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, required=True, help="for checkpoint and build; logs go there, too"
+    )
+    parser.add_argument(
+        "--tp", type=int, default=1, help="GPUs that share each layer of our engine, and of vLLM's"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
     parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,grpc)")

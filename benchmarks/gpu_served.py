@@ -379,6 +379,7 @@ def main() -> int:
     parser.add_argument("--from", dest="made", type=Path, help="the folder that gpu_checkpoint.py has filled")
     parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--dp", type=int, default=1, help="engines, each on a GPU of its own")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer of an engine")
     parser.add_argument(
         "--instances",
         default="",
@@ -415,7 +416,16 @@ def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict
         write_checkpoint(checkpoint, spec, "cpu" if options.tiny else "cuda")
         print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
     arguments = ["--model", str(checkpoint), "--build-dir", str(folder / "build"), "--engine", "torch"]
-    arguments += ["--precision", "fp8", "--max-seq-len", "4096", "--dp", str(options.dp)]
+    arguments += [
+        "--precision",
+        "fp8",
+        "--max-seq-len",
+        "4096",
+        "--dp",
+        str(options.dp),
+        "--tp",
+        str(options.tp),
+    ]
     build = RandomBuild(parse(arguments))
     build.baseline = options.made / "source" if options.made else None
     build.run()

@@ -4,17 +4,30 @@ Random weights and prompts, FP8, greedy and drawn; wall clock with prefill; a ca
 engine runs in a process of its own, one after the other in one call: one GPU, the ranks with NCCL alone, the ranks with
 symmetric memory. A line of JSON a result, and all of them in ``--out``. That the ranks say what one says is what
 ``pytest -m gpu tests/torch_engine/test_tp_gpu.py`` shows.
+
+``--parts``, with what they take beside the engine's start (8B: 55 s on one H200, 30 s on two, of which kernels are
+compiled once; 70B is estimated at twice that):
+
+  room    tokens that the KV caches hold: one GPU, ``TP``, and ``TP`` engines of one GPU each. No time.
+  rates   the cases. 8B, 2 cases, greedy and drawn, 2 repeats: 10 s.
+  steps   what a step of decodes takes on each rank, by what the kernels are for, and the gaps (``kernel_groups.py``);
+          at the concurrencies of the cases. 5 s a case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +37,20 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.kernel_groups import kernels_of, slowest_others, spent  # noqa: E402
 from benchmarks.random_checkpoint import LLAMA_8B, LLAMA_70B, RandomCheckpoint  # noqa: E402
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest, SamplingParams  # noqa: E402
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector  # noqa: E402
+from flightline.torch_engine.parallel import ranks as parallel_ranks  # noqa: E402
 from flightline.torch_engine.text.stream import TokenBytes  # noqa: E402
 
 SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 CASES = "1:128:128,8:128:128,32:128:128,128:128:128,1:8000:1"
 MOST = 128
 """Requests at once: fewer graphs are sooner captured."""
+PARTS = ("room", "rates", "steps")
+PROFILE_S = 60.0
 RESERVE = 8 << 30
 """Bytes of each GPU for graphs and activations."""
 
@@ -42,7 +59,8 @@ def report(**result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
-def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
+def room(shape: str, ranks: int) -> int:
+    """Blocks that the KV cache of each GPU could have."""
     spec = SHAPES[shape]
     a_block = 2 * spec.num_layers * max(1, spec.num_kv_heads // ranks) * spec.head_dim * 16
     linear = spec.num_layers * spec.hidden_size * (
@@ -51,8 +69,14 @@ def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
     weights = linear // ranks + 2 * spec.vocab_size * spec.hidden_size * (ranks + 1) // ranks
     blocks = int((torch.cuda.mem_get_info()[0] * 0.9 - weights - RESERVE) // a_block)
     report(
-        part="room", shape=shape, ranks=ranks, kv_tokens=16 * blocks, weights_gib=round(weights / 2**30, 1)
-    )
+        part="room", shape=shape, ranks=ranks, kv_tokens=16 * blocks, weights_gib=round(weights / 2**30, 1),
+        gpu_gib=round(torch.cuda.mem_get_info()[1] / 2**30, 1),
+    )  # fmt: skip
+    return blocks
+
+
+def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
+    spec, blocks = SHAPES[shape], room(shape, ranks)
     config = EngineConfig(
         model_dir="random", device="cuda", compute_dtype="bfloat16", kv_dtype="fp8", num_kv_blocks=min(blocks, 20000),
         max_batch_size=MOST, max_num_tokens=8192, max_seq_len=8192, max_queue_size=0, enable_kv_cache_reuse=False,
@@ -69,7 +93,11 @@ def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
     return engine
 
 
-def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int) -> None:
+def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int, parts: list[str]) -> None:
+    if "steps" in parts:  # -m NAME: the ranks start in the project's root
+        parallel_ranks.RANK_PROCESS = "benchmarks.profiled_rank"
+        os.environ["PROFILED"] = f"{tempfile.mkdtemp()}/{{}}.json"
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     engine, chance = engine_of(shape, ranks, all_reduce), random.Random(0)
 
     def run(sizes: str, sampling: SamplingParams) -> float:
@@ -92,7 +120,7 @@ def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int) -
         run(sizes, drawn)
     named = [(sizes, "greedy", greedy) for sizes in cases.split(",")]
     named += [(sizes, "drawn", drawn) for sizes in cases.split(",") if sizes.endswith("128:128")]
-    for sizes, kind, sampling in named:
+    for sizes, kind, sampling in named if "rates" in parts else []:
         seconds = [run(sizes, sampling) for _ in range(repeats)]
         count, _, outputs = map(int, sizes.split(":"))
         rates = [round(count * outputs / took, 1) for took in seconds]
@@ -100,27 +128,40 @@ def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int) -
             part="throughput", shape=shape, ranks=ranks, all_reduce=all_reduce, case=sizes, sampling=kind,
             output_tokens_per_s=statistics.median(rates), rates=rates, seconds=round(statistics.median(seconds), 4),
         )  # fmt: skip
-    if ranks > 1:
-        shares(engine, run, shape, ranks, all_reduce)
+    for count in (
+        sorted({sizes.split(":")[0] for sizes in cases.split(",")}, key=int) if "steps" in parts else []
+    ):
+        for kind, sampling in (("greedy", greedy), ("drawn", drawn)):
+            with others_profiled(engine) as of_others, profile(activities=[ProfilerActivity.CUDA]) as seen:
+                run(f"{count}:4:64", sampling)
+                torch.cuda.synchronize()
+            kernels = kernels_of(seen)
+            for rank, found in enumerate([spent(kernels), *of_others]):
+                report(
+                    part="steps", shape=shape, ranks=ranks, all_reduce=all_reduce, rank=rank, concurrency=int(count),
+                    sampling=kind, us=found, **({"unnamed_us": slowest_others(kernels)} if rank == 0 else {}),
+                )  # fmt: skip
     engine.close()
 
 
-def shares(engine: Engine, run: Any, shape: str, ranks: int, all_reduce: str) -> None:
-    """What of the device's time of decodes goes into sums between ranks, waiting for the others included."""
-    for sizes in ("1:128:64", "64:128:64"):
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            run(sizes, SamplingParams())
-        kernels = [each for each in seen.key_averages() if each.self_device_time_total > 0]
-        whole = sum(each.self_device_time_total for each in kernels)
-        sums = [each for each in kernels if any(word in each.key for word in ("AllReduce", "one_shot"))]
-        time_of_sums, count = (
-            sum(each.self_device_time_total for each in sums),
-            sum(each.count for each in sums),
-        )
-        report(
-            part="all-reduce", shape=shape, ranks=ranks, all_reduce=all_reduce, case=sizes, calls=count,
-            us_each=round(time_of_sums / max(1, count), 2), share_of_kernels=round(time_of_sums / whole, 3),
-        )  # fmt: skip
+@contextlib.contextmanager
+def others_profiled(engine: Engine) -> Iterator[list[dict[str, float]]]:
+    """What the other ranks do meanwhile (``profiled_rank.py``), filled in at the end."""
+    pids, found = list(getattr(engine.ranks, "pids", [])), []
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(1 if pids else 0)  # the first start of the profiler takes that long; it tells nobody
+    yield found
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR2)
+    for pid in pids:
+        told, deadline = Path(os.environ["PROFILED"].format(pid)), time.monotonic() + PROFILE_S
+        while not told.exists():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"rank of process {pid} has not told within {PROFILE_S:.0f} s what it did")
+            time.sleep(0.05)
+        found.append(json.loads(told.read_text()))
+        told.unlink()
 
 
 def main() -> int:
@@ -131,11 +172,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engines", default="alone,nccl,auto", help="which of them, in this order")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", default=",".join(PARTS), help="of those above")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {unknown.pop()} is none of {', '.join(PARTS)}")
     if options.one:
         shape, ranks, all_reduce = options.one.split(",")
-        measure(shape, int(ranks), all_reduce, options.cases, options.repeats)
+        if parts == ["room"]:
+            room(shape, int(ranks))
+        else:
+            measure(shape, int(ranks), all_reduce, options.cases, options.repeats, parts)
         return 0
     results: list[dict[str, Any]] = []
     failed = 0
@@ -143,7 +191,7 @@ def main() -> int:
         for name in options.engines.split(","):
             one = f"{shape},1,auto" if name == "alone" else f"{shape},{options.ranks},{name}"
             command = [sys.executable, __file__, "--one", one, "--cases", options.cases]
-            command += ["--repeats", str(options.repeats)]
+            command += ["--repeats", str(options.repeats), "--parts", options.parts]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
@@ -158,7 +206,7 @@ def main() -> int:
 
 
 def table(results: list[dict[str, Any]]) -> None:
-    """Rates of each case on one GPU and on several, and their ratio."""
+    """Rates of each case on one GPU and on several, and their ratio; what the caches hold; what a step consists of."""
     rates = {
         (each["shape"], each["case"], each["sampling"], each["ranks"], each["all_reduce"]): each["output_tokens_per_s"]
         for each in results if each["part"] == "throughput"
@@ -168,6 +216,18 @@ def table(results: list[dict[str, Any]]) -> None:
         if ranks > 1 and alone:
             compared = f"{alone:,.1f} -> {rate:,.1f} tok/s on {ranks} ({all_reduce}), x {rate / alone:.2f}"
             print(f"{shape} {case} {sampling}: {compared}")
+    rooms = {(each["shape"], each["ranks"]): each["kv_tokens"] for each in results if each["part"] == "room"}
+    for (shape, ranks), tokens in rooms.items():
+        if ranks > 1 and (shape, 1) in rooms:
+            apart = ranks * max(0, rooms[shape, 1])
+            print(
+                f"{shape} KV cache: {tokens:,} tokens in one engine of {ranks}, {apart:,} in {ranks} engines of one"
+            )
+    steps = [each for each in results if each["part"] == "steps" and each["us"]]
+    for each in steps:
+        whose = f"{each['shape']} {each['concurrency']} {each['sampling']}, rank {each['rank']} of {each['ranks']}"
+        figures = ", ".join(f"{name} {us:.0f}" for name, us in each["us"].items() if name != "steps")
+        print(f"{whose} ({each['all_reduce']}), us: {figures}")
 
 
 if __name__ == "__main__":

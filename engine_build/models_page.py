@@ -23,8 +23,8 @@ RAN_ON_GPU = (
     ),
 )
 """Families of which tiny checkpoints ran on an H200, all of them against Transformers."""
-FAMILIES_HEAD = """| architecture | models | CPU, compiled kernels | CPU, PyTorch | GPU |
-|---|---|---|---|---|
+FAMILIES_HEAD = """| architecture | models | CPU, compiled kernels | CPU, PyTorch | GPU | several ranks (`TP`) |
+|---|---|---|---|---|---|
 """
 WRAPPERS_HEAD = """| architecture | language part | models |
 |---|---|---|
@@ -49,4 +49,4 @@ def _wrapped(name: str, wrapper: Wrapper) -> str:
 
 def _row(family: Family) -> str:
     gpu = "ran" if family.architecture in RAN_ON_GPU else "never run"
-    return f"| `{family.architecture}` | {family.models} | tested | tested | {gpu} |\n"
+    return f"| `{family.architecture}` | {family.models} | tested | tested | {gpu} | tested |\n"

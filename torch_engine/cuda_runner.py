@@ -269,11 +269,13 @@ class CudaRunner:
         self.sampling = DeviceSampling(slots + 1 + forks, spec.vocab_size, device)
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
+        on_gpu = device.type == "cuda"
         self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
-        # Several ranks would have to agree on a plan, and each times its own.
-        if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
+        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
+        if config.cuda_tuning and on_gpu:
             kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
-            if self._tables_stay:
+            # Several ranks would have to agree on a plan, and each times its own.
+            if self._tables_stay and isinstance(self.ranks, Single):
                 kernels.tune_prefixes(spec, self.caches[0], slots, config.max_seq_len)
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
@@ -287,8 +289,6 @@ class CudaRunner:
         capacity += 5 * slots + 2 * ALIGNMENT  # spans and offsets of gathered keys
         capacity += 4 * kernels.prefix_plan(spec, self.caches[0]).items(len(self.tokens))
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
-        on_gpu = device.type == "cuda"
-        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         self._own_scales: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
@@ -318,6 +318,7 @@ class CudaRunner:
         self._unfinished: Callable[[], None] | None = None
         """What of the launched step is not queued."""
         if config.cuda_graphs and on_gpu:
+            kernels.link(model.layers[0], spec.hidden_size, config)
             if config.cuda_tuning:
                 kernels.tune(model.layers)
             self.capture(ladder, mixed)
@@ -448,7 +449,7 @@ class CudaRunner:
             step.holds,
             self.ends,
             self.model.first_token,
-            self.group,
+            self.kernels.exchange or self.group,
         )
         return Computed(step, logits)
 

@@ -177,8 +177,18 @@ def test_compiled_kernels_keep_codes_of_4_bits(
     assert errors[0] < 0.06 and errors[0] < errors[1], errors
 
 
+@pytest.mark.parametrize("name", ["hf-blocks", "awq"])
+def test_ranks_do_not_part_inputs_of_one_scale(name: str, source: Path, tmp_path: Path) -> None:
+    """Said before anything is read: 192 and 320 inputs are no 128 or 64 on each of two ranks."""
+    packed, _ = rewrite(source, tmp_path, *FORMATS[name])
+    with pytest.raises(
+        UnsupportedModel, match=r"inputs of one scale \((128|64) of .*\) would lie on two GPUs; use TP"
+    ):
+        Checkpoint(packed, load_spec(packed)).part(Shard(0, 2))
+
+
 @pytest.mark.parametrize(
-    "name", ["compressed-dynamic", "modelopt", "gptq", "w4a16-asymmetric", "hf-blocks", "nvfp4"]
+    "name", ["compressed-dynamic", "modelopt", "gptq", "w4a16-asymmetric", "gptq-act-order", "nvfp4"]
 )
 def test_ranks_have_parts_of_codes(name: str, source: Path, tmp_path: Path) -> None:
     """Put together they are the whole; a part that would cut a group is refused by name."""
@@ -188,7 +198,7 @@ def test_ranks_have_parts_of_codes(name: str, source: Path, tmp_path: Path) -> N
     for module, along in (("self_attn.q_proj", 0), ("self_attn.o_proj", 1), ("mlp.down_proj", 1)):
         module = f"model.layers.1.{module}"
         expected = whole.weight(module, torch.float32)
-        if along and name == "hf-blocks":
+        if along and name == "gptq-act-order":
             with pytest.raises(UnsupportedModel, match=rf"{module} cannot be shared by 2 GPUs.*use TP=1"):
                 parts[0].weight(module, torch.float32)
             continue

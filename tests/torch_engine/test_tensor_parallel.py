@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -18,6 +20,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.core.request import FinishReason, GenerationRequest, SamplingParams
@@ -29,10 +32,13 @@ from flightline.torch_engine.model.fields import UnsupportedModel
 from flightline.torch_engine.model.shard import Shard, refusal
 from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel import ranks as watch
-from flightline.torch_engine.parallel.group import Together
-from flightline.torch_engine.parallel.ranks import RankLost
+from flightline.torch_engine.parallel.group import Alone, Together
+from flightline.torch_engine.parallel.ranks import Assignment, Follower, Leader, RankLost
+from tests.packing import FORMATS, rewrite
 from tests.tiny import FAMILIES, tiny_checkpoint
 from tests.torch_engine.test_models import VARIANTS, prompts
+
+ROOT = Path(__file__).parents[2]
 
 
 def at_once(size: int, work: Callable[[Together], Any]) -> list[Any]:
@@ -59,12 +65,7 @@ def at_once(size: int, work: Callable[[Together], Any]) -> list[Any]:
     return results
 
 
-SHARED = [
-    name for name in (*FAMILIES, "llama-bias", "llama-tied") if not name.startswith("olmo")
-]  # norms over all heads
-
-
-@pytest.mark.parametrize("variant", SHARED)
+@pytest.mark.parametrize("variant", [*FAMILIES, "llama-bias", "llama-tied"])
 def test_ranks_together_have_the_logits_of_one(variant: str, tmp_path: Path, make_engine) -> None:
     """Every step of a ragged batch with prompts in pieces; four ranks share two key/value heads."""
     folder = tiny_checkpoint(tmp_path, **VARIANTS[variant])
@@ -115,6 +116,60 @@ def test_a_rank_reads_its_part_only(tmp_path: Path) -> None:
         ]
 
 
+READ = """
+import re, sys
+from pathlib import Path
+import torch
+from flightline.torch_engine.model.config_json import load_spec
+from flightline.torch_engine.model.layout import LINEARS
+from flightline.torch_engine.model.shard import Shard
+from flightline.torch_engine.model.weights import Checkpoint
+
+def own() -> int:
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+spec = load_spec(sys.argv[1])
+part = Checkpoint(sys.argv[1], spec).part(Shard(1, 2))
+torch.ones(1 << 20).sum()
+before, most = own(), 0
+for module in ["model.embed_tokens", "lm_head"] + [f"model.layers.{i}.{name}" for i in range(2) for name in LINEARS]:
+    coded = part.coded(module)
+    held = part.weight(module, torch.bfloat16) if coded is None else coded
+    most = max(most, own() - before)
+print(most)
+"""
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_reading_takes_less_memory_than_a_file_of_the_checkpoint(quantised: bool, tmp_path: Path) -> None:
+    """Of several files, each held open: a tensor is read when it is asked for, and let go."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
+    folder = tiny_checkpoint(
+        tmp_path / "source", "llama", **sizes, num_key_value_heads=4, tie_word_embeddings=False
+    )
+    if quantised:
+        folder, _ = rewrite(folder, tmp_path, *FORMATS["modelopt"])
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places: dict[str, str] = {}
+    for layer in (0, 1):
+        name = f"model-{layer}.safetensors"
+        own = {key: value for key, value in tensors.items() if (f"layers.{1 - layer}." not in key)}
+        own = {key: value for key, value in own.items() if key not in places}
+        save_file(own, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(own, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    read = subprocess.run(
+        [sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert (
+        int(read.stdout)
+        < 1.2 * largest
+        < 0.7 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "said"),
     [
@@ -142,17 +197,10 @@ def test_what_does_not_divide_is_refused(
     assert not refusal(spec, 4)
 
 
-def test_norms_over_all_heads_are_refused(tmp_path: Path) -> None:
-    """A rank does not see them all."""
-    spec = load_spec(tiny_checkpoint(tmp_path, "olmo2"))
-    with pytest.raises(UnsupportedModel, match=r"its norms go over all heads.*use TP=1"):
-        Shard(0, 2).of(spec)
-
-
 def test_a_tensor_that_nobody_knows_to_cut_is_refused(tmp_path: Path) -> None:
     spec = load_spec(tiny_checkpoint(tmp_path, "llama"))
-    with pytest.raises(UnsupportedModel, match=r"sinks is cut up; use TP=1"):
-        Shard(0, 2).part("model.layers.0.self_attn.sinks", (spec.num_heads,), spec)
+    with pytest.raises(UnsupportedModel, match=r"anchors is cut up; use TP=1"):
+        Shard(0, 2).part("model.layers.0.self_attn.anchors", (spec.num_heads,), spec)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -247,6 +295,30 @@ def test_a_lost_rank_ends_the_engine_with_its_name_and_the_cause(
     engine.close()
 
 
+@pytest.mark.parametrize(("all_reduce", "linked"), [("nccl", False), ("auto", True), ("fused", True)])
+def test_all_ranks_link_up_alike(
+    all_reduce: str, linked: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one waits for what the others never do, before anybody watches."""
+    joined: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(watch, "join", lambda *args: joined.append(args) or Alone())
+    config = EngineConfig(str(folder), device="cuda", tensor_parallel_size=2, all_reduce=all_reduce)
+    monkeypatch.setattr(Follower, "_beat", lambda self: None)  # which ends this process with the pipe
+    ours, theirs = multiprocessing.Pipe()
+    follower = Follower(Assignment(config, 1, 5, None), theirs)
+    monkeypatch.setattr(watch, "_check_gpus", lambda wanted: None)
+    monkeypatch.setattr(Leader, "_start", staticmethod(lambda assignment: None))
+    monkeypatch.setattr(Leader, "_watch", lambda self: None)
+    monkeypatch.setattr(Leader, "_await", lambda self, reached: None)
+    Leader(config, None)
+    follower.join()
+    assert [(rank, device.index, told[-1]) for rank, _, device, *told in joined] == [
+        (0, 0, linked),
+        (1, 1, linked),
+    ]
+    assert ours.recv() == ("met", {})
+
+
 def test_kernels_of_one_process_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not valid: the compiled CPU kernels"):
         small(folder, 2, kernels="native", kernel_dir="x")
@@ -268,7 +340,7 @@ def test_the_gpus_way_in_the_interpreter() -> None:
         "gpu",
         "--noconftest",
         "-k",
-        "llama-auto",
+        "llama-nccl",
         str(script),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -40,6 +40,7 @@ def compile_only(self, grid):
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         code = kernel.asm["ptx"]
         units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
+        units += [unit for unit in ("st.relaxed.sys", "ld.volatile.global") if unit in code]
         bytewise = code.count("ld.shared.b8") + code.count("ld.shared.u8")
         loop = kernel.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
         between = loop.count("ttg.convert_layout")
@@ -51,10 +52,13 @@ torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda
 from types import SimpleNamespace
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
+from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
 from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, GroupedLinear, Scratch
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, rotate_write, scatter
+from flightline.torch_engine.kernels.gpu.kv_cache import (
+    AttentionInput, KVCache, SharedPrefixes, rotate_write, row_means, scatter,
+)
 from flightline.torch_engine.kernels.gpu.linear import dequantise, quantise, skinny_linear, skinny_plans
 from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts
 from flightline.torch_engine.kernels.gpu.norm import add_norm, add_up, gate
@@ -62,7 +66,7 @@ from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend
 from flightline.torch_engine.kernels.gpu.tokens import argmax, embed, remember
 from flightline.torch_engine.model.coded import Coded
 from flightline.torch_engine.model.mixture import MixtureSpec
-from flightline.torch_engine.parallel.group import Alone
+from flightline.torch_engine.parallel.group import Alone, Boxes
 
 class Three(Alone):
     size, stack = 3, lambda self, x: torch.stack([x, x, x])
@@ -88,6 +92,11 @@ cache = KVCache(torch.zeros(2, 2, 8, 16, 128, dtype=kind), None if hopper else t
 step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
 qkv = torch.zeros(4, 48 * 128, dtype=bf16)
 rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32)
+rotate_write(qkv, cache, step, torch.zeros(9, 2, 64), 32, x[0], x[0], 1e-5, bf16, True, row_means(qkv, 32, 8, 128, 2))
+boxes = Boxes(torch.zeros(Exchange.bytes_for(2, 4096, bf16), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+for delta in (x, torch.zeros(4, 4, 4096)):
+    Exchange(boxes, 1, 2, 4096, bf16).add_norm(x, delta, None, x[0], 1e-5, form, one)
+Exchange(boxes, 1, 2, 4096, bf16).stack(torch.zeros(2, 4, 64))
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
     plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
@@ -171,6 +180,9 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert all(units == ["mma.sync"] for _, units, *_ in found["_decode_kernel"])
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
     assert all(used == units for _, used, *_ in found["_product_kernel"])
+    # Each word goes to another GPU at once, and is looked for again and again.
+    exchanges = found["_exchange_kernel"] + found["_stack_kernel"]
+    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, *_ in exchanges)
     # 4-bit codes become numbers where the tensor cores read them.
     assert not any(between for *_, between in found["_four_bit_product_kernel"])
     for kernel in ("_rows_in_kernel", "_rows_out_kernel", "_blocks_kernel"):

@@ -56,6 +56,7 @@ if RUNS:
         KVCache,
         SharedPrefixes,
         rotate_write,
+        row_means,
         scatter,
     )
     from flightline.torch_engine.kernels.gpu.linear import (
@@ -186,6 +187,57 @@ class TestKernels:
         )
         close(ours[:, : heads * size], expected[:, : heads * size], 1e-5)
         close(cache.values, other.values, 1e-5)
+
+    @pytest.mark.parametrize("parts", [None, 3])
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_norms_over_the_heads_of_all_ranks(self, ranks: int, parts: int | None) -> None:
+        """Each rank writes what one has of its heads; of four ranks two have the same key head."""
+        heads, kv_heads, size, rows = 8, 2, 20, 3
+        qkv = torch.randn(parts or 1, rows, heads + 2 * kv_heads, size, device=DEVICE)
+        q_norm, k_norm = (torch.rand(count, size, device=DEVICE) + 0.5 for count in (heads, kv_heads))
+        where = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+        table = torch.ones(1, 1, device=DEVICE, dtype=torch.int32)
+        step = AttentionInput(torch.zeros_like(where), where, table, rows, None)
+        rope = torch.randn(rows, 2, size // 2, device=DEVICE)
+
+        def written(
+            each: torch.Tensor, queries: slice, keys: slice, means: torch.Tensor | None
+        ) -> list[torch.Tensor]:
+            count = keys.stop - keys.start
+            cache = KVCache(torch.zeros(2, 2, count, 16, size, device=DEVICE), None)
+            norms = q_norm[queries].flatten(), k_norm[keys].flatten()
+            out = rotate_write(
+                each.clone(),
+                cache,
+                step,
+                rope,
+                queries.stop - queries.start,
+                *norms,
+                1e-5,
+                torch.float32,
+                True,
+                means,
+            )
+            return [out.unflatten(1, (-1, size))[:, : queries.stop - queries.start], cache.values]
+
+        whole = qkv.flatten(2) if parts else qkv[0].flatten(1)
+        expected, cached = written(whole, slice(0, heads), slice(0, kv_heads), None)
+        shares = []
+        for rank in range(ranks):
+            queries = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+            first = rank * kv_heads // ranks
+            keys = slice(first, first + 1)
+            kept = [
+                qkv[:, :, queries],
+                *(qkv[:, :, start + first][:, :, None] for start in (heads, heads + kv_heads)),
+            ]
+            own = torch.cat(kept, 2).flatten(2)
+            shares.append((own if parts else own[0], queries, keys))
+        means = sum(row_means(own, heads // ranks, 1, size, ranks) for own, _, _ in shares)
+        for own, queries, keys in shares:
+            out, values = written(own, queries, keys, means)
+            close(out, expected[:, queries], 1e-5)
+            close(values, cached[:, :, keys], 1e-5)
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

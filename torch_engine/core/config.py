@@ -18,7 +18,7 @@ KV_DTYPES = ("auto", *COMPUTE_DTYPES, "fp8", "int8")
 WEIGHT_PRECISIONS = ("auto", "dequantised", "int8", "int4")
 CPU_ISAS = ("auto", "avx512", "avx2", "portable")
 LM_HEAD_PRECISIONS = ("auto", "fp8")
-ALL_REDUCES = ("auto", "nccl")
+ALL_REDUCES = ("auto", "nccl", "fused")
 FP8_CAPABILITY = (8, 9)
 """Least CUDA compute capability with FP8 matrix products (Ada, Hopper, Blackwell): NVIDIA, CUDA C++ Programming Guide,
 table of features by capability. Plan, engine and the guard before a start all read it here."""
@@ -105,7 +105,8 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Ranks that share the model, each a process with its part of the weights and the KV cache; on GPUs, one each."""
     all_reduce: str = "auto"
-    """CUDA, between ranks: ``auto`` adds up small sums over symmetric memory where that works, ``nccl`` never does."""
+    """CUDA, between ranks: ``auto`` adds up small sums over symmetric memory where that works, in one kernel with the
+    norm where that was timed as faster; ``nccl`` never does; ``fused`` is that one kernel, untimed, or an error."""
     num_threads: int = 0
     """Intra-op threads of each rank; 0 = its part of the cores of this process, less one from four cores up."""
     max_queue_size: int = 256

@@ -65,6 +65,18 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
         ``reader`` is the linear that reads the norm; ``x`` may be changed in place.
         """
 
+    def add_shares(
+        self,
+        x: torch.Tensor,
+        share: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+        reader: LinearT,
+    ) -> tuple[HiddenT, torch.Tensor]:
+        """As :meth:`add_norm`, of what all ranks' ``share`` of ``delta`` add up to."""
+        return self.add_norm(x, None if share is None else self.summed(share), post, weight, eps, reader)
+
     @abstractmethod
     def attention(
         self,
@@ -86,24 +98,25 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
     ) -> torch.Tensor:
         """From embeddings to the output head's logits [sampled, vocab], of this rank's part of the vocabulary."""
         eps = model.spec.norm_eps
-        delta: torch.Tensor | None = None
+        share: torch.Tensor | None = None
+        """Of what is added next; each rank has one."""
         post: torch.Tensor | None = None
         for layer, cache in zip(model.layers, caches, strict=True):
-            h, x = self.add_norm(x, delta, post, layer.input_norm, eps, layer.qkv)
+            h, x = self.add_shares(x, share, post, layer.input_norm, eps, layer.qkv)
             h = self.attention(layer.qkv(h), layer, model.spec, model.ropes[layer.spec.rope], cache, step)
-            delta = self.summed(layer.out(h))
+            share = layer.out(h)
             mlp = layer.mlp
             reader = mlp.gate_up if isinstance(mlp, GatedMlp) else mlp.router
-            h, x = self.add_norm(x, delta, layer.attention_out_norm, layer.mlp_norm, eps, reader)
+            h, x = self.add_shares(x, share, layer.attention_out_norm, layer.mlp_norm, eps, reader)
             if isinstance(mlp, GatedMlp):
-                delta = self.summed(mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down)))
+                share = mlp.down(self.gate(mlp.gate_up(h), model.spec.activation, mlp.down))
             else:
-                delta = self.summed(mlp(h, step))
+                share = mlp(h, step)
             post = layer.mlp_out_norm
         if step.logit_rows is not None:
             x = x.index_select(0, step.logit_rows)
-            delta = None if delta is None else delta.index_select(-2, step.logit_rows)
-        h, _ = self.add_norm(x, delta, post, model.norm, eps, model.lm_head)
+            share = None if share is None else share.index_select(-2, step.logit_rows)
+        h, _ = self.add_shares(x, share, post, model.norm, eps, model.lm_head)
         return model.lm_head(h)
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:

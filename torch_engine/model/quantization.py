@@ -65,6 +65,11 @@ class Quantization:
         return bool(self.packing)
 
     @property
+    def inputs_of_a_scale(self) -> int:
+        """Neighbouring inputs that no cut may part; 0 = all may, or only the tensors tell."""
+        return BLOCK if self.blocks else self.group
+
+    @property
     def floats(self) -> bool:
         """Codes of 4 bits are floating-point numbers."""
         return self.packing in ("nvfp4", "modelopt-nvfp4")

@@ -94,7 +94,10 @@ class Shard:
             return Part(outputs, absent=inputs is not None and self.rank > 0)  # what is added up has one bias
         if leaf == "weight" and module.endswith("embed_tokens"):
             return WHOLE
-        of_heads = module.endswith(("q_norm", "k_norm"))  # not those over all heads, of which a rank has some
+        of_heads = module.endswith(("q_norm", "k_norm"))
+        if leaf == "weight" and of_heads and spec.qk_norm == "row":
+            # One for each output of its projection.
+            return Part(self._range(QUERIES if module.endswith("q_norm") else KEYS, spec, mixture))
         if module.endswith("norm") and shape == ((spec.head_dim,) if of_heads else (spec.hidden_size,)):
             return WHOLE
         raise UnsupportedModel(
@@ -166,8 +169,6 @@ def refusal(spec: ModelSpec, size: int) -> str:
 
 
 def _misfit(spec: ModelSpec, size: int) -> str:
-    if spec.qk_norm == "row":
-        return "its norms go over all heads, of which a rank has some"
     if spec.num_heads % size:
         return f"{size} does not divide the heads"
     if spec.num_kv_heads % size and size % spec.num_kv_heads:
@@ -175,8 +176,13 @@ def _misfit(spec: ModelSpec, size: int) -> str:
     if spec.intermediate_size % size:
         return f"{size} does not divide the MLP"
     mixtures = [layer.mixture for layer in spec.layers if layer.mixture]
-    if any(mixture.inner % size or mixture.shared_inner % size for mixture in mixtures):
+    experts = {inner for mixture in mixtures for inner in (mixture.inner, mixture.shared_inner)}
+    if any(inner % size for inner in experts):
         return f"{size} does not divide the inner size of its experts"
+    group = 0 if spec.quantization is None else spec.quantization.inputs_of_a_scale
+    inner = {spec.intermediate_size} if len(mixtures) < spec.num_layers else set()
+    if group and any(inputs // size % group for inputs in {spec.num_heads * spec.head_dim} | experts | inner):
+        return f"inputs of one scale ({group} of {spec.stored}) would lie on two GPUs"
     begin, end, _ = Shard(size - 1, size).vocabulary(spec.vocab_size)
     if begin == end:
         return f"{spec.vocab_size} tokens are too few for {size}"

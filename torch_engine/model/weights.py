@@ -187,8 +187,10 @@ class Checkpoint:
             return coded
         start, stop = (0, len(coded.codes)) if where is None else (where.start, where.stop)
         begin, end = part.rows or (0, stop - start)
-        rows = torch.arange(start + begin, start + end)
-        own = coded.rows(rows if where is None or where.order is None else _ordered(rows, where.order))
+        if where is None or where.order is None:
+            own = coded.rows(slice(start + begin, start + end))  # what lies in the file is not copied
+        else:
+            own = coded.rows(_ordered(torch.arange(start + begin, start + end), where.order))
         if part.columns is None:
             return own
         cut = own.columns(*part.columns)

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -30,12 +31,25 @@ class PeerLost(Exception):
     """Another rank did not do its part."""
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """Memory of each rank that all others write to."""
+
+    own: torch.Tensor
+    """uint8, zeros at first."""
+    addresses: torch.Tensor
+    """[ranks] int64: where this rank finds each one's."""
+
+
 class Group(Protocol):
     rank: int
     size: int
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """Memory that the other ranks can read: the next :meth:`sum` of what is written there is faster. Or None."""
+
+    def boxes(self, size: int) -> Boxes | None:
+        """Boxes of ``size`` bytes; None if these ranks cannot write to each other's memory."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' ``x``; may be ``x`` itself, changed."""
@@ -60,6 +74,9 @@ class Alone:
     size = 1
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
+    def boxes(self, size: int) -> Boxes | None:
         return None
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,6 +109,9 @@ class Together:
         """Operations so far: who has begun the fewest keeps the others waiting."""
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
+    def boxes(self, size: int) -> Boxes | None:
         return None
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,6 +191,25 @@ class Linked(Together):
         if size > self._most or size % ALIGNMENT or dtype not in (torch.bfloat16, torch.float32):
             return None
         return self._shared[:size].view(dtype).view(shape)
+
+    def boxes(self, size: int) -> Boxes | None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        own: Any = None
+        addresses = [0] * self.size
+        try:
+            own = symmetric.empty(size, dtype=torch.uint8, device=self._shared.device)
+            handle = symmetric.rendezvous(own, self._processes)
+            own.zero_()
+            begin = own.data_ptr() - handle.buffer_ptrs[self.rank]  # the same on all ranks
+            addresses = [int(address) + begin for address in handle.buffer_ptrs]
+        except (RuntimeError, AttributeError) as error:
+            logging.getLogger("engine").warning("no memory for sums in one kernel with the norm (%s)", error)
+            own = None
+        table = torch.tensor(addresses, dtype=torch.int64, device=self._shared.device)
+        # Also a barrier: nobody writes before all boxes are zeros.
+        there = self.stack(torch.tensor([own is not None], dtype=torch.int32, device=table.device))
+        return Boxes(own, table) if bool(there.all()) else None
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         if x.data_ptr() != self._shared.data_ptr():

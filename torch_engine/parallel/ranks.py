@@ -123,6 +123,12 @@ def cause_of(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {text[:300]}"
 
 
+def _joined(config: EngineConfig, rank: int, port: int, store: Any = None) -> Group:
+    """One rank among the others, when all have come: each of them links up as ``config`` says."""
+    device = torch.device("cpu" if config.device == "cpu" else f"cuda:{rank}")
+    return join(rank, config.tensor_parallel_size, device, port, store, config.all_reduce != "nccl")
+
+
 @dataclass
 class _Other:
     """Another rank, as rank 0 sees it."""
@@ -180,8 +186,7 @@ class Leader:
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         self.group: Group = Alone()
         self._await(lambda other: bool(other.met))  # each has come up, and will join now
-        device = torch.device("cpu" if self._on_cpu else "cuda:0")
-        self.group = join(0, self._size, device, port, store, config.all_reduce == "auto")
+        self.group = _joined(config, 0, port, store)
 
     @staticmethod
     def _start(assignment: Assignment) -> _Other:
@@ -388,10 +393,8 @@ class Follower:
 
     def join(self) -> None:
         """Finds the others."""
-        config = self._assignment.config
         self._say("met", {})
-        device = torch.device("cpu" if config.device == "cpu" else f"cuda:{self._assignment.rank}")
-        self.group = join(self._assignment.rank, config.tensor_parallel_size, device, self._assignment.port)
+        self.group = _joined(self._assignment.config, self._assignment.rank, self._assignment.port)
 
     def meet(self, facts: dict[str, Any]) -> None:
         self._say("met", facts)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 
+from flightline.torch_engine.engine import freeze_garbage_collector
 from flightline.torch_engine.loading import load_runner
 from flightline.torch_engine.model.shard import Shard
 from flightline.torch_engine.parallel.ranks import Assignment, Follower
@@ -42,6 +43,7 @@ def _follow(assignment: Assignment, follower: Follower) -> NoReturn:
     config = assignment.config
     checkpoint = assignment.checkpoint.part(Shard(assignment.rank, config.tensor_parallel_size))
     runner = load_runner(config, checkpoint, follower)
+    freeze_garbage_collector()  # else all ranks wait for one that collects
     while True:
         runner.follow(follower.next())
 

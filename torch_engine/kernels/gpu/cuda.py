@@ -9,6 +9,7 @@ that nothing is quantised in a pass of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, four_bits, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
+from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import (
     FETCHES,
@@ -37,9 +39,10 @@ from flightline.torch_engine.kernels.gpu.grouped import (
     Scratch,
     tile_of,
 )
-from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write
+from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write, row_means
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
+    SKINNY_ROWS,
     CudaLinear,
     Fp8Head,
     Fp8Linear,
@@ -75,6 +78,9 @@ FEWEST = 8
 """Rows at which products for few rows are timed."""
 TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256)
 """And those of weights in groups, whose kernels are others for more rows."""
+EXCHANGED_ROWS = (1, 4, 16, 32, MOST_ROWS)
+"""Of sums that are timed in one kernel with the norm, and apart."""
+EXCHANGES = 32
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
 
 
@@ -110,6 +116,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         """How they are computed over gathered keys, where that was faster; None: never."""
         self.prefix: PrefixPlan | None = None
         """How keys that several decodes share are computed, where that was timed; None: by each for itself."""
+        self.exchange: Exchange | None = None
+        """Sums of few rows over the ranks, where that was seen to work and to be faster than sum and norm apart."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -279,6 +287,19 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         """In place in ``x``."""
         return norm.add_norm(x, delta, post, weight, eps, reader.form, reader.input_scale), x
 
+    def add_shares(
+        self,
+        x: torch.Tensor,
+        share: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+        reader: CudaLinear,
+    ) -> tuple[Activation, torch.Tensor]:
+        if share is None or self.exchange is None or x.shape[0] > self.exchange.rows:
+            return super().add_shares(x, share, post, weight, eps, reader)
+        return self.exchange.add_norm(x, share, post, weight, eps, reader.form, reader.input_scale), x
+
     def gate(self, gate_up: torch.Tensor, activation: str, reader: CudaLinear) -> Activation:
         return norm.gate(gate_up, activation, self.dtype, reader.form, reader.input_scale)
 
@@ -315,7 +336,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         cache: KVCache,
         step: CudaStep,
     ) -> Activation:
-        where = step.attention.of(layer.group)
+        where, norms_row, means = step.attention.of(layer.group), spec.qk_norm == "row", None
+        if norms_row and self.group.size > 1:
+            heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+            means = self.group.sum(row_means(qkv, *heads, self.group.size))
         qkv = rotate_write(
             qkv,
             cache,
@@ -326,7 +350,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             layer.k_norm,
             spec.norm_eps,
             self.dtype,
-            spec.qk_norm == "row",
+            norms_row,
+            means,
         )
         prefix = None
         if where.prefixes is not None:
@@ -365,6 +390,50 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         return CudaSequence.of(blocks, self.dtype, spec.num_groups, spec.head_dim)
 
     # Tuning ----------------------------------------------------------------------------------------
+
+    def link(self, layer: Layer[CudaLinear], size: int, config: EngineConfig) -> None:
+        """Finds out up to how many rows of ``size`` one kernel for sum and norm is faster; every rank calls it.
+
+        ``layer`` is any of the model's. With ``all_reduce='fused'`` it is taken wherever it can be, and nothing timed.
+
+        Raises ConfigError if that cannot be.
+        """
+        forced = config.all_reduce == "fused"
+        if self.group.size == 1 or not (forced or config.cuda_tuning):
+            return
+        exchange = Exchange.between(self.group, size, self.dtype)
+        if forced and exchange is None:
+            raise ConfigError(
+                "all_reduce='fused' needs GPUs that write to each other's memory, and these do not: use auto"
+            )
+        if forced or exchange is None:
+            self.exchange = exchange
+            return
+        exchange.rows, reader = 0, layer.qkv
+        times: dict[str, float] = {}
+        ones = torch.ones(size, dtype=self.dtype, device=self.device)
+        for rows in EXCHANGED_ROWS:
+            x = torch.zeros(rows, size, dtype=self.dtype, device=self.device)
+            few = rows <= SKINNY_ROWS  # our own products leave partial sums
+            share = torch.zeros(2, rows, size, device=self.device) if few else torch.zeros_like(x)
+
+            def together(x: torch.Tensor = x, share: torch.Tensor = share) -> None:
+                exchange.add_norm(x, share, None, ones, 1e-5, reader.form, reader.input_scale)
+
+            def apart(x: torch.Tensor = x, share: torch.Tensor = share) -> None:
+                self.add_norm(x, self.summed(share), None, ones, 1e-5, reader)
+
+            seen = [_each_us(run) for run in (together, apart)]
+            # All ranks decide by the same figures.
+            took = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device)).tolist()
+            ours, theirs = (each / self.group.size for each in took)
+            times |= {f"one kernel, {rows}": round(ours, 2), f"apart, {rows}": round(theirs, 2)}
+            if ours > theirs:
+                break
+            exchange.rows = rows
+            self._tuning += f"; sum and norm of {rows}: {theirs:.1f} -> {ours:.1f} us"
+        self.tuned["sums"] = times
+        self.exchange = exchange if exchange.rows else None
 
     def tune(self, layers: list[Layer[CudaLinear]]) -> None:
         """Chooses for each FP8 linear between the library and our product for few rows, by timing both.
@@ -435,12 +504,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             return
         tokens = min(context, 2048)
         with random_content(cache, -(-context // block_size)):
-            times = {
-                plan: prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
-                for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
-            }
+            plans = attention.long_prefill_plans(self.dtype, spec.head_dim)
+            seen = [prefill_seconds(plan, spec, cache, context, tokens, self.dtype) for plan in plans]
+            # All ranks decide by the same figures: rank 0 cuts up the prompts for all of them.
+            total = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device))
+            times = dict(zip(plans, (total / self.group.size).tolist(), strict=True))
             usual, *_ = times
-            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual)
+            alone = self.group.size == 1  # each rank would time its own, and all have to take the same
+            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual) if alone else []
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
             self.long_prefill = best
@@ -556,3 +627,14 @@ def time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan |
         return graph_seconds(run) * 1e6
     except OutOfResources:
         return float("inf")
+
+
+def _each_us(run: Callable[[], object]) -> float:
+    """Microseconds of one of many in a graph; it is run once before, to be compiled."""
+    run()
+
+    def many() -> None:
+        for _ in range(EXCHANGES):
+            run()
+
+    return graph_seconds(many) * 1e6 / EXCHANGES

@@ -96,23 +96,52 @@ class AttentionInput:
 
 
 @triton.jit
-def _row_factors(
-    qkv, step, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+def _row_means(
+    qkv, step, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):
-    """1 / rms of all queries of a row, and of all its keys."""
+    """Mean squares of all queries of a row, and of all its keys."""
     columns = tl.arange(0, BLOCK)
     values = sum_parts(qkv + columns, step, columns < QUERIES + KEYS, PARTS)
     queries = tl.sum(tl.where(columns < QUERIES, values * values, 0.0), 0) / QUERIES
     keys = tl.sum(tl.where(columns < QUERIES, 0.0, values * values), 0) / KEYS
-    return tl.rsqrt(queries + eps), tl.rsqrt(keys + eps)
+    return queries, keys
+
+
+@triton.jit(do_not_specialize=["step"])
+def _row_means_kernel(
+    qkv, step, means, RANKS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
+    queries, keys = _row_means(qkv + row * WIDTH, step, QUERIES, KEYS, BLOCK, PARTS)
+    tl.store(means + 2 * row, queries / RANKS)
+    tl.store(means + 2 * row + 1, keys / RANKS)
+
+
+def row_means(qkv: torch.Tensor, num_heads: int, kv_heads: int, size: int, ranks: int) -> torch.Tensor:
+    """Of ``qkv`` [T, (H + 2 V) D] of one of ``ranks``: mean squares of its queries and of its keys, [T, 2] float32.
+
+    They are divided by ``ranks``, so that all ranks' together are those of the whole model's heads; also where several
+    ranks have the same key head, since all have equally many.
+    """
+    rows, width = qkv.shape[-2:]
+    means = torch.empty(rows, 2, dtype=torch.float32, device=qkv.device)
+    parts, step = parts_of(qkv)
+    together = (num_heads + kv_heads) * size
+    _row_means_kernel[(rows,)](
+        qkv, step, means, ranks, width, num_heads * size, kv_heads * size, triton.next_power_of_2(together), parts,
+        **LAUNCH,
+    )  # fmt: skip
+    return means
 
 
 @triton.jit(do_not_specialize=["step"])
 def _rotate_write_kernel(
-    qkv, step, out, q_norm, k_norm, rope, slots, positions, tables, width, values, scales, k_scale, v_scale, eps,
+    qkv, step, out, q_norm, k_norm, means, rope, slots, positions, tables, width, values, scales, k_scale, v_scale, eps,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROW: tl.constexpr, KV_INT8: tl.constexpr,
-    KV_FP8: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROW: tl.constexpr, MEANS: tl.constexpr,
+    KV_INT8: tl.constexpr, KV_FP8: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
@@ -124,8 +153,12 @@ def _rotate_write_kernel(
     first = sum_parts(qkv + at, step, mask, PARTS)
     second = sum_parts(qkv + at + D // 2, step, mask, PARTS)
     rotates = (head < H + V)[:, None]
-    if ROW > 0:  # each program of a row adds up all of it, which is less than a pass of its own
-        q_factor, k_factor = _row_factors(qkv + row * (H + 2 * V) * D, step, eps, H * D, V * D, ROW, PARTS)
+    if ROW > 0:
+        if MEANS:
+            q_mean, k_mean = tl.load(means + 2 * row), tl.load(means + 2 * row + 1)
+        else:  # each program of a row adds up all of it, which is less than a pass of its own
+            q_mean, k_mean = _row_means(qkv + row * (H + 2 * V) * D, step, H * D, V * D, ROW, PARTS)
+        q_factor, k_factor = tl.rsqrt(q_mean + eps), tl.rsqrt(k_mean + eps)
         is_q = mask & (head < H)[:, None]
         is_k = mask & (head >= H)[:, None] & rotates
         q_weight = q_norm + head[:, None] * D + d[None, :]
@@ -187,10 +220,12 @@ def rotate_write(
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
     norms_row: bool = False,
+    means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norms (if given) and rotates queries and keys of ``qkv`` [T, (H + 2 V) D]; writes the cache.
 
-    The norms are of each head (weights [D]), or with ``norms_row`` of all heads of a row (weights [H D] and [V D]).
+    The norms are of each head (weights [D]), or with ``norms_row`` of all heads of a row (weights [H D] and [V D]);
+    where other ranks have some of those, ``means`` are all ranks' :func:`row_means` together.
 
     Returns a tensor of that shape whose queries are rotated: ``qkv`` itself, or one in ``dtype`` if those were partial
     sums, or if every program reads what another one would write. ``rope`` [P, 2, D / 2] float32: cosines, sines.
@@ -198,18 +233,20 @@ def rotate_write(
     _, _, kv_heads, block_size, size = cache.values.shape
     parts, apart = parts_of(qkv)
     if qkv.dim() == 2:
-        out = torch.empty_like(qkv) if norms_row else qkv
+        out = torch.empty_like(qkv) if norms_row and means is None else qkv
     else:
         out = torch.empty(qkv.shape[1:], dtype=dtype, device=qkv.device)
     grid = (out.shape[0], triton.cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
     kind = cache.values.dtype
     together = triton.next_power_of_2((num_heads + kv_heads) * size) if norms_row else 0
     _rotate_write_kernel[grid](
-        qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rope,
+        qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
+        qkv if means is None else means, rope,
         step.slots, step.positions, step.tables, step.tables.stride(0),
         cache.values, cache.values if cache.scales is None else cache.scales, cache.k_scale, cache.v_scale, eps,
         num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
-        block_size, parts, q_norm is not None, together, kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
+        block_size, parts, q_norm is not None, together, means is not None,
+        kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
     )  # fmt: skip
     return out
 

@@ -25,6 +25,25 @@ from flightline.torch_engine.model.mixture import CLAMPED_SLOPE
 _CLAMPED_SLOPE = tl.constexpr(CLAMPED_SLOPE)
 
 
+@triton.jit
+def add_and_norm(
+    x, h, d, post, weight, out, scales, in_scale, eps, row, columns, mask,
+    N: tl.constexpr, ADDS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Of one row: ``x = h + norm(d)``, if there is something to add, and the norm of that."""
+    if ADDS:
+        if HAS_POST:
+            d = d * tl.rsqrt(tl.sum(d * d, 0) / N + eps)
+            d *= tl.load(post + columns, mask=mask, other=0.0).to(tl.float32)
+        rounded = (h + d).to(x.dtype.element_ty)
+        tl.store(x + row * N + columns, rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    if NORM:
+        h = h * tl.rsqrt(tl.sum(h * h, 0) / N + eps)
+        h *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    emit(h, out, scales, in_scale, row, columns, mask, N, FORM)
+
+
 @triton.jit(do_not_specialize=["step"])
 def _add_norm_kernel(
     x, delta, step, post, weight, out, scales, in_scale, eps,
@@ -36,18 +55,28 @@ def _add_norm_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     h = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+    d = h
     if PARTS > 0:
         d = sum_parts(delta + row * N + columns, step, mask, PARTS)
-        if HAS_POST:
-            d = d * tl.rsqrt(tl.sum(d * d, 0) / N + eps)
-            d *= tl.load(post + columns, mask=mask, other=0.0).to(tl.float32)
-        rounded = (h + d).to(x.dtype.element_ty)
-        tl.store(x + row * N + columns, rounded, mask=mask)
-        h = rounded.to(tl.float32)
-    if NORM:
-        h = h * tl.rsqrt(tl.sum(h * h, 0) / N + eps)
-        h *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    emit(h, out, scales, in_scale, row, columns, mask, N, FORM)
+    add_and_norm(
+        x,
+        h,
+        d,
+        post,
+        weight,
+        out,
+        scales,
+        in_scale,
+        eps,
+        row,
+        columns,
+        mask,
+        N,
+        PARTS > 0,
+        HAS_POST,
+        NORM,
+        FORM,
+    )
 
 
 def add_norm(

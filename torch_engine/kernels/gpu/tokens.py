@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
-from flightline.torch_engine.parallel.group import Alone, Group
+from flightline.torch_engine.parallel.group import Alone
+
+
+class Stacking(Protocol):
+    """Ranks that put what they have side by side: a ``Group``, or an ``Exchange``."""
+
+    size: int
+
+    def stack(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` of each rank, in their order: [ranks, *x.shape]."""
 
 
 @triton.jit
@@ -90,7 +101,7 @@ def argmax(
     holds: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
     first: int = 0,
-    group: Group | None = None,
+    group: Stacking | None = None,
 ) -> None:
     """Most likely token of each row of ``logits`` [R, N], the first of equals; none of ``ends`` where ``holds`` is set.
 

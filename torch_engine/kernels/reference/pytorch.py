@@ -159,6 +159,19 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
             return (normed * weight).to(x.dtype)
         return normed.to(x.dtype) * weight
 
+    def _shared_norms(
+        self, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norms over all heads of a token, of which each rank has equally many: ``q`` and ``k`` are [T, its heads D].
+
+        Several ranks may have the same key head; then all heads count equally often.
+        """
+        wide = q.float(), k.float()
+        means = torch.stack([each.square().mean(-1) for each in wide]) / self.group.size
+        factors = torch.rsqrt(self.group.sum(means) + eps)[..., None]
+        normed_q, normed_k = ((each * factor).to(q.dtype) for each, factor in zip(wide, factors, strict=True))
+        return normed_q * q_weight, normed_k * k_weight
+
     def add_norm(
         self,
         x: torch.Tensor,
@@ -233,7 +246,10 @@ class PyTorchKernels(Operations[Linear, torch.Tensor, Cache, StepInput]):
             q, k = qk.split([spec.num_heads, kv_heads], dim=1)
             if spec.qk_norm == "row":
                 q, k = q.flatten(1), k.flatten(1)
-            normed = self.rms_norm(q, layer.q_norm, eps), self.rms_norm(k, layer.k_norm, eps)
+            if spec.qk_norm == "row" and self.group.size > 1:
+                normed = self._shared_norms(q, k, layer.q_norm, layer.k_norm, eps)
+            else:
+                normed = self.rms_norm(q, layer.q_norm, eps), self.rms_norm(k, layer.k_norm, eps)
             qk = torch.cat([part.unflatten(-1, (-1, spec.head_dim)).flatten(1, -2) for part in normed], dim=1)
         qk = self.rotate(qk, rope, step.positions)
         q, k = qk.split([spec.num_heads, kv_heads], dim=1)

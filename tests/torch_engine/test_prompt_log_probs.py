@@ -51,9 +51,9 @@ def require_right(exact: Any, prompt: list[int], output: RequestOutput) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("settings", [
     {},
-    {"max_num_tokens": 7},
+    {"max_num_tokens": 7, "max_batch_size": 4},
     {"max_num_tokens": 128, "enable_chunked_context": False},
-    {"max_num_tokens": 48, "num_kv_blocks": 24, "batch_scheduler_policy": "max_utilization"},
+    {"max_num_tokens": 48, "num_kv_blocks": 24, "max_seq_len": 96, "batch_scheduler_policy": "max_utilization"},
 ])  # fmt: skip
 def test_they_are_transformers(
     make_engine: Make, library: str, exact: Any, compiled: bool, settings: dict

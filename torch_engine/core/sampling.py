@@ -143,7 +143,7 @@ def _scored(logits: torch.Tensor, targets: torch.Tensor, most: int) -> Scores:
     values, ids = logits.topk(most, -1)
     # topk leaves the order of equals open.
     ids, order = ids.sort(-1)
-    values, by_value = values.gather(1, order).sort(-1, descending=True, stable=True)
+    values, by_value = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
     chosen = logits.gather(1, targets[:, None])
     return Scores((chosen - sums).float()[:, 0], ids, (values - sums).float())

@@ -608,6 +608,7 @@ def _tuned_rows(linear: CudaLinear) -> tuple[int, ...]:
 
 def _take(linear: Any, rows: int, plan: SkinnyPlan | GroupedPlan | None) -> None:
     if isinstance(linear, CodedLinear):
+        assert not isinstance(plan, SkinnyPlan)
         linear.choose(rows, plan)
     else:
         linear.plan = plan

@@ -103,7 +103,7 @@ def _halves(marks, SCALE: tl.constexpr):
 @triton.constexpr_function
 def _asked_for(tiles: int) -> int:
     """Of so many tiles: a power of two."""
-    return 2 ** (min(PREFETCHED, tiles).bit_length() - 1)
+    return 1 << (min(PREFETCHED, tiles).bit_length() - 1)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -219,10 +219,14 @@ class FourBitLinear(CodedLinear):
 
     def plans(self, rows: int) -> list[GroupedPlan]:
         """A program reads all activations: of many rows that is more than its codes, unless it has many outputs."""
-        shapes, waves = SHAPES, (2, 4)
-        if rows > MOST_OF_FEW:
-            shapes, waves = WIDE_SHAPES, (2,)
-        return plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, waves)
+        few = rows <= MOST_OF_FEW
+        return plans_of(
+            SHAPES if few else WIDE_SHAPES,
+            self.outputs,
+            self.inputs // self.tile,
+            self.multiprocessors,
+            (2, 4) if few else (2,),
+        )
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
         _four_bit_product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(len(x), at_once))](

@@ -178,6 +178,10 @@ class GenerateParams:
         "INT32", what="tell so many of the most likely tokens in each token's place",
         limits=(0, MOST_TOP_LOG_PROBS), ours=True, backends=(TORCH, PYTORCH),
     )  # fmt: skip
+    return_prompt_log_probs: bool = _parameter(
+        "BOOL", False, "tell the prompt's tokens' log-probabilities, too, and what `top_logprobs` asks for",
+        silent=True, ours=True, backends=(TORCH,),
+    )  # fmt: skip
     return_token_ids: bool = _parameter("BOOL", False, "tell the tokens of the text", silent=True, ours=True)
     return_finish_reason: bool = _parameter(
         "BOOL", False, "tell why the answer has ended", silent=True, ours=True
@@ -185,6 +189,13 @@ class GenerateParams:
     """Whether the server says it; otherwise it is told from the number of tokens."""
     return_num_cached_tokens: bool = _parameter(
         "BOOL", False, "tell how many tokens of the prompt were found computed", silent=True, ours=True
+    )
+    counts_at_end: bool = _parameter(
+        "BOOL",
+        False,
+        "a stream tells `num_output_tokens` with its last response only",
+        silent=True,
+        ours=True,
     )
     exclude_input_in_output: bool = _parameter("BOOL", True)
     """False puts the prompt in front of a non-streamed text, which is NVIDIA's default."""

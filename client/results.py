@@ -71,6 +71,10 @@ class Chunk:
     """The new tokens."""
     top_log_probs: list[TopLogProbs] = field(default_factory=list)
     """The most likely tokens in the place of each new one."""
+    prompt_log_probs: list[float] = field(default_factory=list)
+    """Log-probability of each token of the prompt but the first, in the first chunk of an answer."""
+    prompt_top_log_probs: list[TopLogProbs] = field(default_factory=list)
+    """The most likely tokens in the places of those."""
     finish_reason: str | None = None
     """As in :class:`Generation`, in the last chunk of an answer."""
     sequence_index: int = 0
@@ -97,6 +101,8 @@ class Generation:
     perf_metrics: PerfMetrics | None = None
     token_ids: list[int] = field(default_factory=list)
     top_log_probs: list[TopLogProbs] = field(default_factory=list)
+    prompt_log_probs: list[float] = field(default_factory=list)
+    prompt_top_log_probs: list[TopLogProbs] = field(default_factory=list)
     sequence_index: int = 0
     error: ClientError | None = None
     """Of several answers to the prompt this one has failed; the rest is what came before."""
@@ -134,6 +140,8 @@ class Generation:
                 perf_metrics=chunk.perf_metrics or merged.perf_metrics,
                 token_ids=merged.token_ids + chunk.token_ids,
                 top_log_probs=merged.top_log_probs + chunk.top_log_probs,
+                prompt_log_probs=merged.prompt_log_probs + chunk.prompt_log_probs,
+                prompt_top_log_probs=merged.prompt_top_log_probs + chunk.prompt_top_log_probs,
                 finish_reason=chunk.finish_reason or merged.finish_reason,
                 sequence_index=chunk.sequence_index,
                 error=chunk.error,

@@ -125,6 +125,8 @@ def parse_response(
         perf_metrics=_perf_metrics(outputs),
         token_ids=[int(token) for token in outputs.get("token_ids", ())],
         top_log_probs=_top_log_probs(outputs, params),
+        prompt_log_probs=[float(value) for value in outputs.get("prompt_log_probs", ())],
+        prompt_top_log_probs=_top_log_probs(outputs, params, "prompt_"),
         finish_reason=_finish_reason(outputs),
         sequence_index=_scalar(outputs, "sequence_index", int) or 0,
     )
@@ -168,12 +170,12 @@ def _finish_reason(outputs: dict[str, Any]) -> str | None:
     return values[0].decode() if len(values) else None
 
 
-def _top_log_probs(outputs: dict[str, Any], params: GenerateParams | None) -> list[TopLogProbs]:
+def _top_log_probs(outputs: dict[str, Any], params: GenerateParams | None, of: str = "") -> list[TopLogProbs]:
     count = (params and params.top_logprobs) or 0
-    if not count or "top_token_ids" not in outputs:
+    if not count or f"{of}top_token_ids" not in outputs:
         return []
-    ids = outputs["top_token_ids"].reshape(-1, count).tolist()
-    log_probs = outputs["top_log_probs"].reshape(-1, count).tolist()
+    ids = outputs[f"{of}top_token_ids"].reshape(-1, count).tolist()
+    log_probs = outputs[f"{of}top_log_probs"].reshape(-1, count).tolist()
     return [
         [(token, value) for token, value in zip(*place, strict=True) if token >= 0]
         for place in zip(ids, log_probs, strict=True)

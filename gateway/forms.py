@@ -6,6 +6,7 @@ choice and nothing else, is its constant parts around the JSON of the text.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,8 @@ class Counts:
     def note(self, piece: Piece) -> None:
         if piece.num_output_tokens:
             self._choices[piece.choice] = piece.num_output_tokens
+        elif piece.text:  # a token at least; how many there were the last piece says
+            self._choices[piece.choice] += 1
         if piece.num_cached_tokens is not None and piece.choice % self._n == 0:
             self._cached[piece.choice] = piece.num_cached_tokens
 
@@ -299,8 +302,11 @@ class CompletionStream(_SseBase):
         self._logprobs = completion_logprobs(job, self.names, len(self.choices))
         hole = {"text": _HOLE, "logprobs": None, "finish_reason": None}
         self._around = [self.around({"index": index, **hole}) for index in self.choices] if self.plain else []
+        self._unechoed = set(self.choices) if job.echoed else set()
 
     def open(self) -> bytes:
+        if self._logprobs and self.job.echoed:
+            return b""  # the prompt comes with its log-probabilities
         if not self.job.echoed and not self.job.return_token_ids:
             return b""
         extra = self.prompt_ids()
@@ -313,12 +319,17 @@ class CompletionStream(_SseBase):
     def feed(self, pieces: Sequence[Piece]) -> bytes:
         made: list[bytes] = []
         for piece in pieces:
+            if self.job.echoes_only:
+                piece = untold(piece)
             self.counts.note(piece)
             if self._around and piece.finish_reason is None:
                 if piece.text:
                     before, after = self._around[piece.choice]
                     made += (before, orjson.dumps(piece.text), after)
                 continue
+            if self._logprobs and piece.choice in self._unechoed:
+                self._unechoed.remove(piece.choice)
+                made.append(self._echo(piece))
             choice = {
                 "index": piece.choice,
                 "text": piece.text,
@@ -331,6 +342,23 @@ class CompletionStream(_SseBase):
                 choice["token_ids"] = list(piece.token_ids)
             made.append(self.chunk([choice]))
         return b"".join(made)
+
+    def _echo(self, piece: Piece) -> bytes:
+        """The prompt of the choice whose first piece this is, with its log-probabilities."""
+        prompt = piece.choice // self.job.n
+        text = self.job.echoed[prompt]
+        told = self._logprobs[piece.choice].prompt(self.job.prompts[prompt], text, piece)
+        choice = {"index": piece.choice, "text": text, "logprobs": told, "finish_reason": None}
+        return self.chunk([choice], self.prompt_ids())
+
+
+def untold(piece: Piece) -> Piece:
+    """Without what was generated."""
+    reason = piece.finish_reason and "length"
+    return dataclasses.replace(
+        piece, text="", num_output_tokens=0, finish_reason=reason, token_ids=(), log_probs=(), top_ids=(),
+        top_log_probs=(),
+    )  # fmt: skip
 
 
 _NOTHING: dict[str, Any] = {"logprobs": None, "finish_reason": None}
@@ -353,6 +381,8 @@ class CompletionWhole(_Base):
 
     def feed(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
+            if self.job.echoes_only:
+                piece = untold(piece)
             self.counts.note(piece)
             self._pieces[piece.choice].append(piece)
 
@@ -371,7 +401,12 @@ class CompletionWhole(_Base):
             "finish_reason": pieces[-1].finish_reason,
         }
         if self._logprobs:
-            made["logprobs"] = joined([self._logprobs[index].entries(piece) for piece in pieces])
+            parts = []
+            if self.job.echoed:
+                parts = [
+                    self._logprobs[index].prompt(self.job.prompts[index // self.job.n], echoed, pieces[0])
+                ]
+            made["logprobs"] = joined([*parts, *map(self._logprobs[index].entries, pieces)])
         if self.job.return_token_ids:
             made["token_ids"] = [token for piece in pieces for token in piece.token_ids]
         return made

@@ -44,6 +44,8 @@ class Job:
     return_token_ids: bool = False
     echoed: list[str] = field(default_factory=list)
     """Texts that come before the answers; one for each prompt, or none."""
+    echoes_only: bool = False
+    """No token is asked for. One is generated, since no step ends without; nobody is told."""
     plan: ToolPlan | None = None
     reasoning: Reasoning = Reasoning.NONE
     include_reasoning: bool = True
@@ -67,12 +69,11 @@ def of_completions(body: Any, model: ServedModel, request_id: str) -> Job:
         else model.check_ids(prompt, "prompt")
         for prompt in given
     ]
-    if values["echo"] and values["logprobs"] is not None:
-        raise invalid(
-            "echo with logprobs is not supported: log-probabilities are of generated tokens", "echo"
-        )
+    most = values["max_tokens"]
+    if most == 0 and not values["echo"]:
+        raise invalid("max_tokens is 0: it must be at least 1, or echo must be true", "max_tokens")
     values["top_logprobs"] = values["logprobs"]
-    values["max_tokens"] = values["max_tokens"] or COMPLETION_TOKENS
+    values["max_tokens"] = COMPLETION_TOKENS if most is None else max(most, 1)
     guide = response_format(body)
     names = params.names(body, COMPLETIONS) | {"input_ids": "prompt"}
     job = _job(name, prompts, values, model, guide, names, request_id)
@@ -80,6 +81,7 @@ def of_completions(body: Any, model: ServedModel, request_id: str) -> Job:
         job.echoed = [
             prompt if isinstance(prompt, str) else model.vocabulary.bytes.decode(prompt) for prompt in given
         ]
+        job.echoes_only = most == 0
     return job
 
 
@@ -219,11 +221,15 @@ def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
     ]
     if model.tells_cached_tokens:
         made.append(("return_num_cached_tokens", "BOOL", [True]))
+    if model.counts_at_end and not (values["stream_options"] or {}).get("continuous_usage_stats"):
+        made.append(("counts_at_end", "BOOL", [True]))
     if values["logit_bias"]:
         model.check_ids(values["logit_bias"], "logit_bias")
         made += bias_tensors(values["logit_bias"])
     if values["top_logprobs"] is not None:
         made.append(("return_log_probs", "BOOL", [True]))
+        if values.get("echo"):
+            made.append(("return_prompt_log_probs", "BOOL", [True]))
     if values["top_logprobs"]:
         made.append(("top_logprobs", "INT32", [values["top_logprobs"]]))
     if values["top_logprobs"] is not None or values["return_token_ids"]:

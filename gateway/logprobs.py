@@ -1,10 +1,11 @@
-"""Log-probabilities of generated tokens in OpenAI's two shapes."""
+"""Log-probabilities of tokens in OpenAI's two shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flightline.gateway import errors
 from flightline.gateway.upstream import Piece
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -16,8 +17,13 @@ class TokenNames:
     """What tokens are called in an answer."""
 
     def __init__(self, tokens: TokenBytes, as_ids: bool) -> None:
+        self._plain = tokens
         self._tokens = tokens.with_special
         self._as_ids = as_ids
+
+    def is_special(self, token: int) -> bool:
+        """Whether it has a name and no text."""
+        return not self._plain[token]
 
     def of(self, token: int) -> tuple[str, bytes]:
         """Its text, or its bytes spelled out where they are no text by themselves, and its bytes."""
@@ -32,9 +38,19 @@ class TokenNames:
 
 def _places(piece: Piece, count: int) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
     """(token, its log-probability, the most likely ones there) of each new token."""
-    for place, (token, value) in enumerate(zip(piece.token_ids, piece.log_probs, strict=True)):
+    return _told(piece.token_ids, piece.log_probs, piece.top_ids, piece.top_log_probs, count)
+
+
+def _told(
+    tokens: Sequence[int],
+    log_probs: Sequence[float],
+    top_ids: Sequence[int],
+    top_log_probs: Sequence[float],
+    count: int,
+) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+    for place, (token, value) in enumerate(zip(tokens, log_probs, strict=True)):
         part = slice(place * count, (place + 1) * count)
-        top = zip(piece.top_ids[part], piece.top_log_probs[part], strict=True)
+        top = zip(top_ids[part], top_log_probs[part], strict=True)
         yield token, max(value, FLOOR), [(other, max(weight, FLOOR)) for other, weight in top if other >= 0]
 
 
@@ -60,21 +76,45 @@ class CompletionLogprobs:
         self._offset = offset
 
     def entries(self, piece: Piece) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        made = joined([])
         for token, value, top in _places(piece, self._count):
-            text, data = self._names.of(token)
-            made["tokens"].append(text)
-            made["token_logprobs"].append(value)
-            most = {self._names.of(other)[0]: weight for other, weight in top}
-            made["top_logprobs"].append({**most, text: value})
-            made["text_offset"].append(self._offset)
-            self._offset += sum((byte & 0xC0) != 0x80 for byte in data)
+            self._enter(made, token, value, top)
         return made
+
+    def prompt(self, ids: Sequence[int], text: str, piece: Piece) -> dict[str, list[Any]]:
+        """The tokens of the prompt ``text``, before all others; nothing is told of the first, which follows none."""
+        made = joined([])
+        if not piece.prompt_log_probs and len(ids) > 1:
+            raise errors.internal("the answer has no log-probabilities of the prompt")
+        told = _told(
+            ids[1:], piece.prompt_log_probs, piece.prompt_top_ids, piece.prompt_top_log_probs, self._count
+        )
+        for token, value, top in ((ids[0], None, []), *told):
+            self._enter(made, token, value, top, text)
+        self._offset = len(text)
+        return made
+
+    def _enter(
+        self,
+        made: dict[str, list[Any]],
+        token: int,
+        value: float | None,
+        top: list[tuple[int, float]],
+        prompt: str | None = None,
+    ) -> None:
+        text, data = self._names.of(token)
+        made["tokens"].append(text)
+        made["token_logprobs"].append(value)
+        most = {self._names.of(other)[0]: weight for other, weight in top}
+        made["top_logprobs"].append(None if value is None else {**most, text: value})
+        made["text_offset"].append(self._offset)
+        # A special token that was put before a prompt is not in its text.
+        if (
+            prompt is None
+            or not self._names.is_special(token)
+            or prompt.startswith(data.decode(), self._offset)
+        ):
+            self._offset += sum((byte & 0xC0) != 0x80 for byte in data)
 
 
 def joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:

@@ -34,6 +34,7 @@ class ServedModel:
         self.names = gateway.served_names or (upstream.model,)
         self._lane = upstream.lane
         self.tells_cached_tokens = upstream.tells_cached_tokens
+        self.counts_at_end = upstream.counts_at_end
         self.max_seq_len = upstream.max_seq_len
         self.created = int(time.time())
         self.vocabulary = Vocabulary(folder)

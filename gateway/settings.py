@@ -85,6 +85,8 @@ class Upstream:
     version: str = ""
     tells_cached_tokens: bool = False
     """Whether its ``text_generation`` knows how much of a prompt it found in the prefix cache."""
+    counts_at_end: bool = False
+    """Whether it can leave the count of tokens to the last piece of a stream."""
     tls_cert: str = ""
     """Triton's certificate, if its gRPC port speaks TLS."""
     tls_name: str = ""

@@ -56,6 +56,11 @@ class Piece:
     top_ids: Sequence[int] = ()
     """As many for each token as ``top_logprobs`` asked for, one token after the other; -1: no token."""
     top_log_probs: Sequence[float] = ()
+    prompt_log_probs: Sequence[float] = ()
+    """Of the prompt's tokens but the first, in the first piece of a choice that asks for them; the likeliest tokens
+    in their places are as above."""
+    prompt_top_ids: Sequence[int] = ()
+    prompt_top_log_probs: Sequence[float] = ()
     num_cached_tokens: int | None = None
     """Of the prompt, in the last piece of a choice; None: it is not said."""
 
@@ -99,6 +104,12 @@ def read(message: service_pb2.ModelStreamInferResponse, first_choice: int) -> Pi
             piece.top_ids = array("i", raw)
         elif name == "top_log_probs":
             piece.top_log_probs = array("f", raw)
+        elif name == "prompt_log_probs":
+            piece.prompt_log_probs = array("f", raw)
+        elif name == "prompt_top_token_ids":
+            piece.prompt_top_ids = array("i", raw)
+        elif name == "prompt_top_log_probs":
+            piece.prompt_top_log_probs = array("f", raw)
     return piece
 
 

@@ -70,6 +70,7 @@ def upstream(settings: ServeSettings, deployment: Deployment) -> Upstream:
         lane=deployment.lane,
         version=_version(),
         tells_cached_tokens='"return_num_cached_tokens"' in config,  # engines that were built before do not
+        counts_at_end='"counts_at_end"' in config,
         tls_cert=str(settings.tls_cert or ""),
         tls_name=_certified_name(settings.tls_cert) if settings.tls_cert else "",
     )

@@ -31,7 +31,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,15 +38,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from flightline.torch_engine.core.blocks import Moves
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.grammar import fill
 from flightline.torch_engine.core.layer_groups import LayerGroups
-from flightline.torch_engine.core.sampling import Sampled
-from flightline.torch_engine.core.scheduler import Chunk
+from flightline.torch_engine.core.request import Code, RequestError
+from flightline.torch_engine.core.sampling import Asked, Sampled, Scores, score, scored_rows, told_scores
+from flightline.torch_engine.core.scheduler import MOST_SCORED, Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.shared_prefixes import Ints, find_groups
 from flightline.torch_engine.core.speculation import MOST_ROWS
@@ -72,8 +71,6 @@ MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
 LEAST_SHARING = 4
 """Rows of a step of single tokens from which on it is looked whether they share their first keys."""
-MASK_THREADS = 16
-"""That make grammars' masks while the device computes."""
 MOST_UPDATES = 2**15
 """New entries of the block tables that travel with a step. Of more, the first ones go before it, one lot at a time."""
 MIB = 2**20
@@ -264,7 +261,7 @@ class CudaRunner:
         """Of the last step."""
         self.last = torch.zeros(slots + 1 + forks, dtype=torch.int32, device=device)
         ladder = self._ladder(max(slots, min(slots * (1 + config.speculation_tokens), MOST_ROWS)))
-        samples = max(slots, MIXED_SAMPLES)
+        samples = max(slots + MOST_SCORED, MIXED_SAMPLES)
         self.tokens = torch.zeros(max(samples, ladder[-1]), dtype=torch.int32, device=device)
         spec = model.spec
         self.choice = Choice.empty(len(self.tokens), device)
@@ -272,11 +269,13 @@ class CudaRunner:
         self.sampling = DeviceSampling(slots + 1 + forks, spec.vocab_size, device)
         ends = sorted(token for token in spec.end_ids if token < spec.vocab_size)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device) if ends else None
+        on_gpu = device.type == "cuda"
         self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
-        # Several ranks would have to agree on a plan, and each times its own.
-        if config.cuda_tuning and device.type == "cuda" and isinstance(self.ranks, Single):
+        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
+        if config.cuda_tuning and on_gpu:
             kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
-            if self._tables_stay:
+            # Several ranks would have to agree on a plan, and each times its own.
+            if self._tables_stay and isinstance(self.ranks, Single):
                 kernels.tune_prefixes(spec, self.caches[0], slots, config.max_seq_len)
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
@@ -290,8 +289,6 @@ class CudaRunner:
         capacity += 5 * slots + 2 * ALIGNMENT  # spans and offsets of gathered keys
         capacity += 4 * kernels.prefix_plan(spec, self.caches[0]).items(len(self.tokens))
         self.inputs = torch.zeros(capacity, dtype=torch.int32, device=device)
-        on_gpu = device.type == "cuda"
-        self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         self._own_scales: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         """Of this rank's logits, and of those of the whole vocabulary."""
@@ -316,9 +313,10 @@ class CudaRunner:
         self.mixed: dict[MixedShape, Captured] = {}
         """Of steps with prompt chunks, the smallest first."""
         self.graph_bytes = 0
+        self._computed: Computed
+        """The last step's forward pass."""
         self._unfinished: Callable[[], None] | None = None
         """What of the launched step is not queued."""
-        self._executor = LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
         if config.cuda_graphs and on_gpu:
             kernels.link(model.layers[0], spec.hidden_size, config)
             if config.cuda_tuning:
@@ -504,8 +502,11 @@ class CudaRunner:
         asks = max(told, default=-1) >= 0
         count = len(sampling)
         guided = {self._slots[sequence]: sequence for sequence in sampling if sequence.grammar is not None}
+        asked, scores = scored_rows(chunks), []
 
         def finish() -> None:
+            if asked:
+                scores.append(self._score(count, asked))
             if not plain:
                 self.sampling.flush()
                 self._fork()
@@ -530,9 +531,10 @@ class CudaRunner:
                     staging.event.synchronize()
             self.ranks.done()
             tokens = staging.tokens[:count].tolist()
-            if not asks:
-                return [Sampled(token) for token in tokens]
-            return _told(staging.choice, tokens, told)
+            sampled = (
+                [Sampled(token) for token in tokens] if not asks else _told(staging.choice, tokens, told)
+            )
+            return sampled + told_scores(scores[0], asked) if asked else sampled
 
         return fetch
 
@@ -582,16 +584,29 @@ class CudaRunner:
             )
             if order.gathered:
                 where.spans, where.offsets = spans[0].view(-1, 4), spans[1]
-            computed = self._forward(CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare))
-            return functools.partial(self._choose, computed)
+            self._computed = self._forward(
+                CudaStep(ids, where, self.last, rows, row_slots, holds, self.spare)
+            )
+            return functools.partial(self._choose, self._computed)
         elif not self.graphs:
-            return functools.partial(self._choose, self._decode(order.graph))
+            self._computed = self._decode(order.graph)
+            return functools.partial(self._choose, self._computed)
         elif isinstance(order.graph, SharedShape):
             captured = self.shared[order.graph]
         else:
             captured = self.graphs[order.graph]
-        captured.replay()
+        self._computed = captured.replay()
         return captured.choose
+
+    def _score(self, first: int, asked: list[Asked]) -> Scores:
+        """Queues what is told of the prompts' tokens whose logits begin at row ``first``, and its way to the host."""
+        rows = sum(len(each.targets) for each in asked)
+        scores = score(self._computed.logits[first : first + rows], asked, self.model.finished)
+        pinned = self.device.type == "cuda"
+        here = [torch.empty(each.shape, dtype=each.dtype, pin_memory=pinned) for each in scores]
+        for each, there in zip(here, scores, strict=True):
+            each.copy_(there, non_blocking=True)
+        return Scores(*here)
 
     def _mask(self, guided: dict[int, Sequence]) -> None:
         """Queues what the grammars of slots' sequences allow now; of those that have just ended nobody looks at it."""
@@ -601,7 +616,7 @@ class CudaRunner:
             if sequence.grammar is not None and sequence.finish_reason is None
         }
         if grammars:
-            fill(list(grammars.values()), self.sampling.new_masks(len(grammars)), self._executor)
+            fill(list(grammars.values()), self.sampling.new_masks(len(grammars)))
             self.sampling.allow(list(grammars))
 
     def _order_decodes(self, chunks: list[Chunk]) -> Order:
@@ -708,6 +723,7 @@ class CudaRunner:
         tiles: list[tuple[int, int, int, int]] = []
         prompts: list[tuple[int, int, int, int]] = []
         sampled: list[tuple[int, int, int]] = []
+        scored: list[tuple[int, int, int]] = []
         updates: list[tuple[int, int]] = []
         total = 0
         for chunk in chunks:
@@ -727,6 +743,11 @@ class CudaRunner:
             total += count
             if chunk.samples:
                 sampled.append((total - 1, slot, holds))
+            # Tokens are chosen in these rows, too, where nobody looks.
+            scored += [
+                (row, self.spare, 0) for row in range(total - chunk.num_rows, total - chunk.num_sampled)
+            ]
+        sampled += scored
         if singles:
             columns.insert(0, np.array(singles, dtype=np.int32).T[:3])
         step = np.concatenate(columns, axis=1)
@@ -856,6 +877,12 @@ class CudaRunner:
     def check(self, sequence: Sequence) -> None:
         """Raises RequestError: INVALID_ARG if the device has no room for all that a request asks of its tokens."""
         self.sampling.check(sequence)
+        if sequence.request.return_prompt_log_probs and self.group.size > 1:
+            raise RequestError(
+                Code.INVALID_ARG,
+                f"return_prompt_log_probs is true: {self.group.size} GPUs share this model, which is not supported; "
+                "leave it out, or ask a server with TP=1",
+            )
 
     def forget(self, sequence: Sequence) -> None:
         """Frees the slot. A step in flight may still use it: its successor's first step runs after that one."""

@@ -25,6 +25,7 @@ from typing import Any
 
 from flightline.torch_engine.core.blocks import BlockEvent, BlockManager
 from flightline.torch_engine.core.config import ConfigError, EngineConfig
+from flightline.torch_engine.core.grammar import Grammar, take
 from flightline.torch_engine.core.guided import Guided
 from flightline.torch_engine.core.memory import reserved_gpu_memory
 from flightline.torch_engine.core.request import (
@@ -144,10 +145,11 @@ class Engine:
         spec, config = self.model.spec, self.config
         ranks = config.tensor_parallel_size
         where = config.device if ranks == 1 else f"{config.device}, shared by {ranks} ranks"
+        freed = ", given back behind windows" if self.blocks.has_windows else ""
         return (
             f"{spec.architecture} with {spec.num_layers} layers, {self.kernels.describe(spec)} on "
-            f"{where}, {config.num_kv_blocks} KV blocks of "
-            f"{config.block_size} tokens, {config.batch_scheduler_policy}{self.runner.describe()}"
+            f"{where}, {config.num_kv_blocks} KV blocks of {config.block_size} tokens{freed}, "
+            f"{config.batch_scheduler_policy}{self.runner.describe()}"
         )
 
     @property
@@ -255,6 +257,7 @@ class Engine:
         self._move()
         ticket = self.runner.launch(chunks, sampling)
         for chunk in chunks:
+            chunk.sequence.num_scored += chunk.scored
             chunk.sequence.computed(self.blocks, chunk.num_tokens)
             if chunk.samples:
                 chunk.sequence.num_pending += 1
@@ -330,6 +333,7 @@ class Engine:
             return []
         try:
             sampled = flight.ticket()
+            self._follow(flight.chunks, sampled)
         except RankLost:
             raise
         except Exception as error:
@@ -338,7 +342,12 @@ class Engine:
         outputs: Outputs = []
         now, at = time.monotonic_ns(), 0
         self._time(flight, now)
+        scores_at = sum(chunk.num_sampled for chunk in flight.chunks)
         for chunk in flight.chunks:
+            if chunk.scored:
+                told = sampled[scores_at : scores_at + chunk.scored]
+                chunk.sequence.output.hear([(token.log_prob, token.top) for token in told])
+                scores_at += chunk.scored
             if not chunk.samples:
                 continue
             sequence, first, at = chunk.sequence, at, at + chunk.num_sampled
@@ -356,6 +365,21 @@ class Engine:
             if sequence.finish_reason is not None:
                 self._retire(sequence)
         return outputs
+
+    @staticmethod
+    def _follow(chunks: list[Chunk], sampled: list[Sampled]) -> None:
+        """Grammars take their answers' tokens, all at once. No guided answer has guesses."""
+        taken: list[tuple[Grammar, int]] = []
+        at = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.grammar is not None and chunk.samples and sequence.finish_reason is None:
+                token = sampled[at].token_id
+                if token >= 0 and token not in sequence.end_ids:
+                    taken.append((sequence.grammar, token))
+            at += chunk.num_sampled
+        if taken:
+            take(taken)
 
     def _time(self, flight: Flight, now_ns: int) -> None:
         """Tells the scheduler how long a step has taken: since its launch, or since the step before it if later."""

@@ -12,7 +12,15 @@ import torch
 
 from flightline.torch_engine.core.blocks import Moves
 from flightline.torch_engine.core.layer_groups import LayerGroups
-from flightline.torch_engine.core.sampling import Sampled, rows_of, sample
+from flightline.torch_engine.core.sampling import (
+    Sampled,
+    rows_of,
+    sample,
+    score,
+    scored_rows,
+    split_rows,
+    told_scores,
+)
 from flightline.torch_engine.core.scheduler import Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.host_blocks import HostBlocks
@@ -21,7 +29,8 @@ from flightline.torch_engine.model.kernel_interface import CacheT, HostKernels, 
 from flightline.torch_engine.parallel.ranks import Ranks, Single
 
 Ticket = Callable[[], list[Sampled]]
-"""A launched step; calling it waits for the tokens of the sequences that sampled."""
+"""A launched step; calling it waits for the tokens of the sequences that sampled, and gives behind those what is told
+of prompts' tokens (``Chunk.scored``), chunk by chunk."""
 
 
 class SamplingFailed(Exception):
@@ -131,10 +140,15 @@ class Runner(Generic[LinearT, CacheT, StepT]):
             raise
         self.ranks.done()
         try:
+            told: list[Sampled] = []
+            if asked := scored_rows(chunks):
+                choosing, telling = split_rows(chunks)
+                told = told_scores(score(logits[telling], asked), asked)
+                logits = logits[choosing]
             sampled = sample(logits, rows_of(chunks), self.kernels) if sampling else []
         except Exception as error:
             raise SamplingFailed(f"{type(error).__name__}: {error}") from error
-        return lambda: sampled
+        return lambda: sampled + told
 
     def finish(self) -> None:
         """Queues what of the launched step had to wait for the tokens of the step before. Nothing has to here."""

@@ -59,7 +59,7 @@ def details(output: RequestOutput, options: Options, row: int, num_output_tokens
         made["output_log_probs"] = lambda: np.array([[output.log_probs]], dtype=np.float32)
     if options.num_input_tokens:
         made["num_input_tokens"] = _one(output.num_input_tokens, np.int32)
-    if options.num_output_tokens:
+    if options.num_output_tokens and (output.finish_reason or not options.counts_at_end):
         made["num_output_tokens"] = _one(num_output_tokens, np.int32)
     metrics = output.metrics  # of the end; before it they would be ten tensors of 0
     if options.perf_metrics and metrics:
@@ -73,8 +73,16 @@ def details(output: RequestOutput, options: Options, row: int, num_output_tokens
     if options.token_ids:
         made["token_ids"] = lambda: np.array([output.token_ids], dtype=np.int32)
     if options.top_log_probs:
-        made["top_token_ids"] = lambda: _top(output, options.top_log_probs, 0, NO_TOKEN, np.int32)
-        made["top_log_probs"] = lambda: _top(output, options.top_log_probs, 1, 0.0, np.float32)
+        made |= _tops("top_token_ids", "top_log_probs", output.top_log_probs, options.top_log_probs)
+    if options.prompt_log_probs and output.prompt_log_probs:
+        made["prompt_log_probs"] = lambda: np.array([output.prompt_log_probs], dtype=np.float32)
+        if options.top_log_probs:
+            made |= _tops(
+                "prompt_top_token_ids",
+                "prompt_top_log_probs",
+                output.prompt_top_log_probs,
+                options.top_log_probs,
+            )
     if row:
         made["batch_index"] = _one(row, np.int32)
     if options.num_sequences > 1:
@@ -87,10 +95,20 @@ def of_lane(output: RequestOutput) -> dict[str, Make]:
     return {name: functools.partial(np.asarray, value) for name, value in output.lane_outputs.items()}
 
 
-def _top(output: RequestOutput, count: int, part: int, nothing: float, dtype: type) -> np.ndarray:
+def _tops(ids: str, log_probs: str, tops: list[list[tuple[int, float]]], count: int) -> dict[str, Make]:
+    """Both halves of the likeliest tokens in each place, under these names."""
+    return {
+        ids: lambda: _top(tops, count, 0, NO_TOKEN, np.int32),
+        log_probs: lambda: _top(tops, count, 1, 0.0, np.float32),
+    }
+
+
+def _top(
+    tops: list[list[tuple[int, float]]], count: int, part: int, nothing: float, dtype: type
+) -> np.ndarray:
     """One half of the likeliest tokens' (id, log-probability), [1, tokens, count]."""
-    made: np.ndarray = np.full((1, len(output.top_log_probs), count), nothing, dtype=dtype)
-    for at, tokens in enumerate(output.top_log_probs):
+    made: np.ndarray = np.full((1, len(tops), count), nothing, dtype=dtype)
+    for at, tokens in enumerate(tops):
         made[0, at, : len(tokens)] = [token[part] for token in tokens]
     return made
 

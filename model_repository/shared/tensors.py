@@ -88,6 +88,7 @@ _REQUEST = {
     "skip_special_tokens": "skip_special_tokens",
     "return_log_probs": "return_log_probs",
     "top_logprobs": "top_log_probs",
+    "return_prompt_log_probs": "return_prompt_log_probs",
 }
 """Parameters that fill a field of ``GenerationRequest`` as they are."""
 _OPTION = {
@@ -99,8 +100,10 @@ _OPTION = {
     "return_num_input_tokens": "num_input_tokens",
     "return_num_output_tokens": "num_output_tokens",
     "return_finish_reason": "finish_reason",
+    "return_prompt_log_probs": "prompt_log_probs",
     "return_token_ids": "token_ids",
     "return_num_cached_tokens": "num_cached_tokens",
+    "counts_at_end": "counts_at_end",
 }
 """Parameters that fill a field of ``Options``."""
 
@@ -184,6 +187,8 @@ class Options:
     perf_metrics: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False
+    counts_at_end: bool = False
+    """The number of output tokens comes with the last response only."""
     num_sequences: int = 1
     """Answers to each prompt."""
     finish_reason: bool = False
@@ -191,6 +196,8 @@ class Options:
     num_cached_tokens: bool = False
     top_log_probs: int = 0
     """The most likely tokens in the place of each generated one: so many."""
+    prompt_log_probs: bool = False
+    """The first response tells of the prompt's tokens what is told of generated ones."""
 
 
 class Inputs:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from flightline.gateway import errors
+from flightline.gateway.forms import Counts
+from flightline.gateway.job import Job
 from flightline.gateway.logprobs import FLOOR, CompletionLogprobs, TokenNames, chat_entries
 from flightline.gateway.params import CHAT, COMPLETIONS, TABLE, Rule, parse
 from flightline.gateway.upstream import Piece
@@ -78,6 +80,39 @@ def test_log_probabilities_have_the_bytes_of_their_tokens() -> None:
     made = logprobs.entries(piece)
     assert made["text_offset"] == [0, 2, 3, 4, 4] and made["tokens"][1] == "token_id:1"
     assert logprobs.entries(Piece(0, token_ids=[0], log_probs=[-1.0]))["text_offset"] == [9]
+
+
+def test_a_prompts_log_probabilities_stand_before_all_others() -> None:
+    """The special token before the text is none of it; one that was written there is."""
+    piece = Piece(
+        0, "ab", token_ids=[0], log_probs=[-1.0], top_ids=[0], top_log_probs=[-1.0],
+        prompt_log_probs=[-0.5, -2.0, -3.0], prompt_top_ids=[0, 0, -1], prompt_top_log_probs=[-0.5, -0.25, 0.0],
+    )  # fmt: skip
+    logprobs = CompletionLogprobs(1, TokenNames(TOKENS, as_ids=False))
+    made = logprobs.prompt([4, 0, 1, 4], "abé<end>", piece)
+    assert made["tokens"] == ["<end>", "ab", "é", "<end>"] and made["token_logprobs"] == [
+        None,
+        -0.5,
+        -2.0,
+        -3.0,
+    ]
+    assert made["top_logprobs"] == [None, {"ab": -0.5}, {"ab": -0.25, "é": -2.0}, {"<end>": -3.0}]
+    assert made["text_offset"] == [0, 0, 2, 3] and logprobs.entries(piece)["text_offset"] == [8]
+    with pytest.raises(errors.ApiError, match="no log-probabilities of the prompt"):
+        logprobs.prompt([0, 1], "abé", Piece(0))
+
+
+def test_tokens_are_counted_by_pieces_until_their_number_is_told() -> None:
+    """A client may leave before."""
+    counts = Counts(Job("m", [[1, 2]], [], 1, True))
+    for piece, count in (
+        (Piece(0, "a"), 1),
+        (Piece(0, ""), 1),
+        (Piece(0, "bc"), 2),
+        (Piece(0, "", 7, "stop"), 7),
+    ):
+        counts.note(piece)
+        assert counts.generated == count
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,38 @@ def test_token_ids_echo_and_biases(llm: openai.OpenAI, model: str) -> None:
     assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("", "stop")
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_prompt_is_echoed_with_its_log_probabilities(llm: openai.OpenAI, model: str, most: int) -> None:
+    """As evaluation harnesses ask: what was said is as likely in the prompt as it was when it was generated."""
+    extra = {"return_token_ids": True}
+    said = llm.completions.create(model=model, prompt=PROMPT, logprobs=2, extra_body=extra, **GREEDY)
+    ids = [*said.prompt_token_ids, *said.choices[0].token_ids]
+    asked: dict[str, Any] = {"model": model, "prompt": ids, "echo": True, "logprobs": 2, "temperature": 0}
+    answer = llm.completions.create(max_tokens=most, **asked)
+    (choice,) = answer.choices
+    found, before = choice.logprobs, len(said.prompt_token_ids)
+    assert len(found.tokens) == len(found.top_logprobs) == len(found.text_offset) == len(ids) + most
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    assert answer.usage.completion_tokens == most and answer.usage.prompt_tokens == len(ids)
+    assert choice.finish_reason in ("length", "stop") and (most or choice.finish_reason == "length")
+    assert found.token_logprobs[before : len(ids)] == pytest.approx(
+        said.choices[0].logprobs.token_logprobs, abs=0.01
+    )
+    assert found.text_offset == sorted(found.text_offset)
+    chunks = list(llm.completions.create(max_tokens=most, stream=True, **asked))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [token for part in parts for token in part.tokens] == found.tokens
+    assert parts[0].token_logprobs[1:] == pytest.approx(found.token_logprobs[1 : len(ids)], abs=0.01)
+
+
+def test_an_echo_alone(llm: openai.OpenAI, model: str) -> None:
+    for stream in (False, True):
+        told = llm.completions.create(model=model, prompt=PROMPT, echo=True, max_tokens=0, stream=stream)
+        choices = [each.choices[0] for each in (told if stream else [told])]
+        assert "".join(choice.text for choice in choices) == PROMPT and choices[-1].finish_reason == "length"
+
+
 def test_continuing_the_last_message(llm: openai.OpenAI, model: str) -> None:
     messages = [*HELLO, {"role": "assistant", "content": "the fox"}]
     goes_on = {"continue_final_message": True, "add_generation_prompt": False}
@@ -251,7 +283,6 @@ def test_continuing_the_last_message(llm: openai.OpenAI, model: str) -> None:
         ({"nonsense": 1}, "nonsense"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"seed": 1.5}, "seed"),
     ],
 )

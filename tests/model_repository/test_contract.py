@@ -98,9 +98,11 @@ ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
         ("logit_bias_weights", "TYPE_FP32", [-1]),
         ("skip_special_tokens", "TYPE_BOOL", [1]),
         ("top_logprobs", "TYPE_INT32", [1]),
+        ("return_prompt_log_probs", "TYPE_BOOL", [1]),
         ("return_token_ids", "TYPE_BOOL", [1]),
         ("return_finish_reason", "TYPE_BOOL", [1]),
         ("return_num_cached_tokens", "TYPE_BOOL", [1]),
+        ("counts_at_end", "TYPE_BOOL", [1]),
     ],
     "output": [
         ("finish_reason", "TYPE_STRING", [1]),
@@ -108,6 +110,9 @@ ADDED: dict[str, list[tuple[str, str, list[int]]]] = {
         ("num_cached_tokens", "TYPE_INT32", [1]),
         ("top_token_ids", "TYPE_INT32", [-1, -1]),
         ("top_log_probs", "TYPE_FP32", [-1, -1]),
+        ("prompt_log_probs", "TYPE_FP32", [-1]),
+        ("prompt_top_token_ids", "TYPE_INT32", [-1, -1]),
+        ("prompt_top_log_probs", "TYPE_FP32", [-1, -1]),
     ],
 }
 """To ``text_generation`` alone."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flightline.model_repository.shared import responses
 from flightline.model_repository.shared.generation import Progress
+from flightline.model_repository.shared.tensors import Options
 from flightline.torch_engine.core.request import (
     Code,
     FinishReason,
@@ -67,3 +69,23 @@ def test_a_row_of_the_baseline_that_fails_leaves_the_others_theirs() -> None:
     assert watcher(torch.tensor([[0, 1], [0, 1]]), None).tolist() == [True, True]
     assert outputs[0].error is not None and outputs[0].error.code is Code.INTERNAL
     assert outputs[1].text == "ab" and outputs[1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_count_may_be_left_to_the_last_response(at_end: bool) -> None:
+    options = Options(stream=True, num_output_tokens=True, counts_at_end=at_end)
+    told = [
+        "num_output_tokens" in responses.details(RequestOutput([1], "b", finish_reason=reason), options, 0, 1)
+        for reason in (None, FinishReason.LENGTH)
+    ]
+    assert told == [not at_end, True]
+
+
+def test_a_prompts_log_probabilities_have_tensors_of_their_own() -> None:
+    output = RequestOutput([1], "b", prompt_log_probs=[-1.0, -2.0], prompt_top_log_probs=[[(5, -0.5)], []])
+    made = responses.details(output, Options(prompt_log_probs=True, top_log_probs=1), 0, 1)
+    assert made["prompt_log_probs"]().tolist() == [[-1.0, -2.0]]
+    assert made["prompt_top_token_ids"]().tolist() == [[[5], [responses.NO_TOKEN]]]
+    assert made["prompt_top_log_probs"]().tolist() == [[[-0.5], [0.0]]]
+    assert "prompt_log_probs" not in responses.details(output, Options(top_log_probs=1), 0, 1)
+    assert "prompt_log_probs" not in responses.details(RequestOutput(), Options(prompt_log_probs=True), 0, 1)

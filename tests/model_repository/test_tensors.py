@@ -76,11 +76,18 @@ def test_what_text_generation_adds_arrives() -> None:
         ignore_eos=number(True, np.bool_),
         skip_special_tokens=number(False, np.bool_),
         top_logprobs=number(5),
+        return_prompt_log_probs=number(True, np.bool_),
     )
     sampling = request.sampling
     assert (sampling.min_p, sampling.logit_bias) == (0.25, ((3, -np.inf), (4, 5.0), (7, 3.5)))
     assert (request.end_id, request.stop_ids, request.skip_special_tokens) == (-1, (8, 2), False)
     assert (request.top_log_probs, request.return_log_probs, request.lane_inputs) == (5, False, {})
+    assert request.return_prompt_log_probs
+    for lane in ("trtllm-pytorch", "trtllm-engine"):
+        with pytest.raises(
+            RequestError, match=f"return_prompt_log_probs is True: .* by backend {lane}; leave"
+        ):
+            Inputs({"return_prompt_log_probs": number(True, np.bool_)}, lane)
 
 
 @pytest.mark.parametrize("name", ["min_p", "top_logprobs"])

@@ -7,6 +7,7 @@ other files (``--noconftest``).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import random
@@ -296,6 +297,27 @@ def test_a_real_models_greedy_answers(real: RealModel, dtype: str, graphs: bool)
     # Logits of about 20 lie 0.125 apart in bf16: where two answers part, it was a tie.
     for prompt, ours, theirs in zip(real.prompts, answers, real.answers, strict=True):
         assert difference(real.model, prompt, ours, theirs) <= 0.5
+
+
+@torch.inference_mode()
+def test_a_prompts_log_probabilities(tmp_path: Path) -> None:
+    """Transformers', in pieces, beside a decode, and with the cache full of the same prompt."""
+    engine = small_engine(tiny_checkpoint(tmp_path), max_num_tokens=8)
+    prompt = [7 + (11 * number) % 90 for number in range(20)]
+    asked = GenerationRequest(prompt, 2, end_id=-1, return_prompt_log_probs=True, top_log_probs=2)
+    expected = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.tensor([prompt]))
+        .logits[0, :-1]
+        .double()
+        .log_softmax(-1)
+    )
+    (alone,) = engine.generate([dataclasses.replace(asked, return_prompt_log_probs=False)])
+    plain, output = engine.generate([GenerationRequest(prompt[:3], 6, end_id=-1), asked])
+    own = expected[torch.arange(19), prompt[1:]]
+    torch.testing.assert_close(torch.tensor(output.prompt_log_probs).double(), own, atol=1e-3, rtol=0)
+    tops = torch.tensor([[value for _, value in top] for top in output.prompt_top_log_probs]).double()
+    torch.testing.assert_close(tops, expected.topk(2).values, atol=1e-3, rtol=0)
+    assert output.token_ids == alone.token_ids and len(plain.token_ids) == 6
 
 
 # Many requests -------------------------------------------------------------------------------------------------------

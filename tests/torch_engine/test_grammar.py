@@ -6,12 +6,11 @@ import json
 import threading
 import time
 
-import llguidance
 import numpy as np
 import pytest
 
 from flightline.torch_engine.core import grammar as module
-from flightline.torch_engine.core.grammar import Grammar, Grammars, check, fill
+from flightline.torch_engine.core.grammar import Grammar, Grammars, check, fill, take
 from flightline.torch_engine.core.request import Guide, InvalidField
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -257,11 +256,49 @@ def test_masks_cover_any_vocabulary(vocab: int) -> None:
     ]
     made += [Grammar(Grammars(TOKENS, vocab).compile(Guide("regex", "x")), vocab, TOKENS, frozenset({END}))]
     rows = np.full((2, Grammar.words(vocab)), 0xFFFFFFFF, dtype=np.uint32)
-    fill(made, rows, llguidance.LLExecutor(2))
+    fill(made, rows)
     for one, row in zip(made, rows, strict=True):
         assert row.tolist() == one.mask().tolist()
         assert max(allowed(one)) < min(vocab, len(TOKENS))
     assert allowed(made[0]) >= {END, *range(131, min(vocab, 131))} and allowed(made[1]) == set(spell("x"))
+
+
+WALKED = [
+    ("json_schema", schema({"type": "object", "properties": {"a": {"type": "integer"}, "b": STRING}})),
+    ("regex", "(ab|ba){0,9}!?"),
+    ("regex", "a?b{2}"),
+    ("json", ""),
+]
+
+
+def test_several_answers_at_once_are_as_each_alone() -> None:
+    """Their tokens and their masks, from the first to the last: where they may end, must, and cannot go on."""
+    rng = np.random.default_rng(0)
+    least = [0, 5] * len(WALKED)
+    alone, together = (
+        [
+            grammar(*guide, ends=(END, spell("b")[0]), min_tokens=tokens)
+            for guide, tokens in zip(WALKED * 2, least, strict=True)
+        ]
+        for _ in range(2)
+    )
+    ended = 0
+    for _ in range(40):
+        rows = np.full((len(alone), Grammar.words(VOCAB)), 0xFFFFFFFF, dtype=np.uint32)
+        fill(together, rows)
+        assert rows.tolist() == [one.mask().tolist() for one in alone]
+        choices = [sorted(allowed(one) - {END, spell("b")[0]}) for one in alone]
+        # Every answer goes on with something, right or wrong, until it has ended.
+        wild = rng.random() < 0.1
+        tokens = [int(rng.choice(spell("xyz") if wild or not choice else choice)) for choice in choices]
+        for one, token in zip(alone, tokens, strict=True):
+            one.take(token)
+        take(list(zip(together, tokens, strict=True)))
+        assert [(one.finished, one.problem) for one in together] == [
+            (one.finished, one.problem) for one in alone
+        ]
+        ended += sum(bool(one.finished or one.problem) for one in alone)
+    assert 0 < ended < 40 * len(alone)
 
 
 CHAIN = {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(1700)}

@@ -42,7 +42,9 @@ def compile_only(self, grid):
         units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
         units += [unit for unit in ("st.relaxed.sys", "ld.volatile.global") if unit in code]
         bytewise = code.count("ld.shared.b8") + code.count("ld.shared.u8")
-        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise])
+        loop = kernel.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+        between = loop.count("ttg.convert_layout")
+        found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise, between])
     return run
 
 JITFunction.__getitem__ = compile_only
@@ -51,6 +53,7 @@ from types import SimpleNamespace
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
+from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
 from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, GroupedLinear, Scratch
 from flightline.torch_engine.kernels.gpu.kv_cache import (
@@ -69,6 +72,7 @@ class Three(Alone):
     size, stack = 3, lambda self, x: torch.stack([x, x, x])
 
 hopper = sys.argv[1] == "90"
+scratch = Scratch(torch.bfloat16, torch.device("cpu"))
 bf16, one, ints = torch.bfloat16, torch.ones(()), torch.zeros(4, dtype=torch.int32)
 form = Form.FP8_STATIC if hopper else Form.INT8_TOKEN
 x = torch.zeros(4, 4096, dtype=bf16)
@@ -125,13 +129,13 @@ for rows in (1, 64):
     where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
     mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
-packed = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
+stored = [Coded(zeros, torch.ones(6144, 32).half(), 128, zeros[:, :32], 4)]
 if hopper:
-    packed.append(Coded(codes, torch.ones(6144, 32), 128))
-for coded in packed:
-    linear = GroupedLinear(coded, None, bf16, Scratch(bf16, torch.device("cpu")), 132)
+    stored.append(Coded(codes, torch.ones(6144, 32), 128))
+linears = [GroupedLinear(coded, None, bf16, scratch, 132) for coded in stored]
+for linear in (FourBitLinear(stored[0], None, bf16, scratch, 132), *linears):
     for rows in (1, 64):
-        linear._few(torch.zeros(rows, 4096, dtype=bf16))
+        linear(Activation(torch.zeros(rows, 4096, dtype=bf16)))
     linear.weight()
 
 def experts_like(coded, outputs, inputs):
@@ -144,7 +148,7 @@ def experts_like(coded, outputs, inputs):
     return one(2 * inputs, outputs), one(outputs, inputs)
 
 fours = Coded(zeros, torch.ones(6144, 256), 16, bits=4, e2m1=True)
-for coded in (*packed, fours):
+for coded in (*stored, fours):
     mixture = CudaMixture(MixtureSpec(16, 8, 768), torch.zeros(16, 2048, dtype=bf16), None,
                           *experts_like(coded, 2048, 768), None, "silu", bf16)
     for rows in (1, 512):
@@ -171,16 +175,18 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert all(shared <= shared_limit for kernels in found.values() for shared, *_ in kernels)
     gathers = ["_gathered_kernel"] if capability == 90 else []
     for name in ("_prefill_kernel", "_prefix_kernel", *gathers):
-        used = {unit for _, units, _ in found[name] for unit in units}
+        used = {unit for _, units, *_ in found[name] for unit in units}
         assert used == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})
-    assert all(units == ["mma.sync"] for _, units, _ in found["_decode_kernel"])
+    assert all(units == ["mma.sync"] for _, units, *_ in found["_decode_kernel"])
     units = ["wgmma.mma_async"] if capability == 90 else ["mma.sync"]
-    assert all(used == units for _, used, _ in found["_product_kernel"])
+    assert all(used == units for _, used, *_ in found["_product_kernel"])
     # Each word goes to another GPU at once, and is looked for again and again.
     exchanges = found["_exchange_kernel"] + found["_stack_kernel"]
-    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, _ in exchanges)
+    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, *_ in exchanges)
+    # 4-bit codes become numbers where the tensor cores read them.
+    assert not any(between for *_, between in found["_four_bit_product_kernel"])
     for kernel in ("_rows_in_kernel", "_rows_out_kernel", "_blocks_kernel"):
-        assert all(used == units for _, used, _ in found[kernel]), kernel
+        assert all(used == units for _, used, *_ in found[kernel]), kernel
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"] + found["_prefix_kernel"]
-    assert not any(bytewise for _, _, bytewise in attention)
+    assert not any(bytewise for _, _, bytewise, _ in attention)

@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -37,10 +38,17 @@ if RUNS:
     from flightline.engine_build.engine_model import EngineModel
     from flightline.torch_engine import cuda_runner
     from flightline.torch_engine.cuda_runner import MixedShape
-    from flightline.torch_engine.kernels.gpu import attention, cuda, shared_prefix, timing
+    from flightline.torch_engine.kernels.gpu import attention, cuda, four_bits, shared_prefix, timing
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-    from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan, Shares, attend
+    from flightline.torch_engine.kernels.gpu.attention import (
+        DecodePlan,
+        PrefillPlan,
+        Shares,
+        attend,
+        long_prefill_plans,
+    )
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
+    from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
     from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, padded
     from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.kv_cache import (
@@ -608,7 +616,10 @@ def coded_weight(kind: str, outputs: int, inputs: int) -> Coded:
     )
     minima = -torch.rand(outputs, groups, device=DEVICE) * 2 ** (bits - 6)
     order = torch.randperm(inputs, device=DEVICE) if group == "64" else None
-    return Coded(codes, scales.half(), int(group), zeros if offsets == "zeros" else minima, bits, order)
+    if group == "64":  # as wide as the scales
+        minima = minima.half()
+    found = {"zeros": zeros, "minima": minima, "none": None}[offsets]
+    return Coded(codes, scales.half(), int(group), found, bits, order)
 
 
 class TestLinears:
@@ -667,6 +678,7 @@ class TestLinears:
             *((rows, "fp8-none-128") for rows in (5, 70, 130)),
             *((rows, "int4-zeros-128") for rows in (5, 70, 130)),
             *((3, "int4-zeros-64"), (17, "int4-minima-32"), (129, "int4-minima-64")),
+            *((8, "int4-zeros-16"), (33, "int4-zeros-384"), (130, "int4-zeros-32"), (1, "int4-none-128")),
             *((3, "int8-zeros-32"), (3, "int8-minima-16"), (130, "int8-minima-16")),
             *((3, "e2m1-none-16"), (129, "e2m1-none-16"), (70, "e2m1-none-32")),
         ],
@@ -678,12 +690,36 @@ class TestLinears:
         coded = coded_weight(kind, 192, 384)
         x = torch.randn(rows, 384, device=DEVICE).to(dtype)
         bias = torch.randn(192, device=DEVICE).to(dtype)
-        linear = GroupedLinear(coded, bias, dtype, Scratch(dtype, DEVICE), 1)
+        made = FourBitLinear if four_bits.tile_of(coded) is not None else GroupedLinear
+        linear = made(coded, bias, dtype, Scratch(dtype, DEVICE), 1)
         expected = x.float() @ coded.values(torch.float32).t() + bias.float()
-        plans = linear.plans if rows <= FEW_ROWS else linear.plans[:1]
+        plans = linear.plans(rows) if rows <= FEW_ROWS else [None]
         for plan in plans[:: 3 if INTERPRETED else 1]:
-            linear.plan = plan
+            linear.choose(FEW_ROWS, plan)
             self.error(linear, x, expected, tolerance_of(dtype))
+
+    def test_groups_are_tuned_by_rows(self, monkeypatch) -> None:
+        """For few rows and for more the plan that was fastest there; the library from where that was."""
+        config = EngineConfig(model_dir="none", kernels="cuda", device=DEVICE.type)
+        kernels = cuda.CudaKernels(config, DEVICE, LINEAR_DTYPE)
+        linear = FourBitLinear(
+            coded_weight("int4-zeros-128", 256, 256), None, LINEAR_DTYPE, Scratch(LINEAR_DTYPE, DEVICE), 1
+        )
+        fastest = {rows: linear.plans(rows)[-1] for rows in (8, 32)}
+        assert fastest[8] != fastest[32] != linear.plans(64)[0]
+        fastest[64] = fastest[128] = linear.plans(64)[0]
+
+        def time_all(linears: list, x: Activation, plan: object) -> float:
+            if plan is None:
+                return 1.0 if len(x.values) == 256 else 9.0
+            return 2.0 if plan == fastest.get(len(x.values)) else 3.0
+
+        monkeypatch.setattr(cuda, "time_all", time_all)
+        kernels.tune([SimpleNamespace(qkv=linear, out=linear, mlp=None)])
+        for rows, found in ((1, 8), (8, 8), (9, 32), (32, 32), (33, 64), (64, 64), (65, 128), (128, 128)):
+            assert linear.plan_of(rows) == fastest[found]
+        assert linear.plan_of(129) is None and linear.plan_of(5000) is None
+        assert "qkv of 256 " in kernels._tuning
 
     def test_int8(self, operands) -> None:
         x, weight, bias = operands
@@ -776,8 +812,11 @@ class TestEngine:
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
 
     def test_layers_with_windows_have_tables_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
-        """Blocks behind the window are given back, and others' by then; float32's plans read 32 keys at a time."""
-        monkeypatch.setattr(CudaKernels, "stride", 32)
+        """Blocks behind the window are given back: nobody reads what is there then."""
+        for size in (64, 128, 256):
+            plans = long_prefill_plans(torch.bfloat16, size)
+            assert all(CudaKernels.stride % plan.block == 0 for plan in plans)
+        monkeypatch.setattr(CudaKernels, "stride", 32)  # of float32's plans
         kinds = ["sliding_attention", "full_attention"]
         shape = {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
         folder = tiny_checkpoint(tmp_path / "gemma3", "gemma3", **shape)
@@ -786,9 +825,22 @@ class TestEngine:
         settings = {"kernels": "cuda", "device": DEVICE.type, "max_num_tokens": 32}
         engine = make_engine(folder, num_kv_blocks=36, **settings)
         assert engine.blocks.windows == (None, 8)
+        runner, launch, broken = engine.runner, engine.runner.launch, engine.blocks.allocate(2)
+        with torch.inference_mode():
+            runner.caches[0].values[broken[1]] = torch.nan
+
+        @torch.inference_mode()
+        def launch_over_broken_blocks(*step):
+            for sequence, slot in runner._slots.items():
+                for group, left in enumerate(sequence.num_left):
+                    runner.tables[slot, group, :left] = broken[1]
+            return launch(*step)
+
+        monkeypatch.setattr(runner, "launch", launch_over_broken_blocks)
         for _ in range(2):
             assert [output.token_ids for output in engine.generate(requests)] == expected
-            engine.audit()
+        engine.blocks.free(broken)
+        engine.audit()
         assert engine.stats.kv_blocks_reused > 0
         assert engine.stats.kv_blocks_free == engine.stats.kv_blocks_max
 

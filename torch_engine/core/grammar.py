@@ -14,6 +14,7 @@ grammars in the user's own words have what they say.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ MOST_DEPTH = 100
 """Brackets in brackets of a schema; the library's own parser ends at 128."""
 CACHED_GRAMMARS, CACHED_BYTES = 128, 2**22
 """Compiled grammars that are kept, and their texts' bytes together."""
+THREADS = 16
+"""For the grammars of a step, at most."""
 CHECKED_GUIDES = 64
 """Whose check is not repeated: applications ask for the same again and again."""
 LIMITS = llguidance.LLParserLimits(
@@ -462,9 +465,12 @@ class Grammar:
 
     def take(self, token: int) -> None:
         """The answer goes on with this token, which is no end."""
+        self._took(self._matcher.consume_token(token))
+
+    def _took(self, accepted: bool) -> None:
         self._left -= 1
         self._known = False
-        if not self._matcher.consume_token(token):
+        if not accepted:
             self._fail(self._matcher.get_error())
         elif self._matcher.is_stopped():
             self.finished = True
@@ -483,13 +489,18 @@ class Grammar:
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         _complete([self], row[None])
 
-    def _end(self, row: NDArray[Any], goes_on: bool) -> None:
-        """Says in a mask which ends are allowed; ``goes_on``: whether anything else is."""
+    def _end(self, row: NDArray[Any], accepting: bool, goes_on: bool) -> None:
+        """Says in a mask which ends are allowed.
+
+        Args:
+            accepting: the grammar may end here.
+            goes_on: anything but an end is allowed.
+        """
         if self._matcher.is_error():
             self._fail(self._matcher.get_error())
         if self.problem:
             row[:] = 0
-        elif self._matcher.is_accepting() and not (goes_on and self._left > 0):
+        elif accepting and not (goes_on and self._left > 0):
             for token in self._ends:
                 row[token // 32] |= np.uint32(1 << token % 32)
         elif not goes_on:
@@ -500,23 +511,43 @@ class Grammar:
         self.problem = self.problem or f"the grammar cannot go on: {reason}"
 
 
-def fill(grammars: list[Grammar], rows: NDArray[Any], executor: llguidance.LLExecutor) -> None:
-    """Several masks at once, on the executor's threads: ``rows`` contiguous uint32 [grammars, words].
+@cache
+def _executor() -> llguidance.LLExecutor:
+    """Threads for the grammars of a step."""
+    return llguidance.LLExecutor(min(THREADS, os.cpu_count() or 1))
+
+
+def take(taken: list[tuple[Grammar, int]]) -> None:
+    """Several answers go on with a token each, which is no end: :meth:`Grammar.take` of all, on several threads."""
+    accepted = _executor().consume_token_par([(grammar._matcher, token) for grammar, token in taken])
+    for (grammar, _), each in zip(taken, accepted, strict=True):
+        grammar._took(each)
+
+
+def fill(grammars: list[Grammar], rows: NDArray[Any]) -> None:
+    """Several masks at once, on several threads: ``rows`` contiguous uint32 [grammars, words].
 
     The grammars are of one vocabulary.
     """
     work = [(each._matcher, row) for row, each in enumerate(grammars) if not each.problem]
     if work:
-        executor.unsafe_compute_mask_ptr(work, rows.ctypes.data, rows.shape[1] * 4, len(rows))
+        _executor().unsafe_compute_mask_ptr(work, rows.ctypes.data, rows.shape[1] * 4, len(rows))
     _complete(grammars, rows)
 
 
 def _complete(grammars: list[Grammar], rows: NDArray[Any]) -> None:
-    """Says in masks [grammars, words] which ends are allowed, and that llguidance's own is not."""
-    vocab = grammars[0]._vocab
-    rows[:, vocab // 32] &= np.uint32((1 << vocab % 32) - 1)
-    for each, row in zip(grammars, rows, strict=True):
+    """Says in masks [grammars, words] which ends are allowed, and that llguidance's own is not.
+
+    It is where the grammar may end. Most masks are somewhere in the middle: nothing else has to be asked about them.
+    """
+    word, end = grammars[0]._vocab // 32, np.uint32(1 << grammars[0]._vocab % 32)
+    accepting = (rows[:, word] & end).astype(bool)
+    rows[:, word] &= end - np.uint32(1)
+    for row, each in enumerate(grammars):
         for token in each._spelled:
-            row[token // 32] &= ~np.uint32(1 << token % 32)
-    for each, row, highest in zip(grammars, rows, rows.max(axis=1).tolist(), strict=True):
-        each._end(row, highest > 0)
+            rows[row, token // 32] &= ~np.uint32(1 << token % 32)
+        if each.problem:
+            rows[row] = 0
+    goes_on = rows.view(np.bool_).any(axis=1)
+    for row in np.flatnonzero(accepting | ~goes_on).tolist():
+        grammars[row]._end(rows[row], bool(accepting[row]), bool(goes_on[row]))

@@ -27,6 +27,9 @@ class OutputAccumulator:
     text: TextStream
     cum_log_prob: float = 0.0
     num_emitted: int = 0
+    prompt_log_probs: list[float] = field(default_factory=list)
+    """Of its tokens but the first, and the most likely ones in their places; told with the first message."""
+    prompt_top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     _log_probs: list[float] = field(default_factory=list)
     _tops: list[list[tuple[int, float]]] = field(default_factory=list)
 
@@ -35,6 +38,12 @@ class OutputAccumulator:
         """``whole``: see :class:`TextStream`."""
         spelled = tokens if request.skip_special_tokens else tokens.with_special
         return cls(request, TextStream(spelled, request.stop, whole=whole))
+
+    def hear(self, log_probs: list[tuple[float, Several[tuple[int, float]]]]) -> None:
+        """More tokens of the prompt: their log-probabilities, and the likeliest ones in their places."""
+        self.prompt_log_probs += [log_prob for log_prob, _ in log_probs]
+        if self.request.top_log_probs:
+            self.prompt_top_log_probs += [list(top) for _, top in log_probs]
 
     def push(self, token_id: int, log_prob: float, top: Several[tuple[int, float]] = ()) -> Release:
         """One new token, and the likeliest ones in its place; returns what is final now."""
@@ -65,6 +74,8 @@ class OutputAccumulator:
         tops = release.told(self._tops, [])
         self._tops = self._tops[len(tops) :]
         self.num_emitted += len(release.token_ids)
+        prompt, self.prompt_log_probs = self.prompt_log_probs, []
+        prompt_tops, self.prompt_top_log_probs = self.prompt_top_log_probs, []
         return RequestOutput(
             token_ids=release.token_ids,
             text=release.text,
@@ -75,5 +86,7 @@ class OutputAccumulator:
             num_output_tokens=self.num_emitted,
             finish_reason=reason,
             metrics=metrics,
+            prompt_log_probs=prompt,
+            prompt_top_log_probs=prompt_tops,
             sequence_index=self.request.sequence_index,
         )

@@ -156,6 +156,9 @@ class GenerationRequest:
     return_log_probs: bool = False
     top_log_probs: int = 0
     """How many of the most likely tokens are told with each generated one."""
+    return_prompt_log_probs: bool = False
+    """Whether the prompt's tokens are told about as the generated ones are. All of them are computed then, whatever is
+    cached, in pieces of a limited size."""
     skip_special_tokens: bool = True
     """Whether special tokens have no text."""
     stream: bool = True
@@ -247,6 +250,11 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     metrics: PerfMetrics | None = None
+    prompt_log_probs: list[float] = field(default_factory=list)
+    """Log-probability of each token of the prompt but the first, which nothing comes before; only if asked for, and
+    with the first message."""
+    prompt_top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
+    """The most likely tokens in the places of those."""
     sequence_index: int = 0
     """The request's: which of several answers to a prompt this is about."""
     lane_outputs: Mapping[str, Any] = field(default_factory=dict)
@@ -265,6 +273,8 @@ class RequestOutput:
         self.finish_reason = later.finish_reason
         self.error = later.error
         self.metrics = later.metrics or self.metrics
+        self.prompt_log_probs += later.prompt_log_probs
+        self.prompt_top_log_probs += later.prompt_top_log_probs
         self.sequence_index = later.sequence_index
         self.lane_outputs = later.lane_outputs
 

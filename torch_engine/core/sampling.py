@@ -72,6 +72,93 @@ def rows_of(chunks: list[Chunk]) -> list[Row]:
     ]
 
 
+class Asked(NamedTuple):
+    """Tokens of a prompt whose log-probabilities its logits tell."""
+
+    targets: list[int]
+    num_top: int
+    """Most likely tokens to tell in each place."""
+
+
+def scored_rows(chunks: list[Chunk]) -> list[Asked]:
+    """Of each chunk that has some; before it counts as computed."""
+    made = []
+    for sequence, num_tokens, _, _, scored in chunks:
+        if scored:
+            end = min(sequence.num_computed + num_tokens, sequence.num_prompt - 1)
+            targets = sequence.tokens[end - scored + 1 : end + 1]
+            made.append(Asked(targets, sequence.request.top_log_probs))
+    return made
+
+
+def split_rows(chunks: list[Chunk]) -> tuple[list[int], list[int]]:
+    """Rows of a step's logits that choose tokens, and those that tell of the prompts'."""
+    choosing: list[int] = []
+    telling: list[int] = []
+    at = 0
+    for chunk in chunks:
+        telling += range(at, at + chunk.scored)
+        choosing += range(at + chunk.scored, at + chunk.num_rows)
+        at += chunk.num_rows
+    return choosing, telling
+
+
+class Scores(NamedTuple):
+    """How likely given tokens are, a row each."""
+
+    log_probs: torch.Tensor
+    """[rows] float32."""
+    top_ids: torch.Tensor
+    """[rows, most] int64: the most likely tokens there, of equals the lowest first."""
+    top_log_probs: torch.Tensor
+    """[rows, most] float32."""
+
+
+SLICE = 32
+"""Rows of logits that are normalised at a time: in float64 they are twice as large."""
+
+
+@torch.inference_mode()
+def score(
+    logits: torch.Tensor,
+    asked: list[Asked],
+    finished: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> Scores:
+    """Of ``logits`` [rows, vocab], on their device; likely tokens are as many as the one with most asks for.
+
+    ``finished`` makes float32 of a few rows, if they are not.
+    """
+    targets = torch.tensor([token for each in asked for token in each.targets], device=logits.device)
+    most = min(max(each.num_top for each in asked), logits.shape[1])
+    parts = [
+        _scored(finished(logits[at : at + SLICE]), targets[at : at + SLICE], most)
+        for at in range(0, len(targets), SLICE)
+    ]
+    return Scores(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _scored(logits: torch.Tensor, targets: torch.Tensor, most: int) -> Scores:
+    logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
+    sums = logits.double().logsumexp(-1, keepdim=True)
+    values, ids = logits.topk(most, -1)
+    # topk leaves the order of equals open.
+    ids, order = ids.sort(-1)
+    values, by_value = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, by_value)
+    chosen = logits.gather(1, targets[:, None])
+    return Scores((chosen - sums).float()[:, 0], ids, (values - sums).float())
+
+
+def told_scores(scores: Scores, asked: list[Asked]) -> list[Sampled]:
+    """What is told of the prompts' tokens."""
+    targets = [(token, each.num_top) for each in asked for token in each.targets]
+    log_probs, ids, values = (each.tolist() for each in scores)
+    return [
+        Sampled(token, log_prob, tuple(zip(top[:count], near[:count], strict=True)))
+        for (token, count), log_prob, top, near in zip(targets, log_probs, ids, values, strict=True)
+    ]
+
+
 @torch.inference_mode()
 def sample(logits: torch.Tensor, rows: list[Row], kernels: Sampler) -> list[Sampled]:
     """One token for each row of ``logits`` [rows, vocab] float32, which may be changed in place.

@@ -32,6 +32,9 @@ ROOM = 0.9
 """Share of the gap that a step is planned to fill: some take longer than expected."""
 MUCH = 4
 """A prompt leaves room for those that need so many times less."""
+MOST_SCORED = 256
+"""Tokens of a step's prompts whose log-probabilities are asked for, of all requests together: in float32 the logits of
+so many are 131 MB for 128,256 words."""
 SEEN = 8
 """Waiting requests for which a prompt leaves something, at most: there may be thousands."""
 
@@ -45,6 +48,15 @@ class Chunk(NamedTuple):
     """Nothing remains after this chunk: its last logits choose the next token."""
     guesses: tuple[int, ...] = ()
     """Of the tokens the last ones are only guessed; each is followed by logits that choose what comes after it."""
+    scored: int = 0
+    """Of the tokens so many, before the one that chooses, are followed by logits that tell how likely the next one of
+    the prompt was."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> Chunk:
+        return cls(
+            sequence, num_tokens, num_tokens == sequence.num_remaining, (), sequence.num_unscored(num_tokens)
+        )
 
     @property
     def inputs(self) -> list[int]:
@@ -62,12 +74,18 @@ class Chunk(NamedTuple):
         """Tokens that its logits choose."""
         return 1 + len(self.guesses) if self.samples else 0
 
+    @property
+    def num_rows(self) -> int:
+        """Its last tokens that are followed by logits: first those of the prompt's, then those that choose."""
+        return self.scored + self.num_sampled
+
 
 class Budget:
     """What is left of a step: tokens, and where ``seconds`` are given, time."""
 
     def __init__(self, tokens: int, times: StepTimes | None = None, seconds: float = 0.0) -> None:
         self.tokens = tokens
+        self.scores = MOST_SCORED
         self._times, self._seconds = times, seconds
         self._work, self.prompts = NOTHING, 0
 
@@ -79,10 +97,15 @@ class Budget:
 
     def _change(self, chunk: Chunk, sign: int) -> None:
         self.tokens -= sign * chunk.num_tokens
+        self.scores -= sign * chunk.scored
         self.prompts += sign * (chunk.num_tokens > 1)
         if self._times is not None:
             work = chunk.work
             self._work = Work(self._work.tokens + sign * work.tokens, self._work.pairs + sign * work.pairs)
+
+    def limited(self, sequence: Sequence, count: int) -> int:
+        """So many tokens of the sequence's next ``count`` whose logits the step has room for."""
+        return min(count, self.scores) if sequence.num_unscored(count) else count
 
     def most(self, begin: int) -> int:
         """Tokens that a prompt may have of which ``begin`` are computed. Nobody waits in a step without decodes."""
@@ -132,7 +155,7 @@ class Scheduler:
             needs += [len(sequence.tokens) for sequence in islice(self.waiting, SEEN)]
         for number, (sequence, _) in enumerate(prompts):
             count = self._fair(sequence.num_computed, needs[number:], budget)
-            self._extend(sequence, count, chunks, budget)
+            self._extend(sequence, budget.limited(sequence, count), chunks, budget)
         self._admit_all(needs[len(prompts) :], chunks, budget)
         self._give_rest(chunks, budget)
         if self.speculation is not None and all(
@@ -196,16 +219,22 @@ class Scheduler:
         if not count or not sequence.block_tables:
             return  # nothing is left; or it was preempted just now
         if self._make_room(sequence, count, chunks, budget):
-            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
+            chunks[sequence] = Chunk.of(sequence, count)
             budget.take(chunks[sequence])
 
     def _admit_all(self, needs: list[int], chunks: dict[Sequence, Chunk], budget: Budget) -> None:
         """Starts waiting sequences, the first ones of which need so many tokens, as far as they fit."""
         promised = None
+        aside: list[Sequence] = []
+        """Prompts whose logits there is no room for: others do not wait for them."""
         while self.waiting and budget.tokens > 0 and len(self.running) < self.config.max_batch_size:
             if promised is None:
                 promised = self._promised()
             sequence = self.waiting[0]
+            if budget.scores == 0 and sequence.num_unscored(len(sequence.tokens)):
+                aside.append(self.waiting.popleft())
+                needs = needs[1:]
+                continue
             count = self._admit(sequence, needs[1:], budget, promised)
             if count == 0:
                 break
@@ -215,8 +244,9 @@ class Scheduler:
             sequence.first_scheduled_ns = sequence.first_scheduled_ns or time.monotonic_ns()
             if self.config.batch_scheduler_policy == "guaranteed_no_evict":
                 promised += self._outstanding(sequence)
-            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
+            chunks[sequence] = Chunk.of(sequence, count)
             budget.take(chunks[sequence])
+        self.waiting.extendleft(reversed(aside))
 
     def _give_rest(self, chunks: dict[Sequence, Chunk], budget: Budget) -> None:
         """What prompts have left for others that could not start goes to them after all, as far as there are blocks."""
@@ -226,13 +256,14 @@ class Scheduler:
             if chunk.samples:
                 continue
             budget.give_back(chunk)
-            count = max(chunk.num_tokens, min(sequence.num_remaining, budget.most(sequence.num_computed)))
+            most = budget.limited(sequence, min(sequence.num_remaining, budget.most(sequence.num_computed)))
+            count = max(chunk.num_tokens, most)
             missing = sequence.missing(self.blocks, count)
             if missing * self.blocks.num_groups > self.blocks.num_free:
                 count = chunk.num_tokens
             elif missing > 0:
                 sequence.grow(self.blocks, missing)
-            chunks[sequence] = Chunk(sequence, count, count == sequence.num_remaining)
+            chunks[sequence] = Chunk.of(sequence, count)
             budget.take(chunks[sequence])
 
     def _make_room(
@@ -270,14 +301,17 @@ class Scheduler:
         """Starts a waiting sequence if it fits; returns the tokens of its first chunk, 0 if it has to wait."""
         if sequence.num_pending:
             return 0  # preempted with a token in flight: its tokens are not all known
-        known = self.blocks.match(sequence.tokens)
-        if not known.num_tokens:
+        scores = sequence.num_unscored(len(sequence.tokens)) > 0
+        known = self.blocks.match([] if scores else sequence.tokens)  # what nobody computes has no logits
+        if not known.num_tokens and not scores:
             known = sequence.computed_by_sibling(self.blocks)
         computed = known.num_tokens
         remaining = len(sequence.tokens) - computed
         count = self._fair(computed, [remaining, *others], budget)
         count = max(count, min(LEAST, remaining, budget.most(computed)))  # or nobody behind it could start
-        if not self.config.enable_chunked_context:
+        if scores:
+            count = budget.limited(sequence, count)
+        elif not self.config.enable_chunked_context:
             count = remaining if remaining <= budget.tokens else 0
         if count == 0:
             return 0

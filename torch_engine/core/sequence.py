@@ -59,6 +59,8 @@ class Sequence:
     reused_blocks: int = 0
     num_cached: int = 0
     """Tokens of the prompt that did not have to be computed when it began."""
+    num_scored: int = 0
+    """Tokens of the prompt whose logits have told, or will when their step is fetched, how likely the next one was."""
     num_guessed: int = 0
     num_accepted: int = 0
     """Of the guessed tokens."""
@@ -139,6 +141,14 @@ class Sequence:
             return 0
         return length - self.num_computed
 
+    def num_unscored(self, num_tokens: int) -> int:
+        """How many of the next ``num_tokens`` tokens tell how likely the one behind them was, and have to: those of a
+        prompt whose log-probabilities are asked for, but for its last, which no token of the prompt follows."""
+        if not self.request.return_prompt_log_probs:
+            return 0
+        end = min(self.num_computed + num_tokens, self.num_prompt - 1)
+        return max(0, end - max(self.num_computed, self.num_scored))
+
     @property
     def max_length(self) -> int:
         """Most tokens whose keys and values this request can ever need; the last token needs none."""
@@ -147,15 +157,16 @@ class Sequence:
     def append(
         self, token_id: int, log_prob: float, now_ns: int, top: tuple[tuple[int, float], ...] = ()
     ) -> RequestOutput | None:
-        """Takes the sampled token and the likeliest ones there; returns what can be told about it, if anything."""
+        """Takes the sampled token and the likeliest ones there; returns what can be told about it, if anything.
+
+        Its grammar, if there is one, has the token already.
+        """
         if not self.first_token_ns:
             self.first_token_ns = now_ns
         self.last_token_ns = now_ns
         if token_id in self.end_ids:
             return self._finish(FinishReason.END_ID)
         self.tokens.append(token_id)
-        if self.grammar is not None:
-            self.grammar.take(token_id)
         release = self.output.push(token_id, log_prob, top)
         if release.stopped:
             self.finish_reason = FinishReason.STOP

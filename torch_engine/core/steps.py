@@ -88,12 +88,11 @@ class StepBuilder(ABC, Generic[StepT_co]):
         columns: list[int] = []
         decodes = sampled = 0
         for chunk in chunks:
-            sequence, count, samples, guesses = chunk
+            sequence, count, wanted = chunk.sequence, chunk.num_tokens, chunk.num_rows
             begin = sequence.num_computed
             known = self._known.get(sequence)
             if known is None or known[1] is not sequence.block_tables or known[2] != len(known[1][0]):
                 known = self._update(sequence)
-            wanted = 1 + len(guesses) if samples else 0
             columns += (known[0], begin, count, wanted)
             sampled += wanted
             if count == 1:

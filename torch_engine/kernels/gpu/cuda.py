@@ -19,10 +19,11 @@ from triton.runtime.errors import OutOfResources
 from flightline.torch_engine.core.config import FP8_CAPABILITY, ConfigError, EngineConfig
 from flightline.torch_engine.core.shared_prefixes import Group
 from flightline.torch_engine.core.steps import SequenceSteps
-from flightline.torch_engine.kernels.gpu import attention, norm, tokens
+from flightline.torch_engine.kernels.gpu import attention, four_bits, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
 from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
+from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import (
     FETCHES,
     GatheredPlan,
@@ -30,6 +31,8 @@ from flightline.torch_engine.kernels.gpu.gathered import (
     gathered_plans,
 )
 from flightline.torch_engine.kernels.gpu.grouped import (
+    ROWS_AT_ONCE,
+    CodedLinear,
     GroupedCodes,
     GroupedLinear,
     GroupedPlan,
@@ -69,11 +72,15 @@ from flightline.torch_engine.model.mixture import MixtureSpec
 from flightline.torch_engine.model.spec import ModelSpec
 from flightline.torch_engine.model.weights import Checkpoint
 
+MOST_APART = 0.02
+"""A way to compute attention whose results differ by more from the usual one's is not used: rounding explains less."""
+FEWEST = 8
+"""Rows at which products for few rows are timed."""
+TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256)
+"""And those of weights in groups, whose kernels are others for more rows."""
 EXCHANGED_ROWS = (1, 4, 16, 32, MOST_ROWS)
 """Of sums that are timed in one kernel with the norm, and apart."""
 EXCHANGES = 32
-MOST_APART = 0.02
-"""A way to compute attention whose results differ by more from the usual one's is not used: rounding explains less."""
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
 
 
@@ -105,12 +112,12 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self._tuning = ""
         self.long_prefill: PrefillPlan | None = None
         """How long prompts are cut up, where that was timed; None: as all are."""
-        self.exchange: Exchange | None = None
-        """Sums of few rows over the ranks, where that was seen to work and to be faster than sum and norm apart."""
         self.gathered: GatheredPlan | None = None
         """How they are computed over gathered keys, where that was faster; None: never."""
         self.prefix: PrefixPlan | None = None
         """How keys that several decodes share are computed, where that was timed; None: by each for itself."""
+        self.exchange: Exchange | None = None
+        """Sums of few rows over the ranks, where that was seen to work and to be faster than sum and norm apart."""
         self.tuned: dict[str, dict[str, float]] = {}
         """Microseconds of each candidate for the linears of a layer; ``None`` is the library."""
 
@@ -222,11 +229,16 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             self._count(f"FP8 W8A8 by {'output' if coded.input_scale is not None else 'output and row'}")
             scales = coded.scales[:, 0].float().contiguous()
             return Fp8RowLinear(coded.codes, scales, coded.input_scale, bias, self.dtype)
-        if tile_of(coded) is not None and not (fp8 and coded.scales.shape[1] == 1):
-            self._count(f"{kind} in groups of {coded.group}")
-            return GroupedLinear(coded, bias, self.dtype, self.scratch, self.multiprocessors)
-        self._count(f"{kind} dequantised (shape is no multiple of 16)")
-        return None
+        make: type[FourBitLinear | GroupedLinear] | None = None
+        if four_bits.tile_of(coded) is not None:
+            make = FourBitLinear
+        elif tile_of(coded) is not None and not (fp8 and coded.scales.shape[1] == 1):
+            make = GroupedLinear
+        if make is None:
+            self._count(f"{kind} dequantised (shape is no multiple of 16)")
+            return None
+        self._count(f"{kind} in groups of {coded.group}")
+        return make(coded, bias, self.dtype, self.scratch, self.multiprocessors)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaLinear:
         """The output head, or a linear whose weights are not FP8 codes."""
@@ -411,7 +423,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             def apart(x: torch.Tensor = x, share: torch.Tensor = share) -> None:
                 self.add_norm(x, self.summed(share), None, ones, 1e-5, reader)
 
-            seen = [_microseconds(run, EXCHANGES) for run in (together, apart)]
+            seen = [_each_us(run) for run in (together, apart)]
             # All ranks decide by the same figures.
             took = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device)).tolist()
             ours, theirs = (each / self.group.size for each in took)
@@ -426,8 +438,9 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def tune(self, layers: list[Layer[CudaLinear]]) -> None:
         """Chooses for each FP8 linear between the library and our product for few rows, by timing both.
 
-        Weights in groups have only our product, of which the fastest plan is chosen. Each candidate runs through all
-        layers in a graph, so that weights come from memory and not from a cache.
+        For weights in groups the fastest plan of our product is chosen, for few rows and for more, and then from how
+        many rows on the library is faster, which reads the weight written out. Each candidate runs through all layers
+        in a graph, so that weights come from memory and not from a cache.
         """
         chosen = []
         dense = [layer.mlp for layer in layers if isinstance(layer.mlp, GatedMlp)]
@@ -438,42 +451,46 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             "down": [mlp.down for mlp in dense],
         }
         for kind, linears in kinds.items():
-            times = self._timed(linears) if linears else {}
-            if not times:
+            if not linears or any(type(linear) is not type(linears[0]) for linear in linears):
                 continue
-            best = min(times, key=lambda plan: times[plan])
-            if None in times:
-                ours = [plan for plan in times if plan is not None]
-                best = min(ours, key=lambda plan: times[plan], default=None)
-                # Our partial sums cost their reader a little, but ours starts while the kernel before it ends: where
-                # that is possible a close race goes to it, otherwise to the library.
-                if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
-                    best = None
-            for linear in linears:
-                linear.plan = best
-            first, each = next(iter(times.values())), len(linears)
-            chosen.append(f"{kind} {first / each:.1f} -> {times[best] / each:.1f} us")
-            self.tuned[kind] = {str(plan): round(time / each, 2) for plan, time in times.items()}
+            for rows in _tuned_rows(linears[0]):
+                times = self._timed(linears, rows)
+                if not times:
+                    continue
+                best = min(times, key=lambda plan: times[plan])
+                if None in times:
+                    ours = [plan for plan in times if plan is not None]
+                    best = min(ours, key=lambda plan: times[plan], default=None)
+                    # Our partial sums cost their reader a little, but ours starts while the kernel before it ends:
+                    # where that is possible a close race goes to it, otherwise to the library.
+                    if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
+                        best = None
+                for linear in linears:
+                    _take(linear, rows, best)
+                first, each = next(iter(times.values())), len(linears)
+                name = kind if rows == FEWEST else f"{kind} of {rows}"
+                chosen.append(f"{name} {first / each:.1f} -> {times[best] / each:.1f} us")
+                self.tuned[name] = {str(plan): round(time / each, 2) for plan, time in times.items()}
         if chosen:
             self._tuning += f"; few rows: {', '.join(chosen)}"
 
-    def _timed(self, linears: list[Any]) -> dict[SkinnyPlan | GroupedPlan | None, float]:
+    def _timed(self, linears: list[Any], rows: int) -> dict[SkinnyPlan | GroupedPlan | None, float]:
         """Microseconds of each candidate, what is taken without tuning first; empty if there is no choice."""
         one = linears[0]
-        if any(type(linear) is not type(one) for linear in linears):
-            return {}
-        ones = torch.ones(8, 1, device=self.device)
-        if isinstance(one, GroupedLinear):
-            x = Activation(ones.expand(8, one.inputs).to(self.dtype))
-            plans: list[SkinnyPlan | GroupedPlan | None] = [*one.plans]
+        ones = torch.ones(rows, 1, device=self.device)
+        plans: list[SkinnyPlan | GroupedPlan | None]
+        if isinstance(one, CodedLinear):
+            x = Activation(ones.expand(rows, one.inputs).to(self.dtype).contiguous())
+            # What is best of the most rows at once is best of several times as many.
+            plans = [*one.plans(rows)] if rows <= ROWS_AT_ONCE else [one.plan_of(ROWS_AT_ONCE), None]
         elif isinstance(one, Fp8Linear | Fp8RowLinear) and all(linear.bias is None for linear in linears):
             outputs, inputs = one.weight.shape
             scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None
-            x = Activation(ones.expand(8, inputs).to(torch.float8_e4m3fn), scales)
+            x = Activation(ones.expand(rows, inputs).to(torch.float8_e4m3fn), scales)
             plans = [None, *skinny_plans(outputs, inputs, self.multiprocessors)]
         else:
             return {}
-        return {plan: _time_all(linears, x, plan) for plan in plans}
+        return {plan: time_all(linears, x, plan) for plan in plans}
 
     def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
         """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
@@ -487,12 +504,14 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             return
         tokens = min(context, 2048)
         with random_content(cache, -(-context // block_size)):
-            times = {
-                plan: prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
-                for plan in attention.long_prefill_plans(self.dtype, spec.head_dim)
-            }
+            plans = attention.long_prefill_plans(self.dtype, spec.head_dim)
+            seen = [prefill_seconds(plan, spec, cache, context, tokens, self.dtype) for plan in plans]
+            # All ranks decide by the same figures: rank 0 cuts up the prompts for all of them.
+            total = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device))
+            times = dict(zip(plans, (total / self.group.size).tolist(), strict=True))
             usual, *_ = times
-            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual)
+            alone = self.group.size == 1  # each rank would time its own, and all have to take the same
+            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual) if alone else []
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
             self.long_prefill = best
@@ -582,10 +601,23 @@ def _codes_in_words(coded: Coded) -> str:
     return "FP4 W4A16" if coded.e2m1 else f"W{coded.bits}A16"
 
 
-def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:
+def _tuned_rows(linear: CudaLinear) -> tuple[int, ...]:
+    """Numbers of rows, ascending, up to each of which a plan is chosen."""
+    return TUNED_ROWS if isinstance(linear, CodedLinear) else (FEWEST,)
+
+
+def _take(linear: Any, rows: int, plan: SkinnyPlan | GroupedPlan | None) -> None:
+    if isinstance(linear, CodedLinear):
+        assert not isinstance(plan, SkinnyPlan)
+        linear.choose(rows, plan)
+    else:
+        linear.plan = plan
+
+
+def time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:
     """Microseconds to run ``x`` through all of them; infinite if the plan does not fit this device."""
     for linear in linears:
-        linear.plan = plan
+        _take(linear, len(x.values), plan)
 
     def run() -> None:
         for linear in linears:
@@ -598,12 +630,12 @@ def _time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan 
         return float("inf")
 
 
-def _microseconds(run: Callable[[], Any], times: int) -> float:
-    """Of one call of so many in a graph; the first compiles."""
+def _each_us(run: Callable[[], object]) -> float:
+    """Microseconds of one of many in a graph; it is run once before, to be compiled."""
+    run()
 
-    def again() -> None:
-        for _ in range(times):
+    def many() -> None:
+        for _ in range(EXCHANGES):
             run()
 
-    run()
-    return graph_seconds(again) * 1e6 / times
+    return graph_seconds(many) * 1e6 / EXCHANGES

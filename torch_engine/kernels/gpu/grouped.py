@@ -8,6 +8,8 @@ Shapes: T rows, K inputs, N outputs, G groups of inputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -22,8 +24,8 @@ from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_k
 from flightline.torch_engine.model.coded import Coded
 
 FEW_ROWS = 128
-"""Most rows of :func:`grouped_product`; more are served by the library. An estimate by bytes, not measured yet: up to
-here the codes are read at most twice, half a byte each, and writing a weight out and reading it again is 4.5 bytes."""
+"""Most rows of our own products where nothing was timed. An estimate by bytes: up to here the codes are read at most
+twice, half a byte each, and writing a weight out and reading it again is 4.5 bytes."""
 ROWS_AT_ONCE = 64
 WIDEST = 128
 """Most inputs of a tile."""
@@ -69,18 +71,28 @@ class GroupedPlan:
     stages: int
 
 
-def grouped_plans(outputs: int, tiles: int, multiprocessors: int) -> list[GroupedPlan]:
-    """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess."""
+def plans_of(
+    shapes: Iterable[tuple[int, int, int]],
+    outputs: int,
+    tiles: int,
+    multiprocessors: int,
+    waves: tuple[int, ...],
+) -> list[GroupedPlan]:
+    """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess.
+
+    ``shapes`` are outputs of a program, warps and stages; few outputs are only for weights that more do not fit. Each
+    shape comes with so many splits that every multiprocessor has ``waves`` programs.
+    """
     plans: list[GroupedPlan] = []
-    for block_n, warps, stages in ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4)):
+    for block_n, warps, stages in shapes:
         if outputs % block_n or (block_n < 64 and plans):
             continue
-        for waves in (2, 4):
+        for each in waves:
             splits = 1
             while (
                 splits < 8
                 and tiles % (2 * splits) == 0
-                and outputs // block_n * splits < waves * multiprocessors
+                and outputs // block_n * splits < each * multiprocessors
             ):
                 splits *= 2
             plan = GroupedPlan(block_n, splits, warps, stages)
@@ -319,12 +331,72 @@ class GroupedCodes:
         )
 
 
-class GroupedLinear:
+class CodedLinear(ABC):
     """Codes with a scale for each output and group of inputs; activations in the compute dtype."""
 
     form = Form.PLAIN
     input_scale: torch.Tensor | None = None
     column_scales: torch.Tensor | None = None
+    least_rows = 16
+    """What fewer rows are filled up to."""
+
+    def __init__(
+        self,
+        coded: Coded,
+        tile: int,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        scratch: Scratch,
+        multiprocessors: int,
+    ) -> None:
+        self.outputs, self.inputs = coded.codes.shape
+        self.group, self.tile, self.bias, self.dtype = coded.group, tile, bias, dtype
+        self.order = coded.order
+        self.multiprocessors = multiprocessors
+        self.chosen: dict[int, GroupedPlan | None] = {FEW_ROWS: self.plans(FEW_ROWS)[0]}
+        """The plan up to so many rows, ascending; None and beyond the last: the library."""
+        self._scratch = scratch
+        scratch.reserve(self.outputs * self.inputs)
+
+    def choose(self, rows: int, plan: GroupedPlan | None) -> None:
+        """Takes ``plan`` for up to so many rows, but where one was chosen for fewer; the library for more."""
+        self.chosen = {most: kept for most, kept in self.chosen.items() if most < rows} | {rows: plan}
+
+    def plan_of(self, rows: int) -> GroupedPlan | None:
+        return next((plan for most, plan in self.chosen.items() if rows <= most), None)
+
+    def __call__(self, x: Activation) -> torch.Tensor:
+        values = x.values if self.order is None else x.values.index_select(1, self.order)
+        rows = len(values)
+        plan = self.plan_of(rows)
+        if plan is None:
+            return F.linear(values, self.weight(), self.bias)
+        at_once = min(ROWS_AT_ONCE, max(self.least_rows, triton.next_power_of_2(rows)))
+        out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
+        self.product(values, out, plan, at_once)
+        return out
+
+    def weight(self) -> torch.Tensor:
+        """[N, K], written out into the scratch memory."""
+        out = self._scratch.take(self.outputs, self.inputs)
+        self.write_out(out, min(64, self.outputs & -self.outputs))
+        return out
+
+    @abstractmethod
+    def plans(self, rows: int) -> list[GroupedPlan]:
+        """Worth timing for so many rows."""
+
+    @abstractmethod
+    def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
+        """Partial sums into ``out`` [S, T, N], in a fixed order; a program has ``at_once`` rows."""
+
+    @abstractmethod
+    def write_out(self, out: torch.Tensor, block_n: int) -> None:
+        """The weight into ``out`` [N, K]; a program has ``block_n`` outputs."""
+
+
+class GroupedLinear(CodedLinear):
+    """Codes of every kind; ``four_bits.FourBitLinear`` is for most of those of 4 bits."""
 
     def __init__(
         self,
@@ -335,46 +407,29 @@ class GroupedLinear:
         multiprocessors: int,
     ) -> None:
         """``coded`` must have a :func:`tile_of`."""
-        self.outputs, self.inputs = coded.codes.shape
         own = GroupedCodes.of(coded)
-        self.group, self.tile, self.kind, self.offset_kind = own.group, own.tile, own.kind, own.offset_kind
+        super().__init__(coded, own.tile, bias, dtype, scratch, multiprocessors)
+        self.kind, self.offset_kind = own.kind, own.offset_kind
         self.codes, self.scales, self.offsets = own.codes, own.scales, own.offsets
-        self.order, self.bias, self.dtype = coded.order, bias, dtype
-        self.plans = grouped_plans(self.outputs, self.inputs // self.tile, multiprocessors)
-        self.plan = self.plans[0]
-        """For few rows: :meth:`CudaKernels.tune` replaces it by the fastest."""
-        self._scratch = scratch
-        scratch.reserve(self.outputs * self.inputs)
 
-    def __call__(self, x: Activation) -> torch.Tensor:
-        values = x.values if self.order is None else x.values.index_select(1, self.order)
-        if values.shape[0] <= FEW_ROWS:
-            return self._few(values)
-        return F.linear(values, self.weight(), self.bias)
+    def plans(self, rows: int) -> list[GroupedPlan]:
+        shapes = ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4))
+        return plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (2, 4))
 
-    def _few(self, x: torch.Tensor) -> torch.Tensor:
-        """Partial sums [S, T, N] float32, in a fixed order."""
-        rows, plan = x.shape[0], self.plan
-        at_once = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(rows)))
-        out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=x.device)
-        _product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(rows, at_once))](
-            x, self.codes, self.scales, self.offsets, out if self.bias is None else self.bias, out, rows,
+    def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
+        _product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(len(x), at_once))](
+            x, self.codes, self.scales, self.offsets, out if self.bias is None else self.bias, out, len(x),
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind),
             self.bias is not None, at_once, plan.block_n, plan.splits,
             num_warps=plan.warps, num_stages=plan.stages, **LAUNCH,
         )  # fmt: skip
-        return out
 
-    def weight(self) -> torch.Tensor:
-        """[N, K], written out into the scratch memory."""
-        out = self._scratch.take(self.outputs, self.inputs)
-        block_n = min(64, self.outputs & -self.outputs)
+    def write_out(self, out: torch.Tensor, block_n: int) -> None:
         _write_out_kernel[(self.inputs // self.tile, self.outputs // block_n)](
             self.codes, self.scales, self.offsets, out,
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind), block_n,
             num_warps=4, **LAUNCH,
         )  # fmt: skip
-        return out
 
 
 def _tiled(codes: torch.Tensor, tile: int, kind: Kind) -> torch.Tensor:

@@ -14,8 +14,8 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, emit, new_output, warps_of
-from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel
+from flightline.torch_engine.kernels.gpu.grouped import CodedLinear
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel, prefetch
 
 E4M3_MAX = 448.0
 INT8_MIN_ROWS = 32
@@ -63,17 +63,6 @@ def skinny_plans(outputs: int, inputs: int, multiprocessors: int) -> list[Skinny
     return plans
 
 
-@triton.jit
-def _prefetch(rows, BYTES: tl.constexpr):
-    """Brings the first bytes of each row [N, 1] (pointers to single bytes) into the L2."""
-    if _OVERLAPS and BYTES >= 128:
-        lines = rows + tl.arange(0, BYTES // 128)[None, :] * 128
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _skinny_kernel(
     x, weight, x_scale, weight_scale, out, rows,
@@ -87,7 +76,7 @@ def _skinny_kernel(
     m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     EACH: tl.constexpr = K // SPLITS
     weights = weight + n.to(tl.int64)[:, None] * K + split * EACH + k[None, :]
-    _prefetch(weight + n.to(tl.int64)[:, None] * K + split * EACH, PREFETCH)
+    prefetch(weight + n.to(tl.int64)[:, None] * K + split * EACH, PREFETCH)
     if _OVERLAPS:
         cuda.gdc_wait()
     inputs = x + m[:, None] * K + split * EACH + k[None, :]
@@ -341,7 +330,7 @@ class Fp8Head:
         return logits.mul_(x.scales[:, None])
 
 
-CudaLinear = PlainLinear | Fp8Linear | Fp8RowLinear | GroupedLinear | Int8Linear | Fp8Head
+CudaLinear = PlainLinear | Fp8Linear | Fp8RowLinear | CodedLinear | Int8Linear | Fp8Head
 
 
 def _scaled_mm(x, weight, x_scale, weight_scale, bias, dtype) -> torch.Tensor:

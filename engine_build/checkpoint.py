@@ -199,6 +199,6 @@ def _inspect(name: str, folder: Path, hashes: FileHashes, cached: bool) -> Check
         fp8=spec.fp8,
         int4=spec.int4,
         stored=spec.stored,
-        windows=tuple(layer.window for layer in spec.layers),
+        windows=spec.windows,
     )
     return Checkpoint(name, folder, shape, digest(hashes.of_all([*inputs, *files])), cached)

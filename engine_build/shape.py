@@ -127,6 +127,6 @@ def of_spec(spec: ModelSpec) -> ModelShape:
         fp8=spec.fp8,
         int4=spec.int4,
         stored=spec.stored,
-        windows=tuple(layer.window for layer in spec.layers),
+        windows=spec.windows,
         splits=tuple(number for number in range(2, MOST_GPUS + 1) if not refusal(spec, number)),
     )

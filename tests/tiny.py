@@ -229,7 +229,8 @@ def tiny_checkpoint(
                 # Wide enough that the logits differ and activations matter, narrow enough to stay finite.
                 if key.endswith("sinks"):
                     weight.copy_(torch.randn_like(weight))
-                elif key.endswith("experts.gate_up_proj"):  # so much that some values are clamped
+                elif family == "gpt_oss" and key.endswith("experts.gate_up_proj"):
+                    # So wide that some values are clamped.
                     weight.copy_(torch.randn_like(weight) * 4 / weight.shape[1] ** 0.5)
                 elif weight.dim() == 1:
                     weight.add_(torch.randn_like(weight) * 0.1)

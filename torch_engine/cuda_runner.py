@@ -754,7 +754,7 @@ class CudaRunner:
         shape = self._shape(total, len(tiles), len(sampled), singles)
         if shape is not None:  # its decodes are tiles of one token
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
-        long = shape is None and max(each[1] + each[2] for each in prompts) >= LONG
+        long = shape is None and max((each[1] + each[2] for each in prompts), default=0) >= LONG
         spans = self._spans(prompts) if long else []
         tile = self.gathered_tile if spans else self.long_tile
         if long and tile:

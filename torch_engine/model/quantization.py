@@ -70,6 +70,11 @@ class Quantization:
         return BLOCK if self.blocks else self.group
 
     @property
+    def experts_alone(self) -> bool:
+        """Attention is stored as it is."""
+        return self.packing == "mxfp4"
+
+    @property
     def floats(self) -> bool:
         """Codes of 4 bits are floating-point numbers."""
         return self.packing in ("nvfp4", "modelopt-nvfp4")

@@ -180,8 +180,10 @@ def _misfit(spec: ModelSpec, size: int) -> str:
     if any(inner % size for inner in experts):
         return f"{size} does not divide the inner size of its experts"
     group = 0 if spec.quantization is None else spec.quantization.inputs_of_a_scale
-    inner = {spec.intermediate_size} if len(mixtures) < spec.num_layers else set()
-    if group and any(inputs // size % group for inputs in {spec.num_heads * spec.head_dim} | experts | inner):
+    cut = experts | ({spec.intermediate_size} if len(mixtures) < spec.num_layers else set())
+    if spec.quantization is not None and not spec.quantization.experts_alone:
+        cut |= {spec.num_heads * spec.head_dim}
+    if group and any(inputs // size % group for inputs in cut):
         return f"inputs of one scale ({group} of {spec.stored}) would lie on two GPUs"
     begin, end, _ = Shard(size - 1, size).vocabulary(spec.vocab_size)
     if begin == end:

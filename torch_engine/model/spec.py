@@ -121,5 +121,11 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer; empty if none has one."""
+        found = tuple(layer.window for layer in self.layers)
+        return found if any(found) else ()
+
+    @property
     def num_groups(self) -> int:
         return self.num_heads // self.num_kv_heads

@@ -206,9 +206,8 @@ class Server:
         """Waits until no request is running, for up to ``drain_s``."""
         if self._gate is None:
             return
-        for (
-            process
-        ) in self._gateways:  # before the models refuse, whose refusals leave a client's connection open
+        # Before the models refuse, whose refusals leave a client's connection open.
+        for process in self._gateways:
             if process.child is not None:
                 process.child.signal(gateway.REFUSE)
         self._gate.close()

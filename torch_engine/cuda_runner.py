@@ -316,6 +316,10 @@ class CudaRunner:
         self._computed: Computed
         """The last step's forward pass."""
         self._unfinished: Callable[[], None] | None = None
+        self._guided: dict[int, Sequence] = {}
+        """By slot: those of the launched step that have grammars."""
+        self._masks: tuple[list[int], Callable[[], None]] | None = None
+        """Slots whose masks are being written, and what waits for them."""
         """What of the launched step is not queued."""
         if config.cuda_graphs and on_gpu:
             kernels.link(model.layers[0], spec.hidden_size, config)
@@ -510,7 +514,7 @@ class CudaRunner:
             if not plain:
                 self.sampling.flush()
                 self._fork()
-                self._mask(guided)
+                self._mask()
                 choose()
             staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
             if asks:
@@ -521,7 +525,7 @@ class CudaRunner:
             if staging.event is not None:
                 staging.event.record()
 
-        self._unfinished = finish
+        self._unfinished, self._guided = finish, guided
         if not guided:
             self.finish()
 
@@ -608,16 +612,26 @@ class CudaRunner:
             each.copy_(there, non_blocking=True)
         return Scores(*here)
 
-    def _mask(self, guided: dict[int, Sequence]) -> None:
-        """Queues what the grammars of slots' sequences allow now; of those that have just ended nobody looks at it."""
+    def prepare(self) -> None:
+        """Begins to write down what the launched step's grammars allow: they know all tokens before it."""
         grammars = {
             slot: sequence.grammar
-            for slot, sequence in guided.items()
+            for slot, sequence in self._guided.items()
             if sequence.grammar is not None and sequence.finish_reason is None
         }
         if grammars:
-            fill(list(grammars.values()), self.sampling.new_masks(len(grammars)))
-            self.sampling.allow(list(grammars))
+            rows = self.sampling.new_masks(len(grammars))
+            self._masks = list(grammars), fill(list(grammars.values()), rows)
+        self._guided = {}
+
+    def _mask(self) -> None:
+        """Queues what grammars allow now; of sequences that have just ended nobody looks at it."""
+        self.prepare()  # if nothing was in flight before
+        masks, self._masks = self._masks, None
+        if masks is not None:
+            slots, wait = masks
+            wait()
+            self.sampling.allow(slots)
 
     def _order_decodes(self, chunks: list[Chunk]) -> Order:
         """The step of single tokens and guesses."""

@@ -334,6 +334,7 @@ class Engine:
         try:
             sampled = flight.ticket()
             self._follow(flight.chunks, sampled)
+            self.runner.prepare()
         except RankLost:
             raise
         except Exception as error:

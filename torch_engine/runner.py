@@ -78,6 +78,9 @@ class StepRunner(Protocol):
     def launch(self, chunks: list[Chunk], sampling: list[Sequence]) -> Ticket:
         """Runs the step; ``sampling`` names the sequence of each token that is sampled, chunk by chunk."""
 
+    def prepare(self) -> None:
+        """Begins what :meth:`finish` will do: the tokens of the step before are known. Their texts are not yet."""
+
     def finish(self) -> None:
         """Queues what of the launched step had to wait for the tokens of the step before."""
 
@@ -149,6 +152,9 @@ class Runner(Generic[LinearT, CacheT, StepT]):
         except Exception as error:
             raise SamplingFailed(f"{type(error).__name__}: {error}") from error
         return lambda: sampled + told
+
+    def prepare(self) -> None:
+        """As :meth:`finish`."""
 
     def finish(self) -> None:
         """Queues what of the launched step had to wait for the tokens of the step before. Nothing has to here."""

@@ -105,12 +105,16 @@ class ChatTemplate:
             RequestError: the template refuses the messages (the text is the template's own) or passes a limit; a
                 variable of ``kwargs`` that is not the caller's to set.
         """
-        if self.has_channels:
-            messages = [_with_channels(message, index) for index, message in enumerate(messages)]
-            tools = None if tools is None else [_described(tool) for tool in tools]
         variables = dict(kwargs or {})
         if taken := OURS.intersection(variables):
             raise invalid(f"chat_template_kwargs sets {min(taken)}: that has a field of its own")
+        if self.has_channels:
+            messages = [_with_channels(message, index) for index, message in enumerate(messages)]
+            tools = None if tools is None else [_described(tool) for tool in tools]
+            if (effort := variables.get("reasoning_effort", EFFORTS[0])) not in EFFORTS:
+                raise invalid(f"reasoning_effort is {shown(effort)}: it must be one of {', '.join(EFFORTS)}")
+        if not self.shows_later_instructions:
+            messages = _instructed_at_the_beginning(messages)
         try:
             return self._template.render(
                 messages,
@@ -127,6 +131,16 @@ class ChatTemplate:
     def supports_tools(self) -> bool:
         """The template shows the tools to the model."""
         return OFFERED in self._shown([_USER], tools=[_tool(OFFERED)])
+
+    @cached_property
+    def shows_later_instructions(self) -> bool:
+        """What a system message behind the first message says reaches the model, or is refused; else it is left out."""
+        first = {"role": "system", "content": "Hello"}
+        later = [first, {"role": "system", "content": INSTRUCTION}, _USER]
+        try:
+            return INSTRUCTION in self._template.render(later)
+        except ChatTemplateError:
+            return True
 
     @cached_property
     def tool_format(self) -> str | None:
@@ -178,17 +192,43 @@ OURS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
 )
 """Variables that ``chat_template_kwargs`` may not set."""
+EFFORTS = ("low", "medium", "high")
+"""Values of ``reasoning_effort`` that gpt-oss knows."""
+INSTRUCTION = "instruction"
+"""What a system message says whose place is tried out."""
+
+
+def _instructed_at_the_beginning(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """For templates that show one system message, the first: those that the conversation begins with are one."""
+    count = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    for index, message in enumerate(messages[count:], count):
+        if message["role"] == "system":
+            raise invalid(
+                f"messages[{index}].role is system, and the chat template of this model leaves that out behind other "
+                "messages: put it at the beginning, or let the user say it"
+            )
+    if count < 2:
+        return list(messages)
+    text = "\n\n".join(message["content"] for message in messages[:count])
+    return [{**messages[0], "content": text}, *messages[count:]]
 
 
 def _with_channels(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """As templates of gpt-oss want it: thoughts under their own name, and no more than the one call that they show."""
+    """As templates of gpt-oss want it: thoughts under their own name, and no more than the one call that they show.
+
+    Before a call they show thoughts or what was said to the user, both as thoughts, and refuse the two together.
+    """
     if len(message.get("tool_calls") or ()) > 1:
         raise invalid(
             f"messages[{index}].tool_calls has several calls, and a message of this model has one: give each a message "
             "of its own, with its result behind it"
         )
     thoughts = message.get("reasoning_content")
-    return message if thoughts is None else {**message, "thinking": thoughts}
+    if thoughts is None:
+        return message
+    if thoughts and message["content"] and message.get("tool_calls"):
+        return {**message, "content": "", "thinking": f"{thoughts}\n{message['content']}"}
+    return {**message, "thinking": thoughts}
 
 
 def _described(tool: Mapping[str, Any]) -> dict[str, Any]:

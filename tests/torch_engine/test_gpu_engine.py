@@ -109,7 +109,7 @@ class Fp8View(Checkpoint):
         scale = weight.abs().amax() / 448
         codes = (weight / scale).to(torch.float8_e4m3fn)
         scales = scale.expand(weight.shape[0], 1).contiguous()
-        coded = Coded(codes, scales, weight.shape[1], input_scale=torch.tensor(16 / 448)).to(device)
+        coded = Coded(codes, scales, weight.shape[1], input_scale=torch.tensor(64 / 448)).to(device)
         return coded, None if bias is None else bias.to(device, dtype)
 
 
@@ -223,6 +223,7 @@ def test_experts_of_each_format(name: str, tmp_path: Path) -> None:
         "moe_intermediate_size": 160,
         "intermediate_size": 320,
         "num_hidden_layers": 2,
+        "head_dim": 64,  # a linear of one group has activations in FP8, as one with a scale for each output
     }
     source = tiny_checkpoint(tmp_path / "source", "qwen3_moe", mlp_only_layers=[1], **shape)
     packed, _ = rewrite(source, tmp_path, *FORMATS[name])

@@ -256,7 +256,7 @@ def test_masks_cover_any_vocabulary(vocab: int) -> None:
     ]
     made += [Grammar(Grammars(TOKENS, vocab).compile(Guide("regex", "x")), vocab, TOKENS, frozenset({END}))]
     rows = np.full((2, Grammar.words(vocab)), 0xFFFFFFFF, dtype=np.uint32)
-    fill(made, rows)
+    fill(made, rows)()
     for one, row in zip(made, rows, strict=True):
         assert row.tolist() == one.mask().tolist()
         assert max(allowed(one)) < min(vocab, len(TOKENS))
@@ -285,7 +285,7 @@ def test_several_answers_at_once_are_as_each_alone() -> None:
     ended = 0
     for _ in range(40):
         rows = np.full((len(alone), Grammar.words(VOCAB)), 0xFFFFFFFF, dtype=np.uint32)
-        fill(together, rows)
+        fill(together, rows)()
         assert rows.tolist() == [one.mask().tolist() for one in alone]
         choices = [sorted(allowed(one) - {END, spell("b")[0]}) for one in alone]
         # Every answer goes on with something, right or wrong, until it has ended.

@@ -968,6 +968,7 @@ class TestEngine:
             "launch": engine.runner,
             "finish": engine.runner,
             "_fetch": engine,
+            "prepare": engine.runner,
             "allow": engine.runner.sampling,
         }
         for name, owner in watched.items():
@@ -981,8 +982,9 @@ class TestEngine:
             monkeypatch.setattr(owner, name, noted)
         assert told(engine) == expected
         assert all(re.fullmatch(guide.text, text) for _, text, _ in expected[::2])
-        steady = ["launch", "_fetch", "finish", "allow"]
-        assert sum(order[at : at + 4] == steady for at in range(len(order))) >= 2
+        # Masks are begun before the fetched tokens' texts are made: the second "prepare" finds them under way.
+        steady = ["launch", "_fetch", "prepare", "finish", "prepare", "allow"]
+        assert sum(order[at : at + 6] == steady for at in range(len(order))) >= 2
         assert order.count("allow") < order.count("launch"), "steps of plain rows alone need no masks"
         engine.audit()
 

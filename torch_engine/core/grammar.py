@@ -18,6 +18,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -524,15 +525,34 @@ def take(taken: list[tuple[Grammar, int]]) -> None:
         grammar._took(each)
 
 
-def fill(grammars: list[Grammar], rows: NDArray[Any]) -> None:
-    """Several masks at once, on several threads: ``rows`` contiguous uint32 [grammars, words].
+@cache
+def _beside() -> ThreadPoolExecutor:
+    """The thread that waits for those."""
+    return ThreadPoolExecutor(1, "masks")
 
-    The grammars are of one vocabulary.
+
+def fill(grammars: list[Grammar], rows: NDArray[Any]) -> Callable[[], None]:
+    """Begins to write several masks at once, on several threads: ``rows`` contiguous uint32 [grammars, words].
+
+    The grammars are of one vocabulary. Returns what waits until all are written; until then the caller may do whatever
+    asks nothing of these grammars.
     """
     work = [(each._matcher, row) for row, each in enumerate(grammars) if not each.problem]
-    if work:
+    begun = threading.Event()
+
+    def write() -> None:
+        begun.set()
         _executor().unsafe_compute_mask_ptr(work, rows.ctypes.data, rows.shape[1] * 4, len(rows))
-    _complete(grammars, rows)
+
+    def wait() -> None:
+        if work:
+            written.result()
+        _complete(grammars, rows)
+
+    if work:
+        written = _beside().submit(write)
+        begun.wait()  # a caller that went on would keep Python's lock, and the thread would wait for milliseconds
+    return wait
 
 
 def _complete(grammars: list[Grammar], rows: NDArray[Any]) -> None:

@@ -188,9 +188,36 @@ def test_what_was_said_comes_back_in_its_channels(template: ChatTemplate) -> Non
         '<|start|>assistant to=functions.ping<|channel|>commentary json<|message|>{"a": 1}<|call|>'
         '<|start|>functions.ping to=assistant<|channel|>commentary<|message|>"pong"<|end|><|start|>assistant'
     )
+    turns[1]["content"] = "One moment."
+    prompt = template.render(parse_messages(turns), tools=TOOLS)
+    assert (
+        "<|channel|>analysis<|message|>I ping.\nOne moment.<|end|><|start|>assistant to=functions.ping"
+        in prompt
+    )
     turns[1]["tool_calls"] = [call, call]
     with pytest.raises(RequestError, match=r"messages\[1\].tool_calls has several calls"):
         template.render(parse_messages(turns), tools=TOOLS)
+
+
+def test_no_instruction_is_left_out(template: ChatTemplate) -> None:
+    """The template shows one, before all other messages."""
+    told = [{"role": role, "content": f"I am {role}."} for role in ("system", "developer")]
+    prompt = template.render(parse_messages([*told, USER]))
+    assert "<|start|>developer<|message|>I am system.\n\nI am developer.<|end|><|start|>user" in prompt
+    with pytest.raises(RequestError, match=r"messages\[1\].role is system.*put it at the beginning"):
+        template.render(parse_messages([USER, *told]))
+
+
+@pytest.mark.parametrize("effort", ["low", "medium", "high", "none", "low<|end|>", None])
+def test_efforts_are_those_that_the_model_knows(model: ServedModel, effort: str | None) -> None:
+    body = {"messages": [USER], "reasoning_effort": effort}
+    if effort in ("low", "medium", "high", None):
+        assert of_chat(body, model, "1").requests
+    else:
+        with pytest.raises(
+            RequestError, match=r"reasoning_effort is .*: it must be one of low, medium, high"
+        ):
+            of_chat(body, model, "1")
 
 
 @pytest.fixture(scope="module")

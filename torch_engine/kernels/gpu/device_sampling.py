@@ -25,17 +25,21 @@ Move = tuple[int, int, int, tuple[int, ...]]
 
 
 class Masks:
-    """Masks of tokens for one step on their way: here, pinned, and on the device."""
+    """Masks of tokens for one step on their way, behind the slots that they are for: pinned here, and on the device."""
 
     def __init__(self, count: int, words: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self.host = torch.empty(count, words, dtype=torch.int32, pin_memory=on_gpu)
-        self.slots = torch.empty(count, dtype=torch.int64, pin_memory=on_gpu)
-        self.there = torch.empty(count, words, dtype=torch.int32, device=device)
-        self.slots_there = torch.empty(count, dtype=torch.int64, device=device)
+        self.most, self.words = count, words
+        self.host = torch.empty(count * (2 + words), dtype=torch.int32, pin_memory=on_gpu)
+        self.there = torch.empty_like(self.host, device=device)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         if self.stream is not None:  # what had this memory before may still be computed with
             self.stream.wait_stream(torch.cuda.current_stream())
+
+    def parts(self, where: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of ``host`` or ``there``: slots int64 [count], and masks int32 [count, words]."""
+        slots, masks = where[: count * (2 + self.words)].split([2 * count, count * self.words])
+        return slots.view(torch.int64), masks.view(count, self.words)
 
 
 class DeviceSampling:
@@ -118,9 +122,10 @@ class DeviceSampling:
         it is not, because its tokens have been fetched.
         """
         self._masks.reverse()
-        if self._masks[0].host.shape[0] < count:
+        if self._masks[0].most < count:
             self._masks[0] = Masks(1 << (count - 1).bit_length(), Grammar.words(self._vocab), self._device)
-        rows: NDArray[Any] = self._masks[0].host.numpy()[:count].view(np.uint32)
+        masks = self._masks[0]
+        rows: NDArray[Any] = masks.parts(masks.host, count)[1].numpy().view(np.uint32)
         return rows
 
     def allow(self, slots: list[int]) -> None:
@@ -129,14 +134,14 @@ class DeviceSampling:
         They travel on a stream of their own, while the device computes.
         """
         masks, count = self._masks[0], len(slots)
-        masks.slots.numpy()[:count] = slots
+        masks.parts(masks.host, count)[0].numpy()[:] = slots
+        size = count * (2 + masks.words)
         with torch.cuda.stream(masks.stream):  # None: no other than the current one
-            masks.there[:count].copy_(masks.host[:count], non_blocking=True)
-            masks.slots_there[:count].copy_(masks.slots[:count], non_blocking=True)
+            masks.there[:size].copy_(masks.host[:size], non_blocking=True)
         if masks.stream is not None:
             torch.cuda.current_stream().wait_stream(masks.stream)
-        words = self.tables.allowed.shape[1]
-        self.tables.allowed.index_copy_(0, masks.slots_there[:count], masks.there[:count, :words])
+        where, rows = masks.parts(masks.there, count)
+        self.tables.allowed.index_copy_(0, where, rows[:, : self.tables.allowed.shape[1]])
 
     def fork(self, moves: list[Move]) -> None:
         """Queues that slots become what others will be when some tokens more have been said there."""

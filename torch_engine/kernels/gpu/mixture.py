@@ -199,7 +199,7 @@ def _row_of_codes(
 ):  # fmt: skip
     """As :func:`_row_product`, of an expert's codes."""
     m = tl.arange(0, 16)
-    one, at = (m == 0) & lives, expert * (K // GROUP) * N
+    one, at = (m == 0) & lives, expert * tl.cdiv(K, GROUP) * N
     sums = rows_product(
         x + m * 0, one, _codes_at(codes, expert, N, K, KIND), scales + at, offsets + at, n, (n < N) & lives,
         N, K, GROUP, TILE, KIND, OFFSETS, 16, BLOCK_N,
@@ -378,7 +378,7 @@ def _blocks_kernel(
         weights = weight + tl.maximum(expert, 0) * N * K + n.to(tl.int64) * K
         k = tl.arange(0, BLOCK_K)
         if TILE > 0:
-            at = tl.maximum(expert, 0) * (K // GROUP) * N
+            at = tl.maximum(expert, 0) * tl.cdiv(K, GROUP) * N
             tall = rows_product(
                 source, reads, _codes_at(weight, tl.maximum(expert, 0), N, K, KIND), weight_scales + at, offsets + at,
                 n, owned, N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_M, BLOCK_N,

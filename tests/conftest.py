@@ -18,7 +18,7 @@ pytest_plugins = ["tests.serving"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
-    *("test_runs.py", "test_sanitizers.py", "test_triton_ops.py", "test_sampling_ops.py", "test_embedded.py"),
+    *("test_runs.py", "test_sanitizers.py", "test_kernels_in_the_interpreter.py", "test_embedded.py"),
     *("test_faults.py", "test_nvidia_clients.py", "test_smollm2.py", "test_kernels.py", "test_sampling.py"),
     "test_tensor_parallel.py",
 )

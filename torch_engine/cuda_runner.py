@@ -50,7 +50,7 @@ from flightline.torch_engine.core.scheduler import MOST_SCORED, Chunk
 from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.shared_prefixes import Ints, find_groups
 from flightline.torch_engine.core.speculation import MOST_ROWS
-from flightline.torch_engine.kernels.gpu.attention import LONG, prefill_plan
+from flightline.torch_engine.kernels.gpu.attention import BATCH_SIZES, LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
 from flightline.torch_engine.kernels.gpu.gathered import LEAST_TOKENS, padded
@@ -64,7 +64,6 @@ from flightline.torch_engine.model.decoder import Model
 from flightline.torch_engine.parallel.ranks import Ranks, Single
 from flightline.torch_engine.runner import Ticket, described, host_blocks
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 MIXED_SAMPLES = 256
 MIXED_DECODE = 2048
@@ -381,7 +380,7 @@ class CudaRunner:
 
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
-        for count in (min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024)):
+        for count in sorted({min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024, longest)}):
             self._try_prompt(count)
         count = min(LEAST_TOKENS, longest)
         if self.long_tile:

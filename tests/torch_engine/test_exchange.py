@@ -5,7 +5,6 @@ On GPUs ``test_tp_gpu.py`` has the engine with it, over real links.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from tests.torch_engine.test_triton_ops import (
     expanded,
     form_tolerance,
     kernel,
-    needs_triton,
     rms,
 )
 
@@ -36,17 +34,6 @@ if RUNS:
     from flightline.torch_engine.kernels.gpu.norm import add_norm
 
 ROOT = Path(__file__).parents[2]
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_exchanges_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
 
 
 def exchanges(ranks: int, size: int, dtype: torch.dtype) -> list[Exchange]:
@@ -179,6 +166,8 @@ class TestKernel:
 
 PROCESS = """
 import sys, torch
+from tests.torch_engine.quick_interpreter import quicken
+quicken()
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.parallel.group import Boxes
 rank, ranks, size, dtype = int(sys.argv[1]), len(sys.argv) - 2, 32, torch.float16
@@ -194,7 +183,7 @@ print("right")
 """
 
 
-@pytest.mark.skipif(not (RUNS and INTERPRETED), reason="runs in test_exchanges_in_the_interpreter")
+@pytest.mark.skipif(not (RUNS and INTERPRETED), reason="runs in test_kernels_in_the_interpreter")
 def test_ranks_that_run_at_the_same_time(tmp_path: Path) -> None:
     """Processes that share the memory of the boxes: they wait for each other, and none overtakes another one."""
     names = [str(tmp_path / f"box{rank}") for rank in range(2)]

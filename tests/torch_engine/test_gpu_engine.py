@@ -236,6 +236,37 @@ def test_experts_of_each_format(name: str, tmp_path: Path) -> None:
     assert greedy(engine, prompts) == expected
 
 
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_nothing_is_compiled_while_it_serves(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel's first call takes a second, in which all answers wait: whatever a step may look like, its kernels are
+    there when the engine has been loaded. Prompts short and long, beside 0 to 23 decodes, drawn and not."""
+    folder = tiny_checkpoint(tmp_path, family, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    engine = small_engine(
+        folder, compute_dtype="bfloat16", kv_dtype="fp8", num_kv_blocks=5000, max_seq_len=8192, max_batch_size=24,
+        max_num_tokens=4096,
+    )  # fmt: skip
+    compiled: list[str] = []
+    import triton  # not there on every machine that collects this
+
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda *_, fn, **__: compiled.append(fn.name)
+    )
+    chance = random.Random(1)
+    drawn = SamplingParams(0.8, top_k=20, top_p=0.9, seed=3, repetition_penalty=1.2)
+    for number in range(24):
+        length = (5000, 300, 2500, 20, 6000)[number % 5]
+        prompt = [chance.randrange(3, 250) for _ in range(length)]
+        engine.add(number, GenerationRequest(prompt, 60, drawn if number % 3 else SamplingParams(), end_id=-1))
+        for _ in range(2):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    assert compiled == []
+
+
 def test_gpt_oss_in_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its experts stay codes of 4 bits, of a row by itself and in blocks of many rows."""
     packed, plain = rewrite_experts(tiny_checkpoint(tmp_path / "source", "gpt_oss"), tmp_path)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +26,7 @@ from tests.torch_engine.test_mixture import (
     random_codes,
     rows,
 )
-from tests.torch_engine.test_triton_ops import DEVICE, INTERPRETED, RUNS, close, kernel, needs_triton
+from tests.torch_engine.test_triton_ops import DEVICE, INTERPRETED, RUNS, close, kernel
 
 if RUNS:
     from flightline.torch_engine.kernels.gpu.activation import Activation
@@ -42,17 +39,6 @@ IDLE = 3
 CODED = MixtureSpec(experts=9, chosen=3, inner=64, normalise=True)
 E4M3 = torch.float8_e4m3fn
 INPUT_SCALE, WEIGHT_SCALE = 0.01, 0.6 / 448
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_mixtures_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
 
 
 class Quantised(Drawn):

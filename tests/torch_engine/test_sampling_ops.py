@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +21,10 @@ from tests.torch_engine import sampling_oracle as oracle
 from tests.torch_engine.test_speculation import eager
 from tests.torch_engine.test_triton_ops import (
     DEVICE,
-    HAS_TRITON,
     INTERPRETED,
     ON_GPU,
     RUNS,
     kernel,
-    needs_triton,
 )
 
 if RUNS:
@@ -55,17 +50,6 @@ PENALISED = 7
 SHAPES = {"peaked": 4.0, "flat": 0.8, "tied": 2.0, "equal": 0.0}
 LAYERS = 2 if ON_GPU else 1
 VOCABULARIES = [300, 1024, 50_257, 128_256, 151_936, 256_000] if ON_GPU else [1100]
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="this is the interpreter's run")
-def test_sampling_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
 
 
 def sequence(

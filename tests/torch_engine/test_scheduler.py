@@ -34,13 +34,37 @@ def test_the_times_of_steps_are_learned() -> None:
     decodes = Work(8, 16_000)
     for begin in (0, 1_000, 30_000):
         for bound in (0.01, 0.05, 0.2):
-            count = times.fitting(decodes, begin, bound)
+            for _ in range(8):  # each step may be larger than those before
+                count = times.fitting(decodes, begin, bound)
+                step = decodes + Work.of(begin, count)
+                times.observe(step, seconds(step), prompts=True)
             assert 0.85 * bound < seconds(decodes + Work.of(begin, count)) < 1.15 * bound
     assert times.fitting(decodes, 0, 0.001) <= 0
     work = Work.of(0, 256)
     for _ in range(100):  # something else takes half of the device
         times.observe(work, seconds(work, 2.0), prompts=True)
     assert times.expected(work) == pytest.approx(seconds(work, 2.0), rel=0.05)
+
+
+def test_steps_that_take_as_long_whatever_they_compute_say_nothing_of_larger_ones() -> None:
+    """So are a GPU's up to some hundred tokens: it reads the weights once."""
+
+    def gpu(work: Work) -> float:
+        return max(3.4e-3, 1.8e-5 * work.tokens) + 8e-10 * work.pairs
+
+    times, streams = StepTimes(), Work(32, 32 * 500)
+    for _ in range(100):
+        times.observe(streams, gpu(streams), prompts=False)
+    for _ in range(3):  # prompts, one after the other
+        begin, worst, steps = 0, 0.0, 0
+        while begin < 30_000:
+            count = min(8192, max(16, times.fitting(streams, begin, 0.045)), 30_000 - begin)
+            step = streams + Work.of(begin, count)
+            worst = max(worst, gpu(step))
+            times.observe(step, gpu(step), prompts=True)
+            begin, steps = begin + count, steps + 1
+        assert worst < 0.060
+        assert steps < 40, "and the time there is, is used"
 
 
 def test_one_step_that_was_held_up_teaches_little() -> None:

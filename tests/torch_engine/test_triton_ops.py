@@ -1,7 +1,5 @@
-"""Triton-language kernels against plain PyTorch: on a CPU in Triton's interpreter, on a GPU with ``-m gpu``.
-
-The interpreter has to be switched on before Triton is imported, so the CPU run is a process of its own.
-"""
+"""Triton-language kernels against plain PyTorch: in Triton's interpreter, as ``test_kernels_in_the_interpreter.py``
+starts it, and on a GPU with ``-m gpu``."""
 
 from __future__ import annotations
 
@@ -10,8 +8,6 @@ import importlib.util
 import os
 import random
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -74,38 +70,14 @@ if RUNS:
     from flightline.torch_engine.kernels.gpu.tokens import argmax, embed
 
 if RUNS and INTERPRETED:
-    from triton.runtime import interpreter
+    from tests.torch_engine.quick_interpreter import quicken
 
-    PATCHED: set[str] = set()
+    quicken()
 
-    def call_device_function(self, *args: object, **options: object) -> object:
-        """Patches the language for the interpreter once a module, and not at each call: a third of all time."""
-        module = self.fn.__module__
-        if module not in PATCHED:
-            PATCHED.add(module)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **options)
-
-    interpreter.InterpretedFunction.__call__ = call_device_function
-
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON, reason="Triton's language is not installed: pip install triton"
-)
 kernel = [
     pytest.mark.skipif(not RUNS, reason="runs in test_kernels_in_the_interpreter, or on a GPU with -m gpu"),
     *([pytest.mark.gpu] if ON_GPU else []),
 ]
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
-def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:

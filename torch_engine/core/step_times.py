@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,11 @@ KEPT = 48
 UNKNOWN = 64
 """Tokens of a prompt that a step may have while no step with a prompt was seen."""
 SPREAD = 4.0
-"""A step that took so many times what was expected is taken for that at most: it was held up from outside."""
+"""A step that took so many times what was expected is taken for that at most: it was held up from outside. What is
+expected of a step larger than all that ran is no more than a guess, and it is believed whatever it takes."""
+GROWTH = 2
+"""A step may be so many times as large as those that ran: few tokens take as long as one on many devices, which says
+nothing of thousands."""
 
 
 class Work(NamedTuple):
@@ -55,7 +60,7 @@ class StepTimes:
         if seconds <= 0:
             return
         latest = self._latest[prompts]
-        if len(latest) >= KEPT // 4:
+        if len(latest) >= KEPT // 4 and _within(work, _largest(latest)):
             seconds = min(seconds, SPREAD * self.expected(work))
         latest.append((work, seconds))
         self._fitted = None
@@ -74,13 +79,15 @@ class StepTimes:
             return UNKNOWN - before.tokens
         _, b, c = self._fit()
         left = seconds - self.expected(before)
-        # c / 2 n^2 + (b + c begin) n = left
-        linear = b + c * begin
         if left <= 0:
             return 0
-        if c > 0:
-            return min(int((math.sqrt(linear * linear + 2 * c * left) - linear) / c), 2**31)
-        return int(left / linear) if linear > 0 else 2**31
+        tokens, pairs = _largest(self._latest[True])
+        # c / 2 n^2 + (b + c begin) n = left, and the same of the pairs alone
+        return min(
+            _root(c, b + c * begin, left),
+            GROWTH * tokens - before.tokens,
+            _root(1.0, begin, GROWTH * pairs - before.pairs),
+        )
 
     def _fit(self) -> tuple[float, float, float]:
         """Least squares of the relative errors, without negative numbers."""
@@ -88,6 +95,25 @@ class StepTimes:
             samples = [*self._latest[False], *self._latest[True]]
             self._fitted = _least_squares(samples) if samples else (0.0, 0.0, 0.0)
         return self._fitted
+
+
+def _largest(steps: Iterable[tuple[Work, float]]) -> Work:
+    """The most tokens and the most pairs of any."""
+    works = [work for work, _ in steps]
+    return Work(max(work.tokens for work in works), max(work.pairs for work in works))
+
+
+def _within(work: Work, largest: Work) -> bool:
+    return work.tokens <= largest.tokens and work.pairs <= largest.pairs
+
+
+def _root(square: float, linear: float, sum_: float) -> int:
+    """The largest whole n with ``square / 2 n^2 + linear n <= sum_``, none of which is negative but ``sum_``."""
+    if sum_ <= 0:
+        return 0
+    if square > 0:
+        return min(int((math.sqrt(linear * linear + 2 * square * sum_) - linear) / square), 2**31)
+    return int(sum_ / linear) if linear > 0 else 2**31
 
 
 def _least_squares(samples: list[tuple[Work, float]]) -> tuple[float, float, float]:

@@ -470,6 +470,10 @@ class DecodePlan:
     warps: int
 
 
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Rows of single tokens that graphs are captured for."""
+
+
 def decode_plan(
     rows: int, kv_heads: int, heads: int, size: int, multiprocessors: int, longest: int
 ) -> DecodePlan:
@@ -477,8 +481,11 @@ def decode_plan(
     what its memory can); wider ones, and most rows cut, when the device would not be full otherwise. A row that is much
     longer than all others is cut in any case, since everybody waits for it.
 
-    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``longest`` the most keys of a row.
+    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``longest`` the most keys of a row. So many
+    rows as no graph has get the plan of the next larger graph: its kernels are compiled already, and compiling others
+    would hold up every answer for a second.
     """
+    rows = next((size for size in BATCH_SIZES if size >= rows), rows)
     programs = rows * kv_heads
     accumulators = max(16, triton.next_power_of_2(heads)) * triton.next_power_of_2(size)
     least = triton.next_power_of_2(triton.cdiv(accumulators, 2048))

@@ -401,7 +401,7 @@ class Engine:
             elif bans := sequence.request.bans:
                 output.error = RequestError(
                     Code.INVALID_ARG,
-                    f"no token is left that {' and '.join(bans)} would allow here: ask for less of them",
+                    f"{' and '.join(bans)} leave no token here: what they forbid together must be less",
                 )
             return output
         return sequence.append(token.token_id, token.log_prob, now_ns, token.top)

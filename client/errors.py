@@ -50,6 +50,7 @@ UNAVAILABLE_SIGNS = (
 INVALID_SIGNS = (
     "unknown model", "it must ", "not an input", "unexpected", "expected", "is empty", "is missing", "utf-8",
     "malformed", "not supported", "must be", "holds", "cannot be enforced",
+    "grammar cannot go on",
 )  # fmt: skip
 
 

@@ -185,7 +185,8 @@ def make_plan(
     one_sequence = -(-length // block_size)
     if lane == "torch":
         one_sequence = _groups(shape, length).most_whole(length, min(step_tokens, length), block_size)
-    on_host = int(host_kv_gib * GIB / (dp * tp) / (block_size * per_token))
+    needed = weights + one_sequence * block_size * per_token
+    on_host = _host_blocks(host_kv_gib, dp, tp, block_size * per_token, needed, hardware)
     taken = weights + (on_host * block_size * per_token if on_cpu else 0)
     blocks = _kv_blocks(
         per_token, block_size, length, batch, taken, shape, hardware, reasons, one_sequence, shared
@@ -506,6 +507,23 @@ def _weights_bytes(
     if on_cpu:
         return shape.parameters * (2 if kernels == "native" else wide)  # TP: of all processes together, about
     return weight_bytes(shape.parameters, shape.linear_parameters, precision, wide, tp, pp)
+
+
+def _host_blocks(gib: float, dp: int, tp: int, block_bytes: int, needed: int, hardware: Hardware) -> int:
+    """Blocks in the host memory of each rank of each engine; on a CPU ``needed`` bytes of it are not theirs."""
+    blocks = int(gib * GIB / (dp * tp) / block_bytes)
+    if gib and not blocks:
+        raise BuildError(
+            f"HOST_KV_GIB={gib:g} has no room for a block of {block_bytes} bytes in each of {dp * tp} processes: "
+            "give more, or leave it out"
+        )
+    free = hardware.memory_free - needed
+    if hardware.device == "cpu" and 0 <= free < blocks * block_bytes:
+        raise BuildError(
+            f"HOST_KV_GIB={gib:g} does not fit {hardware.name}: beside weights and a request's KV cache "
+            f"{free * dp / GIB:.1f} GiB are free; lower it"
+        )
+    return blocks
 
 
 def _kv_blocks(

@@ -262,7 +262,7 @@ class Gateway:
         form = kind.stream(made, self.model, body) if made.stream else kind.whole(made, self.model, body)
         try:
             if made.stream:
-                if await _stream(exchange, answers, form, self.proved) is not None:
+                if await _stream(exchange, answers, form, made.names, self.proved) is not None:
                     self._ready_until = 0.0
             else:
                 await _whole(exchange, answers, form, self.proved)
@@ -316,7 +316,7 @@ class _Admission:
 
 
 async def _stream(
-    exchange: Exchange, answers: Answers, form: Stream, proved: Callable[[], None]
+    exchange: Exchange, answers: Answers, form: Stream, names: Mapping[str, str], proved: Callable[[], None]
 ) -> ApiError | None:
     """What Triton has said at once is one write; nothing is waited for. Returns what the stream has failed of."""
     pieces = await answers.next()
@@ -327,7 +327,8 @@ async def _stream(
             proved()
             if data := form.feed(pieces):
                 await exchange.write(data)
-    except ApiError as error:
+    except ApiError as failure:
+        error = errors.renamed(failure, names)
         exchange.note["error"] = error.message
         await exchange.write(form.fail(error), more=False)
         return error

@@ -380,6 +380,8 @@ class CudaRunner:
 
     def _warm_up(self, longest: int) -> None:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
+        last = [[self.tables.numel() - 1], [int(self.tables[-1, -1, -1])]]
+        scatter(self.tables, torch.tensor(last, dtype=torch.int32, device=self.device))
         for count in sorted({min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024, longest)}):
             self._try_prompt(count)
         count = min(LEAST_TOKENS, longest)

@@ -398,6 +398,11 @@ class Engine:
             output.error = RequestError(Code.INTERNAL, token.error)
             if sequence.grammar is not None and sequence.grammar.problem:
                 output.error = RequestError(Code.INVALID_ARG, sequence.grammar.problem)
+            elif bans := sequence.request.bans:
+                output.error = RequestError(
+                    Code.INVALID_ARG,
+                    f"{' and '.join(bans)} leave no token here: what they forbid together must be less",
+                )
             return output
         return sequence.append(token.token_id, token.log_prob, now_ns, token.top)
 

@@ -371,3 +371,12 @@ def test_host_memory_is_shared_among_engines_and_their_gpus() -> None:
         BuildError, match=r"HOST_KV_GIB=8 is for ENGINE=torch, not trtllm-pytorch: leave it out"
     ):
         make_plan(LLAMA_8B, H200, "trtllm-pytorch", host_kv_gib=8)
+
+
+def test_host_memory_that_is_not_there_is_refused_by_its_own_name() -> None:
+    assert make_plan(LLAMA_8B, CPU_COMPILER, "torch", precision="int8", host_kv_gib=2).num_host_kv_blocks
+    for device in (CPU, H200):
+        with pytest.raises(BuildError, match=r"HOST_KV_GIB=1e-07 has no room for a block"):
+            make_plan(LLAMA_8B, device, "torch", host_kv_gib=1e-7)
+    with pytest.raises(BuildError, match=r"HOST_KV_GIB=64 does not fit AMD EPYC: .* GiB are free; lower it"):
+        make_plan(LLAMA_8B, CPU_COMPILER, "torch", precision="int8", host_kv_gib=64)

@@ -122,6 +122,7 @@ def test_tokens_are_counted_by_pieces_until_their_number_is_told() -> None:
         ("sequence_index 1: the engine process ended while this request was in flight", 503),
         ("the server is stopping and takes no new requests", 503),
         ("temperature is 9: it must be finite", 400),
+        ("the grammar cannot go on: no token of this model can follow", 400),
         ("something broke\nTraceback: secret", 500),
         ("Request timeout expired", 504),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from typing import Any, Literal
 
@@ -427,3 +428,21 @@ def test_an_error_is_about_what_was_sent(llm: openai.OpenAI, path: str, body: di
     too_long = refused.value.code == "context_length_exceeded"  # then it is about the prompt, too
     assert too_long or refused.value.param.startswith(param)
     assert param in refused.value.message and "guided_decoding" not in refused.value.message
+
+
+def test_bans_that_leave_a_guide_no_token_are_400(llm: openai.OpenAI, model: str) -> None:
+    """It shows while the answer is generated; then the stream says it."""
+    contradiction = {"structured_outputs": {"choice": ["yes"]}, "bad_words": ["s"]}
+    ask = functools.partial(
+        llm.chat.completions.create, model=model, messages=HELLO, extra_body=contradiction
+    )
+    with pytest.raises(
+        openai.BadRequestError, match="bad_words and structured_outputs leave no token"
+    ) as refused:
+        ask()
+    assert refused.value.param == "bad_words"
+    with (
+        ask(stream=True) as stream,
+        pytest.raises(openai.APIError, match="bad_words and structured_outputs leave"),
+    ):
+        assert "s" not in "".join(chunk.choices[0].delta.content or "" for chunk in stream)

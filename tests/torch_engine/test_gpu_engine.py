@@ -259,7 +259,9 @@ def test_nothing_is_compiled_while_it_serves(
     for number in range(24):
         length = (5000, 300, 2500, 20, 6000)[number % 5]
         prompt = [chance.randrange(3, 250) for _ in range(length)]
-        engine.add(number, GenerationRequest(prompt, 60, drawn if number % 3 else SamplingParams(), end_id=-1))
+        engine.add(
+            number, GenerationRequest(prompt, 60, drawn if number % 3 else SamplingParams(), end_id=-1)
+        )
         for _ in range(2):
             engine.step()
     while engine.busy:

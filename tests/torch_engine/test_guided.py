@@ -167,11 +167,16 @@ def test_where_nothing_is_allowed_that_request_ends_with_an_error(make_engine: M
     """Not in token 0. The bans leave nothing of what the grammar allows."""
     engine = make_engine()
     banned = tuple((token, float("-inf")) for token in range(engine.info.vocab_size) if token != 70)
-    engine.add("empty", guided(0, sampling=SamplingParams(logit_bias=banned)))
+    words = tuple((token,) for token, _ in banned)
+    engine.add("bias", guided(0, sampling=SamplingParams(logit_bias=banned)))
+    engine.add("words", guided(0, bad_ids=words))
     engine.add("plain", GenerationRequest(PROMPT, 8, end_id=-1))
     outputs = run(engine)
-    assert outputs["empty"].token_ids == [] and outputs["empty"].finish_reason is FinishReason.ERROR
-    assert "no finite logit" in outputs["empty"].error.message
+    for name, bans in (("bias", "logit_bias"), ("words", "bad_words")):
+        error = outputs[name].error
+        assert outputs[name].token_ids == [] and outputs[name].finish_reason is FinishReason.ERROR
+        assert error.code is Code.INVALID_ARG
+        assert error.message.startswith(f"{bans} and guided_decoding_guide leave no token")
     assert len(outputs["plain"].token_ids) == 8
 
 

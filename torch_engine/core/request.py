@@ -175,6 +175,16 @@ class GenerationRequest:
     sequence_index: int = 0
     """Which of its siblings it is."""
 
+    @property
+    def bans(self) -> list[str]:
+        """Parameters that forbid tokens, where together they may forbid all; a guide alone always leaves some."""
+        given = {
+            "bad_words": self.bad_ids,
+            "logit_bias": any(bias == -math.inf for _, bias in self.sampling.logit_bias),
+        }
+        named = [name for name, value in given.items() if value]
+        return [*named, "guided_decoding_guide"] if named and self.guide is not None else named
+
     def siblings(self, count: int) -> list[GenerationRequest]:
         """``count`` requests for as many answers to this one's prompt, whose KV blocks they share in the engine.
 

@@ -481,9 +481,9 @@ def decode_plan(
     what its memory can); wider ones, and most rows cut, when the device would not be full otherwise. A row that is much
     longer than all others is cut in any case, since everybody waits for it.
 
-    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``longest`` the most keys of a row. So many
-    rows as no graph has get the plan of the next larger graph: its kernels are compiled already, and compiling others
-    would hold up every answer for a second.
+    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``longest`` the most keys of a row. Rows
+    of which no graph has as many get the plan of the next larger graph: its kernels are compiled already, and compiling
+    others would hold up every answer for a second.
     """
     rows = next((size for size in BATCH_SIZES if size >= rows), rows)
     programs = rows * kv_heads

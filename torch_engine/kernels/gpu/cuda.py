@@ -171,6 +171,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             activation,
             self.dtype,
             named(f"{names.router}.bias").float() if mixture.router_bias else None,
+            self.multiprocessors,
         )
 
     def _experts(self, checkpoint: Checkpoint, experts: list[list[str]]) -> Experts:

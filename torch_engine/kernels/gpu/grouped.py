@@ -164,12 +164,13 @@ def _moved(kind: int, like: tl.dtype) -> int:
 
 @triton.jit
 def rows_product(
-    source, reads, codes, scales, offsets, n, owned,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    source, reads, codes, scales, offsets, n, owned, first,
+    N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
     OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows of K inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight:
-    [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that are not ``owned``.
+    """Rows of inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight, over TILES tiles
+    from ``first`` on: [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that
+    are not ``owned``.
 
     The weight is the tall operand: the tensor cores of Hopper want 64 rows of that.
     """
@@ -179,7 +180,7 @@ def rows_product(
     NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
     w = tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for tile in range(K // TILE):
+    for tile in range(first, first + TILES):
         byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
         for half in tl.static_range(HALVES):
             k = tile * TILE + half * WIDTH

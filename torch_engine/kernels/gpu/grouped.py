@@ -107,7 +107,7 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
     if KIND == E4M3:
         numbers = codes.to(tl.float32).to(like)
     elif KIND == FLOATS:
-        numbers = _from_e2m1((codes >> (4 * half)) & 15, like)
+        numbers = _from_e2m1(codes, half, like)
     elif KIND == PAIR:
         numbers = (codes >> (4 * half)) & 15
         # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
@@ -123,29 +123,20 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
 
 
 @triton.jit
-def _from_e2m1(codes, like: tl.constexpr):
-    """Codes of sign, two bits of exponent and one of mantissa as numbers of the compute dtype.
+def _from_e2m1(codes, half: tl.constexpr, like: tl.constexpr):
+    """Codes of sign, two bits of exponent and one of mantissa, the lower or upper half of a byte, as numbers of the
+    compute dtype.
 
-    From 1 on only the exponent's zero lies elsewhere; 0 and 0.5, which e2m1 has no exponent for, are numbers of their
-    own, since hardware may take subnormal ones for 0.
+    Their bits are moved to where a 16-bit type has its own. Its exponent's zero lies elsewhere, which a product with a
+    power of two puts right, also of 0.5: a subnormal number on either side.
     """
-    WIDE: tl.constexpr = _half(like) > 0xFFFF
-    codes = codes.to(tl.int32 if WIDE else tl.int16)
-    size, sign = codes & 7, (codes & 8) << (28 if WIDE else 12)
-    bits = tl.where(size < 2, (size & 1) * _half(like), _half(like) + (size << _mantissa(like)))
-    return (bits | sign).to(like, bitcast=True)
-
-
-@triton.constexpr_function
-def _half(like: tl.dtype) -> int:
-    """The bits of 0.5."""
-    return 0x3F00 if like == tl.bfloat16 else 0x3800 if like == tl.float16 else 0x3F000000
-
-
-@triton.constexpr_function
-def _mantissa(like: tl.dtype) -> int:
-    """The place of the mantissa's first bit."""
-    return 6 if like == tl.bfloat16 else 9 if like == tl.float16 else 22
+    KIND: tl.constexpr = tl.float16 if like == tl.float32 else like
+    LAST: tl.constexpr = 6 if tl.bfloat16 == KIND else 9  # the mantissa's first bit
+    MORE: tl.constexpr = 2.0**126 if tl.bfloat16 == KIND else 2.0**14
+    codes = codes.to(tl.int16)
+    size = ((codes << LAST - 4 * half) if 4 * half < LAST else (codes >> 4 * half - LAST)) & (7 << LAST)
+    sign = (codes << 12 - 4 * half) & -0x8000
+    return ((size | sign).to(KIND, bitcast=True) * MORE).to(like)
 
 
 @triton.constexpr_function

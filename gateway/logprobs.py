@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -74,6 +75,8 @@ class CompletionLogprobs:
         self._count = count
         self._names = names
         self._offset = offset
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
+        """Characters of the tokens' bytes; a token that goes on with a character stands where that began."""
 
     def entries(self, piece: Piece) -> dict[str, list[Any]]:
         made = joined([])
@@ -92,6 +95,7 @@ class CompletionLogprobs:
         for token, value, top in ((ids[0], None, []), *told):
             self._enter(made, token, value, top, text)
         self._offset = len(text)
+        self._text.reset()
         return made
 
     def _enter(
@@ -107,6 +111,8 @@ class CompletionLogprobs:
         made["token_logprobs"].append(value)
         most = {self._names.of(other)[0]: weight for other, weight in top}
         made["top_logprobs"].append(None if value is None else {**most, text: value})
+        if data and data[0] & 0xC0 != 0x80:  # what was begun before it does not go on
+            self._offset += len(self._text.decode(b"", final=True))
         made["text_offset"].append(self._offset)
         # A special token that was put before a prompt is not in its text.
         if (
@@ -114,7 +120,7 @@ class CompletionLogprobs:
             or not self._names.is_special(token)
             or prompt.startswith(data.decode(), self._offset)
         ):
-            self._offset += sum((byte & 0xC0) != 0x80 for byte in data)
+            self._offset += len(self._text.decode(data))
 
 
 def joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:

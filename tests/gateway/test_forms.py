@@ -78,7 +78,7 @@ def test_log_probabilities_have_the_bytes_of_their_tokens() -> None:
     assert entries[3]["logprob"] == FLOOR
     logprobs = CompletionLogprobs(0, TokenNames(TOKENS, as_ids=True))
     made = logprobs.entries(piece)
-    assert made["text_offset"] == [0, 2, 3, 4, 4] and made["tokens"][1] == "token_id:1"
+    assert made["text_offset"] == [0, 2, 3, 3, 4] and made["tokens"][1] == "token_id:1"
     assert logprobs.entries(Piece(0, token_ids=[0], log_probs=[-1.0]))["text_offset"] == [9]
 
 
@@ -100,6 +100,22 @@ def test_a_prompts_log_probabilities_stand_before_all_others() -> None:
     assert made["text_offset"] == [0, 0, 2, 3] and logprobs.entries(piece)["text_offset"] == [8]
     with pytest.raises(errors.ApiError, match="no log-probabilities of the prompt"):
         logprobs.prompt([0, 1], "abé", Piece(0))
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "offsets"),
+    [
+        ([3, 0, 1], "\ufffd\ufffdabé", [0, 2, 4]),
+        ([0, 2, 1], "ab\ufffdé", [0, 2, 3]),
+        ([2, 2, 3], "\ufffd🙂", [0, 1, 1]),
+    ],
+)
+def test_offsets_beside_characters_that_are_cut(ids: list[int], text: str, offsets: list[int]) -> None:
+    """As harnesses cut contexts: where a token ends."""
+    assert TOKENS.decode(ids) == text
+    piece = Piece(0, prompt_log_probs=[-1.0] * (len(ids) - 1))
+    made = CompletionLogprobs(0, TokenNames(TOKENS, as_ids=False)).prompt(ids, text, piece)
+    assert made["text_offset"] == offsets
 
 
 def test_tokens_are_counted_by_pieces_until_their_number_is_told() -> None:

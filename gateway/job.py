@@ -75,6 +75,8 @@ def of_completions(body: Any, model: ServedModel, request_id: str) -> Job:
     values["top_logprobs"] = values["logprobs"]
     values["max_tokens"] = COMPLETION_TOKENS if most is None else max(most, 1)
     guide = response_format(body)
+    if values["echo"] and values["logprobs"] is not None and most == 1 and guide is None:
+        values["ignore_eos"] = True  # harnesses take the last token for the generated one: there must be one
     names = params.names(body, COMPLETIONS) | {"input_ids": "prompt"}
     job = _job(name, prompts, values, model, guide, names, request_id)
     if values["echo"]:

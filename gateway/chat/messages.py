@@ -40,22 +40,30 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     if calls is not None and role != "assistant":
         raise invalid(f"{where}.tool_calls belongs to role assistant, not to {role}")
     said = item.get("content")
+    thoughts = _thoughts(item, where) if role == "assistant" else None
     if said is None and not calls and role == "assistant":
-        said = item.get("refusal")
+        said = "" if item.get("refusal") is None and thoughts else item.get("refusal")
     if said is None and not calls:
         raise invalid(f"{where}.content is missing: it must be text, or a list of text parts")
     message: dict[str, Any] = {"role": ROLES[role], "content": _content(said, f"{where}.content")}
     if (name := item.get("name")) is not None:
         message["name"] = _text(name, f"{where}.name")
     if role == "assistant":
-        thoughts = item.get("reasoning_content", item.get("reasoning"))
         if thoughts is not None:
-            message["reasoning_content"] = _text(thoughts, f"{where}.reasoning_content")
+            message["reasoning_content"] = thoughts
         if calls:
             message["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     if role == "tool":
         message["tool_call_id"] = _text(item.get("tool_call_id"), f"{where}.tool_call_id")
     return message
+
+
+def _thoughts(item: dict[str, Any], where: str) -> str | None:
+    """Under either of the names that servers give them; a message that was cut in them has nothing else."""
+    for field in ("reasoning_content", "reasoning"):
+        if (thoughts := item.get(field)) is not None:
+            return _text(thoughts, f"{where}.{field}")
+    return None
 
 
 def _content(value: Any, where: str) -> str:

@@ -246,6 +246,17 @@ def test_a_prompt_is_echoed_with_its_log_probabilities(llm: openai.OpenAI, model
     assert parts[0].token_logprobs[1:] == pytest.approx(found.token_logprobs[1 : len(ids)], abs=0.01)
 
 
+def test_an_end_is_a_token_behind_an_echoed_prompt(llm: openai.OpenAI, model: str) -> None:
+    """Harnesses leave out the last token, which they take for the one that they had to ask for."""
+    ids, end = [5, 6, 7], 1
+    asked: dict[str, Any] = {"prompt": ids, "logprobs": 1, "max_tokens": 1, "logit_bias": {str(end): 100}}
+    (choice,) = llm.completions.create(model=model, echo=True, temperature=0, **asked).choices
+    assert choice.logprobs.tokens[len(ids) :] == ["</s>"]
+    assert len(choice.logprobs.token_logprobs) == len(choice.logprobs.top_logprobs) == len(ids) + 1
+    (plain,) = llm.completions.create(model=model, temperature=0, **asked).choices
+    assert plain.finish_reason == "stop" and not plain.logprobs.tokens
+
+
 def test_an_echo_alone(llm: openai.OpenAI, model: str) -> None:
     for stream in (False, True):
         told = llm.completions.create(model=model, prompt=PROMPT, echo=True, max_tokens=0, stream=stream)

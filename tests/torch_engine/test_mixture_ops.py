@@ -78,6 +78,7 @@ def on_gpu(mixture: MixtureSpec, checkpoint: Drawn, dtype: torch.dtype = torch.f
         model_dir="none", device=DEVICE.type, compute_dtype=str(dtype).removeprefix("torch.")
     )
     kernels = CudaKernels(config, DEVICE, dtype)
+    kernels.multiprocessors = 200  # so many that the inputs of few rows are cut into pieces
     return kernels, kernels.load_mixture(checkpoint, mixture, "layer", "silu")
 
 
@@ -118,7 +119,9 @@ class TestExperts:
     def test_like_the_reference(self, mixture: MixtureSpec, kind: str, count: int) -> None:
         """Few rows, each by itself, and many in blocks; the last two belong to nobody, and are NaN."""
         coded = kind == "fp8"
-        hidden = 64 if coded else HIDDEN
+        hidden = (
+            64 if coded else 264 if count == 1 else HIDDEN
+        )  # in pieces, the last of which is short; and not
         if coded:  # the library's products of the shared expert want multiples of 16
             mixture = MixtureSpec(
                 **{**vars(mixture), "inner": 48, "shared_inner": 32 * bool(mixture.shared_inner)}

@@ -124,7 +124,7 @@ for outputs in (5760, 2880):
     nothing = torch.zeros(outputs, 2880, dtype=torch.uint8)
     stored = Coded(nothing, torch.ones(outputs, 90).bfloat16(), 32, bits=4, e2m1=True)
     experts.append(Experts.of_codes(GroupedCodes.of(stored), outputs, 2880).with_bias(torch.zeros(outputs)))
-mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, None, "silu", bf16, torch.zeros(32))
+mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, None, "silu", bf16, torch.zeros(32), 132)
 for rows in (1, 64):
     where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
     mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))
@@ -150,7 +150,7 @@ def experts_like(coded, outputs, inputs):
 fours = Coded(zeros, torch.ones(6144, 256), 16, bits=4, e2m1=True)
 for coded in (*stored, fours):
     mixture = CudaMixture(MixtureSpec(16, 8, 768), torch.zeros(16, 2048, dtype=bf16), None,
-                          *experts_like(coded, 2048, 768), None, "silu", bf16)
+                          *experts_like(coded, 2048, 768), None, "silu", bf16, None, 132)
     for rows in (1, 512):
         step = SimpleNamespace(attention=SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32)), idle=-1)
         mixture(SimpleNamespace(values=torch.zeros(rows, 2048, dtype=bf16)), step)

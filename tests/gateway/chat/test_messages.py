@@ -46,6 +46,25 @@ def test_what_applications_send_becomes_what_templates_take():
     ]
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_message_may_have_been_cut_in_its_thoughts(field):
+    """As SDKs give it back: with null for whatever it does not have."""
+    other = {"reasoning_content": "reasoning", "reasoning": "reasoning_content"}[field]
+    (message,) = parse_messages(
+        [
+            {
+                "role": "assistant",
+                "content": None,
+                "refusal": None,
+                "tool_calls": None,
+                field: "hm",
+                other: None,
+            }
+        ]
+    )
+    assert message == {"role": "assistant", "content": "", "reasoning_content": "hm"}
+
+
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [("", {}), ("{}", {}), ("[1]", "[1]"), ("{bad", "{bad"), ('{"a"', '{"a"'), ({"a": 1}, {"a": 1})],

@@ -69,6 +69,8 @@ class GroupedPlan:
     """Pieces of the inner dimension, each with a partial sum of its own: enough programs to fill the device."""
     warps: int
     stages: int
+    rows: int = ROWS_AT_ONCE
+    """The most of a program: its codes become numbers once for all of them."""
 
 
 def plans_of(
@@ -107,7 +109,7 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
     if KIND == E4M3:
         numbers = codes.to(tl.float32).to(like)
     elif KIND == FLOATS:
-        numbers = _from_e2m1((codes >> (4 * half)) & 15, like)
+        numbers = _from_e2m1(codes, half, like)
     elif KIND == PAIR:
         numbers = (codes >> (4 * half)) & 15
         # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
@@ -123,29 +125,20 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
 
 
 @triton.jit
-def _from_e2m1(codes, like: tl.constexpr):
-    """Codes of sign, two bits of exponent and one of mantissa as numbers of the compute dtype.
+def _from_e2m1(codes, half: tl.constexpr, like: tl.constexpr):
+    """Codes of sign, two bits of exponent and one of mantissa, the lower or upper half of a byte, as numbers of the
+    compute dtype.
 
-    From 1 on only the exponent's zero lies elsewhere; 0 and 0.5, which e2m1 has no exponent for, are numbers of their
-    own, since hardware may take subnormal ones for 0.
+    Their bits are moved to where a 16-bit type has its own. Its exponent's zero lies elsewhere, which a product with a
+    power of two puts right, also of 0.5: a subnormal number on either side.
     """
-    WIDE: tl.constexpr = _half(like) > 0xFFFF
-    codes = codes.to(tl.int32 if WIDE else tl.int16)
-    size, sign = codes & 7, (codes & 8) << (28 if WIDE else 12)
-    bits = tl.where(size < 2, (size & 1) * _half(like), _half(like) + (size << _mantissa(like)))
-    return (bits | sign).to(like, bitcast=True)
-
-
-@triton.constexpr_function
-def _half(like: tl.dtype) -> int:
-    """The bits of 0.5."""
-    return 0x3F00 if like == tl.bfloat16 else 0x3800 if like == tl.float16 else 0x3F000000
-
-
-@triton.constexpr_function
-def _mantissa(like: tl.dtype) -> int:
-    """The place of the mantissa's first bit."""
-    return 6 if like == tl.bfloat16 else 9 if like == tl.float16 else 22
+    KIND: tl.constexpr = tl.float16 if like == tl.float32 else like
+    LAST: tl.constexpr = 6 if tl.bfloat16 == KIND else 9  # the mantissa's first bit
+    MORE: tl.constexpr = 2.0**126 if tl.bfloat16 == KIND else 2.0**14
+    codes = codes.to(tl.int16)
+    size = ((codes << LAST - 4 * half) if 4 * half < LAST else (codes >> 4 * half - LAST)) & (7 << LAST)
+    sign = (codes << 12 - 4 * half) & -0x8000
+    return ((size | sign).to(KIND, bitcast=True) * MORE).to(like)
 
 
 @triton.constexpr_function
@@ -164,12 +157,13 @@ def _moved(kind: int, like: tl.dtype) -> int:
 
 @triton.jit
 def rows_product(
-    source, reads, codes, scales, offsets, n, owned,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    source, reads, codes, scales, offsets, n, owned, first,
+    N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
     OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows of K inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight:
-    [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that are not ``owned``.
+    """Rows of inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight, over TILES tiles
+    from ``first`` on: [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that
+    are not ``owned``.
 
     The weight is the tall operand: the tensor cores of Hopper want 64 rows of that.
     """
@@ -179,7 +173,7 @@ def rows_product(
     NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
     w = tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for tile in range(K // TILE):
+    for tile in range(first, first + TILES):
         byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
         for half in tl.static_range(HALVES):
             k = tile * TILE + half * WIDTH
@@ -371,7 +365,7 @@ class CodedLinear(ABC):
         plan = self.plan_of(rows)
         if plan is None:
             return F.linear(values, self.weight(), self.bias)
-        at_once = min(ROWS_AT_ONCE, max(self.least_rows, triton.next_power_of_2(rows)))
+        at_once = min(plan.rows, max(self.least_rows, triton.next_power_of_2(rows)))
         out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
         self.product(values, out, plan, at_once)
         return out
@@ -385,6 +379,10 @@ class CodedLinear(ABC):
     @abstractmethod
     def plans(self, rows: int) -> list[GroupedPlan]:
         """Worth timing for so many rows."""
+
+    def many_plans(self) -> list[GroupedPlan]:
+        """Worth timing for more than ``ROWS_AT_ONCE``, beside what is best of those."""
+        return []
 
     @abstractmethod
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:

@@ -161,23 +161,30 @@ def route(
     return ids, weights
 
 
+MOST_PARTS = 12
+"""Partial sums of few rows: whoever reads them adds them up one after the other."""
+
+
 # Few rows: each pair by itself ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _row_product(
-    x, in_scale, weight, lives, n,
-    N: tl.constexpr, K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, QUANTISE: tl.constexpr,
+    x, in_scale, weight, lives, n, split,
+    N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    QUANTISE: tl.constexpr,
 ):  # fmt: skip
-    """One row of K inputs times rows ``n`` of a weight [N, K], inputs BEGIN to END: [BLOCK_N]; 0 unless it ``lives``.
+    """One row of K inputs times rows ``n`` of a weight [N, K], of the inputs the ``split``-th of SPLITS pieces:
+    [BLOCK_N]; 0 unless it ``lives``.
 
     The weight is the tall operand of a product with 16 rows, of which 15 are zero: the tensor cores have time.
     """
     m, k = tl.arange(0, 16), tl.arange(0, BLOCK_K)
     tall = tl.zeros([BLOCK_N, 16], tl.float32)
-    for start in range(BEGIN, END, BLOCK_K):
-        inside = (start + k < END) & lives
+    EACH: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    end = tl.minimum(K, (split + 1) * EACH)
+    for start in range(split * EACH, end, BLOCK_K):
+        inside = (start + k < end) & lives
         values = tl.load(x + start + k, inside, 0.0)
         if QUANTISE:
             values = to_fp8(values.to(tl.float32) / tl.load(in_scale))
@@ -193,16 +200,17 @@ def _row_product(
 
 @triton.jit
 def _row_of_codes(
-    x, codes, scales, offsets, expert, lives, n,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, codes, scales, offsets, expert, lives, n, split,
+    N: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_row_product`, of an expert's codes."""
+    """As :func:`_row_product`, of an expert's codes, whose tiles are as many in each piece."""
+    TILES: tl.constexpr = K // TILE // SPLITS
     m = tl.arange(0, 16)
     one, at = (m == 0) & lives, expert * tl.cdiv(K, GROUP) * N
     sums = rows_product(
         x + m * 0, one, _codes_at(codes, expert, N, K, KIND), scales + at, offsets + at, n, (n < N) & lives,
-        N, K, GROUP, TILE, KIND, OFFSETS, 16, BLOCK_N,
+        split * TILES, N, TILES, GROUP, TILE, KIND, OFFSETS, 16, BLOCK_N,
     )  # fmt: skip
     return tl.sum(tl.where(one[None, :], sums, 0.0), 1)
 
@@ -217,29 +225,30 @@ def _rows_in_kernel(
     x, in_scale, weight, weight_scales, offsets, bias, ids, out,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BIASED: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    OFFSETS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     pair = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
     expert = tl.load(ids + pair).to(tl.int64)
     lives = expert >= 0
     expert = tl.maximum(expert, 0)
     source = x + pair // CHOSEN * K
     if TILE > 0:
         sums = _row_of_codes(
-            source, weight, weight_scales, offsets, expert, lives, n,
-            N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_N,
+            source, weight, weight_scales, offsets, expert, lives, n, split,
+            N, K, SPLITS, GROUP, TILE, KIND, OFFSETS, BLOCK_N,
         )  # fmt: skip
     else:
         sums = _row_product(
-            source, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, FP8
+            source, in_scale, weight + expert * N * K, lives, n, split, N, K, SPLITS, BLOCK_N, BLOCK_K, FP8
         )
     if FP8:
         sums *= tl.load(in_scale) * tl.load(weight_scales + expert)
-    if BIASED:
+    if BIASED and split == 0:
         sums += tl.load(bias + expert * N + n, n < N, 0.0)
-    tl.store(out + pair * N + n, sums, n < N)
+    tl.store(out + (split * tl.num_programs(0) + pair) * N + n, sums, n < N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -247,15 +256,16 @@ def _rows_out_kernel(
     x, in_scale, weight, weight_scales, offsets, bias, ids, shares, out, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, EACH: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BIASED: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    KIND: tl.constexpr, OFFSETS: tl.constexpr,
+    KIND: tl.constexpr, OFFSETS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
+    part = tl.program_id(2)
+    split = part % SPLITS
     total = tl.zeros([BLOCK_N], tl.float32)
     for i in range(EACH):
-        place = split * EACH + i
+        place = part // SPLITS * EACH + i
         pair = row * CHOSEN + place
         expert = tl.load(ids + pair, place < CHOSEN, -1).to(tl.int64)
         share = tl.load(shares + pair, place < CHOSEN, 0.0)
@@ -263,19 +273,20 @@ def _rows_out_kernel(
         expert = tl.maximum(expert, 0)
         if TILE > 0:
             sums = _row_of_codes(
-                x + pair * K, weight, weight_scales, offsets, expert, lives, n,
-                N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_N,
+                x + pair * K, weight, weight_scales, offsets, expert, lives, n, split,
+                N, K, SPLITS, GROUP, TILE, KIND, OFFSETS, BLOCK_N,
             )  # fmt: skip
         else:
             sums = _row_product(
-                x + pair * K, in_scale, weight + expert * N * K, lives, n, N, K, 0, K, BLOCK_N, BLOCK_K, False
-            )
+                x + pair * K, in_scale, weight + expert * N * K, lives, n, split, N, K, SPLITS, BLOCK_N, BLOCK_K,
+                False,
+            )  # fmt: skip
         if FP8:
             sums *= tl.load(in_scale) * tl.load(weight_scales + expert)
-        if BIASED:
+        if BIASED and split == 0:
             sums += tl.load(bias + expert * N + n, n < N, 0.0)
         total += sums * share
-    tl.store(out + (split * rows + row) * N + n, total, n < N)
+    tl.store(out + (part * rows + row) * N + n, total, n < N)
 
 
 # Many rows: blocks of pairs of one expert ----------------------------------------------------------------------------
@@ -381,7 +392,7 @@ def _blocks_kernel(
             at = tl.maximum(expert, 0) * tl.cdiv(K, GROUP) * N
             tall = rows_product(
                 source, reads, _codes_at(weight, tl.maximum(expert, 0), N, K, KIND), weight_scales + at, offsets + at,
-                n, owned, N, K, GROUP, TILE, KIND, OFFSETS, BLOCK_M, BLOCK_N,
+                n, owned, 0, N, K // TILE, GROUP, TILE, KIND, OFFSETS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             sums = tl.trans(tall)
         elif BLOCK_M < 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
@@ -517,13 +528,14 @@ class CudaMixture:
         shared: Shared | None,
         activation: str,
         dtype: torch.dtype,
-        router_bias: torch.Tensor | None = None,
+        router_bias: torch.Tensor | None,
+        multiprocessors: int,
     ) -> None:
         """``router`` [E, N] in the compute dtype if that holds it exactly, else float32; its bias [E] in float32."""
         self.mixture, self.correction = mixture, correction
         self.router, self.router_bias = PlainLinear(router, None), router_bias
         self.gate_up, self.down, self.shared = gate_up, down, shared
-        self.activation, self.dtype = activation, dtype
+        self.activation, self.dtype, self.multiprocessors = activation, dtype, multiprocessors
 
     def __call__(self, x: Activation, step: CudaStep) -> torch.Tensor:
         """``[T, N]`` -> partial sums [S, T, N], in a fixed order."""
@@ -554,12 +566,14 @@ class CudaMixture:
         rows, chosen = ids.shape
         one, two = self.gate_up, self.down
         wide_n, size, inner = one.outputs, one.inputs, two.inputs
-        wide = torch.empty(ids.numel(), wide_n, dtype=torch.float32, device=x.device)
         block_n, block_k = 64, 256 if one.fp8 else 128
-        _rows_in_kernel[(ids.numel(), triton.cdiv(wide_n, block_n))](
+        programs = ids.numel() * triton.cdiv(wide_n, block_n)
+        pieces = self._pieces(programs, one, block_k, MOST_PARTS)
+        wide = torch.empty(pieces, ids.numel(), wide_n, dtype=torch.float32, device=x.device)
+        _rows_in_kernel[(ids.numel(), triton.cdiv(wide_n, block_n), pieces)](
             x, _or(one.input_scale, x), one.weight, _or(one.scales, x), _or(one.offsets, x), _or(one.bias, x), ids,
             wide, wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)),
-            one.bias is not None, one.fp8, *one.cut,
+            one.bias is not None, one.fp8, *one.cut, pieces,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         read = self._gate(wide)
@@ -567,15 +581,29 @@ class CudaMixture:
         splits = min(chosen, 4 if rows <= 4 else 2)
         each = triton.cdiv(chosen, splits)
         splits = triton.cdiv(chosen, each)
-        out = self._room(splits, rows, size, x, torch.float32)
-        _rows_out_kernel[(rows, triton.cdiv(size, block_n), splits)](
+        programs = rows * triton.cdiv(size, block_n) * splits
+        pieces = self._pieces(programs, two, block_k, MOST_PARTS // splits)
+        out = self._room(splits * pieces, rows, size, x, torch.float32)
+        _rows_out_kernel[(rows, triton.cdiv(size, block_n), splits * pieces)](
             read, _or(two.input_scale, x), two.weight, _or(two.scales, x), _or(two.offsets, x), _or(two.bias, x), ids,
             shares, out, rows,
             size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)),
-            two.bias is not None, two.fp8, *two.cut,
+            two.bias is not None, two.fp8, *two.cut, pieces,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         return out
+
+    def _pieces(self, programs: int, linear: Experts, block_k: int, most: int) -> int:
+        """Into how many pieces the inputs of so many programs are cut, so that the device has enough of them."""
+        tile = linear.cut[1]
+        tiles = linear.inputs // tile if tile else triton.cdiv(linear.inputs, block_k)
+        pieces = 1
+        for more in range(2, min(most, tiles) + 1):
+            if programs * pieces >= 3 * self.multiprocessors:
+                break
+            if tiles % more == 0:
+                pieces = more
+        return pieces
 
     def _many(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         rows, chosen = ids.shape

@@ -54,6 +54,8 @@ def report(**result: Any) -> None:
 
 def engine_of(options: argparse.Namespace, guesses: int = 0, vocabulary: list[bytes] | None = None) -> Engine:
     spec = SHAPES[options.shape]
+    if options.layers:
+        spec = dataclasses.replace(spec, layers=spec.layers[: options.layers])
     width = {"fp8": 1, "int8": 1 + 4 / spec.head_dim, "bfloat16": 2}[options.kv]
     a_block = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 16 * width
     parameters, linear = layout.count(spec)
@@ -393,6 +395,9 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="repeat the longest cases too")
     parser.add_argument("--shape", choices=PRECISIONS, default="llama-8b")
     parser.add_argument("--precision", default="fp8", help=f"of the shape: {PRECISIONS}")
+    parser.add_argument(
+        "--layers", type=int, help="only so many: a profile says the same of a model that loads sooner"
+    )
     parser.add_argument("--kv", choices=["fp8", "int8", "bfloat16"], default="fp8")
     parser.add_argument("--head", choices=["auto", "fp8"], default="auto", help="auto = bf16")
     parser.add_argument("--no-graphs", action="store_true")

@@ -65,6 +65,8 @@ def four_bits(name: str, rows: list[int], group: int, multiprocessors: int) -> N
     for count in rows:
         x = torch.randn(count, inputs, device="cuda", dtype=BF16)
         plans: list[GroupedPlan | None] = [*linears[0].plans(min(count, ROWS_AT_ONCE))]
+        if count > ROWS_AT_ONCE:
+            plans += linears[0].many_plans()
         for plan in plans + ([None] if count >= ROWS_AT_ONCE else []):
             linears[0].choose(count, plan)
             wrong = error(linears[0], weight, x)

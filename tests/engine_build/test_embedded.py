@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from flightline.engine_build import gate
-from flightline.engine_build.build import CALIBRATION, Build
+from flightline.engine_build import build, gate
+from flightline.engine_build.build import CALIBRATION, GATE_PROMPTS, Build
 from flightline.engine_build.checkpoint import EMBEDDED_FILE
 from flightline.engine_build.gguf_file import GgufFile
 from flightline.engine_build.gguf_import import convert
@@ -76,26 +76,30 @@ def test_gguf_header(gguf_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a sixth of the calibration prompts and a third of the gate's text and of its single steps: it is quicker."""
+    """With as few calibration prompts as may be, and about half of what the gate reads: it is quicker."""
+    whole = build.read_prompts
+    monkeypatch.setattr(
+        build, "read_prompts", lambda path: whole(path)[: 6 if path == GATE_PROMPTS else None]
+    )
     for size in ("MAX_WINDOWS", "DECODED_TOKENS"):
         monkeypatch.setattr(gate, size, getattr(gate, size) // 3)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
-        "".join(CALIBRATION.read_text(encoding="utf-8").splitlines(True)[::6]), encoding="utf-8"
+        "".join(CALIBRATION.read_text(encoding="utf-8").splitlines(True)[::9]), encoding="utf-8"
     )
     options = ["--build-dir", str(tmp_path / "build"), "--precision", "fp8", "--calibration", str(prompts)]
     said: list[str] = []
 
-    def build() -> dict[str, Any]:
+    def run() -> dict[str, Any]:
         said.clear()
         return Build(parse(options), said.append).run()
 
-    built = build()
+    built = run()
     manifest = json.loads(Path(built["manifest"]).read_text())
     # A wrongly converted weight (a head not unpermuted, say) makes the perplexity explode.
     assert manifest["gate"]["source_perplexity"] < 60
     assert manifest["gate"]["perplexity_rise"] <= 0.04 and manifest["gate"]["agreement"] >= 0.85
     assert manifest["gate"]["scored_tokens"] >= 700
     assert load_spec(built["model_dir"]).fp8 and not load_spec(built["source_dir"]).fp8
-    assert build() == built
+    assert run() == built
     assert sum("unchanged" in line for line in said) == 5

@@ -482,8 +482,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         plans: list[SkinnyPlan | GroupedPlan | None]
         if isinstance(one, CodedLinear):
             x = Activation(ones.expand(rows, one.inputs).to(self.dtype).contiguous())
-            # What is best of the most rows at once is best of several times as many.
-            plans = [*one.plans(rows)] if rows <= ROWS_AT_ONCE else [one.plan_of(ROWS_AT_ONCE), None]
+            # What is best of so many rows at once may be best of several times as many.
+            plans = [one.plan_of(ROWS_AT_ONCE), *one.many_plans(), None]
+            if rows <= ROWS_AT_ONCE:
+                plans = [*one.plans(rows)]
         elif isinstance(one, Fp8Linear | Fp8RowLinear) and all(linear.bias is None for linear in linears):
             outputs, inputs = one.weight.shape
             scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None

@@ -9,6 +9,8 @@ Shapes: T rows, K inputs, N outputs, G groups of inputs.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +27,10 @@ NARROWEST = 64
 """A quarter has at least the 16 inputs of one instruction of the tensor cores."""
 SHAPES = ((64, 4, 5), (64, 2, 5), (128, 4, 4), (32, 2, 5), (16, 1, 4))
 WIDE_SHAPES = ((128, 4, 4), (256, 8, 3), (64, 4, 4), (32, 2, 5), (16, 1, 4))
-"""Outputs of a program, warps and stages: for up to ``MOST_OF_FEW`` rows, and for more."""
+MANY_SHAPES = ((128, 8, 3), (128, 8, 4), (64, 4, 4))
+"""Outputs of a program, warps and stages: for up to ``MOST_OF_FEW`` rows, for more, and for ``MANY_ROWS`` a program."""
 MOST_OF_FEW = 16
+MANY_ROWS = 128
 PREFETCHED = 4
 """Most tiles of its weight that a program asks for while the kernel before it still runs: as many bytes of a row as the
 FP8 products ask for (``linear.PREFETCH``)."""
@@ -227,6 +231,10 @@ class FourBitLinear(CodedLinear):
             self.multiprocessors,
             (2, 4) if few else (2,),
         )
+
+    def many_plans(self) -> list[GroupedPlan]:
+        plans = plans_of(MANY_SHAPES, self.outputs, self.inputs // self.tile, self.multiprocessors, (1,))
+        return [dataclasses.replace(plan, rows=MANY_ROWS) for plan in plans]
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
         _four_bit_product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(len(x), at_once))](

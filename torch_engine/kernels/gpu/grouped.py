@@ -69,6 +69,8 @@ class GroupedPlan:
     """Pieces of the inner dimension, each with a partial sum of its own: enough programs to fill the device."""
     warps: int
     stages: int
+    rows: int = ROWS_AT_ONCE
+    """The most of a program: its codes become numbers once for all of them."""
 
 
 def plans_of(
@@ -363,7 +365,7 @@ class CodedLinear(ABC):
         plan = self.plan_of(rows)
         if plan is None:
             return F.linear(values, self.weight(), self.bias)
-        at_once = min(ROWS_AT_ONCE, max(self.least_rows, triton.next_power_of_2(rows)))
+        at_once = min(plan.rows, max(self.least_rows, triton.next_power_of_2(rows)))
         out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
         self.product(values, out, plan, at_once)
         return out
@@ -377,6 +379,10 @@ class CodedLinear(ABC):
     @abstractmethod
     def plans(self, rows: int) -> list[GroupedPlan]:
         """Worth timing for so many rows."""
+
+    def many_plans(self) -> list[GroupedPlan]:
+        """Worth timing for more than ``ROWS_AT_ONCE``, beside what is best of those."""
+        return []
 
     @abstractmethod
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:

@@ -20,9 +20,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONGEST = (
     *("test_runs.py", "test_sanitizers.py", "test_kernels_in_the_interpreter.py", "test_embedded.py"),
     *("test_faults.py", "test_nvidia_clients.py", "test_smollm2.py", "test_kernels.py", "test_sampling.py"),
-    "test_tensor_parallel.py",
+    *("test_tensor_parallel.py", "test_triton_compile.py"),
 )
-"""Files of minutes. Begun last, one of them would keep one worker busy and the other idle."""
+"""Files of minutes, and the last one by name. Begun last, one of them would keep one worker busy and the other idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

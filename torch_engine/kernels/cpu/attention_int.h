@@ -49,10 +49,15 @@ struct Pairs {
 
     // The right side's words of kLanes columns, from their codes in kCount rows.
     static Ints weave(const int8_t* const* rows) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FL_LANES)
+        const auto bytes = [](const int8_t* row) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)); };
+        return (Ints)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(bytes(rows[0]), bytes(rows[1])));
+#else
         const auto wide = [](const int8_t* row) {
             return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(row), Shorts), Ints);
         };
         return (wide(rows[0]) & 0xffff) | wide(rows[1]) << 16;
+#endif
     }
 };
 

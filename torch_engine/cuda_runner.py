@@ -315,11 +315,11 @@ class CudaRunner:
         self._computed: Computed
         """The last step's forward pass."""
         self._unfinished: Callable[[], None] | None = None
+        """What of the launched step is not queued."""
         self._guided: dict[int, Sequence] = {}
         """By slot: those of the launched step that have grammars."""
         self._masks: tuple[list[int], Callable[[], None]] | None = None
         """Slots whose masks are being written, and what waits for them."""
-        """What of the launched step is not queued."""
         if config.cuda_graphs and on_gpu:
             kernels.link(model.layers[0], spec.hidden_size, config)
             if config.cuda_tuning:

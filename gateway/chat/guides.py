@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from flightline.gateway.chat.errors import invalid, shown
+from flightline.torch_engine.core.grammar import asks_for_nothing
 
 
 class Reasoning(StrEnum):
@@ -95,7 +96,7 @@ NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definiti
 
 
 def _bare(schema: Any) -> Any:
-    """The schema without remarks, which the prompt has shown: grammars are limited in size."""
+    """The schema without what asks for nothing, as do remarks, which the prompt has shown: grammars have a limit."""
     if isinstance(schema, list):
         return [_bare(item) for item in schema]
     if not isinstance(schema, Mapping):
@@ -104,7 +105,7 @@ def _bare(schema: Any) -> Any:
     for key, value in schema.items():
         if key in NAMED_SCHEMAS and isinstance(value, Mapping):
             found[key] = {name: _bare(inner) for name, inner in value.items()}
-        elif key not in REMARKS:
+        elif key not in REMARKS and not asks_for_nothing(key, value):
             found[key] = value if key in ("enum", "const", "required") else _bare(value)
     return found
 

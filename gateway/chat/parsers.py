@@ -46,6 +46,7 @@ class OutputParser:
         reasoning: Reasoning = Reasoning.NONE,
         *,
         named: bool = False,
+        demanded: bool = False,
         parallel: bool = True,
     ) -> None:
         """
@@ -54,11 +55,14 @@ class OutputParser:
             tools: the tools offered.
             reasoning: where the answer begins.
             named: ``tool_choice`` names a tool, so an answer that ends by itself ends with ``stop``.
+            demanded: the answer is calls and nothing else.
             parallel: False: calls after the first are dropped.
         """
         names = {tool["function"]["name"] for tool in tools or ()}
         self._named = named
-        self._sink = _Sink(parallel, _mistral_id if tool_format in ("mistral", "mistral_v11") else _call_id)
+        self._sink = _Sink(
+            parallel, demanded, _mistral_id if tool_format in ("mistral", "mistral_v11") else _call_id
+        )
         self._reader: Reader | None = None
         if tool_format is not None or reasoning is not Reasoning.NONE:
             plain = _harmony(self._sink, names) if reasoning is Reasoning.CHANNELS else _plain(self._sink)
@@ -110,7 +114,7 @@ class OutputParser:
 class _Sink:
     """Collects deltas. White space beside a call belongs to its markers, so it waits until text follows it."""
 
-    def __init__(self, parallel: bool, new_id: Callable[[], str]) -> None:
+    def __init__(self, parallel: bool, demanded: bool, new_id: Callable[[], str]) -> None:
         self.calls = 0
         self.thinking = False
         self.may_think = True
@@ -120,6 +124,7 @@ class _Sink:
         """The answer ends inside a call."""
         self._cut = False
         self._parallel = parallel
+        self._demanded = demanded
         self._new_id = new_id
         self._deltas: list[Delta] = []
         self._kind: Kind = "text"
@@ -178,8 +183,15 @@ class _Sink:
 
         Nobody has a use for the beginning of a call's markup. But a text that came to its own end stays one.
         """
-        if certain or self._cut:
+        if certain or self._cut or self._demanded:
             self._space, self.half_a_call = "", True
+        else:
+            self.text(text)
+
+    def half_a_marker(self, text: str) -> None:
+        """As ``undecided``. One character alone begins many things."""
+        if len(text) > 1 or (text and self._demanded):
+            self.undecided(text, certain=False)
         else:
             self.text(text)
 
@@ -279,8 +291,13 @@ def _opens(marker: str) -> Generator[None, str, tuple[bool, str]]:
     return False, read
 
 
-def _until(marker: str, out: Callable[[str], None], held: str = "") -> Generator[None, str, bool]:
-    """Passes text on until ``marker`` has come (True) or the end (False); ``held`` is the text's beginning."""
+def _until(
+    marker: str, out: Callable[[str], None], held: str = "", at_end: Callable[[str], None] | None = None
+) -> Generator[None, str, bool]:
+    """Passes text on until ``marker`` has come (True) or the end (False); ``held`` is the text's beginning.
+
+    ``at_end`` gets what could have become the marker; None: it is text like the rest.
+    """
     while True:
         while not marker.startswith(held):
             out(held[0])
@@ -289,7 +306,7 @@ def _until(marker: str, out: Callable[[str], None], held: str = "") -> Generator
             return True
         character = yield
         if not character:
-            out(held)
+            (at_end or out)(held)
             return False
         held += character
 
@@ -300,7 +317,7 @@ def _until(marker: str, out: Callable[[str], None], held: str = "") -> Generator
 def _hermes(sink: _Sink, names: Collection[str]) -> Reader:
     """``<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>``, anywhere in the text."""
     held = ""
-    while (yield from _until("<tool_call>", sink.text, held)):
+    while (yield from _until("<tool_call>", sink.text, held, sink.half_a_marker)):
         called, read = yield from _call_object(sink, None)
         if not called and sink.ended:
             sink.undecided("<tool_call>" + read, certain="{" in read)
@@ -442,7 +459,7 @@ class _JsonNames(ast.NodeTransformer):
 def _mistral(sink: _Sink, names: Collection[str]) -> Reader:
     """``[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]``, or a marker for each: ``[TOOL_CALLS]f[ARGS]{...}``."""
     held = ""
-    while (yield from _until("[TOOL_CALLS]", sink.text, held)):
+    while (yield from _until("[TOOL_CALLS]", sink.text, held, sink.half_a_marker)):
         first = yield from _after_space()
         read = (yield from _call_list(sink)) if first == "[" else (yield from _call_by_name(sink, first))
         if read is None:

@@ -44,7 +44,12 @@ class ToolPlan:
     def parser(self, reasoning: Reasoning = Reasoning.NONE) -> OutputParser:
         """A parser for one answer."""
         return OutputParser(
-            self.format, self.tools, reasoning, named=self.choice == "named", parallel=self.parallel
+            self.format,
+            self.tools,
+            reasoning,
+            named=self.choice == "named",
+            demanded=self.choice in ("named", "required"),
+            parallel=self.parallel,
         )
 
 

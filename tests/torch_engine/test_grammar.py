@@ -72,7 +72,7 @@ REFUSED = [
         schema({"type": "object", "minProperties": 3, "required": ["a"]}),
         "minProperties 3 at #",
     ),
-    ("json_schema", schema({**STRING, "format": "colour"}), "cannot be enforced: .*colour"),
+    ("json_schema", schema({**STRING, "format": "iri"}), "the format 'iri' at #, which cannot be enforced"),
     ("json_schema", schema({**STRING, "pattern": "(?=a)b"}), "cannot be enforced: "),
     ("json_schema", schema({"$ref": "https://x.example/y.json"}), "cannot be enforced: "),
     ("json_schema", schema({"oneOf": [STRING, {**STRING, "maxLength": 3}]}), "cannot be enforced: "),
@@ -130,6 +130,26 @@ def test_remarks_and_what_asks_for_nothing_pass() -> None:
         }
     )
     check(Guide("json_schema", text))
+
+
+def test_formats_are_enforced_or_refused_or_none() -> None:
+    """Those that JSON Schema does not define ask for nothing, of whichever type."""
+    for name, right, wrong in (
+        ("date", '"2024-02-29"', '"yesterday"'),
+        ("ipv4", '"127.0.0.1"', '"localhost"'),
+        ("password", '"ü"', "1"),
+    ):
+        made = schema({"type": "string", "format": name})
+        assert accepts(grammar("json_schema", made), right) and not accepts(
+            grammar("json_schema", made), wrong
+        )
+    for name in module.FORMATS:
+        check(Guide("json_schema", schema({"type": "string", "format": name})))
+    for name in module.OTHER_FORMATS:
+        with pytest.raises(InvalidField, match=f"has the format '{name}' at #/items.*say a pattern"):
+            check(
+                Guide("json_schema", schema({"type": "array", "items": {"type": "string", "format": name}}))
+            )
 
 
 OBJECT = {

@@ -93,6 +93,16 @@ REMARKS = {
 """Say nothing about which answers are right. ``discriminator`` only names what ``oneOf`` beside it decides."""
 NEUTRAL = {"uniqueItems": False, "nullable": False}
 """Keywords that cannot be enforced, with the values that ask for nothing."""
+FORMATS = {
+    *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"),
+}
+"""Those that are enforced."""
+OTHER_FORMATS = {
+    *("uri-reference", "iri", "iri-reference", "idn-email", "idn-hostname", "uri-template"),
+    *("json-pointer", "relative-json-pointer", "regex"),
+}
+"""The others that JSON Schema defines. Of any further one (OpenAPI's ``password``, pydantic's ``path``) it says that it
+asks for nothing."""
 
 
 UNKNOWN_TOKEN = ("unknown special token", "Token range end too large")
@@ -298,6 +308,13 @@ def _parsed(text: str) -> Any:
         raise InvalidField("guide", f"is not JSON: {error}") from None
 
 
+def asks_for_nothing(keyword: str, value: Any) -> bool:
+    """Whether a schema without this keyword allows the same."""
+    if keyword == "format":
+        return isinstance(value, str) and value not in FORMATS | OTHER_FORMATS
+    return keyword in NEUTRAL and value is NEUTRAL[keyword]
+
+
 def _walked(schema: Any) -> dict[str, Any]:
     """The schema without what asks for nothing.
 
@@ -318,8 +335,13 @@ def _walked(schema: Any) -> dict[str, Any]:
         if not isinstance(part, dict):
             continue  # true and false; of anything else the library tells what is wrong
         for name, value in list(part.items()):
-            if name in NEUTRAL and value is NEUTRAL[name]:
+            if asks_for_nothing(name, value):
                 del part[name]
+            elif name == "format" and isinstance(value, str) and value in OTHER_FORMATS:
+                raise InvalidField(
+                    "guide",
+                    f"has the format {value!r} at {path}, which cannot be enforced: leave it out, or say a pattern",
+                )
             elif name not in ENFORCED and name not in REMARKS and not name.startswith("x-"):
                 raise InvalidField(
                     "guide",

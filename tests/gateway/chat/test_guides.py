@@ -101,6 +101,19 @@ def test_a_guide_behind_thoughts(guide, good, bad):
     assert not accepts(opened, thoughts)
 
 
+def test_what_asks_for_nothing_is_no_obstacle_behind_thoughts():
+    schema = {"type": "array", "uniqueItems": False, "items": {"type": "string", "format": "password"}}
+    guide = response_format({"guided_json": schema})
+    assert guide is not None
+    assert accepts(guide.beside(Reasoning.OPEN), 'hm</think>["ü"]')
+    named = {"type": "object", "properties": {"format": {"enum": ["password"]}}, "required": ["format"]}
+    named["additionalProperties"] = False
+    guide = response_format({"guided_json": named})
+    assert guide is not None
+    assert accepts(guide.beside(Reasoning.OPEN), 'hm</think>{"format": "password"}')
+    assert not accepts(guide.beside(Reasoning.OPEN), 'hm</think>{"format": "x"}')
+
+
 @pytest.mark.parametrize("kind", ["ebnf_grammar", "structural_tag"])
 def test_a_guide_that_cannot_stand_behind_thoughts_says_so(kind):
     with pytest.raises(RequestError, match=f"{kind} cannot follow thoughts"):

@@ -163,8 +163,9 @@ def test_every_beginning_of_an_answer_is_one(name):
             assert known == wanted and (complete.startswith(arguments) or form == "pythonic")
 
 
-MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|python_start|>", "<|python_end|>")
-BEGINNINGS = {marker[:length] for marker in MARKERS for length in range(len(marker))}
+SPECIAL = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
+"""Markers that are one token each, so that no limit cuts them."""
+BEGINNINGS = {"<", "["} | {marker[:length] for marker in SPECIAL for length in range(len(marker))}
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, _, calls) in WHOLE.items() if calls])
@@ -205,7 +206,23 @@ def test_a_call_that_a_stop_word_cuts_is_not_to_be_made(form, text, said, named)
 @pytest.mark.parametrize(
     ("form", "text"),
     [
+        *(("hermes", "<tool_call>"[:length]) for length in range(1, 12)),
+        *(("mistral", "[TOOL_CALLS]"[:length]) for length in range(1, 13)),
+        *(("llama3_json", '{"name": "f"'[:length]) for length in range(1, 13)),
+        *(("pythonic", "[f(a=1"[:length]) for length in range(1, 7)),
+    ],
+)
+def test_nothing_of_a_call_that_had_to_come_is_text(form, text):
+    for end in ("length", "stop"):
+        deltas, reason = read([text], form, TOOLS, end=end, demanded=True)
+        assert (told(deltas)[1], reason) == ("", "length")
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
         ("hermes", "It is <tool_call>"),
+        ("hermes", "It is <tool_c"),
         ("llama3_json", '{"name": "'),
         ("llama3_json", "{"),
         ("pythonic", "[f"),

@@ -148,20 +148,25 @@ def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int, p
 def others_profiled(engine: Engine) -> Iterator[list[dict[str, float]]]:
     """What the other ranks do meanwhile (``profiled_rank.py``), filled in at the end."""
     pids, found = list(getattr(engine.ranks, "pids", [])), []
-    for pid in pids:
-        os.kill(pid, signal.SIGUSR1)
-    time.sleep(1 if pids else 0)  # the first start of the profiler takes that long; it tells nobody
+    asked_of_all(pids, signal.SIGUSR1)
     yield found
+    found += map(json.loads, asked_of_all(pids, signal.SIGUSR2))
+
+
+def asked_of_all(pids: list[int], what: signal.Signals) -> list[str]:
+    """What the ranks tell after this signal."""
     for pid in pids:
-        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, what)
+    answers = []
     for pid in pids:
         told, deadline = Path(os.environ["PROFILED"].format(pid)), time.monotonic() + PROFILE_S
         while not told.exists():
             if time.monotonic() > deadline:
-                raise SystemExit(f"rank of process {pid} has not told within {PROFILE_S:.0f} s what it did")
+                raise SystemExit(f"rank of process {pid} has not answered within {PROFILE_S:.0f} s")
             time.sleep(0.05)
-        found.append(json.loads(told.read_text()))
+        answers.append(told.read_text())
         told.unlink()
+    return answers
 
 
 def main() -> int:

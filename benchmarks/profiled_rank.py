@@ -1,8 +1,9 @@
 """A rank that can say what its GPU does: ``gpu_tp.py`` starts it instead of ``process/rank.py``.
 
-SIGUSR1 starts the profiler; SIGUSR2 stops it and writes the microseconds of a step into the file that ``PROFILED``
-names, with the rank's process id for ``{}``. Both come while the engine has nothing to do, when the main thread waits
-for its next step.
+SIGUSR1 starts the profiler and then makes the file that ``PROFILED`` names, with the rank's process id for ``{}``;
+SIGUSR2 stops it and writes the microseconds of a step into that file. Both come while the engine has nothing to do,
+when the main thread waits for its next step, and the second only after the file of the first: the profiler's first
+start takes more than a second, and a signal's handler would begin inside of it.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ def _start(*_: Any) -> None:
     torch.cuda.synchronize()
     _running.append(profile(activities=[ProfilerActivity.CUDA]))
     _running[0].start()
+    _tell("")
 
 
 def _stop(*_: Any) -> None:
     torch.cuda.synchronize()
     seen = _running.pop()
     seen.stop()
+    _tell(json.dumps(spent(kernels_of(seen))))
+
+
+def _tell(text: str) -> None:
     target = Path(os.environ["PROFILED"].format(os.getpid()))
-    target.with_suffix(".part").write_text(json.dumps(spent(kernels_of(seen))))
+    target.with_suffix(".part").write_text(text)
     target.with_suffix(".part").replace(target)
 
 

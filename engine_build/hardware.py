@@ -37,6 +37,8 @@ class Hardware:
     """Version of the installed TensorRT-LLM."""
     count: int = 1
     """Visible devices of this kind."""
+    host_memory_free: int | None = None
+    """Of a GPU's host; None: it is not known, or the device is the host itself."""
     note: str = ""
     """What detection wants the user to know."""
 
@@ -50,7 +52,7 @@ class Hardware:
     def identity(self) -> dict[str, Any]:
         """The facts a plan depends on that do not change from one minute to the next."""
         facts = dataclasses.asdict(self)
-        del facts["memory_free"], facts["note"]
+        del facts["memory_free"], facts["host_memory_free"], facts["note"]
         return facts
 
 
@@ -80,13 +82,14 @@ def _cuda() -> Hardware | None:
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=_version("tensorrt_llm"),
         count=torch.cuda.device_count(),
+        host_memory_free=free_host_memory(),
     )
 
 
 def cpu(note: str = "") -> Hardware:
     """Describes the CPU."""
     name, flags = _cpu_description()
-    total, free = _cpu_memory()
+    total, free = _host_memory()
     return Hardware(
         device="cpu",
         name=name,
@@ -109,7 +112,12 @@ def _cpu_description() -> tuple[str, tuple[str, ...]]:
     return facts.get("model name", "CPU"), tuple(flag for flag in CPU_FLAGS if flag in present)
 
 
-def _cpu_memory() -> tuple[int, int]:
+def free_host_memory() -> int:
+    """Bytes that the host, or this container, has left."""
+    return _host_memory()[1]
+
+
+def _host_memory() -> tuple[int, int]:
     """Total and available bytes, within the container's limit if it has one."""
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in _read("/proc/meminfo").splitlines()}
     total, free = kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024

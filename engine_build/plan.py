@@ -523,6 +523,12 @@ def _host_blocks(gib: float, dp: int, tp: int, block_bytes: int, needed: int, ha
             f"HOST_KV_GIB={gib:g} does not fit {hardware.name}: beside weights and a request's KV cache "
             f"{free * dp / GIB:.1f} GiB are free; lower it"
         )
+    on_host = hardware.host_memory_free
+    if on_host is not None and on_host < blocks * block_bytes * dp * tp:
+        raise BuildError(
+            f"HOST_KV_GIB={gib:g} does not fit the host of {hardware.name}: {on_host / GIB:.1f} GiB of its memory are "
+            "free; lower it"
+        )
     return blocks
 
 

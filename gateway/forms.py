@@ -14,12 +14,14 @@ from typing import Any, Protocol
 
 import orjson
 
+from flightline.gateway.chat.guides import Reasoning
 from flightline.gateway.chat.parsers import Delta, OutputParser
 from flightline.gateway.errors import ApiError
 from flightline.gateway.job import Job
 from flightline.gateway.logprobs import CompletionLogprobs, TokenNames, chat_entries, joined
 from flightline.gateway.served import ServedModel
 from flightline.gateway.upstream import Piece
+from flightline.torch_engine.text.stream import TokenBytes
 
 DONE = b"data: [DONE]\n\n"
 _HOLE = "\x00hole"
@@ -48,21 +50,45 @@ def event(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
+class ThoughtCount:
+    """How many of an answer's tokens are thoughts: those that begin and end in them."""
+
+    def __init__(self, parser: OutputParser, tokens: TokenBytes) -> None:
+        self._parser = parser
+        self._tokens = tokens
+        self.count = 0
+
+    def note(self, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if not self._parser.may_think:
+                return
+            inside = self._parser.thinking
+            self._parser.feed(self._tokens[token].decode("latin-1"))  # what marks thoughts is ASCII
+            self.count += inside and self._parser.thinking
+
+
 class Counts:
     """Generated tokens of each choice."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, tokens: TokenBytes) -> None:
         self._prompt = job.num_prompt_tokens
         self._choices = [0] * (len(job.prompts) * job.n)
         self._n = job.n
         self._cached: dict[int, int] = {}
         """By prompt; of several choices the first counts: the others share what it has computed."""
+        self._thoughts: list[ThoughtCount] = []
+        """Of each choice, where there may be any."""
+        if job.plan is not None and job.reasoning is not Reasoning.NONE:
+            tokens = tokens if job.skips_special_tokens else tokens.with_special
+            self._thoughts = [ThoughtCount(job.plan.parser(job.reasoning), tokens) for _ in self._choices]
 
     def note(self, piece: Piece) -> None:
         if piece.num_output_tokens:
             self._choices[piece.choice] = piece.num_output_tokens
         elif piece.text:  # a token at least; how many there were the last piece says
             self._choices[piece.choice] += 1
+        if self._thoughts:
+            self._thoughts[piece.choice].note(piece.token_ids)
         if piece.num_cached_tokens is not None and piece.choice % self._n == 0:
             self._cached[piece.choice] = piece.num_cached_tokens
 
@@ -79,6 +105,9 @@ class Counts:
         }
         if self._cached:
             made["prompt_tokens_details"] = {"cached_tokens": sum(self._cached.values())}
+        if self._thoughts:
+            thought = sum(choice.count for choice in self._thoughts)
+            made["completion_tokens_details"] = {"reasoning_tokens": thought}
         return made
 
 
@@ -87,7 +116,7 @@ class _Base:
 
     def __init__(self, prefix: str, kind: str, job: Job, model: ServedModel) -> None:
         self.job = job
-        self.counts = Counts(job)
+        self.counts = Counts(job, model.vocabulary.bytes)
         self.names = TokenNames(model.vocabulary.bytes, job.ids_as_tokens)
         self.head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",

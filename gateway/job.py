@@ -49,6 +49,8 @@ class Job:
     plan: ToolPlan | None = None
     reasoning: Reasoning = Reasoning.NONE
     include_reasoning: bool = True
+    skips_special_tokens: bool = True
+    """The text does not spell them."""
     names: dict[str, str] = field(default_factory=dict)
     """Tensors, and the fields of the request that they have their values from."""
 
@@ -104,6 +106,7 @@ def of_chat(body: Any, model: ServedModel, request_id: str) -> Job:
     names = params.names(body, CHAT) | {"input_ids": "messages"}
     if plan.guide is not None:
         names |= dict.fromkeys(("guided_decoding_guide", "guided_decoding_guide_type"), "tools")
+    values["thinks"] = reasoning is not Reasoning.NONE
     job = _job(name, [ids], values, model, guide, names, request_id)
     job.plan, job.reasoning, job.include_reasoning = plan, reasoning, values["include_reasoning"]
     return job
@@ -194,6 +197,7 @@ def _job(
         top_logprobs=values["top_logprobs"],
         ids_as_tokens=values["return_tokens_as_token_ids"],
         return_token_ids=values["return_token_ids"],
+        skips_special_tokens=values["skip_special_tokens"],
         names=names,
     )
 
@@ -234,7 +238,7 @@ def _tensors(values: dict[str, Any], model: ServedModel) -> Tensors:
             made.append(("return_prompt_log_probs", "BOOL", [True]))
     if values["top_logprobs"]:
         made.append(("top_logprobs", "INT32", [values["top_logprobs"]]))
-    if values["top_logprobs"] is not None or values["return_token_ids"]:
+    if values["top_logprobs"] is not None or values["return_token_ids"] or values.get("thinks"):
         made.append(("return_token_ids", "BOOL", [True]))
     return made
 

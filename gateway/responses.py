@@ -60,7 +60,7 @@ class _Told:
     """One answer as a response."""
 
     def __init__(self, made: Job, model: ServedModel, body: Any) -> None:
-        self.counts = Counts(made)
+        self.counts = Counts(made, model.vocabulary.bytes)
         self._choice = ChatChoice(made, TokenNames(model.vocabulary.bytes, made.ids_as_tokens))
         self._response = ResponseStream(body, f"resp_{uuid.uuid4().hex}", time.time(), made.model)
 

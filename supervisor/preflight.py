@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flightline.engine_build.errors import BuildError
-from flightline.engine_build.hardware import Hardware, cpu
+from flightline.engine_build.hardware import Hardware, cpu, free_host_memory
 from flightline.engine_build.memory import fp8_build_cost
 from flightline.engine_build.plan import AUTO, LANES, ModelShape, Plan, available_precisions, make_plan
 from flightline.engine_build.settings import Settings, parse
@@ -83,6 +83,7 @@ def _hardware(gpus: list[host.Gpu]) -> Hardware:
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=versions.installed(),
         count=len(gpus),
+        host_memory_free=free_host_memory(),
     )
 
 
@@ -253,7 +254,7 @@ def _host_memory(model: Model, chosen: Verdict) -> str:
         return ""
     on_gpu = chosen.plan.device == "cuda"
     cost = fp8_build_cost(model.shape.parameters, model.shape.linear_parameters, on_gpu)
-    free = cpu().memory_free
+    free = free_host_memory()
     if free >= cost.host_bytes:
         return ""
     return (

@@ -53,7 +53,7 @@ from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import BATCH_SIZES, LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
-from flightline.torch_engine.kernels.gpu.gathered import LEAST_TOKENS, padded
+from flightline.torch_engine.kernels.gpu.gathered import LEAST_PAIRS, LEAST_TOKENS, padded
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, scatter
 from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
@@ -225,6 +225,7 @@ class CudaRunner:
 
     lags = True
     row_cost = 1 / 128
+    waited = True
 
     @torch.inference_mode()
     def __init__(
@@ -533,6 +534,7 @@ class CudaRunner:
         def fetch() -> list[Sampled]:
             if staging.event is not None:
                 with self._together():
+                    self.waited = not staging.event.query()
                     staging.event.synchronize()
             self.ranks.done()
             tokens = staging.tokens[:count].tolist()
@@ -767,10 +769,12 @@ class CudaRunner:
             columns.insert(0, np.array(singles, dtype=np.int32).T[:3])
         step = np.concatenate(columns, axis=1)
         shape = self._shape(total, len(tiles), len(sampled), singles)
+        spans = self._spans(prompts) if self._gathers(prompts, shape is not None) else []
+        if spans:
+            shape = None
         if shape is not None:  # its decodes are tiles of one token
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
         long = shape is None and max((each[1] + each[2] for each in prompts), default=0) >= LONG
-        spans = self._spans(prompts) if long else []
         tile = self.gathered_tile if spans else self.long_tile
         if long and tile:
             tiles = [piece for each in prompts for piece in self._tiles(*each, tile)]
@@ -787,10 +791,19 @@ class CudaRunner:
         plan = self.kernels.gathered
         return plan.tile.tokens(self.model.spec.num_groups) if plan else 0
 
+    @staticmethod
+    def _gathers(prompts: list[tuple[int, int, int, int]], graph: bool) -> bool:
+        """Whether it pays to gather the keys of prompt chunks; with a ``graph`` also that the step goes without it."""
+        if max((count + first for _, count, first, _ in prompts), default=0) < LONG:
+            return False
+        if graph:
+            return sum(count * (first + count // 2) for _, count, first, _ in prompts) >= LEAST_PAIRS
+        return sum(count for _, count, _, _ in prompts) >= LEAST_TOKENS
+
     def _spans(self, prompts: list[tuple[int, int, int, int]]) -> list[Ints]:
-        """Spans and offsets of prompt chunks, if their keys are to be gathered."""
+        """Spans and offsets of prompt chunks; none where their keys cannot be gathered."""
         plan = self.kernels.gathered
-        if plan is None or sum(count for _, count, _, _ in prompts) < LEAST_TOKENS:
+        if plan is None:
             return []
         spans = np.zeros((len(prompts), 4), dtype=np.int32)
         offsets, used = np.zeros(self.spare + 1, dtype=np.int32), 0

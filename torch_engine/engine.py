@@ -137,7 +137,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         """Of EngineStats' fields those that steps add to."""
         self._flight: Flight | None = None
-        self._fetched_ns = 0
+        self._fetched_ns, self._waited = 0, True
         self.failed_steps = 0
         """Steps in a row that failed as a whole."""
 
@@ -383,12 +383,18 @@ class Engine:
             take(taken)
 
     def _time(self, flight: Flight, now_ns: int) -> None:
-        """Tells the scheduler how long a step has taken: since its launch, or since the step before it if later."""
+        """Tells the scheduler how long a step has taken: since its launch, or since the step before it if later.
+
+        Where the host came late to one of the two, but not to both, it took less or more.
+        """
         if self.scheduler.times is not None:
+            began = flight.launched_ns >= self._fetched_ns or self._waited
             begin_ns = max(flight.launched_ns, self._fetched_ns)
             prompts = any(chunk.num_tokens - len(chunk.guesses) > 1 for chunk in flight.chunks)
-            self.scheduler.times.observe(flight.work, (now_ns - begin_ns) / 1e9, prompts)
-        self._fetched_ns = now_ns
+            self.scheduler.times.observe(
+                flight.work, (now_ns - begin_ns) / 1e9, prompts, began == self.runner.waited
+            )
+        self._fetched_ns, self._waited = now_ns, self.runner.waited
 
     @staticmethod
     def _append(sequence: Sequence, token: Sampled, now_ns: int) -> RequestOutput | None:

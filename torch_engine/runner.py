@@ -64,6 +64,9 @@ class StepRunner(Protocol):
     """Time of one row more in a step, in times of what a step takes however few rows it has (reading the weights)."""
     host: HostBlocks | None
     """KV blocks in host memory, where there are any."""
+    waited: bool
+    """Whether the last fetched tokens were still being computed when they were asked for; otherwise when they were
+    ready is not known."""
 
     @property
     def model(self) -> Model[Any, Any, Any]:
@@ -99,6 +102,7 @@ class Runner(Generic[LinearT, CacheT, StepT]):
 
     lags = False
     row_cost = 1 / 3
+    waited = True
 
     def __init__(
         self,

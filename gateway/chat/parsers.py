@@ -75,17 +75,34 @@ class OutputParser:
             send(character)
         return self._sink.take()
 
+    @property
+    def thinking(self) -> bool:
+        """What was read last is a thought, or opens one."""
+        return self._sink.thinking
+
+    @property
+    def may_think(self) -> bool:
+        """There may be thoughts to come."""
+        return self._sink.may_think
+
     def finish(self, finish_reason: str) -> tuple[list[Delta], str]:
-        """What was held back, and the true finish reason: ``tool_calls`` if the engine's is ``stop`` and there
-        were calls that nobody named; ``length`` stays ``length``."""
+        """What was held back, and the true finish reason.
+
+        A call that is not whole makes it ``length``, whatever has cut it: a client must not take it for a call to
+        make, nor the answer for a whole one. Else it is ``tool_calls`` if the engine's is ``stop`` and there were calls
+        that nobody named.
+        """
         if self._reader is not None:
+            self._sink.end(cut=finish_reason == "length")
             try:
                 while True:  # every stage that still reads is told of the end
                     self._reader.send("")
             except StopIteration:
                 pass
-            self._sink.finish(cut=finish_reason == "length")
-        if finish_reason == "stop" and self._sink.calls and not self._named:
+            self._sink.finish()
+        if finish_reason == "stop" and self._sink.half_a_call:
+            finish_reason = "length"
+        elif finish_reason == "stop" and self._sink.calls and not self._named:
             finish_reason = "tool_calls"
         return self._sink.take(), finish_reason
 
@@ -95,6 +112,13 @@ class _Sink:
 
     def __init__(self, parallel: bool, new_id: Callable[[], str]) -> None:
         self.calls = 0
+        self.thinking = False
+        self.may_think = True
+        self.ended = False
+        """Nothing follows what has been read."""
+        self.half_a_call = False
+        """The answer ends inside a call."""
+        self._cut = False
         self._parallel = parallel
         self._new_id = new_id
         self._deltas: list[Delta] = []
@@ -105,8 +129,10 @@ class _Sink:
         self._beside_call = False
         """Nothing but white space since the last call."""
         self._open = False
-        self._empty = False
-        """The open call has no arguments yet."""
+        self._unmarked = False
+        """The open call's end need not be written."""
+        self._arguments: list[str] = []
+        """Of the open call, so far."""
 
     def text(self, text: str) -> None:
         for character in text:
@@ -119,9 +145,14 @@ class _Sink:
     def reasoning(self, text: str) -> None:
         self._add("reasoning", text)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, unmarked: bool = False) -> None:
+        """Opens a call.
+
+        Args:
+            unmarked: the end of the answer ends it, too.
+        """
         self._space, self._beside_call = "", True
-        self._open = self._empty = self._parallel or not self.calls
+        self._open, self._unmarked, self._arguments = self._parallel or not self.calls, unmarked, []
         if self._open:
             self._settle()
             self._deltas.append(Delta("tool_start", "", self.calls, self._new_id(), name))
@@ -129,21 +160,40 @@ class _Sink:
 
     def arguments(self, text: str) -> None:
         if self._open and text:
-            self._empty = False
+            self._arguments.append(text)
             self._add("tool_arguments", text)
 
     def close(self) -> None:
         """The open call is complete."""
-        if self._empty:
+        if not self._arguments:
             self.arguments("{}")
         self._open = False
 
-    def finish(self, cut: bool) -> None:
-        """The answer is complete, or was ``cut`` by a limit."""
-        if not cut:
+    def end(self, cut: bool) -> None:
+        """The answer has ended, or was ``cut`` by a limit; readers are told next."""
+        self.ended, self._cut = True, cut
+
+    def undecided(self, text: str, certain: bool) -> None:
+        """The answer has ended with ``text``, which could have become a call, or would ``certain``ly have.
+
+        Nobody has a use for the beginning of a call's markup. But a text that came to its own end stays one.
+        """
+        if certain or self._cut:
+            self._space, self.half_a_call = "", True
+        else:
+            self.text(text)
+
+    def finish(self) -> None:
+        """All has been read."""
+        if self._open and not self._cut and self._is_whole():
             self.close()
+        self.half_a_call |= self._open
         if not self._beside_call and self._space:
             self._add("text", self._space)
+
+    def _is_whole(self) -> bool:
+        """The open call can be made, though its end was not written."""
+        return _decoded("".join(self._arguments)) is not None if self._arguments else self._unmarked
 
     def take(self) -> list[Delta]:
         self._settle()
@@ -188,10 +238,13 @@ def _answer(reasoning: Reasoning, content: Reader, sink: _Sink) -> Reader:
     if reasoning is Reasoning.POSSIBLE:
         inside, rest = yield from _opens("<think>")
     if inside:
+        sink.thinking = True
         character = yield from _after_space()
         if character:
             yield from _until("</think>", sink.reasoning, character)
+            sink.thinking = sink.may_think = False
             rest = yield from _after_space()
+    sink.may_think = reasoning is Reasoning.CHANNELS
     for character in rest:
         content.send(character)
     while True:
@@ -249,12 +302,15 @@ def _hermes(sink: _Sink, names: Collection[str]) -> Reader:
     held = ""
     while (yield from _until("<tool_call>", sink.text, held)):
         called, read = yield from _call_object(sink, None)
+        if not called and sink.ended:
+            sink.undecided("<tool_call>" + read, certain="{" in read)
+            return
         if not called:
             sink.text("<tool_call>")
             held = read
             continue
         closed, held = yield from _opens("</tool_call>")  # some models forget it
-        held = "" if closed else held
+        held = "" if closed or sink.ended else held
 
 
 def _llama3_json(sink: _Sink, names: Collection[str]) -> Reader:
@@ -271,6 +327,9 @@ def _llama3_json(sink: _Sink, names: Collection[str]) -> Reader:
         return
     while True:
         called, read = yield from _call_object(sink, names, begun)
+        if not called and sink.ended and _may_become_object_call(read, names):
+            sink.undecided(read, certain=tagged and "{" in read)
+            return
         if not called:
             sink.text(read)
             break
@@ -280,6 +339,12 @@ def _llama3_json(sink: _Sink, names: Collection[str]) -> Reader:
             sink.text(separator)
             break
     yield from _plain(sink)
+
+
+def _may_become_object_call(read: str, names: Collection[str]) -> bool:
+    written = re.sub(r"\s", "", read)
+    heads = ('{"name":"', '{"type":"function","name":"')
+    return any((head + name + '"').startswith(written) for head in heads for name in names)
 
 
 def _pythonic(sink: _Sink, names: Collection[str]) -> Reader:
@@ -308,9 +373,15 @@ def _python_calls(sink: _Sink, names: Collection[str]) -> Generator[None, str, s
             if character in ("(", ""):
                 break
             name += character
+        if sink.ended and any(known.startswith(name) for known in names):
+            sink.undecided(read, certain=False)
+            return ""
         if name not in names or not read.endswith("("):
             return read
         written, whole = yield from _bracketed(")")
+        if sink.ended and not whole:
+            sink.undecided(read + written, certain=True)
+            return ""
         arguments = _keyword_arguments(written[:-1]) if whole else None
         if arguments is None:
             return read + written
@@ -376,6 +447,9 @@ def _mistral(sink: _Sink, names: Collection[str]) -> Reader:
         read = (yield from _call_list(sink)) if first == "[" else (yield from _call_by_name(sink, first))
         if read is None:
             held = ""
+        elif sink.ended:
+            sink.undecided("[TOOL_CALLS]" + read, certain=True)
+            return
         else:
             sink.text("[TOOL_CALLS]")
             held = read
@@ -409,7 +483,8 @@ def _call_by_name(sink: _Sink, first: str) -> Generator[None, str, str | None]:
     sink.start(name)
     sink.arguments("{")
     yield from _nested(sink.arguments)
-    sink.close()
+    if not sink.ended:
+        sink.close()
     return None
 
 
@@ -430,7 +505,9 @@ def _harmony(sink: _Sink, names: Collection[str]) -> Reader:
         head: list[str] = []
         if not (yield from _until("<|message|>", head.append)):
             unmarked = "".join(head)
-            if "<|" not in unmarked and not re.fullmatch(r"\s*(t|to|to=.*)?", unmarked, re.S):
+            if re.search(r"\bto=", unmarked):
+                sink.undecided("", certain=bool(names))
+            elif "<|" not in unmarked and not re.fullmatch(r"\s*(t|to)?", unmarked):
                 sink.text(unmarked)  # the model has not kept to the format
             return
         channel = re.search(r"<\|channel\|>\s*(\w+)", "".join(head))
@@ -438,17 +515,19 @@ def _harmony(sink: _Sink, names: Collection[str]) -> Reader:
         kind = "thoughts"
         if addressee is not None and names and addressee[1].startswith("functions."):
             kind = "call"
-            sink.start(addressee[1].removeprefix("functions."))
+            sink.start(addressee[1].removeprefix("functions."), unmarked=True)
             out = sink.arguments
         elif addressee is None and (channel is None or channel[1] in ("final", "commentary")):
             kind, out = "text", sink.text
         else:
             out = sink.reasoning
+            sink.thinking = True
         if kind in said and kind != "call":
             out("\n")
         said.add(kind)
         if not (yield from _until_any(_ENDS_OF_MESSAGES, out)):
             return
+        sink.thinking = False
         if kind == "call":
             sink.close()
 
@@ -569,7 +648,7 @@ def _call_object(
 def _decoded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

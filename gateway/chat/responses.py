@@ -113,9 +113,19 @@ def _messages(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if said["role"] != "assistant":
             yield said
             continue
-        calls = [*turn.get("tool_calls", ()), *said.get("tool_calls", ())]
-        turn = {**turn, **said} | ({"tool_calls": calls} if calls else {})
+        turn = _joined(turn, said)
     yield from _whole(turn)
+
+
+def _joined(turn: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """The assistant's message with one more item of it: of thoughts and calls there may be several."""
+    made = {**turn, **said}
+    if calls := [*turn.get("tool_calls", ()), *said.get("tool_calls", ())]:
+        made["tool_calls"] = calls
+    thoughts = [part["reasoning_content"] for part in (turn, said) if part.get("reasoning_content")]
+    if thoughts:
+        made["reasoning_content"] = "\n".join(thoughts)
+    return made
 
 
 def _whole(turn: dict[str, Any]) -> Iterator[dict[str, Any]]:

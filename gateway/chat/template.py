@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class ChatTemplate:
         if taken := OURS.intersection(variables):
             raise invalid(f"chat_template_kwargs sets {min(taken)}: that has a field of its own")
         if self.has_channels:
-            messages = [_with_channels(message, index) for index, message in enumerate(messages)]
+            messages = [_with_channels(message) for message in _one_call_each(messages)]
             tools = None if tools is None else [_described(tool) for tool in tools]
             if (effort := variables.get("reasoning_effort", EFFORTS[0])) not in EFFORTS:
                 raise invalid(f"reasoning_effort is {shown(effort)}: it must be one of {', '.join(EFFORTS)}")
@@ -213,16 +213,47 @@ def _instructed_at_the_beginning(messages: Sequence[Mapping[str, Any]]) -> list[
     return [{**messages[0], "content": text}, *messages[count:]]
 
 
-def _with_channels(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """As templates of gpt-oss want it: thoughts under their own name, and no more than the one call that they show.
+def _one_call_each(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """As gpt-oss calls: one function after the other, each with its result behind it. What templates show of a message
+    is its first call."""
+    at = 0
+    while at < len(messages):
+        message, calls = messages[at], messages[at].get("tool_calls") or ()
+        at += 1
+        if len(calls) < 2:
+            yield message
+            continue
+        end = next((i for i in range(at, len(messages)) if messages[i]["role"] != "tool"), len(messages))
+        results = _results(calls, messages[at:end], at)
+        said = message
+        for call, result in zip(calls, results, strict=True):
+            yield {**said, "tool_calls": [call]}
+            yield from result
+            said = {"role": "assistant", "content": ""}  # what came before the calls came once
+        at = end
+
+
+def _results(
+    calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], at: int
+) -> list[list[Mapping[str, Any]]]:
+    """Those of each call among ``tools``, the messages from index ``at`` on."""
+    ids = [call.get("id") for call in calls]
+    results: list[list[Mapping[str, Any]]] = [[] for _ in calls]
+    for index, message in enumerate(tools, at):
+        if (named := message["tool_call_id"]) not in ids:
+            raise invalid(
+                f"messages[{index}].tool_call_id is {shown(named)}: it must be the id of one of the calls that the "
+                "message before has"
+            )
+        results[ids.index(named)].append(message)
+    return results
+
+
+def _with_channels(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As templates of gpt-oss want it: thoughts under their own name.
 
     Before a call they show thoughts or what was said to the user, both as thoughts, and refuse the two together.
     """
-    if len(message.get("tool_calls") or ()) > 1:
-        raise invalid(
-            f"messages[{index}].tool_calls has several calls, and a message of this model has one: give each a message "
-            "of its own, with its result behind it"
-        )
     thoughts = message.get("reasoning_content")
     if thoughts is None:
         return message

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from flightline.engine_build import hardware as machine
 from flightline.engine_build.errors import BuildError
 from flightline.engine_build.hardware import Hardware, detect
 from flightline.engine_build.plan import ModelShape, kv_bytes_per_token, make_plan, require_tensorrt_llm
@@ -380,3 +382,33 @@ def test_host_memory_that_is_not_there_is_refused_by_its_own_name() -> None:
             make_plan(LLAMA_8B, device, "torch", host_kv_gib=1e-7)
     with pytest.raises(BuildError, match=r"HOST_KV_GIB=64 does not fit AMD EPYC: .* GiB are free; lower it"):
         make_plan(LLAMA_8B, CPU_COMPILER, "torch", precision="int8", host_kv_gib=64)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"dp": 2}, {"tp": 2}])
+def test_host_memory_beside_a_gpu_must_be_there_too(parallel: dict[str, int]) -> None:
+    """For all engines and GPUs together."""
+    pair = dataclasses.replace(PAIR, host_memory_free=32 * GIB)
+    assert make_plan(LLAMA_8B, pair, "torch", host_kv_gib=32, **parallel).num_host_kv_blocks
+    with pytest.raises(
+        BuildError,
+        match=r"HOST_KV_GIB=33 does not fit the host of NVIDIA H200: 32.0 GiB of its memory are free",
+    ):
+        make_plan(LLAMA_8B, pair, "torch", host_kv_gib=33, **parallel)
+
+
+def test_a_gpu_is_described_with_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(machine, "NVIDIA_DEVICE", Path("/dev/null"))
+    for name, value in (
+        ("is_available", True),
+        ("mem_get_info", (2 * GIB, 3 * GIB)),
+        ("get_device_name", "NVIDIA H200"),
+        ("get_device_capability", (9, 0)),
+        ("device_count", 1),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    found = detect()
+    assert (found.device, found.memory_free) == ("cuda", 2 * GIB)
+    assert 0 < (found.host_memory_free or 0) <= machine.cpu().memory_total
+    assert "host_memory_free" not in found.identity()

@@ -174,6 +174,8 @@ def test_memory(report: Report) -> None:
     _, output = report(H200, MAX_SEQ_LEN="131072")
     assert "low on memory: only" in row(output, "torch", "bf16")
     assert "lower MAX_SEQ_LEN" in row(output, "torch", "bf16")
+    _, output = report(H200, HOST_KV_GIB="99999")
+    assert "impossible: HOST_KV_GIB=99999 does not fit the host of" in row(output, "torch", "bf16")
 
 
 def test_more_gpus_than_there_are(report: Report) -> None:

@@ -120,7 +120,7 @@ def test_offsets_beside_characters_that_are_cut(ids: list[int], text: str, offse
 
 def test_tokens_are_counted_by_pieces_until_their_number_is_told() -> None:
     """A client may leave before."""
-    counts = Counts(Job("m", [[1, 2]], [], 1, True))
+    counts = Counts(Job("m", [[1, 2]], [], 1, True), TokenBytes([]))
     for piece, count in (
         (Piece(0, "a"), 1),
         (Piece(0, ""), 1),

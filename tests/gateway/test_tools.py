@@ -95,6 +95,21 @@ def test_a_cut_call_says_length(llm: openai.OpenAI) -> None:
     assert cut.choices[0].finish_reason == "length"
 
 
+def test_a_call_that_a_stop_word_cuts_says_length(llm: openai.OpenAI) -> None:
+    """Whole and streamed alike; a named call's own end would be ``stop``."""
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for choice in (named, "required"):
+        asked = ASKED | {"tools": TOOLS[:1], "tool_choice": choice, "stop": ["ow"], "temperature": 0}
+        whole = llm.chat.completions.create(**asked).choices[0]
+        chunks = [chunk.choices[0] for chunk in llm.chat.completions.create(stream=True, **asked)]
+        assert whole.finish_reason == chunks[-1].finish_reason == "length"
+        assert not whole.message.content and not any(chunk.delta.content for chunk in chunks)
+        written = [part.function.arguments for chunk in chunks for part in chunk.delta.tool_calls or ()]
+        arguments = "".join(call.function.arguments for call in whole.message.tool_calls or ())
+        assert "".join(filter(None, written)) == arguments
+        assert "ow" not in arguments
+
+
 def test_bad_tools_are_400(llm: openai.OpenAI) -> None:
     for change in (
         {"tool_choice": "sometimes"},

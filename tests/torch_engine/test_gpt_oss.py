@@ -101,6 +101,31 @@ def test_mxfp4_logits_and_tokens_equal_transformers(
     assert [output.token_ids for output in outputs] == [greedy(model, prompt) for prompt in batch]
 
 
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("fp8", 0.2)])
+def test_keys_and_values_of_8_bits(
+    source: Path, make_engine: Callable[..., Any], kind: str, most: float
+) -> None:
+    """Windows, sinks and pieces of prompts over them. Logits are off by what the codes round: by the median, since a
+    token whose two best experts are almost equal may go to another one."""
+    model, longest = reference(source, torch.float32), prompts(300)[-1]
+    expected = reference_logits(model, longest)
+    got = logits_of(make_engine(source, kernels="pytorch", kv_dtype=kind), longest, 7)
+    assert TOLERANCE < (got - expected).abs().median() / expected.std() < most
+
+
+@needs_compiler
+def test_compiled_kernels_read_keys_of_8_bits(
+    source: Path, make_engine: Callable[..., Any], library: str
+) -> None:
+    requests = [GenerationRequest(prompt, 12, end_id=-1) for prompt in prompts(300)]
+    plain, compiled = (
+        make_engine(source, kv_dtype="int8", **kernels).generate(requests)
+        for kernels in ({"kernels": "pytorch"}, {"kernels": "native", "kernel_dir": library})
+    )
+    same = [ours.token_ids[0] == theirs.token_ids[0] for ours, theirs in zip(compiled, plain, strict=True)]
+    assert all(same)
+
+
 def test_a_plain_copy_of_mxfp4_is_a_checkpoint_of_transformers(folders: tuple[Path, Path]) -> None:
     packed, plain = folders
     wanted = load_file(plain / "model.safetensors")

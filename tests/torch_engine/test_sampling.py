@@ -109,6 +109,21 @@ def test_kept_tokens_are_the_oracles(kernels: Kernels, row: str, vocab: int) -> 
             assert kept(kernels, logits, params) == oracle.kept(logits, params).tolist(), (name, seed)
 
 
+@pytest.mark.parametrize("row", ["peaked", "flat"])
+@pytest.mark.parametrize("size", [1, 7, 100, 1500, 20_000])
+def test_a_nucleus_ends_at_the_token_that_double_precision_says(
+    kernels: Kernels, row: str, size: int
+) -> None:
+    """Where ``top_p`` is so close to the mass of ``size`` tokens that single precision cannot tell which is more."""
+    logits = oracle.ROWS[row](49_152, 5)
+    mass = np.sort(np.exp(logits.astype(np.float64) - logits.max()))[::-1]
+    share = float(mass[:size].sum() / mass.sum())
+    for top_p, count in ((share * (1 - 1e-10), size), (share * (1 + 1e-10), size + 1)):
+        params = SamplingParams(temperature=1.0, top_p=top_p)
+        found = kept(kernels, logits, params)
+        assert len(found) == count and found == oracle.kept(logits, params).tolist()
+
+
 @pytest.mark.parametrize("name", oracle.EDGES)
 def test_edges(kernels: Kernels, name: str) -> None:
     values, params, expected = oracle.EDGES[name]

@@ -76,6 +76,39 @@ def test_one_step_that_was_held_up_teaches_little() -> None:
     assert times.expected(Work.of(0, 100)) < 2 * before
 
 
+def test_a_step_that_was_held_up_does_not_make_others_look_short() -> None:
+    """The tokens of two steps came together, since the host compiled something: the second seems to take no time."""
+    times, streams = StepTimes(), Work(32, 9000)
+    for _ in range(50):
+        times.observe(streams, seconds(streams), prompts=False)
+    for begin in range(0, 9000, 3000):
+        work = streams + Work.of(begin, 1500)
+        times.observe(work, seconds(work), prompts=True)
+    work = streams + Work.of(0, 4000)
+    times.observe(work, 0.6, prompts=True)
+    times.observe(work, 0.004, prompts=True)
+    count = times.fitting(streams, 0, 0.05)
+    assert seconds(streams + Work.of(0, count)) < 0.075
+
+
+def test_times_that_are_the_hosts_are_not_learned_but_allowed_for() -> None:
+    times, chance = StepTimes(), random.Random(3)
+    for _ in range(40):
+        work = Work.of(0, chance.randrange(100, 900))
+        times.observe(work, seconds(work), prompts=True)
+    assert times.margin == 1.1
+    expected = times.expected(Work.of(0, 500))
+    for slower in (1.3, 0.2):
+        times.observe(Work.of(0, 500), seconds(Work.of(0, 500), slower), prompts=True, sure=False)
+    assert times.expected(Work.of(0, 500)) == expected
+    assert times.margin == pytest.approx(1.3, rel=0.01)
+    times.observe(Work.of(0, 500), 60.0, prompts=True, sure=False)
+    assert times.margin == 1.5
+    for _ in range(48):
+        times.observe(Work.of(0, 500), seconds(Work.of(0, 500)), prompts=True)
+    assert times.margin == 1.1, "what is long past is forgotten"
+
+
 @pytest.fixture
 def clocked(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     """An engine whose steps take what :func:`seconds` says, by its own clock; ``engine.now()`` reads it."""

@@ -1,7 +1,7 @@
 """A model that GPUs share is the model of one: tokens, draws, graphs and NCCL.
 
-``python3 -m pytest -q -m gpu --noconftest tests/torch_engine/test_tp_gpu.py`` on a machine with two GPUs or more: eight
-starts of an engine, three of them at once; meant for 150 s with nothing compiled yet, which has not been seen.
+``python3 -m pytest -v -n 3 -m gpu --noconftest tests/torch_engine/test_tp_gpu.py`` on a machine with two GPUs or more:
+eight starts of an engine, three of them at once. With two workers and nothing compiled yet four of the six took 170 s.
 Without, a part of it runs in Triton's interpreter over gloo and without graphs (``TRITON_INTERPRET=1``).
 """
 
@@ -148,6 +148,7 @@ SERVED = """
 import sys
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.request import GenerationRequest
+from flightline.torch_engine.engine import Engine
 engine = Engine(EngineConfig(sys.argv[1], device="cuda", kernels="cuda", compute_dtype="float32", num_kv_blocks=256,
     max_seq_len=2048, tensor_parallel_size=2))
 print(*engine.ranks.pids, flush=True)

@@ -382,7 +382,9 @@ class TestKernels:
         if INTERPRETED:  # either, by the case
             del kinds[1 + heads % 2]
         for extra, form in kinds:
-            plan = DecodePlan(extra, 32, 32, 2)
+            plan = DecodePlan(
+                extra, 96 if sunk else 32, 32, 2
+            )  # of many keys a program merges all of its heads
             out = attend(
                 flat, cache, step, heads, 0.2, window, softcap, plan, form, scale, prefill, sinks
             ).float()
@@ -916,7 +918,13 @@ class TestEngine:
         gathered.clear()
         with torch.inference_mode():
             runner._warm_up(8)
-        assert gathered == [False, True]
+            assert gathered == [False, True]
+            runner.capture([4], [MixedShape.of(32, runner.tile)])
+        for least in (10**9, 1):  # a step that a graph could run goes without it where that saves enough
+            monkeypatch.setattr(cuda_runner, "LEAST_PAIRS", least)
+            gathered.clear()
+            assert [output.token_ids for output in engine.generate(requests)] == expected
+            assert any(gathered) == (least == 1)
 
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:
         """Steps with guesses replay graphs of decodes; the host waits before and after them, and else stays ahead."""

@@ -28,8 +28,6 @@ from flightline.torch_engine.core.step_times import NOTHING, StepTimes, Work
 
 LEAST = 16
 """Tokens that the first prompt of a step has at the least, however long the step takes: it must come to its end."""
-ROOM = 0.9
-"""Share of the gap that a step is planned to fill: some take longer than expected."""
 MUCH = 4
 """A prompt leaves room for those that need so many times less."""
 MOST_SCORED = 256
@@ -146,7 +144,8 @@ class Scheduler:
         for sequence in self.running if self.blocks.has_windows else ():
             sequence.leave_behind(self.blocks)
         chunks: dict[Sequence, Chunk] = {}
-        budget = Budget(self.config.max_num_tokens, self.times, ROOM * self.config.max_gap_ms / 1000)
+        seconds = self.config.max_gap_ms / 1000 / self.times.margin if self.times else 0.0
+        budget = Budget(self.config.max_num_tokens, self.times, seconds)
         decodes, prompts = self._work()
         for sequence in decodes:
             self._extend(sequence, min(1, budget.tokens), chunks, budget)

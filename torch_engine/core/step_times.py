@@ -2,28 +2,34 @@
 
 The model is one that every device follows closely enough: seconds = a + b * tokens + c * tokens * context. Its three
 numbers are fitted to the latest steps. Steps of decodes alone are far more frequent than those with prompts and tell
-nothing of them, so the latest of each kind are kept apart.
+nothing of them, so the latest of each kind are kept apart, and each kind counts as much as the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 KEPT = 48
 """Latest steps of each kind that the model is fitted to."""
 UNKNOWN = 64
 """Tokens of a prompt that a step may have while no step with a prompt was seen."""
-SPREAD = 4.0
-"""A step that took so many times what was expected is taken for that at most: it was held up from outside. What is
-expected of a step larger than all that ran is no more than a guess, and it is believed whatever it takes."""
 GROWTH = 2
 """A step may be so many times as large as those that ran: few tokens take as long as one on many devices, which says
 nothing of thousands."""
+MOST_MARGIN = 1.5
+LEAST_MARGIN = 1.1
+"""Between them is what a step may take of what was expected: as much as the latest ones took at the most."""
+ROUNDS = 2
+"""Of the fit, each of which weighs the errors by what the one before expected."""
+NUMBERS = [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]]
+"""Which of the model's three are not 0. The best fit without negative ones is the best of all these: to drop one after
+the other may leave a model that knows decodes only."""
 
 
 class Work(NamedTuple):
@@ -54,16 +60,29 @@ class StepTimes:
             kind: deque(maxlen=KEPT) for kind in (False, True)
         }
         self._fitted: tuple[float, float, float] | None = None
+        self._surprises: deque[float] = deque(maxlen=KEPT)
+        """What the latest steps with prompts took of what was expected."""
 
-    def observe(self, work: Work, seconds: float, prompts: bool) -> None:
-        """``prompts``: the step had more of a sequence than its next token."""
-        if seconds <= 0:
+    def observe(self, work: Work, seconds: float, prompts: bool, sure: bool = True) -> None:
+        """A step has run.
+
+        Args:
+            prompts: it had more of a sequence than its next token.
+            sure: it took so long itself; otherwise that is only how long everybody waited, since the host was late.
+        """
+        if seconds <= 0 or work.tokens <= 0:
             return
         latest = self._latest[prompts]
-        if len(latest) >= KEPT // 4 and _within(work, _largest(latest)):
-            seconds = min(seconds, SPREAD * self.expected(work))
-        latest.append((work, seconds))
-        self._fitted = None
+        if prompts and len(latest) >= KEPT // 4 and _within(work, _largest(latest)):
+            self._surprises.append(seconds / max(self.expected(work), 1e-9))
+        if sure:
+            latest.append((work, seconds))
+            self._fitted = None
+
+    @property
+    def margin(self) -> float:
+        """Times longer than expected that a step has to be allowed for."""
+        return min(max([LEAST_MARGIN, *self._surprises]), MOST_MARGIN)
 
     def expected(self, work: Work) -> float:
         """Seconds; 0 while nothing is known."""
@@ -90,10 +109,10 @@ class StepTimes:
         )
 
     def _fit(self) -> tuple[float, float, float]:
-        """Least squares of the relative errors, without negative numbers."""
+        """Least squares of the relative errors among numbers that are not negative."""
         if self._fitted is None:
-            samples = [*self._latest[False], *self._latest[True]]
-            self._fitted = _least_squares(samples) if samples else (0.0, 0.0, 0.0)
+            kinds = [steps for steps in self._latest.values() if steps]
+            self._fitted = _least_squares(kinds) if kinds else (0.0, 0.0, 0.0)
         return self._fitted
 
 
@@ -116,17 +135,41 @@ def _root(square: float, linear: float, sum_: float) -> int:
     return int(sum_ / linear) if linear > 0 else 2**31
 
 
-def _least_squares(samples: list[tuple[Work, float]]) -> tuple[float, float, float]:
-    seconds = np.array([took for _, took in samples])
-    columns = np.array([(1.0, work.tokens, work.pairs) for work, _ in samples]) / seconds[:, None]
-    units = np.maximum(columns.max(0), 1e-30)  # so that all three are of one size
-    kept = [0, 1, 2]
-    numbers = np.zeros(3)
-    while kept:
-        found = np.linalg.lstsq(columns[:, kept] / units[kept], np.ones(len(samples)), rcond=1e-6)[0]
-        if (found >= 0).all():
-            numbers[kept] = found / units[kept]
-            break
-        kept.pop(int(found.argmin()))
-    a, b, c = numbers.tolist()
+def _least_squares(kinds: Iterable[Sequence[tuple[Work, float]]]) -> tuple[float, float, float]:
+    """Of all kinds of steps, each counted as much as the others together, however many there are of it.
+
+    Errors are relative: to what a step took or to what was expected, whichever is more. One that seems to have taken
+    no time, or an hour, because the host was held up, would decide everything otherwise.
+    """
+    columns, seconds, expected, shares = [], [], [], []
+    for steps in kinds:
+        works = np.array([(1.0, *work) for work, _ in steps])
+        took = np.array([took for _, took in steps])
+        columns.append(works)
+        seconds.append(took)
+        expected.append(works[:, 1] * np.median(took / works[:, 1]))
+        shares.append(np.full(len(steps), len(steps) ** -0.5))
+    rows, wanted, guess, share = map(np.concatenate, (columns, seconds, expected, shares))
+    fitted = np.zeros(3)
+    for _ in range(ROUNDS):
+        weights = share / np.maximum(wanted, guess)
+        fitted = _not_negative(rows * weights[:, None], wanted * weights)
+        guess = rows @ fitted
+    a, b, c = fitted.tolist()
     return a, b, c
+
+
+def _not_negative(columns: NDArray[Any], wanted: NDArray[Any]) -> NDArray[Any]:
+    """The best of the fits that have no negative number."""
+    units = np.maximum(columns.max(0), 1e-30)  # so that all three are of one size
+    columns = columns / units
+    square, right = columns.T @ columns + 1e-9 * np.eye(3), columns.T @ wanted
+    best, least = units * 0, math.inf
+    for kept in NUMBERS:
+        found = units * 0
+        found[kept] = np.linalg.solve(square[np.ix_(kept, kept)], right[kept])
+        error = float(found @ square @ found - 2 * right @ found)
+        if (found >= 0).all() and error < least:
+            best, least = found, error
+    fitted: NDArray[Any] = best / units
+    return fitted

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tritonclient.grpc import service_pb2
@@ -18,6 +19,7 @@ from flightline.gateway.chat.template import ChatTemplate
 from flightline.gateway.chat.tools import ToolPlan, parse_tools
 from flightline.gateway.forms import ChatStream, ChatWhole
 from flightline.gateway.job import Job, of_chat
+from flightline.gateway.responses import WholeResponse
 from flightline.gateway.served import ServedModel
 from flightline.gateway.settings import GatewaySettings, Upstream
 from flightline.gateway.upstream import Piece
@@ -109,6 +111,20 @@ def test_every_beginning_of_an_answer_is_one(name: str) -> None:
             assert called == known and complete.startswith(arguments)
 
 
+@pytest.mark.parametrize(
+    ("cut", "reason"),
+    [
+        (CALL[:-1], "length"),
+        (CALL.removesuffix(CITY), "tool_calls"),
+        (CALL.partition("<|constrain|>")[0], "length"),
+    ],
+)
+def test_a_call_that_a_stop_word_cuts_is_not_to_be_made(cut: str, reason: str) -> None:
+    """One without arguments is whole."""
+    deltas, ended = read([THOUGHTS + cut], "harmony", TOOLS, Reasoning.CHANNELS)
+    assert (told(deltas)[1], ended) == ("", reason)
+
+
 def test_a_call_without_tools_is_a_thought() -> None:
     for form, tools in ((None, None), (None, [])):
         deltas, reason = read([THOUGHTS + CALL], form, tools, Reasoning.CHANNELS)
@@ -194,8 +210,33 @@ def test_what_was_said_comes_back_in_its_channels(template: ChatTemplate) -> Non
         "<|channel|>analysis<|message|>I ping.\nOne moment.<|end|><|start|>assistant to=functions.ping"
         in prompt
     )
-    turns[1]["tool_calls"] = [call, call]
-    with pytest.raises(RequestError, match=r"messages\[1\].tool_calls has several calls"):
+
+
+def test_several_calls_are_said_one_after_the_other(template: ChatTemplate) -> None:
+    """Each with its own result, in whichever order those stand; thoughts come once."""
+    calls = [
+        {"id": name, "type": "function", "function": {"name": name, "arguments": {}}}
+        for name in ("ping", "get_weather")
+    ]
+    turns = [
+        USER,
+        {"role": "assistant", "content": None, "reasoning_content": "Two.", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "get_weather", "content": "warm"},
+        {"role": "tool", "tool_call_id": "ping", "content": "pong"},
+        {"role": "user", "content": "And?"},
+    ]
+    prompt = template.render(parse_messages(turns), tools=TOOLS)
+    said = "".join(
+        f"<|start|>assistant to=functions.{name}<|channel|>commentary json<|message|>{{}}<|call|>"
+        f'<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>"{result}"<|end|>'
+        for name, result in (("ping", "pong"), ("get_weather", "warm"))
+    )
+    thought = "<|start|>assistant<|channel|>analysis<|message|>Two.<|end|>"
+    assert prompt.endswith(f"{thought}{said}<|start|>user<|message|>And?<|end|><|start|>assistant")
+    turns[2]["tool_call_id"] = "other"
+    with pytest.raises(
+        RequestError, match=r"messages\[2\].tool_call_id is 'other': it must be the id of one"
+    ):
         template.render(parse_messages(turns), tools=TOOLS)
 
 
@@ -226,6 +267,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     templates.save(folder, templates.ALL["harmony"], templates.HARMONY_TOKENS)
     upstream = Upstream("", tokenizer_dir=str(folder), model="tiny", max_seq_len=4096)
     return ServedModel(GatewaySettings(), upstream)
+
+
+def test_thoughts_are_counted_without_their_markers(model: ServedModel) -> None:
+    """Of all that a model writes, whole and streamed, however many tokens travel together; a call is none."""
+    tokens = model.vocabulary.encode_prompt(THOUGHTS + PREAMBLE + THOUGHTS + CALL, False)
+    thoughts = 2 * len(model.vocabulary.encode_prompt("The user wants\nthe weather.", False))
+    asked: dict[str, Any] = {"messages": [USER], "tools": TOOLS}
+    spelled = model.vocabulary.bytes.with_special
+    for size in (1, 3, len(tokens)):
+        parts = [tokens[at : at + size] for at in range(0, len(tokens), size)]
+        pieces = [Piece(0, spelled.decode(part), token_ids=part) for part in parts]
+        pieces[-1].finish_reason, pieces[-1].num_output_tokens = "stop", len(tokens)
+        whole = ChatWhole(of_chat(asked, model, "1"), model)
+        whole.feed(pieces)
+        usage = json.loads(whole.body())["usage"]
+        assert usage["completion_tokens"] == len(tokens)
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": thoughts}
+        told = WholeResponse(of_chat(asked, model, "1"), model, {})
+        told.feed(pieces)
+        usage = json.loads(told.body())["usage"]
+        assert usage["output_tokens_details"] == {"reasoning_tokens": thoughts}
 
 
 def asked(job: Job) -> dict[str, bytes]:

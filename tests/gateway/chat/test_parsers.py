@@ -163,6 +163,66 @@ def test_every_beginning_of_an_answer_is_one(name):
             assert known == wanted and (complete.startswith(arguments) or form == "pythonic")
 
 
+MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|python_start|>", "<|python_end|>")
+BEGINNINGS = {marker[:length] for marker in MARKERS for length in range(len(marker))}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, _, calls) in WHOLE.items() if calls])
+@pytest.mark.parametrize("end", ["length", "stop"])
+def test_half_a_call_is_neither_text_nor_finished(name, end):
+    """Whatever cuts it, a limit or a stop word: what is said is the answer's text, but for a marker's own beginning."""
+    form, whole, text, _ = WHOLE[name]
+    for at in range(len(whole)):
+        deltas, reason = read([whole[:at]], form, TOOLS, end=end)
+        _, said, calls = told(deltas)
+        if reason == "tool_calls":
+            assert all(isinstance(json.loads(arguments), dict) for _, arguments in calls)
+        elif reason == "stop":
+            assert not calls
+        if end == "length" or reason == "length":
+            assert any(text.startswith(said.removesuffix(part).rstrip()) for part in BEGINNINGS), whole[:at]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said"),
+    [
+        ("hermes", 'Look. <tool_call>\n{"name": "f', "Look."),
+        ("hermes", '<tool_call>\n{"name": "f"', ""),
+        ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": "x', ""),
+        ("llama3_json", '{"name": "f", "parameters": {"a": ', ""),
+        ("llama3_json", '<|python_tag|>{"name": "', ""),
+        ("pythonic", "[f(a=1), g(b=", ""),
+        ("mistral", "Look.\n[TOOL_CALLS] [{", "Look."),
+        ("mistral_v11", '[TOOL_CALLS]f[ARGS]{"a"', ""),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_call_that_a_stop_word_cuts_is_not_to_be_made(form, text, said, named):
+    deltas, reason = read([text], form, TOOLS, named=named)
+    assert (told(deltas)[1], reason) == (said, "length")
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("hermes", "It is <tool_call>"),
+        ("llama3_json", '{"name": "'),
+        ("llama3_json", "{"),
+        ("pythonic", "[f"),
+    ],
+)
+def test_what_ends_by_itself_before_it_is_a_call_is_text(form, text):
+    deltas, reason = read([text], form, TOOLS)
+    assert (told(deltas), reason) == (("", text, []), "stop")
+    assert told(read([text], form, TOOLS, end="length")[0])[1] in ("", "It is")
+
+
+def test_json_that_was_cut_is_shown_unless_it_could_be_a_call():
+    for text in ('{"name": "Ann', '{"type": "a long', '{"id": "5', "[1, 2", "[print(", "[x"):
+        form = "pythonic" if text.startswith("[") else "llama3_json"
+        assert told(read([text], form, TOOLS, end="length")[0]) == ("", text, [])
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_noise_never_breaks_a_parser(form):
     generator = random.Random(1)

@@ -98,9 +98,11 @@ def test_items_become_messages():
                     "output": [{"type": "input_text", "text": "30"}],
                 },
                 {"type": "reasoning", "id": "rs_2", "summary": [{"type": "summary_text", "text": "so"}]},
+                {"type": "reasoning", "id": "rs_3", "summary": []},
+                {"type": "reasoning", "id": "rs_4", "content": [{"type": "reasoning_text", "text": "it is"}]},
                 {"role": "assistant", "content": "Warm."},
                 {"role": "assistant", "content": "Very."},
-                {"type": "reasoning", "id": "rs_3", "summary": []},
+                {"type": "reasoning", "id": "rs_5", "summary": []},
                 {"role": "user", "content": "Thanks"},
             ]
         }
@@ -118,7 +120,7 @@ def test_items_become_messages():
         },
         {"role": "tool", "tool_call_id": "c1", "content": "20"},
         {"role": "tool", "tool_call_id": "c2", "content": "30"},
-        {"role": "assistant", "content": "Warm.", "reasoning_content": "so"},
+        {"role": "assistant", "content": "Warm.", "reasoning_content": "so\nit is"},
         {"role": "assistant", "content": "Very."},
         {"role": "assistant", "content": "", "reasoning_content": ""},
         {"role": "user", "content": "Thanks"},

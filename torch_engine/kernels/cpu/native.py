@@ -628,8 +628,10 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         if not width:
             return list(map(Sampled, chosen, told))
         return [
-            Sampled(token, log_prob, tuple(zip(ids[ids >= 0].tolist(), values.tolist(), strict=False)))
-            for token, log_prob, ids, values in zip(chosen, told, top_ids, top_log_probs, strict=True)
+            Sampled(token, log_prob, tuple(top for top in zip(ids, values, strict=True) if top[0] >= 0))
+            for token, log_prob, ids, values in zip(
+                chosen, told, top_ids.tolist(), top_log_probs.tolist(), strict=True
+            )
         ]
 
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "vectors.h"
@@ -19,8 +20,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;    // values with one maximum: blocks below a cut are not looked into
 constexpr int64_t kPart = 1024;   // tokens that are drawn from together
-constexpr int64_t kShort = 256;   // candidates that are tried for a nucleus before all tokens are weighed
-constexpr int kBinBits = 13;      // of a value's ordered bits: 16 bins for each power of two
+constexpr int64_t kShort[] = {32, 256};  // candidates that are tried for a nucleus before all tokens are weighed
 constexpr uint32_t kTokenStream = 0, kPartStream = 1;
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kMost = std::numeric_limits<float>::max();
 
@@ -106,16 +106,18 @@ inline void philox(uint64_t seed, uint32_t block, uint32_t position, uint32_t st
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-inline double gumbel(uint32_t word) {
-    const float v = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
-    return -std::log(-std::log1p(-static_cast<double>(std::min(v, 1.f - 0x1p-24f))));
+// A number in (0, 1).
+inline float uniform(uint32_t word) {
+    return std::min((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
 }
 
-constexpr double kMostNoise = 22.88;
+// Not above -log of the uniform number.
+inline double gumbel(uint32_t word) { return -std::log(-std::log1p(-static_cast<double>(uniform(word)))); }
 
-// Logarithms of weights that are added up in single precision, and not at all, beside a sum of at least 1: of a
-// vocabulary of a million tokens this leaves out no more than double precision does.
-constexpr double kLittle = -28, kNothing = -52;
+// How far weights in single precision and their sums may be from those in double precision, as a share of them: fast_exp2
+// has 18 bits, adding up kPart values loses at most 2^-17, and rounding x makes e^x wrong by x 2^-22 (where x is below -40,
+// nothing depends on the weight).
+constexpr double kSingle = 2e-5;
 
 // Noise of one stream; ids that come in ascending order cost a generator's call for each four.
 class Noise {
@@ -147,13 +149,34 @@ struct Weighed {
 
 // A thread's memory, kept from row to row.
 struct Scratch {
-    std::vector<float> raw, highest, sorted, values;
+    std::vector<float> raw, highest, values, weights, bounds;
     std::vector<int32_t> ids;
-    std::vector<double> bins, scores;
     std::vector<uint64_t> keys;
-    std::vector<int64_t> begins;
     std::vector<Weighed> weighed;
 };
+
+// Calls body(i) for all i in [0, n) with least <= x[i] <= most, ascending.
+template <class Body>
+inline void each_within(const float* x, int64_t n, float least, float most, const Body& body) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Floats values = *reinterpret_cast<const Floats*>(x + i);
+        uint32_t bits = at_least(values, least) & at_least(-values, -most);
+        for (; bits; bits &= bits - 1) body(i + __builtin_ctz(bits));
+    }
+    for (; i < n; i++) {
+        if (x[i] >= least && x[i] <= most) body(i);
+    }
+}
+
+inline int64_t count_at_least(const float* x, int64_t n, float least) {
+    int64_t i = 0, count = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        count += __builtin_popcount(at_least(*reinterpret_cast<const Floats*>(x + i), least));
+    }
+    for (; i < n; i++) count += x[i] >= least;
+    return count;
+}
 
 // A row of logits with the highest of each block.
 class Logits {
@@ -166,34 +189,31 @@ class Logits {
     // +inf the largest number, -0 0.
     void survey() {
         const Floats lowest = Floats{} - kInfinity, most = Floats{} + kMost;
-        float* x = x_;
+        Words changed = {};
         max_ = -kInfinity;
         for (int64_t b = 0; b < blocks(); b++) {
             const int64_t begin = b * kBlock, end = std::min(n_, begin + kBlock);
             Floats high = lowest;
             int64_t i = begin;
             for (; i + kLanes <= end; i += kLanes) {
-                Floats v = *reinterpret_cast<Floats*>(x + i);
-                v = v == v ? v : lowest;
-                v = v > most ? most : v;
+                const Floats v = *reinterpret_cast<Floats*>(x_ + i);
+                Floats tidy = v == v ? v : lowest;
+                tidy = tidy > most ? most : tidy;
                 const Words bits = (Words)v;
-                v = (Floats)(bits == 0x80000000u ? Words{} : bits);
-                *reinterpret_cast<Floats*>(x + i) = v;
-                high = v > high ? v : high;
+                changed |= (Words)(bits == 0x80000000u) | (Words)(v != tidy);
+                high = tidy > high ? tidy : high;
             }
-            float highest = -kInfinity;
-            for (int lane = 0; lane < kLanes; lane++) highest = high[lane] > highest ? high[lane] : highest;
+            float highest = highest_of(high);
             for (; i < end; i++) {
-                uint32_t bits;
-                std::memcpy(&bits, x + i, 4);
-                if (std::isnan(x[i])) x[i] = -kInfinity;
-                if (x[i] > kMost) x[i] = kMost;
-                if (bits == 0x80000000u) std::memset(x + i, 0, 4);
-                highest = x[i] > highest ? x[i] : highest;
+                x_[i] = tidied(x_[i]);
+                highest = x_[i] > highest ? x_[i] : highest;
             }
             scratch_.highest[b] = highest;
             max_ = highest > max_ ? highest : max_;
         }
+        uint32_t any = 0;
+        for (int lane = 0; lane < kLanes; lane++) any |= changed[lane];
+        if (any) std::transform(x_, x_ + n_, x_, tidied);
     }
 
     float max() const { return max_; }
@@ -212,81 +232,106 @@ class Logits {
     double log_sum() const {
         double sum = 0;
         for (int64_t begin = 0; begin < n_; begin += kPart) {
-            sum += sum_exp(x_ + begin, std::min(kPart, n_ - begin), max_, 1.f);
+            sum += sum_exp(x_ + begin, std::min(kPart, n_ - begin), max_);
         }
         return max_ + std::log(sum);
+    }
+
+    // Calls body(block) for those with a value not below `least`, ascending.
+    template <class Body>
+    void each_block(float least, const Body& body) const {
+        each_within(highest(), blocks(), least, kInfinity, body);
     }
 
     // Calls body(id, value) for all tokens not below the cut, ids ascending.
     template <class Body>
     void above(uint64_t cut, const Body& body) const {
-        const float least = value_of(cut);
-        for (size_t b = 0; b < scratch_.highest.size(); b++) {
-            if (scratch_.highest[b] < least) continue;
-            const int64_t begin = b * kBlock, end = std::min(n_, begin + kBlock);
-            for (int64_t i = begin; i < end; i++) {
-                if (x_[i] >= least && key_of(x_[i], i) >= cut) body(i, x_[i]);
-            }
-        }
+        each_block(value_of(cut), [&](int64_t block) { above(cut, block, body); });
     }
 
-    // The same as two lists. Without a branch for each token, since of flat rows any may be kept.
-    void collect(uint64_t cut, std::vector<float>& values, std::vector<int32_t>& ids) const {
+    // The same of one block.
+    template <class Body>
+    void above(uint64_t cut, int64_t block, const Body& body) const {
+        const int64_t begin = block * kBlock, last = id_of(cut);
+        const float* x = x_ + begin;
         const float least = value_of(cut);
-        const int64_t last = id_of(cut);
-        values.resize(n_ + 1), ids.resize(n_ + 1);
-        float* value = values.data();
-        int32_t* id = ids.data();
-        int64_t count = 0;
-        for (size_t b = 0; b < scratch_.highest.size(); b++) {
-            if (scratch_.highest[b] < least) continue;
-            const int64_t begin = b * kBlock, end = std::min(n_, begin + kBlock);
-            for (int64_t i = begin; i < end; i++) {
-                value[count] = x_[i];
-                id[count] = static_cast<int32_t>(i);
-                count += (x_[i] > least) | ((x_[i] == least) & (i <= last));
-            }
+        each_within(x, std::min(n_ - begin, kBlock), least, kInfinity, [&](int64_t i) {
+            if (x[i] > least || begin + i <= last) body(begin + i, x[i]);
+        });
+    }
+
+    // Writes a block's tokens that are not below the cut, ids ascending; returns how many.
+    int64_t collect(uint64_t cut, int64_t block, float* values, int32_t* ids) const {
+        const int64_t begin = block * kBlock, size = std::min(n_ - begin, kBlock);
+        if (count(block, value_of(cut)) == size && begin + size - 1 <= id_of(cut)) {
+            std::copy_n(x_ + begin, size, values);
+            std::iota(ids, ids + size, static_cast<int32_t>(begin));
+            return size;
         }
-        values.resize(count), ids.resize(count);
+        int64_t found = 0;
+        above(cut, block, [&](int64_t id, float value) {
+            values[found] = value, ids[found++] = static_cast<int32_t>(id);
+        });
+        return found;
+    }
+
+    // Values of a block that are not below `least`.
+    int64_t count(int64_t block, float least) const {
+        const int64_t begin = block * kBlock;
+        return count_at_least(x_ + begin, std::min(n_ - begin, kBlock), least);
     }
 
     // A cut that leaves at least `count` tokens, or all finite ones, and seldom many more; count <= blocks.
     uint64_t roughly(int64_t count) const {
-        auto& sorted = scratch_.sorted;
-        sorted = scratch_.highest;
-        std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<float>());
-        const float value = sorted[count - 1];
-        return value == -kInfinity ? kFinite : key_of(value, 0xffffffff);
+        uint32_t low = ordered(-kMost), high = ordered(max_);
+        while (high - low > 1) {
+            const uint32_t middle = low + (high - low) / 2;
+            const int64_t found = count_at_least(highest(), blocks(), from_ordered(middle));
+            (found < count ? high : low) = middle;
+            if (found >= count && found < 2 * count) break;
+        }
+        return key_of(from_ordered(low), 0xffffffff);
     }
 
     float highest(int64_t block) const { return scratch_.highest[block]; }
+    const float* highest() const { return scratch_.highest.data(); }
     int64_t blocks() const { return scratch_.highest.size(); }
     const float* data() const { return x_; }
     int64_t size() const { return n_; }
 
-    // Sum of e^((x - max) / temperature) for all n values.
-    static double sum_exp(const float* x, int64_t n, float max, float temperature) {
+    // Sum of e^(x - max) for all n values.
+    static double sum_exp(const float* x, int64_t n, float max) {
         Floats sums = {};
         int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) {
-            sums += fast_exp((*reinterpret_cast<const Floats*>(x + i) - max) / temperature);
-        }
+        for (; i + kLanes <= n; i += kLanes) sums += fast_exp(*reinterpret_cast<const Floats*>(x + i) - max);
         double sum = 0;
         for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
-        for (; i < n; i++) sum += std::exp((x[i] - max) / temperature);
+        for (; i < n; i++) sum += std::exp(x[i] - max);
         return sum;
     }
 
    private:
+    static float tidied(float value) {
+        if (std::isnan(value)) return -kInfinity;
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return bits == 0x80000000u ? 0.f : std::min(value, kMost);
+    }
+
     float* x_;
     int64_t n_;
     Scratch& scratch_;
     float max_ = -kInfinity;
 };
 
+struct Cut {
+    uint64_t key;
+    double weight;  // of all that is left
+};
+
 // The cut among `tokens` that leaves those before which, from the highest on, there is less than `target` weight; the
 // first stays in any case. `before` is what tokens have that are higher than all of these. Changes their order.
-uint64_t weighed_cut(std::vector<Weighed>& tokens, double before, double target) {
+Cut weighed_cut(std::vector<Weighed>& tokens, double before, double target) {
     auto begin = tokens.begin(), end = tokens.end();
     uint64_t cut = ~uint64_t{0};
     const auto higher = [](const Weighed& a, const Weighed& b) { return a.key > b.key; };
@@ -309,7 +354,7 @@ uint64_t weighed_cut(std::vector<Weighed>& tokens, double before, double target)
             cut = pivot;
             before = weight + split->weight;
             begin = split + 1;
-            if (before >= target) return cut;
+            if (before >= target) return {cut, before};
         }
     }
     std::sort(begin, end, higher);
@@ -318,151 +363,219 @@ uint64_t weighed_cut(std::vector<Weighed>& tokens, double before, double target)
         cut = token->key;
         before += token->weight;
     }
-    return cut;
+    return {cut, before};
 }
 
-// The same cut among all tokens: `weights(i)` are those of the kHalf tokens from i on, `weight(i)` is one's.
-template <class Weights, class Weight>
-uint64_t binned_cut(const Logits& logits, double target, Scratch& scratch, const Weights& weights, const Weight& weight) {
-    constexpr int64_t kBins = int64_t{1} << kBinBits;
-    constexpr int kShift = 32 - kBinBits;
-    const float* x = logits.data();
-    const int64_t n = logits.size(), whole = n / kHalf * kHalf;
-    scratch.bins.assign(kBins, 0);
-    double* bins = scratch.bins.data();
-    for (int64_t i = 0; i < whole; i += kHalf) {
-        const Doubles each = weights(i);
-        for (int lane = 0; lane < kHalf; lane++) bins[ordered(x[i + lane]) >> kShift] += each[lane];
+// e^((x - max) / temperature) but for kSingle.
+class Weigher {
+   public:
+    Weigher(float max, double temperature) : max_(max), factor_(static_cast<float>(1.4426950408889634 / temperature)) {}
+
+    Floats of(Floats x) const { return fast_exp2((x - max_) * factor_); }
+
+    // to [n] = the weights of x [n].
+    void weigh(const float* x, int64_t n, float* to) const {
+        map(x, x, n, to, [&](Floats values, Floats) { return of(values); });
     }
-    for (int64_t i = whole; i < n; i++) bins[ordered(x[i]) >> kShift] += weight(i);
-    const int64_t last = ordered(-kMost) >> kShift;  // of finite values
-    int64_t bin = kBins - 1;
+
+    double sum(const float* x, int64_t n) const {
+        double sum = 0;
+        for (int64_t begin = 0; begin < n; begin += kPart) {
+            const int64_t end = std::min(n, begin + kPart);
+            Floats sums = {}, last = Floats{} - kInfinity;
+            int64_t i = begin;
+            for (; i + kLanes <= end; i += kLanes) sums += of(*reinterpret_cast<const Floats*>(x + i));
+            std::memcpy(&last, x + i, (end - i) * sizeof(float));
+            sums += of(last);
+            for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
+        }
+        return sum;
+    }
+
+   private:
+    float max_, factor_;
+};
+
+// The weight of tokens above a value, in single precision.
+double weight_above(const float* x, const float* weights, int64_t n, float value) {
+    const Floats limit = Floats{} + value;
+    double sum = 0;
+    for (int64_t begin = 0; begin < n; begin += kPart) {
+        const int64_t end = std::min(n, begin + kPart);
+        Floats sums = {};
+        int64_t i = begin;
+        for (; i + kLanes <= end; i += kLanes) {
+            const Floats weight = *reinterpret_cast<const Floats*>(weights + i);
+            sums += *reinterpret_cast<const Floats*>(x + i) > limit ? weight : Floats{};
+        }
+        for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
+        for (; i < end; i++) sum += x[i] > value ? weights[i] : 0;
+    }
+    return sum;
+}
+
+// The same cut among all tokens: between two values that halving finds by `singles` [n], weights in single precision.
+// `weights(i)` are the kHalf ones from i on in double precision, `weight(i)` is one.
+template <class Weights, class Weight>
+uint64_t halved_cut(const Logits& logits, const std::vector<float>& singles, double target, Scratch& scratch,
+                    const Weights& weights, const Weight& weight) {
+    constexpr uint32_t kNear = 1 << 13;  // a difference of ordered values that few tokens share
+    const float* x = logits.data();
+    const int64_t n = logits.size();
+    uint32_t low = ordered(-kMost), high = ordered(logits.max());  // the cut's value is in between
+    while (high - low > kNear) {
+        const uint32_t middle = low + (high - low) / 2;
+        const double above = weight_above(x, singles.data(), n, from_ordered(middle));
+        if (above * (1 + kSingle) < target) {
+            high = middle;
+        } else if (above * (1 - kSingle) >= target) {
+            low = middle + 1;
+        } else {
+            break;
+        }
+    }
+    const float most = from_ordered(high);
+    Doubles sums = {};
     double before = 0;
-    while (bin > last && before + bins[bin] < target) before += bins[bin--];
+    for (int64_t b = 0; b < logits.blocks(); b++) {
+        if (logits.highest(b) <= most) continue;
+        const int64_t end = std::min(n, (b + 1) * kBlock);
+        int64_t i = b * kBlock;
+        for (; i + kHalf <= end; i += kHalf) {
+            const Narrow values = *reinterpret_cast<const Narrow*>(x + i);
+            sums += __builtin_convertvector(values, Doubles) > double{most} ? weights(i) : Doubles{};
+        }
+        for (; i < end; i++) before += x[i] > most ? weight(i) : 0;
+    }
+    for (int lane = 0; lane < kHalf; lane++) before += sums[lane];
     auto& tokens = scratch.weighed;
     tokens.clear();
-    const uint64_t low = std::max(static_cast<uint64_t>(bin) << (64 - kBinBits), kFinite);
-    logits.above(low, [&](int64_t id, float value) {
-        if (ordered(value) >> kShift == bin) tokens.push_back({key_of(value, id), weight(id)});
+    const float least = from_ordered(low);
+    logits.each_block(least, [&](int64_t b) {
+        const int64_t begin = b * kBlock;
+        each_within(x + begin, std::min(n - begin, kBlock), least, most, [&](int64_t i) {
+            tokens.push_back({key_of(x[begin + i], begin + i), weight(begin + i)});
+        });
     });
-    return tokens.empty() ? low : weighed_cut(tokens, before, target);
+    return tokens.empty() ? key_of(least, 0xffffffff) : weighed_cut(tokens, before, target).key;
 }
 
 // The first top_k tokens.
 uint64_t top_k_cut(const Logits& logits, int64_t top_k, Scratch& scratch) {
     if (top_k > logits.blocks()) {
-        return binned_cut(
-            logits, top_k, scratch, [](int64_t) { return Doubles{} + 1.0; }, [](int64_t) { return 1.0; });
+        scratch.weights.assign(logits.size(), 1);
+        return halved_cut(
+            logits, scratch.weights, top_k, scratch, [](int64_t) { return Doubles{} + 1.0; },
+            [](int64_t) { return 1.0; });
     }
     auto& tokens = scratch.weighed;
     tokens.clear();
     logits.above(logits.roughly(top_k), [&](int64_t id, float value) { tokens.push_back({key_of(value, id), 1}); });
-    return weighed_cut(tokens, 0, top_k);
+    return weighed_cut(tokens, 0, top_k).key;
 }
 
 // The smallest set with at least top_p of the mass that `cut` left.
 uint64_t top_p_cut(const Logits& logits, uint64_t cut, double temperature, double top_p, Scratch& scratch) {
     auto& tokens = scratch.weighed;
     const float* x = logits.data();
+    const int64_t n = logits.size();
     const double max = logits.max(), factor = 1 / temperature;
     const auto weights = [&](int64_t i) {
         const Narrow values = *reinterpret_cast<const Narrow*>(x + i);
         return exact_exp((__builtin_convertvector(values, Doubles) - max) * factor);
     };
     const auto weight = [&](int64_t i) { return std::exp((x[i] - max) * factor); };
+    double mass = 0;
     const auto collect = [&](uint64_t from) {
-        double mass = 0;
-        tokens.clear();
+        tokens.clear(), mass = 0;
         logits.above(from, [&](int64_t id, float value) {
             tokens.push_back({key_of(value, id), weight(id)});
             mass += tokens.back().weight;
         });
-        return mass;
     };
     if (cut != kFinite) {
-        const double mass = collect(cut);
-        return weighed_cut(tokens, 0, top_p * mass);
+        collect(cut);
+        return weighed_cut(tokens, 0, top_p * mass).key;
     }
-    const int64_t n = logits.size();
+    // Mostly a few tokens and the mass in single precision are enough to be sure of the cut.
+    const Weigher weigher(logits.max(), temperature);
+    const double about = top_p * weigher.sum(x, n);
+    for (int64_t count : kShort) {
+        collect(logits.roughly(std::min(count, logits.blocks())));
+        const Cut found = weighed_cut(tokens, 0, about * (1 - kSingle));
+        if (found.weight >= about * (1 + kSingle)) return found.key;
+    }
+    mass = 0;
     Doubles sums = {};
-    double mass = 0;
-    for (int64_t b = 0; b < logits.blocks(); b++) {
-        const int64_t begin = b * kBlock, end = std::min(n, begin + kBlock);
-        const double high = (logits.highest(b) - max) * factor;
-        if (high < kNothing) continue;
-        if (high < kLittle) {
-            mass += Logits::sum_exp(x + begin, end - begin, logits.max(), static_cast<float>(temperature));
-            continue;
-        }
-        int64_t i = begin;
-        for (; i + kHalf <= end; i += kHalf) sums += weights(i);
-        for (; i < end; i++) mass += weight(i);
-    }
+    int64_t i = 0;
+    for (; i + kHalf <= n; i += kHalf) sums += weights(i);
+    for (; i < n; i++) mass += weight(i);
     for (int lane = 0; lane < kHalf; lane++) mass += sums[lane];
-    const double target = top_p * mass;
-    const uint64_t likely = logits.roughly(std::min(kShort, logits.blocks()));
-    return collect(likely) < target ? binned_cut(logits, target, scratch, weights, weight)
-                                    : weighed_cut(tokens, 0, target);
+    scratch.weights.resize(n);
+    weigher.weigh(x, n, scratch.weights.data());
+    return halved_cut(logits, scratch.weights, top_p * mass, scratch, weights, weight);
 }
 
-// Where score(i) + noise is highest, i in [0, count); -1 if there is no finite score.
-template <class Score, class Number>
-inline int64_t noisiest(int64_t count, Noise noise, const Score& score, const Number& number) {
-    int64_t best = -1;
-    double highest = -kInfinity;
+// Where score(i) + noise of number(i) is highest, i in [0, count). bounds [count] are not below e^score, but for kSingle, and
+// are changed: with -log of the uniform number as a bound of the noise they exclude almost all i without score or logarithm.
+template <class Number, class Score>
+int64_t noisiest(float* bounds, int64_t count, Noise noise, const Number& number, const Score& score) {
+    for (int64_t i = 0; i < count; i++) bounds[i] /= uniform(noise.word(number(i)));
+    const int64_t likely = std::max_element(bounds, bounds + count) - bounds;
+    int64_t best = likely;
+    double highest = -kInfinity, least = 0;  // e^highest
+    const auto compare = [&](int64_t i) {
+        const double noisy = score(i) + noise.of(number(i));
+        if (!(noisy > highest)) return;
+        best = i, highest = noisy, least = std::exp(noisy) * (1 - 2 * kSingle);
+    };
+    compare(likely);
     for (int64_t i = 0; i < count; i++) {
-        const double value = score(i);
-        if (!(value + kMostNoise > highest) || value == -kInfinity) continue;
-        const double noisy = value + noise.of(number(i));
-        if (noisy > highest) highest = noisy, best = i;
+        if (bounds[i] >= least && i != likely) compare(i);
     }
     return best;
 }
 
 // Draws a token not below the cut: a part by its mass, then a token of it (Gumbel-max, twice).
 int64_t draw(const Logits& logits, uint64_t cut, const SamplingRow& row, int64_t position, Scratch& scratch) {
+    constexpr int64_t kBlocks = kPart / kBlock;
     auto& values = scratch.values;
     auto& ids = scratch.ids;
+    auto& weights = scratch.weights;
+    auto& bounds = scratch.bounds;
     const float max = logits.max(), temperature = static_cast<float>(row.temperature);
-    auto& begins = scratch.begins;
-    auto& scores = scratch.scores;
-    begins.clear(), scores.clear();
-    const float* x = logits.data();
-    int64_t count = logits.size();
-    const bool all = cut == kFinite;
-    if (all) {
-        for (int64_t begin = 0; begin < count; begin += kPart) begins.push_back(begin);
-    } else {
-        logits.collect(cut, values, ids);
-        x = values.data();
-        count = values.size();
-        if (count == 1) return ids[0];
-        for (int64_t i = 0; i < count; i++) {
-            if (i == 0 || ids[i] / kPart != ids[i - 1] / kPart) begins.push_back(i);
+    const int64_t blocks = logits.blocks(), parts = (blocks + kBlocks - 1) / kBlocks;
+    values.resize(kPart), ids.resize(kPart), weights.resize(std::max(blocks, kPart)), bounds.assign(parts, 0);
+    // A part has no more mass than what is highest in its blocks allows.
+    Weigher(max, row.temperature).weigh(logits.highest(), blocks, weights.data());
+    logits.each_block(value_of(cut), [&](int64_t b) {
+        bounds[b / kBlocks] += logits.count(b, value_of(cut)) * weights[b];
+    });
+    float high;
+    int64_t count;
+    const auto read = [&](int64_t part) {
+        high = -kInfinity, count = 0;
+        for (int64_t b = part * kBlocks; b < std::min(blocks, (part + 1) * kBlocks); b++) {
+            if (logits.highest(b) < value_of(cut)) continue;
+            const int64_t more = logits.collect(cut, b, &values[count], &ids[count]);
+            if (more) high = std::max(high, logits.highest(b));
+            count += more;
         }
-    }
-    begins.push_back(count);
-    const int64_t parts = begins.size() - 1;
-    for (int64_t p = 0; p < parts; p++) {
-        const float* from = x + begins[p];
-        const int64_t size = begins[p + 1] - begins[p];
-        float high = -kInfinity;
-#pragma omp simd reduction(max : high)
-        for (int64_t i = 0; i < size; i++) high = from[i] > high ? from[i] : high;
-        scores.push_back(high == -kInfinity ? -kInfinity
-                                            : (double{high} - max) / row.temperature +
-                                                  std::log(Logits::sum_exp(from, size, high, temperature)));
-    }
-    const auto id = [&](int64_t i) { return all ? i : int64_t{ids[i]}; };
+    };
     const int64_t part = noisiest(
-        parts, Noise(row.seed, position, kPartStream), [&](int64_t p) { return scores[p]; },
-        [&](int64_t p) { return id(begins[p]) / kPart; });
-    const int64_t begin = begins[part];
-    const int64_t token = noisiest(
-        begins[part + 1] - begin, Noise(row.seed, position, kTokenStream),
-        [&](int64_t i) { return (double{x[begin + i]} - max) / row.temperature; },
-        [&](int64_t i) { return id(begin + i); });
-    return id(begin + token);
+        bounds.data(), parts, Noise(row.seed, position, kPartStream), [](int64_t p) { return p; },
+        [&](int64_t p) -> double {
+            read(p);
+            if (count == 0) return -kInfinity;
+            map(values.data(), values.data(), count, weights.data(),
+                [&](Floats each, Floats) { return (each - high) / temperature; });
+            return (double{high} - max) / row.temperature + std::log(Logits::sum_exp(weights.data(), count, 0));
+        });
+    read(part);
+    Weigher(high, row.temperature).weigh(values.data(), count, weights.data());
+    return ids[noisiest(
+        weights.data(), count, Noise(row.seed, position, kTokenStream), [&](int64_t i) { return int64_t{ids[i]}; },
+        [&](int64_t i) { return (double{values[i]} - high) / row.temperature; })];
 }
 
 inline void ban(float* x, int64_t n, const int32_t* ids, int64_t count) {

@@ -136,10 +136,27 @@ inline Floats fast_exp2(Floats x) {
 inline float highest_of(Floats x) {
 #if defined(__AVX512F__) && !defined(FL_LANES)
     return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__) && !defined(FL_LANES)
+    __m128 high = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    high = _mm_max_ps(high, _mm_movehl_ps(high, high));
+    return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
 #else
     float highest = x[0];
     for (int i = 1; i < kLanes; i++) highest = x[i] > highest ? x[i] : highest;
     return highest;
+#endif
+}
+
+// A bit for each element that is at least `least`.
+inline uint32_t at_least(Floats x, float least) {
+#if defined(__AVX512F__) && !defined(FL_LANES)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_GE_OQ);
+#elif defined(__AVX2__) && !defined(FL_LANES)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(least), _CMP_GE_OQ));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; i++) bits |= uint32_t{x[i] >= least} << i;
+    return bits;
 #endif
 }
 

@@ -243,45 +243,47 @@ def _add_parts(
 def _merge_kernel(
     positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, rows,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The pieces of the rows that were cut and the shared beginnings of rows that have one, ``PIECES`` at a time; their
-    sink joins them here, once."""
+    sink joins them here, once. A program has ``HEADS`` heads of a row."""
     begin_kernel()
-    number, head = tl.program_id(0), tl.program_id(1)
-    shared, before, at = 0, 0, 0
-    if TILE > 0:  # a program for each row
-        row = number.to(tl.int64)
-        shared = tl.load(prefixes + row)
-        at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
-        there = True
-    else:
+    number, row = tl.program_id(0), tl.program_id(0).to(tl.int64)
+    there = True
+    if TILE == 0:
         there = number < tl.load(shares + 2)
-        row = tl.load(shares + 3 + EXTRA + number, mask=there, other=0).to(tl.int64)
-    length = tl.load(positions + row) + 1
-    count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
-    if TILE > 0:
-        there = count + before > 1
     if there:
-        first = tl.load(shares + 3 + 2 * EXTRA + row)
-        d = tl.arange(0, BLOCK_D)
-        top = float("-inf")
-        total = 0.0
-        result = tl.zeros([BLOCK_D], tl.float32)
-        for begin in range(0, count, PIECES):
-            piece = begin + tl.arange(0, PIECES)
-            part = tl.where(piece == 0, row, rows + first + piece - 1) * H + head
-            result, top, total = _add_parts(result, top, total, parts, sums, part, piece < count, D, BLOCK_D)
-        if TILE > 0:
-            for begin in range(0, before, PIECES):
-                piece = begin + tl.arange(0, PIECES)
-                part = (at + piece * TILE).to(tl.int64) * H + head
-                result, top, total = _add_parts(
-                    result, top, total, prefix_parts, prefix_sums, part, piece < before, D, BLOCK_D
-                )
-        if SINKS:
-            total += add_sink(sinks, head, top)
-        store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
+        shared, before, at = 0, 0, 0
+        if TILE > 0:  # a program for each row
+            shared = tl.load(prefixes + row)
+            at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
+        else:
+            row = tl.load(shares + 3 + EXTRA + number).to(tl.int64)
+        length = tl.load(positions + row) + 1
+        count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
+        if count + before > 1:
+            first = tl.load(shares + 3 + 2 * EXTRA + row)
+            d = tl.arange(0, BLOCK_D)
+            for head in range(tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + HEADS):
+                top = float("-inf")
+                total = 0.0
+                result = tl.zeros([BLOCK_D], tl.float32)
+                for begin in range(0, count, PIECES):
+                    piece = begin + tl.arange(0, PIECES)
+                    part = tl.where(piece == 0, row, rows + first + piece - 1) * H + head
+                    result, top, total = _add_parts(
+                        result, top, total, parts, sums, part, piece < count, D, BLOCK_D
+                    )
+                if TILE > 0:
+                    for begin in range(0, before, PIECES):
+                        piece = begin + tl.arange(0, PIECES)
+                        part = (at + piece * TILE).to(tl.int64) * H + head
+                        result, top, total = _add_parts(
+                            result, top, total, prefix_parts, prefix_sums, part, piece < before, D, BLOCK_D
+                        )
+                if SINKS:
+                    total += add_sink(sinks, head, top)
+                store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -474,6 +476,10 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768,
 """Rows of single tokens that graphs are captured for."""
 
 
+FEW_KEYS = 64
+"""Of a piece where most rows are cut."""
+
+
 def decode_plan(
     rows: int, kv_heads: int, heads: int, size: int, multiprocessors: int, longest: int
 ) -> DecodePlan:
@@ -494,7 +500,7 @@ def decode_plan(
         (4 * multiprocessors - programs if programs <= multiprocessors else 2 * multiprocessors) // kv_heads,
     )
     if programs <= multiprocessors:
-        plan = DecodePlan(extra, 64, 64, max(2, least))
+        plan = DecodePlan(extra, FEW_KEYS, 64, max(2, least))
     elif programs < 8 * multiprocessors:
         plan = DecodePlan(extra, 2048, 128 if size <= 128 else 64, max(4, least))
     else:
@@ -599,9 +605,11 @@ def attend(
             num_warps=plan.warps, num_stages=3, **LAUNCH,
         )  # fmt: skip
         if extra:
-            _merge_kernel[(decodes if tile else min(decodes, extra), num_heads)](
+            # Where long rows alone are cut, there is hardly ever one: a thousand programs that find nothing take 7 us.
+            heads = group if plan.keys > FEW_KEYS and not tile else 1
+            _merge_kernel[(decodes if tile else min(decodes, extra), num_heads // heads)](
                 step.positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes,
-                num_heads, size, block_d, extra, 16, window or 0, shared["SINKS"], int(form), tile, **LAUNCH,
+                num_heads, size, block_d, extra, 16, window or 0, shared["SINKS"], int(form), tile, heads, **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None and step.spans is None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)

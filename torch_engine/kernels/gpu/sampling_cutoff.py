@@ -248,7 +248,7 @@ def round_kernel(
     tops, arrived, ends, masses, partials,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,
     WIDTH: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
-    CANDIDATES: tl.constexpr, ROUND: tl.constexpr,
+    CANDIDATES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Narrows the interval in which the last value lies that stays: what reaches each of its eighths, by splits.
 
@@ -263,7 +263,7 @@ def round_kernel(
         low, high, above, target, count = _interval(ends, masses, row)
         if (low < high) & (count > CANDIDATES):
             floor = low
-            if ROUND == 0:
+            if FIRST:
                 floor = tl.where(top_k == 0, float("-inf"), low)  # all the mass of which top-p is a share
             e1, e2, e3, e4 = (
                 _eighth(low, high, 1),
@@ -305,7 +305,7 @@ def round_kernel(
                 other = tl.arange(0, PADDED)[:, None]
                 place = partials + (row * SPLITS + other) * 8 + number[None, :]
                 sums = tl.sum(tl.load(place, mask=other < SPLITS, other=0.0, cache_modifier=".cg"), 0)
-                if (ROUND == 0) & (top_k == 0):
+                if FIRST & (top_k == 0):
                     target = top_p * tl.sum(tl.where(number == 0, sums, 0.0), 0)
                 reaching = (number >= 1) & (above + sums >= target)
                 at = tl.sum(reaching.to(tl.int32), 0)  # of the eighths the last that reaches it

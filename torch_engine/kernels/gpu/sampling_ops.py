@@ -362,7 +362,7 @@ def sample(
     for number in range(ROUNDS):
         round_kernel[grid](
             logits, scales, *where, *said, made.tops, *interval, made.partials,
-            *shape, span, padded, splits, padding, CANDIDATES, number, **LAUNCH,
+            *shape, span, padded, splits, padding, CANDIDATES, number == 0, **LAUNCH,  # the others are one kernel
         )  # fmt: skip
     gather_kernel[grid](
         logits, scales, *where, *said, made.tops, made.ends, made.masses, made.buffers, made.buffer_ids, made.kept,

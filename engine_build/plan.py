@@ -372,8 +372,11 @@ def _stored_int4(precision: str, lane: str, shape: ModelShape, hardware: Hardwar
             f"PRECISION={' or '.join(offered)}, or give the bf16 checkpoint"
         )
     dequantised = f", dequantised at load{'' if hardware.compiler else ' (no C++ compiler for int4 kernels)'}"
+    beside = ""
+    if shape.stored.startswith("MXFP4") and (hardware.capability or (0, 0)) >= FP8_CAPABILITY:
+        beside = ", with attention and output head kept in FP8"
     reasons.append(
-        f"precision {chosen}: the checkpoint is {shape.stored}{dequantised if chosen == 'bf16' else ''}"
+        f"precision {chosen}: the checkpoint is {shape.stored}{dequantised if chosen == 'bf16' else beside}"
     )
     return chosen
 

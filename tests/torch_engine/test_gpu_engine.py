@@ -281,6 +281,23 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert greedy(small_engine(packed), prompts) == expected
 
 
+def test_what_gpt_oss_has_in_bf16_is_kept_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and head, unless the checkpoint is to be read as it is. In float32 nothing is narrowed."""
+    source = tiny_checkpoint(tmp_path / "source", "gpt_oss", vocab_size=304)
+    packed, plain = rewrite_experts(source, tmp_path)
+    narrow = {**BATCH_ONE, "compute_dtype": "bfloat16"}
+    engine = small_engine(packed, **narrow)
+    layers = len(engine.model.layers)
+    assert f"{2 * layers} FP8 W8A8 by output and row" in engine.info.description
+    assert "1 FP8 head" in engine.info.description
+    whole = small_engine(packed, weight_precision="dequantised", **narrow)
+    assert "FP8" not in whole.info.description
+    if ON_GPU:  # the interpreter has no constants in bf16
+        case = Family(packed, reference(plain, torch.float32), [list(range(20, 60))])
+        # A token whose best experts are almost equal may go to another one.
+        assert logit_error(case, monkeypatch, engine) < 0.8
+
+
 # A real model --------------------------------------------------------------------------------------------------------
 
 

@@ -246,6 +246,18 @@ class Fp8Linear:
         return _scaled_mm(x.values, self.weight, self.input_scale, self.weight_scale, self.bias, self.dtype)
 
 
+def fp8_by_output(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` [N, K] as e4m3 codes and the scale of each output, float32 [N]."""
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    for start in range(0, len(weight), 16384):  # a float32 copy of a whole head would be gigabytes
+        rows = slice(start, start + 16384)
+        part = weight[rows].float()
+        scales[rows] = part.abs().amax(1).clamp_min(1e-12) / E4M3_MAX
+        codes[rows] = (part / scales[rows, None]).to(torch.float8_e4m3fn)
+    return codes, scales
+
+
 class Fp8RowLinear:
     """e4m3 weights with a scale for each output; activations have one that is known beforehand, or one for each row."""
 
@@ -313,14 +325,7 @@ class Fp8Head:
     input_scale: torch.Tensor | None = None
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        size = weight.shape[0]
-        self.column_scales = torch.empty(size, dtype=torch.float32, device=weight.device)
-        self.weight = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-        for start in range(0, size, 16384):  # a float32 copy of the whole head would be gigabytes
-            part = weight[start : start + 16384].float()
-            scales = part.abs().amax(1).clamp_min(1e-12) / E4M3_MAX
-            self.column_scales[start : start + 16384] = scales
-            self.weight[start : start + 16384] = (part / scales[:, None]).to(torch.float8_e4m3fn)
+        self.weight, self.column_scales = fp8_by_output(weight)
         self.one = torch.ones((), dtype=torch.float32, device=weight.device)
         self.dtype = dtype
 

@@ -18,6 +18,8 @@ Event = tuple[str, dict[str, Any]]
 
 MEMORY = ("previous_response_id", "conversation", "prompt")
 """Fields that name something which a server would have to remember."""
+NO_PLACE = ("messages", "logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids")
+"""Fields of chat that would have no effect, or whose answer has no place in a response."""
 HARMLESS_INCLUDES = frozenset({"reasoning.encrypted_content"})
 """Thoughts stand in the open in the answer's items."""
 TRANSLATED = frozenset(
@@ -36,12 +38,14 @@ TRANSLATED = frozenset(
 """Fields of a Responses request that chat spells differently or does not have; all others are chat's own."""
 
 
-def to_chat(body: Mapping[str, Any]) -> dict[str, Any]:
+def to_chat(body: Any) -> dict[str, Any]:
     """The chat request that a Responses request means.
 
     Raises:
-        RequestError: names a field that a server without memory cannot honour, or a malformed one.
+        RequestError: names a field that a server without memory or a single answer cannot honour, or a malformed one.
     """
+    if not isinstance(body, Mapping):
+        raise invalid("the body must be a JSON object")
     _refuse_what_needs_more(body)
     chat = {name: value for name, value in body.items() if name not in TRANSLATED}
     chat["messages"] = list(_messages(body))
@@ -78,8 +82,11 @@ def _refuse_what_needs_more(body: Mapping[str, Any]) -> None:
     for name in include:
         if name not in HARMLESS_INCLUDES:
             raise invalid(f"include holds {shown(name)}, which is not supported")
-    if body.get("top_logprobs"):
-        raise invalid("top_logprobs is not supported here: /v1/chat/completions has it")
+    if body.get("n") not in (None, 1):
+        raise invalid(f"n is {shown(body['n'])}: a response is one answer, /v1/chat/completions has several")
+    for field in NO_PLACE:
+        if body.get(field):
+            raise invalid(f"{field} is not supported here: /v1/chat/completions has it")
     if body.get("max_tool_calls") is not None:
         raise invalid("max_tool_calls is not supported: it limits built-in tools, and this server has none")
 
@@ -93,6 +100,8 @@ def _object(body: Mapping[str, Any], field: str) -> Mapping[str, Any]:
 
 def _messages(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if (instructions := body.get("instructions")) is not None:
+        if not isinstance(instructions, str):
+            raise invalid(f"instructions is {shown(instructions)}: it must be text")
         yield {"role": "system", "content": instructions}
     given = body.get("input")
     if isinstance(given, str):
@@ -151,8 +160,10 @@ def _item(item: Any, where: str) -> dict[str, Any]:
         parts = item.get("content") or item.get("summary") or []
         if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
             raise invalid(f"{where}.content is {shown(parts)}: it must be a list of parts")
-        thoughts = "\n".join(str(part.get("text", "")) for part in parts)
-        return {"role": "assistant", "reasoning_content": thoughts}
+        texts = [part.get("text", "") for part in parts]
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise invalid(f"{where}.content has the text {shown(odd[0])}: it must be text")
+        return {"role": "assistant", "reasoning_content": "\n".join(texts)}
     raise invalid(
         f"{where}.type is {shown(kind)}: it must be one of message, function_call, function_call_output, reasoning"
     )

@@ -430,6 +430,8 @@ UNENFORCEABLE = {"type": "array", "uniqueItems": True}
             "text.format",
         ),
         ("/responses", {"input": [{"role": "nobody", "content": "a"}]}, "input"),
+        ("/responses", {"input": "a", "n": 2}, "n"),
+        ("/responses", {"input": "a", "instructions": 5}, "instructions"),
     ],
 )
 def test_an_error_is_about_what_was_sent(llm: openai.OpenAI, path: str, body: dict, param: str) -> None:

@@ -135,6 +135,10 @@ def test_items_become_messages():
         ({"input": ["Hi"]}, "input[0] is 'Hi'"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type is 'item_reference'"),
         ({"input": [{"type": "reasoning", "content": "x"}]}, "input[0].content is 'x'"),
+        (
+            {"input": [{"type": "reasoning", "content": [{"text": None}]}]},
+            "input[0].content has the text None",
+        ),
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"conversation": "c"}, "conversation is not supported"),
         ({"prompt": {"id": "p"}}, "prompt is not supported"),
@@ -143,6 +147,11 @@ def test_items_become_messages():
         ({"include": ["file_search_call.results"]}, "include holds 'file_search_call.results'"),
         ({"include": 5}, "include is 5"),
         ({"top_logprobs": 3}, "top_logprobs is not supported"),
+        ({"logprobs": True}, "logprobs is not supported here"),
+        ({"return_token_ids": True}, "return_token_ids is not supported here"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "messages is not supported here"),
+        ({"n": 2}, "n is 2: a response is one answer"),
+        ({"instructions": ["Hi"]}, "instructions is ['Hi']: it must be text"),
         ({"max_tool_calls": 3}, "max_tool_calls is not supported"),
         ({"text": "json"}, "text is 'json'"),
         ({"reasoning": 5}, "reasoning is 5"),
@@ -155,6 +164,12 @@ def test_what_needs_a_memory_or_is_malformed_is_refused_by_name(body, told):
     with pytest.raises(RequestError) as caught:
         to_chat({"input": "Hi", **body})
     assert caught.value.code is Code.INVALID_ARG and told in caught.value.message
+
+
+@pytest.mark.parametrize("body", [[], None, 5, "Hi"])
+def test_a_body_that_is_no_object_is_the_clients_mistake(body):
+    with pytest.raises(RequestError, match="the body must be a JSON object"):
+        to_chat(body)
 
 
 DELTAS = [

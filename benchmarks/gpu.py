@@ -8,10 +8,12 @@ One line of JSON a result; a table last. That it computes the right thing is wha
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import gc
 import itertools
 import json
+import pstats
 import random
 import statistics
 import subprocess
@@ -40,7 +42,7 @@ from flightline.torch_engine.text.stream import TokenBytes  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
 PARTS = ("throughput", "gaps", "profile")
-MORE_PARTS = ("speculation", "guided")
+MORE_PARTS = ("speculation", "guided", "launch", "load")
 BUDGETS = (8192, 4096, 2048, 1024, 512)
 """Tokens of one step (MAX_NUM_TOKENS of the build) to measure gaps at."""
 STREAMS = 32
@@ -342,6 +344,32 @@ def gaps_at(engine: Engine) -> dict[str, float]:
     }  # fmt: skip
 
 
+def launch(engine: Engine, options: argparse.Namespace) -> None:
+    """What the host does to launch a prompt's step that is no graph, by function: the device waits for that where it is
+    longer than the step."""
+    chance = random.Random(6)
+    for case in filter(None, options.profile_prompts.split(",")):
+        count, length = map(int, case.split(":"))
+        profiler = cProfile.Profile()
+
+        def prompts(count: int = count, length: int = length) -> float:
+            started = time.perf_counter()
+            for _ in range(5):
+                engine.generate(requests(count, length, 1, chance))
+            return (time.perf_counter() - started) / 5 * 1e3
+
+        prompts()
+        report(part="launch", what=f"prompts {case}", wall_ms=round(prompts(), 2))
+        profiler.enable()
+        prompts()
+        profiler.disable()
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(16)
+
+
+def load(engine: Engine, options: argparse.Namespace) -> None:
+    """Only that: it fills Triton's cache. Several shapes can do so at once, before anything is measured."""
+
+
 def by_kernel(what: str, work: Callable[[], Any], repeats: int) -> None:
     """Wall time of ``work``, then its kernels and the time between them."""
     work()
@@ -427,9 +455,9 @@ def main() -> int:
     for part in chosen:
         started = time.perf_counter()
         try:
-            if part in ("throughput", "gaps", "profile"):
+            if part in ON_ONE_ENGINE:
                 engine = engine or engine_of(options)
-                {"throughput": throughput, "gaps": gaps, "profile": profile}[part](engine, options)
+                ON_ONE_ENGINE[part](engine, options)
             else:
                 engine = None  # it wants its memory
                 gc.collect()
@@ -443,6 +471,15 @@ def main() -> int:
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
     return table()
+
+
+ON_ONE_ENGINE = {
+    "throughput": throughput,
+    "gaps": gaps,
+    "profile": profile,
+    "launch": launch,
+    "load": load,
+}
 
 
 def table() -> int:

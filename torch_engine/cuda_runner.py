@@ -19,7 +19,8 @@ best of what each rank finds in its part of the vocabulary; where a request asks
 logits, chooses, and tells the others the tokens, on the device.
 
 Steps of single tokens of which many share their first keys replay graphs of a second kind, in which those keys are read
-once for all of them (``kernels/gpu/shared_prefix.py``).
+once for all of them (``kernels/gpu/shared_prefix.py``). Steps whose contexts are all short replay a third kind, without
+what cuts and merges the long ones.
 
 Steps with prompt chunks up to ``MIXED_ROWS[-1]`` tokens replay graphs of their own, where the host would need longer to
 launch the kernels than the device to run them; larger ones run without a graph.
@@ -68,6 +69,8 @@ MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 
 MIXED_SAMPLES = 256
 MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
+SHORT = 2048
+"""Keys of the longest row of a step of single tokens that needs no cutting."""
 LEAST_SHARING = 4
 """Rows of a step of single tokens from which on it is looked whether they share their first keys."""
 MOST_UPDATES = 2**15
@@ -142,6 +145,8 @@ class Order:
     """Of a step without a graph: its tiles are those of long prompts."""
     gathered: bool = False
     """Of a step without a graph: the last two parts are spans and offsets (``AttentionInput``)."""
+    short: bool = False
+    """Of a step of single tokens: no row sees more than :data:`SHORT` keys."""
     plain: bool = True
     """Nothing but the likeliest tokens is asked for."""
 
@@ -308,6 +313,8 @@ class CudaRunner:
         """Of the last step of single tokens."""
         self.graphs: dict[int, Captured] = {}
         """Of single tokens, by batch size, the largest first."""
+        self.short: dict[int, Captured] = {}
+        """The same for short contexts, where that is another pass."""
         self.shared: dict[SharedShape, Captured] = {}
         """Of single tokens that share their first keys."""
         self.mixed: dict[MixedShape, Captured] = {}
@@ -342,7 +349,7 @@ class CudaRunner:
         cache = sum({each.data_ptr(): each.nbytes for each in tensors}.values()) / MIB
         graphs = "no CUDA graphs"
         if self.graphs:
-            count = len(self.graphs) + len(self.shared) + len(self.mixed)
+            count = len(self.graphs) + len(self.short) + len(self.shared) + len(self.mixed)
             graphs = f"{count} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
         return f", {cache:.0f} MiB KV cache, {graphs}{described(self.host)}"
 
@@ -366,6 +373,10 @@ class CudaRunner:
         for size in sorted(sizes, reverse=True):
             self._upload(self.staging[0], self._columns([(0, self.spare, 0, 0)] * size, []), [])
             self.graphs[size] = Captured(functools.partial(self._decode, size), self._choose, pool, mode)
+            if self._differs_if_short(size):
+                self.short[size] = Captured(
+                    functools.partial(self._decode, size, SHORT), self._choose, pool, mode
+                )
             sharing = self._shared_shape(size)
             if sharing is not None:
                 nothing = [np.zeros(count, dtype=np.int32) for count in sharing.sizes]
@@ -403,15 +414,26 @@ class CudaRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _decode(self, shape: int | SharedShape) -> Computed:
-        """A step of rows that all choose a token, on the static inputs; leaves these in ``self.tokens``."""
+    def _differs_if_short(self, rows: int) -> bool:
+        """Whether a step of single tokens is computed otherwise if none of them sees many keys."""
+        most = self.width * self.block_size
+        short, long = (
+            self.kernels.decode_plan(self.model.spec, rows, longest) for longest in (min(SHORT, most), most)
+        )
+        return short != long
+
+    def _decode(self, shape: int | SharedShape, most: int = 0) -> Computed:
+        """A step of rows that all choose a token, on the static inputs; leaves these in ``self.tokens``.
+
+        ``most`` is the keys that a row sees at most; 0: as many as there is room for.
+        """
         size, sizes = (shape.rows, shape.sizes) if isinstance(shape, SharedShape) else (shape, [])
         ids, slots, positions, holds, asking, *shared = self._places([size] * 5 + sizes)
         prefixes = None
         if shared:
             rows, members, items = shared
             prefixes = SharedPrefixes(rows.view(3, -1), members, items.view(-1, 4))
-        where = AttentionInput(slots, positions, self.tables, size, None, prefixes=prefixes)
+        where = AttentionInput(slots, positions, self.tables, size, None, prefixes=prefixes, most=most)
         return self._forward(CudaStep(ids, where, self.last, None, asking, holds, idle=self.spare))
 
     def _mixed_forward(self, shape: MixedShape) -> Computed:
@@ -601,7 +623,7 @@ class CudaRunner:
         elif isinstance(order.graph, SharedShape):
             captured = self.shared[order.graph]
         else:
-            captured = self.graphs[order.graph]
+            captured = (self.short if order.short else self.graphs)[order.graph]
         self._computed = captured.replay()
         return captured.choose
 
@@ -651,7 +673,8 @@ class CudaRunner:
         shape = self._shared_shape(size)
         shared = self._shared(rows, columns[2]) if shape is not None else None
         if shared is None:
-            return Order(columns, updates, size)
+            short = size in self.short and int(columns[2].max()) < SHORT
+            return Order(columns, updates, size, short=short)
         return Order([*columns, *shared], updates, shape)
 
     def _shared_shape(self, size: int) -> SharedShape | None:

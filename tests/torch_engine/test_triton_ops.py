@@ -859,6 +859,27 @@ class TestEngine:
         monkeypatch.setattr(engine.runner, "_loose", None)
         assert [output.token_ids for output in engine.generate(requests)] == expected
 
+    def test_short_contexts_have_a_pass_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Until the longest row of a step sees more keys than that pass is for."""
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1, max_position_embeddings=4096)
+        requests = [GenerationRequest(prompt, 7, end_id=-1) for prompt in ([5, 6, 7], [9] * 12)]
+        settings = {"max_seq_len": 4096, "num_kv_blocks": 1100}
+        expected = [output.token_ids for output in make_engine(folder, **settings).generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type, **settings)
+        runner, passes = engine.runner, []
+        monkeypatch.setattr(cuda_runner, "SHORT", 16)
+        with torch.inference_mode():
+            runner.capture([4], [])
+        for name in ("graphs", "short"):
+            real = getattr(runner, name)[4].replay
+            monkeypatch.setattr(
+                getattr(runner, name)[4], "replay", lambda name=name, real=real: passes.append(name) or real()
+            )
+        assert [output.token_ids for output in engine.generate(requests)] == expected
+        assert passes == ["short"] * 4 + ["graphs"] * 2
+        monkeypatch.setattr(cuda_runner, "SHORT", 2048)
+        assert [runner._differs_if_short(rows) for rows in (1, 4)] == [False, True], "of few rows all are cut"
+
     def test_shared_prefixes_change_nothing(self, tmp_path, make_engine, monkeypatch) -> None:
         """Greedy tokens of requests with a beginning in common, which come and go, with graphs' shapes and without."""
         folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1)

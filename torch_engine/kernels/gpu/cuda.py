@@ -21,7 +21,7 @@ from flightline.torch_engine.core.shared_prefixes import Group
 from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, four_bits, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-from flightline.torch_engine.kernels.gpu.attention import PrefillPlan
+from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan
 from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import (
@@ -375,10 +375,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
                 self.prefix,
             )  # fmt: skip
-        plan = attention.decode_plan(
-            max(1, where.num_decodes), spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors,
-            layer.spec.window or where.tables.shape[1] * cache.values.shape[3],
-        )  # fmt: skip
+        most = where.most or where.tables.shape[1] * cache.values.shape[3]
+        plan = self.decode_plan(spec, max(1, where.num_decodes), min(layer.spec.window or most, most))
         reader = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
         out = attention.attend(
@@ -393,6 +391,12 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
+
+    def decode_plan(self, spec: ModelSpec, rows: int, longest: int) -> DecodePlan:
+        """Of a step's decodes, of which the longest has so many keys."""
+        return attention.decode_plan(
+            rows, spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors, longest
+        )
 
     def float_logits(self, logits: torch.Tensor, head: CudaLinear) -> torch.Tensor:
         """The column scales of an e4m3 head are left to whoever reads the logits."""

@@ -78,6 +78,8 @@ class AttentionInput:
     (``gathered.py``). None: they are read where they are."""
     offsets: torch.Tensor | None = None
     """[slots]: where the keys of a slot with a span begin."""
+    most: int = 0
+    """Keys that a decode sees at most; 0: as many as a table has room for."""
 
     def __post_init__(self) -> None:
         self.shares: dict[Hashable, Any] = {}

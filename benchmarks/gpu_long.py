@@ -13,7 +13,9 @@ figure, a table last; the exit status is 1 if a side failed.
 Cases: COUNTxINPUT/OUTPUT; ``first-N``: time to the first token of a prompt of N tokens alone; ``shared``: 64 prompts
 with 2,000 tokens in common and 100 of their own, 128 more; ``turns``: 32 conversations that reach 30,000 tokens in 8
 turns of a new text and 64 answered tokens each, in which all wait for the last; ``gaps``: time between two tokens of 32
-streams while prompts of 30,000 tokens are computed one after the other, for ours with ``MAX_GAP_MS`` 0 and 50.
+streams while prompts of 30,000 tokens are computed one after the other, for ours with ``MAX_GAP_MS`` 0 and 50;
+``curve``: a prompt alone of each length from 128 to 120,000 tokens, and a decode step after it (``long_curve.py``
+draws it).
 """
 
 from __future__ import annotations
@@ -40,8 +42,12 @@ from gpu_compare import lines_of  # noqa: E402
 
 CASES = (
     "1x30000/128,8x16000/256,64x4000/300,512x1000/500,first-1000,first-8000,first-30000,shared,gaps,turns,"
-    "first-120000,1x120000/64"
+    "first-120000,1x120000/64,curve"
 )
+CURVE = (128, 256, 512, 768, 1000, 1100, 1500, 2000, 3000, 4000, 8000, 8500, 16_000, 30_000, 60_000, 120_000)
+"""Lengths; some lie right behind one another, where steps change their kind."""
+STEPS = 32
+"""Decodes that a step's time is the mean of."""
 LONGEST = 131_072
 Step = list[tuple[str, list[int], bool]]
 """Of each request that got tokens in a step: its key, these tokens, whether it has ended."""
@@ -243,6 +249,9 @@ class Cases:
             yield self._rate(count, 128, shared, tokens(2100))
         elif name == "turns":
             yield from self._turns()
+        elif name == "curve":
+            for length in CURVE:
+                yield from self._point(length)
         elif name == "gaps":
             for bound in self.side.gaps:
                 yield from self._gaps(bound)
@@ -270,6 +279,17 @@ class Cases:
         yield figure("output tokens/s", [sizes.talks * sizes.turns * answered / sum(times)], True)
         yield figure("first turn, s", [times[0]], False)
         yield figure("last turn, s", [times[-1]], False)
+
+    def _point(self, length: int) -> Iterator[dict[str, Any]]:
+        """Of the curve. The prompt whose decodes are timed is the last one again, of which all but the end is known."""
+        prompts = [self.prompt(self.sizes.tokens(length)) for _ in range(repeats(length))]
+        times = [self.generate([prompt], 1)[0] for prompt in prompts]
+        yield figure(f"first token of {length} tokens, ms", [1e3 * took for took in times], False)
+        alone, more = (
+            min(self.generate([prompts[-1]], outputs)[0] for _ in range(2)) for outputs in (1, 1 + STEPS)
+        )
+        step = max(more - alone, 1e-9) / STEPS
+        yield figure(f"step after {length} tokens, ms", [1e3 * step], False)
 
     def _gaps(self, bound: int) -> Iterator[dict[str, Any]]:
         """Between tokens of streams; the prompts come one after the other, each as soon as the last has its token."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +86,32 @@ def test_gaps_are_of_streams(script: ModuleType) -> None:
     assert (
         found["gap p50, ms"]["value"] <= found["gap p99.9, ms"]["value"] <= found["longest gap, ms"]["value"]
     )
+
+
+def test_the_curve_is_drawn(script: ModuleType, tmp_path: Path) -> None:
+    """A device of 1 ms a step, 10 us a token and 0.1 ns a pair, whose steps above 1,000 tokens take 10 ms more."""
+    lines = [{"side": "ours", "case": "gaps", "what": "gap p50, ms", "value": 1}]
+    for tokens in script.CURVE:
+        ms = 1 + 0.01 * tokens + 1e-7 * tokens**2 + 10 * (tokens > 1000)
+        lines.append(
+            {"side": "ours", "case": "curve", "what": f"first token of {tokens} tokens, ms", "value": ms}
+        )
+        lines.append({"side": "ours", "case": "curve", "what": f"step after {tokens} tokens, ms", "value": 3})
+    (tmp_path / "long.json").write_text(json.dumps(lines))
+    command = [
+        sys.executable,
+        SCRIPT.with_name("long_curve.py"),
+        tmp_path / "long.json",
+        tmp_path / "long.png",
+    ]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[1] for row in rows] == [f"{tokens:,}" for tokens in script.CURVE]
+    steep = [row[1] for row in rows if row[5] and float(row[5]) > 2]
+    assert steep == ["1,100"], "where the kink is"
+    half = next(row for row in rows if row[1] == "8,000")
+    assert half[4] == f"{(2 * 6_979_321_856 * 8000 + 4 * 32 * 4096 * 8000 * 8001 / 2) / 0.0974 / 1979e12:.0%}"
+    assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_case_is_known(script: ModuleType) -> None:

@@ -2,8 +2,8 @@
 
 Of each length, for each side that ran: the time of a prompt of so many tokens, the operations of the 8B shape in that
 time as a share of the H200's FP8 roof (1,979 TFLOP/s, dense), and the time of a decode step after so many tokens.
-``growth`` is the exponent between a length and the one before: 1 where time grows as the length does, 2 where attention is all.
-A curve without a kink has exponents that only rise, to 2 at the most.
+``growth`` is the exponent between a length and the one before: 1 where time grows as the length does, 2 where attention
+is all. A curve without a kink has exponents that only rise, to 2 at the most.
 """
 
 from __future__ import annotations

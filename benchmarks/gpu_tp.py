@@ -88,7 +88,7 @@ def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
     report(
         part="engine", shape=shape, ranks=ranks, all_reduce=all_reduce, description=engine.info.description,
         group=type(engine.ranks.group).__name__, load_s=round(time.perf_counter() - started, 1),
-        memory_gib=round(torch.cuda.memory_allocated() / 2**30, 1),
+        memory_gib=round(torch.cuda.memory_allocated() / 2**30, 1), sums_us=engine.kernels.tuned.get("sums", {}),
     )  # fmt: skip
     return engine
 

@@ -137,7 +137,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("guided_choice", Kind.ANY, tensor=_GUIDE),
     Parameter("guided_grammar", Kind.ANY, tensor=_GUIDE),
     Parameter("tools", Kind.ANY, endpoints=_C),
-    Parameter("tool_choice", Kind.ANY, endpoints=_C, what="`none`, `auto`, `required` or a name"),
+    Parameter("tool_choice", Kind.ANY, endpoints=_C, what="`none`, `auto`, `required`, a name or `allowed_tools`"),
     Parameter("parallel_tool_calls", Kind.BOOLEAN, endpoints=_C, default=True),
     Parameter("add_generation_prompt", Kind.BOOLEAN, endpoints=_C),
     Parameter("continue_final_message", Kind.BOOLEAN, endpoints=_C, default=False,

@@ -183,11 +183,23 @@ def _tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def _tool_choice(choice: Any) -> Any:
+    """As chat has it."""
     if not isinstance(choice, Mapping):
         return choice
-    if choice.get("type") != "function":
-        raise invalid(f"tool_choice.type is {shown(choice.get('type'))}: only function is supported")
-    return {"type": "function", "function": {"name": choice.get("name")}}
+    kind = choice.get("type")
+    if kind == "allowed_tools":
+        tools = choice.get("tools")
+        named = [_named(tool) for tool in tools] if isinstance(tools, list) else tools
+        return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
+    if kind != "function":
+        raise invalid(f"tool_choice.type is {shown(kind)}: only function and allowed_tools are supported")
+    return _named(choice)
+
+
+def _named(tool: Any) -> Any:
+    if not isinstance(tool, Mapping) or tool.get("type") != "function":
+        return tool
+    return {"type": "function", "function": {"name": tool.get("name")}}
 
 
 def _response_format(layout: Any) -> Any:

@@ -76,13 +76,13 @@ def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
     names = [tool["function"]["name"] for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise invalid(f"tools has two functions named {twice}: names must differ")
-    choice, name = _choice(body.get("tool_choice"), names)
+    choice, callable_names = _choice(body.get("tool_choice"), names)
     if choice == "none":
         return ToolPlan()
     tool_format = _format(template)
     calls = grammars.calls(
         tool_format,
-        [tool["function"] for tool in tools if name in (None, tool["function"]["name"])],
+        [tool["function"] for tool in tools if tool["function"]["name"] in callable_names],
         many=parallel is not False and choice != "named",
         special_ids=template.special_ids,
     )
@@ -97,7 +97,8 @@ def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
         guide = calls.required()
     else:
         guide = calls.allowed() if answer is None else calls.instead_of(answer)
-    optional = choice == "auto" and answer is None and not any(_strict(tool) for tool in tools)
+    every_one = len(callable_names) == len(names)
+    optional = choice == "auto" and answer is None and every_one and not any(_strict(tool) for tool in tools)
     if guide is not None and not optional and (size := len(guide.text.encode()) + ROOM) > MOST_BYTES:
         raise invalid(
             f"tools: their parameters make a grammar of {size} bytes, and {MOST_BYTES} is the most that can be "
@@ -106,7 +107,7 @@ def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
     return ToolPlan(
         tools=tools,
         choice=choice,
-        name=name,
+        name=callable_names[0] if choice == "named" else None,
         parallel=parallel is not False,
         format=tool_format,
         guide=guide,
@@ -155,22 +156,55 @@ def _strict(tool: Mapping[str, Any]) -> bool:
     return bool(tool["function"].get("strict"))
 
 
-def _choice(choice: Any, names: list[str]) -> tuple[Choice, str | None]:
+def _choice(choice: Any, names: list[str]) -> tuple[Choice, list[str]]:
+    """And which of the tools may be called: the model sees all of them."""
     if choice is None:
-        return "auto", None
+        return "auto", names
     if choice in ("none", "auto", "required"):
-        return choice, None
-    function = (
-        choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    )
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return choice, names
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "allowed_tools":
+        return _allowed(choice.get("allowed_tools"), names)
+    name = _named(choice) if kind == "function" else None
+    if name is None:
         raise invalid(
-            f"tool_choice is {shown(choice)}: it must be none, auto, required or "
-            '{"type": "function", "function": {"name": ...}}'
+            f"tool_choice is {shown(choice)}: it must be none, auto, required, "
+            '{"type": "function", "function": {"name": ...}} or {"type": "allowed_tools", "allowed_tools": ...}'
         )
-    if function["name"] not in names:
-        raise invalid(f"tool_choice names {shown(function['name'])}: it must be one of {', '.join(names)}")
-    return "named", function["name"]
+    return "named", [_known(name, names)]
+
+
+def _allowed(allowed: Any, names: list[str]) -> tuple[Choice, list[str]]:
+    """OpenAI's ``allowed_tools``: these only, as ``mode`` says."""
+    mode = allowed.get("mode") if isinstance(allowed, dict) else None
+    if mode not in ("auto", "required"):
+        raise invalid(f"tool_choice.allowed_tools.mode is {shown(mode)}: it must be auto or required")
+    tools = allowed.get("tools")
+    if not isinstance(tools, list) or not tools:
+        raise invalid(
+            f"tool_choice.allowed_tools.tools is {shown(tools)}: it must be a list of tools that may be called"
+        )
+    found = [_named(tool) for tool in tools]
+    if None in found:
+        raise invalid(
+            f"tool_choice.allowed_tools.tools[{found.index(None)}] is {shown(tools[found.index(None)])}: "
+            'it must be {"type": "function", "function": {"name": ...}}'
+        )
+    chosen = {_known(name, names) for name in found if name is not None}
+    return mode, [name for name in names if name in chosen]
+
+
+def _named(tool: Any) -> str | None:
+    """The function that is named in ``{"type": "function", "function": {"name": ...}}``."""
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _known(name: str, names: list[str]) -> str:
+    if name not in names:
+        raise invalid(f"tool_choice names {shown(name)}: it must be one of {', '.join(names)}")
+    return name
 
 
 def _format(template: ChatTemplate) -> str:

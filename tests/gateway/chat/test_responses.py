@@ -71,6 +71,11 @@ def test_a_request_in_chats_words():
         "messages": [{"role": "user", "content": "Hi"}],
         "response_format": {"type": "text"},
     }
+    only = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
+    assert to_chat({"input": "Hi", "tools": [FLAT], "tool_choice": only})["tool_choice"] == {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}]},
+    }
 
 
 def test_items_become_messages():

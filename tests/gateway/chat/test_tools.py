@@ -61,6 +61,25 @@ def plan(form: str = "hermes", **body):
     return parse_tools({"tools": TOOLS, **body}, template_of(form))
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_allowed_tools_are_called_and_all_are_seen():
+    auto, required = plan(tool_choice=allowed("auto", "ping")), plan(tool_choice=allowed("required", "ping"))
+    assert (auto.choice, required.choice) == ("auto", "required")
+    assert [len(each.tools) for each in (auto, required)] == [2, 2]
+    assert not auto.optional, "without its guide another tool could be called"
+    assert plan(tool_choice=allowed("auto", "ping", "get_weather")) == plan()
+    ping, weather = (written("hermes", call) for call in (("ping", "{}"), ("get_weather", CITY)))
+    for each, text in ((auto, "Hello."), (auto, ping), (required, ping)):
+        assert accepts(each.guide, text, specials("hermes"))
+    for each, text in ((auto, weather), (required, weather), (required, "Hello.")):
+        assert not accepts(each.guide, text, specials("hermes"))
+    assert accepts(plan().guide, weather, specials("hermes"))
+
+
 def test_the_formats_have_grammars_and_templates():
     assert [*TEMPLATE_OF, "harmony"] == list(FORMATS)  # which test_harmony.py has
     for form in TEMPLATE_OF:
@@ -116,7 +135,12 @@ def test_choices():
             {"tool_choice": {"type": "function", "function": {"name": "h"}}},
             "names 'h': it must be one of get_weather",
         ),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice is {"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice is {"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools.mode is None"),
+        ({"tool_choice": allowed("any", "ping")}, "allowed_tools.mode is 'any': it must be auto or required"),
+        ({"tool_choice": allowed("auto")}, "allowed_tools.tools is []: it must be a list of tools"),
+        ({"tool_choice": allowed("auto", "ping", "h")}, "names 'h': it must be one of get_weather, ping"),
+        ({"tool_choice": allowed("auto", 5)}, "allowed_tools.tools[0] is {"),
         (
             {"tool_choice": "required", "response_format": {"type": "json_object"}},
             "tool_choice 'required' asks",

@@ -120,7 +120,12 @@ def _chat_guide(body: Any, plan: ToolPlan, reasoning: Reasoning, model: ServedMo
     if reasoning is Reasoning.CHANNELS and plan.guide is None:
         guide = in_final_channel(guide, model.template.special_ids)
     guide = guide.beside(reasoning)
-    return None if plan.optional and not model.can_enforce(guide) else guide
+    if not plan.optional or model.can_enforce(guide):
+        return guide
+    looser = plan.loosened(model.can_enforce)
+    if looser is None or not model.can_enforce(looser := looser.beside(reasoning)):
+        return None
+    return looser
 
 
 def render(body: Any, values: dict[str, Any], model: ServedModel) -> tuple[str, ToolPlan, Reasoning]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +21,8 @@ MOST_TOOLS = 128
 """As many as OpenAI takes."""
 ROOM = 256
 """Bytes that ``Guide.beside`` may add."""
+ANYTHING = {"type": "object"}
+"""Parameters that are free."""
 MARKED_BY_SPECIAL_TOKENS = frozenset({"mistral", "mistral_v11", "harmony"})
 
 
@@ -40,6 +44,18 @@ class ToolPlan:
     """The guide only prevents malformed calls (``auto``): where it cannot be enforced it may be left out."""
     keep_special_tokens: bool = False
     """The calls are marked by special tokens, so the text must spell them (``skip_special_tokens`` false)."""
+    calls: grammars.Calls | None = dataclasses.field(default=None, compare=False)
+    """What ``guide`` was made of."""
+
+    def loosened(self, can_enforce: Callable[[Guide], bool]) -> Guide | None:
+        """The guide with the arguments of those tools left free whose parameters cannot be enforced."""
+        if self.calls is None:
+            return None
+        functions = [
+            function if can_enforce(_parameters(function)) else {**function, "parameters": ANYTHING}
+            for function in self.calls.functions
+        ]
+        return dataclasses.replace(self.calls, functions=functions).allowed()
 
     def parser(self, reasoning: Reasoning = Reasoning.NONE) -> OutputParser:
         """A parser for one answer."""
@@ -113,7 +129,12 @@ def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
         guide=guide,
         optional=optional,
         keep_special_tokens=tool_format in MARKED_BY_SPECIAL_TOKENS,
+        calls=calls,
     )
+
+
+def _parameters(function: Mapping[str, Any]) -> Guide:
+    return Guide("json_schema", json.dumps(function["parameters"]))
 
 
 def _list(tools: Any) -> list[Any]:

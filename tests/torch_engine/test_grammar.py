@@ -117,6 +117,14 @@ def test_what_cannot_be_enforced_is_refused_by_name(kind: str, text: str, says: 
         Grammars(TOKENS, VOCAB).compile(Guide(kind, text))
 
 
+def test_special_tokens_hide_no_mistake() -> None:
+    """A model's own are not known here, by id or by name; what else is wrong is seen all the same."""
+    for marker in ("<[300]>", "<|call|>", "<[5-7,300]>"):
+        check(Guide("lark", f'start: {marker} "<[300]>" rest\nrest: %json {{"const": "a <[9000]> \\" <b>"}}'))
+        with pytest.raises(InvalidField, match="Unimplemented keys"):
+            check(Guide("lark", f'start: {marker} rest\nrest: %json {{"not": {{"type": "string"}}}}'))
+
+
 def test_remarks_and_what_asks_for_nothing_pass() -> None:
     """What pydantic and OpenAPI write beside what counts."""
     text = schema(

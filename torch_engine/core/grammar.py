@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -107,6 +108,8 @@ asks for nothing."""
 
 UNKNOWN_TOKEN = ("unknown special token", "Token range end too large")
 """How the library says that a grammar names a token that is not there, by its text or by its id."""
+SPECIAL_TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"|<[^\s<>"]+>')
+"""Such a name in a grammar, or a string, in which it is none."""
 
 
 @lru_cache(CHECKED_GUIDES)
@@ -116,12 +119,19 @@ def check(guide: Guide) -> None:
     Raises:
         InvalidField: of ``guide_type`` or ``guide``; says what cannot be enforced, and what to do.
     """
-    try:
-        _compile(_bytes(), guide)
-    except InvalidField as error:
-        # These bytes have no special tokens; the model may.
-        if not any(sign in error.problem for sign in UNKNOWN_TOKEN):
-            raise
+    text = _translated(guide)
+    for spelled in (text, SPECIAL_TOKEN.sub(_any_text, text)):
+        try:
+            _matcher(_bytes(), spelled)
+            return
+        except InvalidField as error:
+            # These bytes have no special tokens; the model may. What is wrong beside them shows where they are texts.
+            if not any(sign in error.problem for sign in UNKNOWN_TOKEN):
+                raise
+
+
+def _any_text(found: re.Match[str]) -> str:
+    return found[0] if found[0].startswith('"') else '"~"'
 
 
 @cache
@@ -131,6 +141,11 @@ def _bytes() -> llguidance.LLTokenizer:
 
 def _compile(tokenizer: llguidance.LLTokenizer, guide: Guide) -> llguidance.LLMatcher:
     """Raises InvalidField."""
+    return _matcher(tokenizer, _translated(guide))
+
+
+def _translated(guide: Guide) -> str:
+    """In the library's own language. Raises InvalidField."""
     if guide.type not in TRANSLATED:
         raise InvalidField("guide_type", f"is {guide.type!r}: it must be one of {', '.join(TRANSLATED)}")
     most = MOST_SCHEMA_BYTES if guide.type == "json_schema" else MOST_BYTES
@@ -138,7 +153,12 @@ def _compile(tokenizer: llguidance.LLTokenizer, guide: Guide) -> llguidance.LLMa
         raise InvalidField("guide", f"has more than {most} bytes: make it smaller")
     if guide.type != "json" and not guide.text.strip():
         raise InvalidField("guide", f"is empty: {guide.type} needs one")
-    matcher = llguidance.LLMatcher(tokenizer, TRANSLATED[guide.type](guide.text), log_level=0, limits=LIMITS)
+    return TRANSLATED[guide.type](guide.text)
+
+
+def _matcher(tokenizer: llguidance.LLTokenizer, text: str) -> llguidance.LLMatcher:
+    """Raises InvalidField."""
+    matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():

@@ -80,6 +80,29 @@ def test_only_allowed_tools_are_called_and_all_are_seen():
     assert accepts(plan().guide, weather, specials("hermes"))
 
 
+@pytest.mark.parametrize("form", ["hermes", "mistral", "mistral_v11"])
+def test_a_tool_that_cannot_be_enforced_leaves_the_others_guarded(form):
+    """Its own arguments are any object."""
+    odd = tool("odd", {"properties": {"a": {"not": {"type": "string"}}}})
+
+    def enforces(guide):
+        try:
+            grammar.check(request.Guide(guide.type, guide.text))
+        except RequestError:
+            return False
+        return True
+
+    made = plan(form, tools=[*TOOLS, odd])
+    assert made.optional and not enforces(made.guide)
+    looser = made.loosened(enforces)
+    assert enforces(looser)
+    for call in (("get_weather", CITY), ("odd", '{"a": 5, "b": [1]}')):
+        assert accepts(looser, written(form, call), specials(form))
+    for call in (("get_weather", '{"place": 5}'), ("odd", "5"), ("nobody", "{}")):
+        assert not accepts(looser, written(form, call), specials(form))
+    assert parse_tools({}, QWEN).loosened(enforces) is None
+
+
 def test_the_formats_have_grammars_and_templates():
     assert [*TEMPLATE_OF, "harmony"] == list(FORMATS)  # which test_harmony.py has
     for form in TEMPLATE_OF:

@@ -54,10 +54,15 @@ def settings_for(build_dir: Path, **changes: object) -> ServeSettings:
     return ServeSettings(build_dir=build_dir, **given)
 
 
+WATCHFUL = {"probe_period_s": 1.0, "probe_timeout_s": 3.0}
+"""Settings of a server that soon notices what hangs. It must not take a busy machine for a hang: one that uses the
+processor, or answers meanwhile, is left alone."""
+
+
 @contextmanager
-def serving(settings: ServeSettings) -> Iterator[Server]:
+def serving(settings: ServeSettings, say: Callable[[str], None] = print) -> Iterator[Server]:
     """A server for what it answers. It is ended without patience: how one ends well, tests/supervisor shows."""
-    with Server(settings, say=print) as server:
+    with Server(settings, say=say) as server:
         try:
             yield server
         finally:

@@ -27,7 +27,7 @@ from flightline.gateway.settings import GatewaySettings
 from flightline.supervisor.gateway import _certified_name
 from flightline.supervisor.serve import ServeError, Server
 from tests.model_repository.endpoints import PATIENCE_S, wait_until
-from tests.serving import CONTEXT, settings_for
+from tests.serving import CONTEXT, WATCHFUL, settings_for
 from tests.supervisor.test_faults import private_copy
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def server(
     """One to break."""
     build = private_copy(tiny_build, tmp_path_factory.mktemp("gateway"))
     cert, key = certificate
-    patience: dict[str, Any] = {"probe_period_s": 1.0, "probe_timeout_s": 5.0, "drain_s": 6.0}
+    patience: dict[str, Any] = {**WATCHFUL, "drain_s": 3.0}
     two = GatewaySettings(processes=2)
     settings = settings_for(build, baseline=False, tls_cert=cert, tls_key=key, gateway=two, **patience)
     with Server(settings, say=print) as running:

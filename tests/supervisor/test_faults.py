@@ -21,9 +21,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from flightline.supervisor import triton
 from flightline.supervisor.serve import ServeError, Server, ready_message
 from tests.model_repository.endpoints import PATIENCE_S, Answer, Call, GrpcError, ask, wait_until
-from tests.serving import CONTEXT, settings_for
+from tests.serving import CONTEXT, WATCHFUL, settings_for
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ def lines() -> list[str]:
 def server(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Iterator[Server]:
     """One to break; it asks itself more often whether it still works."""
     build = private_copy(tiny_build, tmp_path_factory.mktemp("faults"))
-    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=5.0, drain_s=600.0)
+    settings = settings_for(build, baseline=False, drain_s=600.0, **WATCHFUL)
     with Server(settings, say=lines.append) as running:
         yield running
 
@@ -260,10 +261,13 @@ def test_stop_lets_running_requests_end_and_refuses_new_ones(server: Server) -> 
     stopping.join()
 
 
-def test_stop_leaves_nothing_even_with_an_open_stream(tiny_build: Path, tmp_path: Path) -> None:
+def test_stop_leaves_nothing_even_with_an_open_stream(
+    tiny_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a server without HTTP, which asks itself over gRPC."""
+    monkeypatch.setattr(triton, "EXIT_S", 3)  # the open stream makes it wait all of that
     settings = replace(
-        settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=2.0), http_port=0
+        settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=1.0), http_port=0
     )
     server = Server(settings)
     server.start()

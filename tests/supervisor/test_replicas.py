@@ -13,7 +13,7 @@ from flightline.supervisor.engine_process import share
 from flightline.supervisor.serve import ServeError, Server, ready_message
 from tests.model_repository import endpoints
 from tests.model_repository.endpoints import Call, GrpcError, ask, idle, stop, wait_until
-from tests.serving import CONTEXT, build_tiny, settings_for
+from tests.serving import CONTEXT, WATCHFUL, build_tiny, serving, settings_for
 
 ENGINES, STREAMS = 2, 8
 AFTER = 20
@@ -31,8 +31,7 @@ def lines() -> list[str]:
 def pair(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Iterator[Server]:
     """Two engines of the tiny model."""
     build = build_tiny(tmp_path_factory.mktemp("pair"), dp=ENGINES)
-    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=5.0)
-    with Server(settings, say=lines.append) as server:
+    with serving(settings_for(build, baseline=False, **WATCHFUL), lines.append) as server:
         yield server
 
 

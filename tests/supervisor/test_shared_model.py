@@ -14,7 +14,7 @@ from flightline.deployment import FILE, Deployment
 from flightline.supervisor.serve import Server
 from flightline.torch_engine.core.config import EngineConfig
 from tests.model_repository.endpoints import Call, GrpcError, ask, wait_until
-from tests.serving import CONTEXT, settings_for
+from tests.serving import CONTEXT, WATCHFUL, serving, settings_for
 from tests.supervisor.test_faults import recovered
 
 LONG = {"text_input": "the dog", "max_tokens": CONTEXT - 100, "end_id": -1, "stream": True}
@@ -35,8 +35,7 @@ def shared(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory, lines: li
     ranks = {"tensor_parallel_size": 2, "kernels": "pytorch", "kernel_dir": ""}
     EngineConfig.load(one.engine_dir, **ranks).save(folder)
     (build / FILE).write_text(dataclasses.replace(one, engine_dir=folder, world_size=2).text())
-    settings = settings_for(build, baseline=False, probe_period_s=1.0, probe_timeout_s=5.0)
-    with Server(settings, say=lines.append) as server:
+    with serving(settings_for(build, baseline=False, **WATCHFUL), lines.append) as server:
         yield server
 
 

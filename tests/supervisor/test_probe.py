@@ -55,7 +55,7 @@ def endpoint(request: pytest.FixtureRequest) -> Iterator[tuple[str, threading.Ev
 @pytest.mark.parametrize("endpoint", [2], indirect=True)
 def test_a_question_that_later_ones_overtake(endpoint: tuple[str, threading.Event]) -> None:
     url, let_go = endpoint
-    check = EndpointCheck(HttpPort(url), "m", 3.0)  # a busy machine answers within it
+    check = EndpointCheck(HttpPort(url), "m", 1.5)  # a busy machine answers within it
     verdicts = [check.ask().verdict for _ in range(2)]
     assert verdicts == [Verdict.ANSWERED, Verdict.SILENT]
     assert not check.overtaken(), "nothing later was answered yet"

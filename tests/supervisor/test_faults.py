@@ -60,7 +60,9 @@ def stub_of(server: Server, model: str) -> psutil.Process:
 
 
 def recovered(server: Server) -> None:
+    """All of it answers again; and what broke is forgotten, or the next restart would wait the longer for it."""
     wait_until(lambda: server.wait_ready(0.1))
+    server._back_off.clear()
     for endpoint in ("ensemble", "text_generation"):
         wait_until(lambda endpoint=endpoint: answers(server, endpoint))
 

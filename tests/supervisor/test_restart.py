@@ -115,6 +115,27 @@ def test_a_triton_that_hangs_while_it_dies(server: Server, parts: Parts) -> None
     assert server._problems() == {"Triton": "Triton has closed its ports and does not end"}
 
 
+def test_a_restart_waits_for_its_back_off_and_a_stop_ends_that(
+    server: Server, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    said: list[str] = []
+
+    def stopped_while_waiting(seconds: float) -> bool:
+        waits.append(seconds)
+        return True
+
+    monkeypatch.setattr(BackOff, "next", lambda self: 7.5)
+    monkeypatch.setattr(server._stopping, "wait", stopped_while_waiting)
+    monkeypatch.setattr(server, "_say", said.append)
+    server._restart(server._problems())
+    assert waits == [7.5] and parts.events == []
+    assert said == [
+        "the engine was ended: restarting it in 7.5 s",
+        "Triton was ended: restarting it in 7.5 s",
+    ]
+
+
 def test_a_failed_restart_is_tried_again(
     server: Server, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import yaml
 from flightline.supervisor import triton
 from flightline.supervisor.serve import Server, ServeSettings
 from flightline.supervisor.settings import ServeError
+from tests.answering import answering
 from tests.model_repository.endpoints import ask
 
 ROOT = Path(__file__).parents[2]
@@ -371,11 +372,9 @@ def test_health_check_of_a_busy_and_of_a_broken_server(status: int | None, healt
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert (health(server.server_port) == 0) == healthy
+    with answering(Handler) as url:
+        assert (health(int(url.rpartition(":")[2])) == 0) == healthy
         over.set()
-        server.shutdown()
 
 
 # -- metrics ---------------------------------------------------------------------------------------------

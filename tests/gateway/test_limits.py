@@ -9,7 +9,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from flightline.gateway.alone import Alone, alone
 from flightline.gateway.keys import ApiKeys
 from flightline.gateway.settings import GatewaySettings, ProcessSettings, SettingsError, Upstream
 from flightline.loadtest.null_server import NullServer, Timing
+from tests.answering import answering
 from tests.client.waiting import eventually
 from tests.model_repository.endpoints import PATIENCE_S
 from tests.tiny import byte_level_tokenizer, save_tokenizer
@@ -399,13 +399,12 @@ def test_traces_arrive(upstream: Upstream) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
-        threading.Thread(target=collector.serve_forever, daemon=True).start()
-        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}"}
-        with alone(upstream, env=env) as gateway:
-            parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
-            assert ask(gateway, "/v1/completions", GOOD, traceparent=parent, x_request_id="mine")[0] == 200
-        collector.shutdown()
+    with (
+        answering(Collector) as collector,
+        alone(upstream, env={"OTEL_EXPORTER_OTLP_ENDPOINT": collector}) as gateway,
+    ):
+        parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+        assert ask(gateway, "/v1/completions", GOOD, traceparent=parent, x_request_id="mine")[0] == 200
     (span,) = [span for span in got if span.name == "POST /v1/completions"]
     facts = {each.key: each.value for each in span.attributes}
     assert (span.trace_id, span.parent_span_id) == (b"\xab" * 16, b"\xcd" * 8)

@@ -6,13 +6,13 @@ import http.server
 import itertools
 import json
 import re
-import threading
 from pathlib import Path
 
 import pytest
 
 from flightline.loadtest import live
 from flightline.loadtest.records import ClientSample
+from tests.answering import answering
 from tests.loadtest.test_locust import in_chromium
 
 
@@ -103,10 +103,8 @@ def test_a_page_opened_late_shows_all_of_it_on_every_screen(clock):
             self.end_headers()
             self.wfile.write(body)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        seen = in_chromium(f"http://127.0.0.1:{server.server_port}/")
-        server.shutdown()
+    with answering(Pages) as url:
+        seen = in_chromium(f"{url}/")
     pages = json.loads(re.search(r'<pre id="found">(.*?)</pre>', seen)[1])
     for page, width in zip(pages, (390, 1366), strict=True):
         assert page["width"] <= width

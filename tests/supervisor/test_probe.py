@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from flightline.supervisor.engine_process import EngineProcess, Share
 from flightline.supervisor.probe import EndpointCheck, GrpcPort, HttpPort, Port, Verdict
 from flightline.torch_engine.core.request import EngineStats
+from tests.answering import answering
 
 TIMEOUT_S = 0.5
 
@@ -45,11 +46,9 @@ def endpoint(request: pytest.FixtureRequest) -> Iterator[tuple[str, threading.Ev
     """Address, and what lets its stuck question go; the parameter is that question's number."""
     let_go = threading.Event()
     handler = type("AnyEndpoint", (Endpoint,), {"stuck_at": request.param, "let_go": let_go})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", let_go
+    with answering(handler) as url:
+        yield url, let_go
         let_go.set()
-        server.shutdown()
 
 
 @pytest.mark.parametrize("endpoint", [2], indirect=True)

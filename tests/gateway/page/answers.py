@@ -6,10 +6,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from flightline.gateway import page
+from tests.answering import answering
 
 
 class Answers:
@@ -113,13 +114,6 @@ def serve() -> Iterator[Answers]:
                 chunk(len(answers.pieces), {}, answers.finish)
                 event("[DONE]")
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    answers.url = f"http://127.0.0.1:{server.server_port}/"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with answering(Handler) as url:
+        answers.url = f"{url}/"
         yield answers
-    finally:
-        server.shutdown()
-        server.server_close()

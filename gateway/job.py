@@ -120,7 +120,11 @@ def _chat_guide(body: Any, plan: ToolPlan, reasoning: Reasoning, model: ServedMo
     if reasoning is Reasoning.CHANNELS and plan.guide is None:
         guide = in_final_channel(guide, model.template.special_ids)
     guide = guide.beside(reasoning)
-    if not plan.optional or model.can_enforce(guide):
+    if not plan.optional:
+        if plan.calls is not None and model.why_not(guide):
+            plan.refuse_by_name(model.why_not)
+        return guide
+    if model.can_enforce(guide):
         return guide
     looser = plan.loosened(model.can_enforce)
     if looser is None or not model.can_enforce(looser := looser.beside(reasoning)):

@@ -16,7 +16,7 @@ from flightline.gateway.settings import GatewaySettings, Upstream
 from flightline.model_repository.shared.vocabulary import Vocabulary
 from flightline.torch_engine.core import grammar
 from flightline.torch_engine.core.request import Guide as EngineGuide
-from flightline.torch_engine.core.request import RequestError
+from flightline.torch_engine.core.request import InvalidField
 
 TORCH = "torch"
 FROM_GENERATION_CONFIG = [
@@ -106,13 +106,21 @@ class ServedModel:
 
     def can_enforce(self, guide: Guide) -> bool:
         """Whether the engine keeps an answer to ``guide``; called off the event loop."""
+        # Which guides TensorRT-LLM takes depends on its version and its own settings.
+        return self._lane == TORCH and not self.why_not(guide)
+
+    def why_not(self, guide: Guide) -> str:
+        """Why the engine does not keep an answer to ``guide``; empty: it does, or that is not known beforehand.
+
+        Called off the event loop.
+        """
         if self._lane != TORCH:
-            return False  # which guides TensorRT-LLM takes depends on its version and its own settings
+            return ""
         try:
             grammar.check(EngineGuide(guide.type, guide.text))
-        except RequestError:
-            return False
-        return True
+        except InvalidField as error:
+            return error.problem
+        return ""
 
     def card(self, name: str) -> dict[str, Any]:
         """The entry at ``/v1/models``."""

@@ -57,6 +57,14 @@ class ToolPlan:
         ]
         return dataclasses.replace(self.calls, functions=functions).allowed()
 
+    def refuse_by_name(self, why_not: Callable[[Guide], str]) -> None:
+        """Raises RequestError: names the first tool that may be called and whose parameters cannot be enforced."""
+        functions = self.calls.functions if self.calls is not None else []
+        names = [tool["function"]["name"] for tool in self.tools or []]
+        for function in functions:
+            if problem := why_not(_parameters(function)):
+                raise invalid(f"tools[{names.index(function['name'])}].function.parameters {problem}")
+
     def parser(self, reasoning: Reasoning = Reasoning.NONE) -> OutputParser:
         """A parser for one answer."""
         return OutputParser(

@@ -101,6 +101,9 @@ def test_a_tool_that_cannot_be_enforced_leaves_the_others_guarded(form):
     for call in (("get_weather", '{"place": 5}'), ("odd", "5"), ("nobody", "{}")):
         assert not accepts(looser, written(form, call), specials(form))
     assert parse_tools({}, QWEN).loosened(enforces) is None
+    with pytest.raises(RequestError, match=r"tools\[2\]\.function\.parameters is not enforced"):
+        made.refuse_by_name(lambda guide: "" if enforces(guide) else "is not enforced")
+    plan(form).refuse_by_name(lambda guide: "" if enforces(guide) else "is not enforced")
 
 
 def test_the_formats_have_grammars_and_templates():

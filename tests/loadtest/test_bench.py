@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "MIN_BLOCK_S", 2.0)
+    monkeypatch.setattr(plan, "MIN_BLOCK_S", 1.0)
     monkeypatch.setattr(warmup, "WARMUP_S", 0.5)
     monkeypatch.setattr(warmup, "GONE_PAUSE_S", 0.01)
 

@@ -29,11 +29,11 @@ pytestmark = pytest.mark.slow
 TOKENS = 20
 
 
-def drive(server: NullServer, folder, endpoint="text_generation", users=8, seconds=4):
+def drive(server: NullServer, folder, endpoint="text_generation", users=8, seconds=3):
     return drive_url(server.url, folder, endpoint, users, seconds)
 
 
-def drive_url(url: str, folder, endpoint="text_generation", users=8, seconds=4):
+def drive_url(url: str, folder, endpoint="text_generation", users=8, seconds=3):
     trial = Trial("block", Arm(endpoint, url, endpoint), Level(concurrency=users), seconds, first_prompt=5)
     outcome = run_trial(trial, RunOptions(output_tokens=str(TOKENS)), folder, print)
     assert outcome.failure is None
@@ -44,7 +44,7 @@ def drive_url(url: str, folder, endpoint="text_generation", users=8, seconds=4):
 def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens, endpoint):
     """The ensemble counts the tokens of a response, our own endpoint those of all so far."""
     with NullServer(Timing(0.060, 0.020, first_chunk_tokens)) as server:
-        records = drive(server, tmp_path, endpoint, seconds=3)
+        records = drive(server, tmp_path, endpoint, seconds=2)
         served = {request.id: request for request in server.log}
     complete = [record for record in records if record.complete]
     assert len(complete) >= 8 and all(record.problem is None for record in records)
@@ -65,7 +65,7 @@ def test_reported_times_are_the_servers(tmp_path, first_chunk_tokens, endpoint):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Records and the server's log of one block of four seconds."""
+    """Records and the server's log of one block of three seconds."""
     with NullServer(Timing(0.050, 0.010)) as server:
         return drive(server, tmp_path_factory.mktemp("plain")), server.log
 
@@ -74,7 +74,7 @@ def test_throughput_is_what_the_server_sent(plain):
     records, log = plain
     truth, window = Truth(records, {request.id: request for request in log}), steady_window(records)
     truth.assert_prompt()
-    assert window is not None and window.seconds > 2
+    assert window is not None and window.seconds > 1
     truth.assert_rate(summarise("text_generation", [records]).output_tokens_per_s, [window])
 
 
@@ -82,7 +82,7 @@ def test_the_block_lasts_as_long_as_planned(plain):
     records, _ = plain
     # Tokens come until the end, however long ago a busy machine let their requests go.
     first, last = min(r.sent_ns for r in records), max(r.chunk_ns[-1] for r in records if r.chunk_ns)
-    assert (last - first) / 1e9 > 3.2  # Locust alone loses the time of its imports
+    assert (last - first) / 1e9 > 2.2  # Locust alone loses the time of its imports
 
 
 def test_prompts_go_out_once_each_from_the_first_index(plain):

@@ -277,7 +277,7 @@ def test_contestants_are_read_with_their_addresses():
 @pytest.mark.slow
 def test_an_openai_server_and_triton_are_compared_in_one_run(tmp_path, monkeypatch):
     """The second is twice as fast; both get prompts of their own, and the key stays out of the reports."""
-    monkeypatch.setattr(plan, "MIN_BLOCK_S", 2.0)
+    monkeypatch.setattr(plan, "MIN_BLOCK_S", 1.0)
     monkeypatch.setattr(warmup, "WARMUP_S", 0.3)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with NullServer(Timing(0.100, 0.020)) as triton, NullOpenAi(Behaviour(0.050, 0.010)) as server:

@@ -37,6 +37,7 @@ TTFT_S, TPOT_S, TOKENS = 0.400, 0.040, 16
 @pytest.fixture(autouse=True)
 def short_warm_up(monkeypatch):
     monkeypatch.setattr(warmup, "WARMUP_S", 0.3)
+    monkeypatch.setattr(warmup, "GONE_PAUSE_S", 0.01)
 
 
 def report_of(folder: Path) -> dict:
@@ -96,7 +97,7 @@ def test_a_slow_client_is_called_slow(tmp_path):
     start = "[threading.Thread(target=burn, daemon=True).start() for _ in range(4)]\n"
     slow.write_text(f"from flightline.loadtest.locustfile import *\n{burn}{start}")
     with NullServer(Timing(0.05, 0.01)) as server:
-        trial = Trial("t", Arm("a", server.url, "text_generation"), Level(concurrency=4), 4.0)
+        trial = Trial("t", Arm("a", server.url, "text_generation"), Level(concurrency=4), 3.0)
         outcome = run_trial(trial, RunOptions(output_tokens="20"), tmp_path, print, slow)
     assert outcome.window is not None
     health = ClientHealth.of(outcome.clients, outcome.records, [outcome.window])
@@ -107,8 +108,8 @@ def test_a_slow_client_is_called_slow(tmp_path):
 
 def test_the_ceiling_is_found_and_stands_in_the_report(tmp_path):
     with NullServer(Timing(0.05, 0.01)) as server:
-        load = options(server, tmp_path, "--concurrency", "2", "--seconds", "2")
-        load[load.index("--calibrate-s") + 1] = "4"
+        load = options(server, tmp_path, "--concurrency", "2", "--seconds", "1")
+        load[load.index("--calibrate-s") + 1] = "3"
         commands.main("run", load)
     ceiling = report_of(tmp_path)["ceiling"]
     assert ceiling["streams"] == 256 and ceiling["measured_per_s"] > 500
@@ -124,14 +125,14 @@ def test_a_trace_is_replayed_and_asserted(tmp_path, capsys):
     rows = [{"timestamp": 250 * i, "input_length": 40, "output_length": 4 + i % 3} for i in range(12)]
     trace.write_text("\n".join(map(json.dumps, rows)))
     with NullServer(Timing(0.1, 0.01)) as server:
-        load = options(server, tmp_path, "--trace", str(trace), "--trace-speed", "1.5", "--price", "36")
+        load = options(server, tmp_path, "--trace", str(trace), "--trace-speed", "2.5", "--price", "36")
         status = commands.main("run", [*load, "--assert", "ttft_p50<5s, ttft_p50<10ms"])
         lengths = [r.inputs["max_tokens"] for r in server.log if len(r.inputs["text_input"].split()) == 40]
     data = report_of(tmp_path)
     assert lengths == [4 + i % 3 for i in range(12)]
     records = sorted(read_records(tmp_path / "latest" / "records.jsonl"), key=lambda r: r.intended_ns)
     spacing = np.diff([r.intended_ns for r in records]) / 1e9
-    assert spacing == pytest.approx([0.25 / 1.5] * 11, abs=1e-4)
+    assert spacing == pytest.approx([0.25 / 2.5] * 11, abs=1e-4)
     assert status == (1 if data["reasons"] else 3)
     assert [(c["ok"], c["value"] is not None) for c in data["checked"]] == [(True, True), (False, True)]
     assert "assert ttft_p50<10ms: FAILED" in capsys.readouterr().out
@@ -144,7 +145,7 @@ def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
     """The second server is twice as fast: the comparison of the saved runs finds that out."""
     for speed, folder, levels in ((1, "slow", "1,4"), (2, "fast", "4")):
         with NullServer(Timing(0.2 / speed, 0.02 / speed)) as server:
-            load = options(server, tmp_path / folder, "--levels", levels, "--seconds", "3")
+            load = options(server, tmp_path / folder, "--levels", levels, "--seconds", "2")
             assert commands.main("sweep", load) in (0, 1)
     latest = tmp_path / "slow" / "latest"
     data = report_of(tmp_path / "slow")
@@ -230,17 +231,17 @@ def test_a_server_that_dies_leaves_an_invalid_report_with_what_was_measured(tmp_
     with NullServer(Timing(0.05, 0.005)) as server:
 
         def stop_soon() -> None:
-            eventually(lambda: len(server.log) > 60)
+            eventually(lambda: len(server.log) > 40)
             server.stop()
 
         stopper = threading.Thread(target=stop_soon)
         stopper.start()
-        assert commands.main("run", options(server, tmp_path, "--concurrency", "4", "--seconds", "4")) == 1
+        assert commands.main("run", options(server, tmp_path, "--concurrency", "4", "--seconds", "3")) == 1
         stopper.join()
     data = report_of(tmp_path)
     assert any("requests failed: " in reason for reason in data["reasons"])
     assert any("no server at" in reason for reason in data["reasons"])
-    assert data["cells"][0]["summary"]["completed"] > 20
+    assert data["cells"][0]["summary"]["completed"] > 10
 
 
 def test_records_that_cannot_be_written_end_the_run_with_one_line(tmp_path):

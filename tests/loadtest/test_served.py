@@ -28,7 +28,7 @@ def test_bench_serves_loads_reports_and_stops(tiny_build, tmp_path, monkeypatch)
     build = tmp_path / "build"  # of its own: one server runs from one build folder
     build.mkdir()
     shutil.copy(tiny_build / "deployment.json", build)
-    monkeypatch.setattr(plan, "MIN_BLOCK_S", 2.0)
+    monkeypatch.setattr(plan, "MIN_BLOCK_S", 1.0)
     monkeypatch.setattr(warmup, "WARMUP_S", 0.5)
     for variable, port in zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"), free_ports(3), strict=True):
         monkeypatch.setenv(variable, str(port))
@@ -70,11 +70,11 @@ def test_a_run_against_real_triton_agrees_with_tritons_own_client(served, tmp_pa
         )
 
     fixed = ["--url", settings.grpc_url, "--metrics-url", metrics_url, "--calibrate-s", "0", "--seed", "77"]
-    load = ["--concurrency", "4", "--output-tokens", "32", "--seconds", "4", "--reports", str(tmp_path)]
+    load = ["--concurrency", "4", "--output-tokens", "32", "--seconds", "3", "--reports", str(tmp_path)]
     before = answered()
     commands.main("run", [*fixed, *load])
     ours = answered() - before
-    independent = measure(settings.grpc_url, "text_generation", 4, 32, 4.0)
+    independent = measure(settings.grpc_url, "text_generation", 4, 32, 3.0)
     theirs = answered() - before - ours
     records = read_records(tmp_path / "latest" / "records.jsonl")
     complete = [record for record in records if record.complete]

@@ -145,7 +145,7 @@ def test_a_sweep_writes_every_kind_of_report_and_two_runs_compare(tmp_path):
     """The second server is twice as fast: the comparison of the saved runs finds that out."""
     for speed, folder, levels in ((1, "slow", "1,4"), (2, "fast", "4")):
         with NullServer(Timing(0.2 / speed, 0.02 / speed)) as server:
-            load = options(server, tmp_path / folder, "--levels", levels, "--seconds", "2")
+            load = options(server, tmp_path / folder, "--levels", levels, "--seconds", "3")
             assert commands.main("sweep", load) in (0, 1)
     latest = tmp_path / "slow" / "latest"
     data = report_of(tmp_path / "slow")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,8 @@ MIXTURES = {"plain": PLAIN, "grouped": GROUPED, "shared": SHARED, "all experts":
 
 class Drawn:
     """A checkpoint of one routed MLP in memory: random weights, in bfloat16's precision."""
+
+    spec = SimpleNamespace(quantization=None)
 
     def __init__(self, mixture: MixtureSpec, hidden: int = HIDDEN) -> None:
         sizes = mixture_sizes(mixture) | {"hidden_size": hidden}

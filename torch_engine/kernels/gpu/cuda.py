@@ -141,9 +141,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
     def _narrows(self, checkpoint: Checkpoint) -> bool:
         """Whether what a checkpoint has in bf16 is kept in FP8: beside experts of 4 bits it would be two thirds of what
         a token reads."""
+        if self.weights != "auto" or not self.has_fp8 or self.dtype != torch.bfloat16:
+            return False
         quantization = checkpoint.spec.quantization
-        alone = quantization is not None and quantization.experts_alone
-        return alone and self.weights == "auto" and self.has_fp8 and self.dtype == torch.bfloat16
+        return quantization is not None and quantization.experts_alone
 
     def load_mixture(
         self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str

@@ -211,16 +211,16 @@ def test_end_id(deployment: Deployment, prompt: list[int], vocabulary: TokenByte
 
 @contextmanager
 def slowed(server: Server) -> Iterator[None]:
-    """The engine runs for two of every forty milliseconds: some tens of this model's tokens in 200."""
+    """The engine runs for one of every sixty milliseconds: at most ten of this model's tokens on a fast machine."""
     (pid,) = server.engine_pids
     ended = threading.Event()
 
     def hold() -> None:
         while not ended.is_set():
             os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.038)
+            time.sleep(0.059)
             os.kill(pid, signal.SIGCONT)
-            time.sleep(0.002)
+            time.sleep(0.001)
 
     holding = threading.Thread(target=hold)
     holding.start()

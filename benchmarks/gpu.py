@@ -273,12 +273,13 @@ class Waiting:
 def profile(engine: Engine, options: argparse.Namespace) -> None:
     """One decode step at several batch sizes and one prompt step of several shapes, by kernel."""
     chance = random.Random(1)
-    for count in map(int, options.profile_at.split(",")):
-        for number, request in enumerate(requests(count, 128, 200, chance)):
+    for case in options.profile_at.split(","):
+        count, length = map(int, (case if ":" in case else f"{case}:128").split(":"))
+        for number, request in enumerate(requests(count, length, 200, chance)):
             engine.add(number, request)
         while any(sequence.num_generated < 2 for sequence in engine.sequences.values()):
             engine.step()
-        by_kernel(f"decode {count}", engine.step, 20)
+        by_kernel(f"decode {case}", engine.step, 20)
         for key in list(engine.sequences):
             engine.cancel(key)
     for case in filter(None, options.profile_prompts.split(",")):
@@ -432,7 +433,7 @@ def main() -> int:
     parser.add_argument("--no-tuning", action="store_true", help="library products for few rows too")
     parser.add_argument("--batch", type=int, default=1024, help="max_batch_size")
     parser.add_argument("--budget", type=int, default=8192, help="max_num_tokens")
-    parser.add_argument("--profile-at", default="1,64,256")
+    parser.add_argument("--profile-at", default="1,64,256", help="COUNT[:LENGTH of the prompts], ...")
     parser.add_argument("--profile-prompts", default="64:128,1:1000", help="COUNT:LENGTH, ...")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options = parser.parse_args()

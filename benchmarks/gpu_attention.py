@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
 from flightline.torch_engine.kernels.gpu.attention import PrefillPlan  # noqa: E402
-from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, gathered_plans  # noqa: E402
+from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, gathered_plans  # noqa: E402
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache  # noqa: E402
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan  # noqa: E402
@@ -91,7 +91,7 @@ def flops(begin: int, end: int, heads: int, size: int) -> float:
 def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
     cache = new_cache(kind, -(-max(options.lengths) // BLOCK_SIZE), spec.num_kv_heads, spec.head_dim)
     plans: list[PrefillPlan | GatheredPlan] = [*attention.long_prefill_plans(DTYPE, spec.head_dim)]
-    scratch = GatheredPlan.new_scratch(cache, DTYPE, max(options.lengths))
+    scratch = GatheredScratch.new(cache, DTYPE, max(options.lengths))
     plans += [GatheredPlan(tile, scratch) for tile in gathered_plans(DTYPE, spec.head_dim)]
     apart = {named(plan): checked(plan, plans[0], spec, cache) for plan in plans}
     for length in options.lengths:
@@ -206,8 +206,9 @@ def decodes(spec: Any, kind: str) -> None:
         positions = torch.tensor(lengths, **integers) - 1
         where = AttentionInput(torch.arange(len(lengths), **integers), positions, table, len(lengths), None)
         plan = attention.decode_plan(
-            len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, multiprocessors(), 131_072
-        )
+            len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, cache.values.element_size(),
+            multiprocessors(), 131_072,
+        )  # fmt: skip
         uncut = attention.DecodePlan(0, 0, plan.block, plan.warps)
         outputs = {}
         for cut, one in ((True, plan), (False, uncut)):

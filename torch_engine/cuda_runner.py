@@ -54,7 +54,7 @@ from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import BATCH_SIZES, LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
-from flightline.torch_engine.kernels.gpu.gathered import LEAST_PAIRS, LEAST_TOKENS, padded
+from flightline.torch_engine.kernels.gpu.gathered import LEAST_PAIRS, LEAST_TOKENS, LONGEST_BESIDE, padded
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, scatter
 from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
@@ -278,7 +278,7 @@ class CudaRunner:
         self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
         self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         if config.cuda_tuning and on_gpu:
-            kernels.tune_prefill(spec, self.caches[0], config.max_seq_len)
+            kernels.tune_prefill(spec, self.caches[0], config.max_seq_len, config.max_num_tokens)
             # Several ranks would have to agree on a plan, and each times its own.
             if self._tables_stay and isinstance(self.ranks, Single):
                 kernels.tune_prefixes(spec, self.caches[0], slots, config.max_seq_len)
@@ -394,6 +394,8 @@ class CudaRunner:
         """Compiles what steps with prompts need, few rows and many, so that the first request need not wait."""
         last = [[self.tables.numel() - 1], [int(self.tables[-1, -1, -1])]]
         scatter(self.tables, torch.tensor(last, dtype=torch.int32, device=self.device))
+        if self.device.type == "cuda":
+            self.kernels.load_products(self.model.layers, self.model.lm_head, longest, len(self.tokens))
         for count in sorted({min(rows, longest) for rows in (SKINNY_ROWS, 64, 1024, longest)}):
             self._try_prompt(count)
         count = min(LEAST_TOKENS, longest)
@@ -817,8 +819,9 @@ class CudaRunner:
     @staticmethod
     def _gathers(prompts: list[tuple[int, int, int, int]], graph: bool) -> bool:
         """Whether it pays to gather the keys of prompt chunks; with a ``graph`` also that the step goes without it."""
-        if max((count + first for _, count, first, _ in prompts), default=0) < LONG:
-            return False
+        longest = max((count + first for _, count, first, _ in prompts), default=0)
+        if longest < LONG or longest >= LONGEST_BESIDE:
+            return longest >= LONG
         if graph:
             return sum(count * (first + count // 2) for _, count, first, _ in prompts) >= LEAST_PAIRS
         return sum(count for _, count, _, _ in prompts) >= LEAST_TOKENS

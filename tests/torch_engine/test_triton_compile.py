@@ -54,7 +54,7 @@ from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
-from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, gathered_plans
+from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, attend_gathered, gathered_plans
 from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, GroupedLinear, Scratch
 from flightline.torch_engine.kernels.gpu.kv_cache import (
     AttentionInput, KVCache, SharedPrefixes, rotate_write, row_means, scatter,
@@ -99,7 +99,7 @@ for delta in (x, torch.zeros(4, 4, 4096)):
 Exchange(boxes, 1, 2, 4096, bf16).stack(torch.zeros(2, 4, 64))
 form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
-    plan = decode_plan(sequences, 8, 4, 128, 132, 100_000)
+    plan = decode_plan(sequences, 8, 4, 128, cache.values.element_size(), 132, 100_000)
     attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
 prefix_plan = PrefixPlan.of(cache, 32, bf16, 132)
 step.prefixes = SharedPrefixes(torch.zeros(3, 4, dtype=torch.int32), ints, torch.zeros(2, 4, dtype=torch.int32))
@@ -107,7 +107,7 @@ prefix = attend_prefixes(qkv, cache, step, 32, 0.1, None, None, prefix_plan)
 attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one, prefix=prefix)
 if hopper:
     step.spans, step.offsets = torch.zeros(1, 4, dtype=torch.int32), ints
-    gathered = GatheredPlan(gathered_plans(bf16, 128)[0], GatheredPlan.new_scratch(cache, bf16, 128))
+    gathered = GatheredPlan(gathered_plans(bf16, 128)[0], GatheredScratch.new(cache, bf16, 128))
     attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)
@@ -117,7 +117,7 @@ if hopper:
 # gpt-oss: sinks, and experts in MXFP4 with biases, of a row by itself and in blocks; widths end within a block.
 step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
 attend(torch.zeros(4, 80 * 64, dtype=bf16), KVCache(cache.values[..., :64], cache.scales), step, 64, 0.1, 128, None,
-       decode_plan(4, 8, 8, 64, 132, 128), Form.PLAIN, None, None, torch.zeros(64))
+       decode_plan(4, 8, 8, 64, 2, 132, 128), Form.PLAIN, None, None, torch.zeros(64))
 spec = MixtureSpec(32, 4, 2880, normalise=True, router_bias=True, expert_bias=True, clamp=7.0)
 experts = []
 for outputs in (5760, 2880):

@@ -45,7 +45,12 @@ if RUNS:
     )
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
-    from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, attend_gathered, padded
+    from flightline.torch_engine.kernels.gpu.gathered import (
+        GatheredPlan,
+        GatheredScratch,
+        attend_gathered,
+        padded,
+    )
     from flightline.torch_engine.kernels.gpu.grouped import FEW_ROWS, GroupedLinear, Scratch
     from flightline.torch_engine.kernels.gpu.kv_cache import (
         AttentionInput,
@@ -527,19 +532,27 @@ class TestKernels:
         )
         width = (heads + 2 * kv_heads) * size
         qkv = torch.randn(len(slots), width, device=DEVICE, dtype=dtype)
-        plan = GatheredPlan(tile, GatheredPlan.new_scratch(cache, dtype, used))
+        plan = GatheredPlan(tile, GatheredScratch.new(cache, dtype, used))
         assert plan.keys == used
-        plan.scratch.fill_(torch.nan)
+        plan.scratch.values.fill_(torch.nan)
+        plan.scratch.keys.copy_(torch.full_like(plan.scratch.values, torch.nan))
         sinks = torch.randn(heads, device=DEVICE) if softcap else None
         scale = torch.tensor(0.01, device=DEVICE)
         form = Form.FP8_STATIC if kind == "int8" else Form.PLAIN
         results = []
+        exact = qkv.clone()
+        if plan.fp8:  # prompts' queries are rounded, with a scale for each head of a token
+            heads_of = exact[1:, : heads * size].view(-1, heads, size).float()
+            unit = heads_of.abs().amax(-1, keepdim=True) / 448
+            rounded = (heads_of / unit).to(torch.float8_e4m3fn).float() * unit
+            exact[1:, : heads * size] = rounded.flatten(1).to(dtype)
         for gathers in (False, True):
             step = AttentionInput(slots, positions, tables, 1, tiles, 129)
             if gathers:
                 step.spans, step.offsets = spans, offsets
             decode = DecodePlan(0, 0, 32, 1)
-            out = attend(qkv, cache, step, heads, 0.2, None, softcap, decode, form, scale, tile, sinks)
+            given = qkv if gathers else exact
+            out = attend(given, cache, step, heads, 0.2, None, softcap, decode, form, scale, tile, sinks)
             if gathers:
                 attend_gathered(qkv, cache, step, heads, 0.2, softcap, plan, out, form, scale, sinks)
             results.append(out.float())
@@ -921,7 +934,7 @@ class TestEngine:
         expected = [output.token_ids for output in make_engine(folder, **settings).generate(requests)]
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type, **settings)
         runner, kernels = engine.runner, engine.kernels
-        scratch = GatheredPlan.new_scratch(runner.caches[0], kernels.dtype, 200)
+        scratch = GatheredScratch.new(runner.caches[0], kernels.dtype, 200)
         kernels.gathered = GatheredPlan(PrefillPlan(32, 32, 4, 2), scratch)
         monkeypatch.setattr(cuda_runner, "LONG", 8)
         monkeypatch.setattr(cuda_runner, "LEAST_TOKENS", 8)
@@ -941,11 +954,13 @@ class TestEngine:
             runner._warm_up(8)
             assert gathered == [False, True]
             runner.capture([4], [MixedShape.of(32, runner.tile)])
-        for least in (10**9, 1):  # a step that a graph could run goes without it where that saves enough
-            monkeypatch.setattr(cuda_runner, "LEAST_PAIRS", least)
+        # A step that a graph could run goes without it where that saves enough.
+        for pairs, keys, gathers in ((10**9, 10**9, False), (1, 10**9, True), (10**9, 50, True)):
+            monkeypatch.setattr(cuda_runner, "LEAST_PAIRS", pairs)
+            monkeypatch.setattr(cuda_runner, "LONGEST_BESIDE", keys)
             gathered.clear()
             assert [output.token_ids for output in engine.generate(requests)] == expected
-            assert any(gathered) == (least == 1)
+            assert any(gathered) == gathers
 
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:
         """Steps with guesses replay graphs of decodes; the host waits before and after them, and else stays ahead."""
@@ -1053,7 +1068,7 @@ class TestTuning:
         monkeypatch.setattr(timing, "device_seconds", lambda run, repeats=5: next(told))
         kernels, spec, cache = engine.kernels, engine.model.spec, engine.runner.caches[0]
         with torch.inference_mode():
-            kernels.tune_prefill(spec, cache, 80)
+            kernels.tune_prefill(spec, cache, 80, 20)
             kernels.tune_prefixes(spec, cache, 8, 400)
         assert next(told, None) is None and not cache.values.any(), "the cache is empty again"
         return kernels.describe(spec)
@@ -1062,7 +1077,7 @@ class TestTuning:
         said = self.tune(engine, monkeypatch, 10e-6, 9e-6, 8e-6, 50e-6, 30e-6)
         kernels = engine.kernels
         assert kernels.long_prefill is None and kernels.gathered.tile == PrefillPlan(64, 64, 4, 2)
-        assert kernels.gathered.keys == padded(80) and kernels.prefix is not None
+        assert kernels.gathered.keys == padded(80 + 2 * 20) and kernels.prefix is not None
         assert "over gathered keys: 10 -> 8 us" in said and "shared prefixes: 50 -> 30 us" in said
 
     def test_what_gains_little_is_not(self, engine, monkeypatch) -> None:

@@ -24,7 +24,8 @@ GROWTH = 2
 nothing of thousands."""
 MOST_MARGIN = 1.5
 LEAST_MARGIN = 1.1
-"""Between them is what a step may take of what was expected: as much as the latest ones took at the most."""
+"""Between them is what a step may take of what was expected: as much as the latest ones took at the most, but for one
+that was held up."""
 ROUNDS = 2
 """Of the fit, each of which weighs the errors by what the one before expected."""
 NUMBERS = [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]]
@@ -82,7 +83,8 @@ class StepTimes:
     @property
     def margin(self) -> float:
         """Times longer than expected that a step has to be allowed for."""
-        return min(max([LEAST_MARGIN, *self._surprises]), MOST_MARGIN)
+        *_, second, _ = sorted([LEAST_MARGIN, LEAST_MARGIN, *self._surprises])
+        return min(second, MOST_MARGIN)
 
     def expected(self, work: Work) -> float:
         """Seconds; 0 while nothing is known."""

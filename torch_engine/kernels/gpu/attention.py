@@ -135,6 +135,12 @@ def _first_key(length, shared, WINDOW: tl.constexpr):
     return tl.maximum(length - WINDOW, shared) if WINDOW > 0 else shared
 
 
+@triton.jit
+def _piece(length, each, BLOCK_N: tl.constexpr):
+    """Keys of each piece but the last of a row of which no piece may have more than ``each``: as many, all as long."""
+    return tl.cdiv(tl.cdiv(length, tl.maximum(tl.cdiv(length, each), 1)), BLOCK_N) * BLOCK_N
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _share_kernel(
     positions, prefixes, rows, shares, EXTRA: tl.constexpr, KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -199,6 +205,7 @@ def _decode_kernel(
             whole = begin + each >= length
             if TILE > 0:
                 whole = whole & (shared == 0)
+            each = _piece(length - begin, each, BLOCK_N)
             begin += piece * each
             end = tl.minimum(begin + each, length)
         slot = tl.load(slots + row).to(tl.int64)
@@ -225,17 +232,21 @@ def _decode_kernel(
 
 @triton.jit
 def _add_parts(
-    result, top, total, parts, sums, part, used, D: tl.constexpr, BLOCK_D: tl.constexpr
+    result, top, total, parts, sums, part, used, head, known,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds the results ``part`` [pieces], as far as they are ``used``, of one row and head to what the others gave."""
+    """Adds the results ``part`` [pieces], as far as they are ``used``, of the ``known`` ones of a row's heads to what
+    the others gave: ``result`` [heads, BLOCK_D], ``top`` and ``total`` [heads]."""
     d = tl.arange(0, BLOCK_D)
-    logs = tl.load(sums + part, mask=used, other=float("-inf"))
+    place = part.to(tl.int64)[:, None] * H + head[None, :]
+    mask = used[:, None] & known[None, :]
+    logs = tl.where(known[None, :], tl.load(sums + place, mask=mask, other=float("-inf")), 0.0)
     higher = tl.maximum(top, tl.max(logs, 0))
-    weights = tl.exp(logs - higher)
-    mask = used[:, None] & (d < D)[None, :]
-    values = tl.load(parts + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+    weights = tl.exp(logs - higher[None, :])
+    mask = mask[:, :, None] & (d < D)[None, None, :]
+    values = tl.load(parts + place[:, :, None] * D + d[None, None, :], mask=mask, other=0.0)
     fade = tl.exp(top - higher)
-    result = result * fade + tl.sum(values * weights[:, None], 0)
+    result = result * fade[:, None] + tl.sum(values * weights[:, :, None], 0)
     return result, higher, total * fade + tl.sum(weights, 0)
 
 
@@ -244,6 +255,7 @@ def _merge_kernel(
     positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, rows,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The pieces of the rows that were cut and the shared beginnings of rows that have one, ``PIECES`` at a time; their
     sink joins them here, once. A program has ``HEADS`` heads of a row."""
@@ -263,27 +275,30 @@ def _merge_kernel(
         count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
         if count + before > 1:
             first = tl.load(shares + 3 + 2 * EXTRA + row)
-            d = tl.arange(0, BLOCK_D)
-            for head in range(tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + HEADS):
-                top = float("-inf")
-                total = 0.0
-                result = tl.zeros([BLOCK_D], tl.float32)
-                for begin in range(0, count, PIECES):
+            h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+            head, known = tl.program_id(1) * HEADS + h, h < HEADS
+            top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_H], tl.float32)
+            result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            for begin in range(0, count, PIECES):
+                piece = begin + tl.arange(0, PIECES)
+                part = tl.where(piece == 0, row, rows + first + piece - 1)
+                result, top, total = _add_parts(
+                    result, top, total, parts, sums, part, piece < count, head, known, H, D, BLOCK_D
+                )
+            if TILE > 0:
+                for begin in range(0, before, PIECES):
                     piece = begin + tl.arange(0, PIECES)
-                    part = tl.where(piece == 0, row, rows + first + piece - 1) * H + head
                     result, top, total = _add_parts(
-                        result, top, total, parts, sums, part, piece < count, D, BLOCK_D
-                    )
-                if TILE > 0:
-                    for begin in range(0, before, PIECES):
-                        piece = begin + tl.arange(0, PIECES)
-                        part = (at + piece * TILE).to(tl.int64) * H + head
-                        result, top, total = _add_parts(
-                            result, top, total, prefix_parts, prefix_sums, part, piece < before, D, BLOCK_D
-                        )
-                if SINKS:
-                    total += add_sink(sinks, head, top)
-                store_heads(out, in_scale, (row * H + head) * D + d, result / total, d < D, FORM)
+                        result, top, total, prefix_parts, prefix_sums, at + piece * TILE, piece < before, head, known,
+                        H, D, BLOCK_D,
+                    )  # fmt: skip
+            if SINKS:
+                total += add_sink(sinks, tl.minimum(head, H - 1), top)
+            target = (row * H + head[:, None]) * D + d[None, :]
+            store_heads(
+                out, in_scale, target, result / total[:, None], known[:, None] & (d < D)[None, :], FORM
+            )
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -304,22 +319,21 @@ def _load_rows(values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, MAS
 @triton.jit
 def weigh(scores, seen, top, total, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
     """Weights of ``scores`` [rows, keys], where ``seen`` if ``MASKED``, beside what ``top`` and ``total`` [rows] stand
-    for: these weights, the factor of earlier ones, and the new maxima and sums.
+    for: these weights, the factor of earlier ones, and the new maxima and sums. ``scale`` [rows] is of their scores.
 
     Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
     """
     if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
-        scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
-        factor = LOG2_E
-    else:
-        factor = scale * LOG2_E
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scale[:, None] * scores / softcap) - 1.0)
+        scale = tl.full(scale.shape, 1.0, tl.float32)
+    factor = scale * LOG2_E
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * factor)
     base = higher
     if MASKED:
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-    p = tl.exp2(scores * factor - base[:, None])
+    p = tl.exp2(scores * factor[:, None] - base[:, None])
     fade = tl.exp2(top - base)
     return p, fade, higher, total * fade + tl.sum(p, 1)
 
@@ -334,6 +348,7 @@ def meet(
     """Online softmax of ``q`` [rows, BLOCK_D] over the blocks of keys from ``begin`` to ``end``, on top of what
     ``out``, ``top`` and ``total`` hold. Unless ``MASKED`` all rows see all of these keys.
     """
+    scale = tl.zeros_like(top) + scale
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         known = n < end
@@ -476,36 +491,42 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768,
 """Rows of single tokens that graphs are captured for."""
 
 
+REGISTERS = 128
+"""Of a thread of a decode: 16 warps run on a multiprocessor then. Left alone the compiler takes a few more, for what is
+behind the loop, and with 12 warps 64 rows of 4,000 keys are two waves instead of one (171 us and not 130)."""
 FEW_KEYS = 64
 """Of a piece where most rows are cut."""
 
 
 def decode_plan(
-    rows: int, kv_heads: int, heads: int, size: int, multiprocessors: int, longest: int
+    rows: int, kv_heads: int, heads: int, size: int, width: int, multiprocessors: int, longest: int
 ) -> DecodePlan:
-    """Programs of one warp when there are plenty of them (nothing to synchronise: an H200 then reads 75 to 90 % of
-    what its memory can); wider ones, and most rows cut, when the device would not be full otherwise. A row that is much
-    longer than all others is cut in any case, since everybody waits for it.
+    """Narrow programs when there are plenty of them (little to synchronise: an H200 then reads 75 to 90 % of what its
+    memory can); wider ones, and most rows cut, when the device would not be full otherwise. A row that is much longer
+    than all others is cut in any case, since everybody waits for it.
 
-    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``longest`` the most keys of a row. Rows
-    of which no graph has as many get the plan of the next larger graph: its kernels are compiled already, and compiling
-    others would hold up every answer for a second.
+    ``heads`` is the query heads of a key/value head, of ``size`` dimensions; ``width`` the bytes of a number in the
+    cache; ``longest`` the most keys of a row. Rows of which no graph has as many get the plan of the next larger graph:
+    its kernels are compiled already, and compiling others would hold up every answer for a second.
     """
     rows = next((size for size in BATCH_SIZES if size >= rows), rows)
     programs = rows * kv_heads
     accumulators = max(16, triton.next_power_of_2(heads)) * triton.next_power_of_2(size)
     least = triton.next_power_of_2(triton.cdiv(accumulators, 2048))
-    extra = max(
-        1,
-        (4 * multiprocessors - programs if programs <= multiprocessors else 2 * multiprocessors) // kv_heads,
-    )
+    wide = 128 if size <= 128 else 64
     if programs <= multiprocessors:
-        plan = DecodePlan(extra, FEW_KEYS, 64, max(2, least))
+        extra = max(1, (4 * multiprocessors - programs) // kv_heads)
+        block, warps = (wide, 4) if width == 1 else (64, 2)
+        plan = DecodePlan(extra, FEW_KEYS, block, max(warps, least))
     elif programs < 8 * multiprocessors:
-        plan = DecodePlan(extra, 2048, 128 if size <= 128 else 64, max(4, least))
+        plan = DecodePlan(max(1, 2 * multiprocessors // kv_heads), 2048, wide, max(4, least))
     else:
-        plan = DecodePlan(extra, 4096, 32, least)
-    return plan if longest > plan.keys else dataclasses.replace(plan, extra=0)
+        plan = DecodePlan(max(1, 4 * multiprocessors // kv_heads), 4096, 64, max(2, least))
+    if longest > plan.keys:
+        return plan
+    if programs >= 8 * multiprocessors:  # one warp has nobody to wait for
+        plan = dataclasses.replace(plan, block=32, warps=least)
+    return dataclasses.replace(plan, extra=0)
 
 
 @dataclass(frozen=True)
@@ -597,19 +618,23 @@ def attend(
             shares = Shares.of(step, plan, window, prefix).table
             parts = torch.empty(decodes + extra, num_heads, size, dtype=torch.float32, device=qkv.device)
             sums = torch.empty(decodes + extra, num_heads, dtype=torch.float32, device=qkv.device)
+        small = cache.values.element_size() == 1 and size <= 128 and group <= 16
+        bounded = {"maxnreg": REGISTERS} if small and not INTERPRETED else {}
         _decode_kernel[(decodes + extra, kv_heads)](
             qkv, step.slots, step.positions, step.tables, step.tables.stride(0), cache.values, scales, sinks,
             out, in_scale, shares, parts, sums, prefixes, decodes, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
             EXTRA=extra, TILE=tile, PAIRS=cache.values.element_size() == 1, **shared,
-            num_warps=plan.warps, num_stages=3, **LAUNCH,
+            num_warps=plan.warps, num_stages=3, **bounded, **LAUNCH,
         )  # fmt: skip
         if extra:
             # Where long rows alone are cut, there is hardly ever one: a thousand programs that find nothing take 7 us.
-            heads = group if plan.keys > FEW_KEYS and not tile else 1
+            # Where most rows are, a program has all pieces at once.
+            heads, pieces = (group, 8) if plan.keys > FEW_KEYS and not tile else (1, 16 if tile else 64)
             _merge_kernel[(decodes if tile else min(decodes, extra), num_heads // heads)](
                 step.positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes,
-                num_heads, size, block_d, extra, 16, window or 0, shared["SINKS"], int(form), tile, heads, **LAUNCH,
+                num_heads, size, block_d, extra, pieces, window or 0, shared["SINKS"], int(form), tile, heads,
+                triton.next_power_of_2(heads), **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None and step.spans is None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)

@@ -26,7 +26,9 @@ from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import (
     FETCHES,
+    STEPS,
     GatheredPlan,
+    GatheredScratch,
     attend_gathered,
     gathered_plans,
 )
@@ -75,6 +77,8 @@ from flightline.torch_engine.model.weights import Checkpoint
 
 MOST_APART = 0.02
 """A way to compute attention whose results differ by more from the usual one's is not used: rounding explains less."""
+MOST_APART_FP8 = 0.08
+"""The same of scores in FP8, for which the tuning's queries are rounded to 4 significant bits: 0.03 is usual."""
 FEWEST = 8
 """Rows at which products for few rows are timed."""
 TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256)
@@ -395,8 +399,9 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
 
     def decode_plan(self, spec: ModelSpec, rows: int, longest: int) -> DecodePlan:
         """Of a step's decodes, of which the longest has so many keys."""
+        width = 1 if self.kv in ("fp8", "int8") else 2
         return attention.decode_plan(
-            rows, spec.num_kv_heads, spec.num_groups, spec.head_dim, self.multiprocessors, longest
+            rows, spec.num_kv_heads, spec.num_groups, spec.head_dim, width, self.multiprocessors, longest
         )
 
     def float_logits(self, logits: torch.Tensor, head: CudaLinear) -> torch.Tensor:
@@ -463,15 +468,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         in a graph, so that weights come from memory and not from a cache.
         """
         chosen = []
-        dense = [layer.mlp for layer in layers if isinstance(layer.mlp, GatedMlp)]
-        kinds: dict[str, list[Any]] = {
-            "qkv": [layer.qkv for layer in layers],
-            "out": [layer.out for layer in layers],
-            "gate_up": [mlp.gate_up for mlp in dense],
-            "down": [mlp.down for mlp in dense],
-        }
-        for kind, linears in kinds.items():
-            if not linears or any(type(linear) is not type(linears[0]) for linear in linears):
+        for kind, linears in _by_kind(layers).items():
+            if any(type(linear) is not type(linears[0]) for linear in linears):
                 continue
             for rows in _tuned_rows(linears[0]):
                 times = self._timed(linears, rows)
@@ -494,6 +492,29 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if chosen:
             self._tuning += f"; few rows: {', '.join(chosen)}"
 
+    def load_products(
+        self, layers: list[Layer[CudaLinear]], head: CudaLinear, tokens: int, samples: int
+    ) -> None:
+        """Multiplies with every kind of linear once for all sorts of numbers of rows, up to a step's ``tokens``, and
+        ``samples`` of the head.
+
+        The libraries have a kernel for each sort, and the driver loads one where it is first asked for. That lasts
+        until the device is idle: up to 90 ms in which every answer waits, again and again on a new server.
+        """
+        for linears in _by_kind(layers).values():
+            for rows in _sorts(tokens):
+                linears[0](self._blank(linears[0], rows))
+        for rows in _sorts(samples):
+            head(self._blank(head, rows))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _blank(self, linear: CudaLinear, rows: int) -> Activation:
+        """An input of ``rows``."""
+        inputs = linear.inputs if isinstance(linear, CodedLinear) else linear.weight.shape[1]
+        x = torch.zeros(rows, inputs, dtype=self.dtype, device=self.device)
+        return Activation(x) if linear.form == Form.PLAIN else quantise(x, linear.form, linear.input_scale)
+
     def _timed(self, linears: list[Any], rows: int) -> dict[SkinnyPlan | GroupedPlan | None, float]:
         """Microseconds of each candidate, what is taken without tuning first; empty if there is no choice."""
         one = linears[0]
@@ -514,8 +535,9 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             return {}
         return {plan: time_all(linears, x, plan) for plan in plans}
 
-    def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
-        """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates.
+    def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int, step: int) -> None:
+        """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates; a step
+        has ``step`` tokens at the most.
 
         Each computes the last tokens of a long prompt over ``cache``. Where keys are laid side by side first, the
         results have to be those of the others.
@@ -533,7 +555,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             times = dict(zip(plans, (total / self.group.size).tolist(), strict=True))
             usual, *_ = times
             alone = self.group.size == 1  # each rank would time its own, and all have to take the same
-            gathered = self._time_gathered(spec, cache, longest, context, tokens, usual) if alone else []
+            room = longest + STEPS * step
+            gathered = self._time_gathered(spec, cache, room, context, tokens, usual) if alone else []
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
             self.long_prefill = best
@@ -547,8 +570,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if seconds < 0.95 * min(times.values()):
             self.gathered = plan
             self._tuning += (
-                f"; prompts of up to {plan.keys} tokens over gathered keys: {times[usual] * 1e6:.0f} -> "
-                f"{seconds * 1e6:.0f} us with {plan.tile}"
+                f"; prompts of up to {plan.keys} tokens over gathered keys{', scores in FP8' if plan.fp8 else ''}: "
+                f"{times[usual] * 1e6:.0f} -> {seconds * 1e6:.0f} us with {plan.tile}"
             )
         self.tuned["prefill attention over gathered keys"] = {
             str(plan.tile): round(seconds * 1e6, 1) for plan, seconds in gathered
@@ -558,7 +581,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self,
         spec: ModelSpec,
         cache: KVCache,
-        longest: int,
+        room: int,
         context: int,
         tokens: int,
         usual: PrefillPlan,
@@ -568,7 +591,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if not tiles or not FETCHES or any(layer.window for layer in spec.layers):
             return []
         try:
-            scratch = GatheredPlan.new_scratch(cache, self.dtype, longest)
+            scratch = GatheredScratch.new(cache, self.dtype, room)
         except torch.OutOfMemoryError:
             self._tuning += "; no memory is left to gather prompts' keys in"
             return []
@@ -581,7 +604,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if math.isinf(seconds):
                 continue
             apart = difference(prompt_attention(plan, spec, cache, context, qkv)(), expected)
-            if apart <= MOST_APART:
+            if apart <= (MOST_APART_FP8 if plan.fp8 else MOST_APART):
                 found.append((plan, seconds))
             else:
                 self._tuning += f"; {tile} over gathered keys is not used: results differ by {apart:.2g}"
@@ -621,6 +644,23 @@ def _codes_in_words(coded: Coded) -> str:
     if coded.codes.dtype == torch.float8_e4m3fn:
         return "FP8"
     return "FP4 W4A16" if coded.e2m1 else f"W{coded.bits}A16"
+
+
+def _sorts(most: int) -> list[int]:
+    """Numbers of rows up to ``most``, denser where the library changes its mind more often and a product takes less."""
+    return [*range(1, min(most, 512) + 1), *range(516, min(most, 2048) + 1, 4), *range(2064, most + 1, 16)]
+
+
+def _by_kind(layers: list[Layer[CudaLinear]]) -> dict[str, list[Any]]:
+    """The linears of all layers, without those of experts."""
+    dense = [layer.mlp for layer in layers if isinstance(layer.mlp, GatedMlp)]
+    kinds: dict[str, list[Any]] = {
+        "qkv": [layer.qkv for layer in layers],
+        "out": [layer.out for layer in layers],
+        "gate_up": [mlp.gate_up for mlp in dense],
+        "down": [mlp.down for mlp in dense],
+    }
+    return {kind: linears for kind, linears in kinds.items() if linears}
 
 
 def _tuned_rows(linear: CudaLinear) -> tuple[int, ...]:

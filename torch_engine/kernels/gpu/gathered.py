@@ -4,6 +4,10 @@ A cache block holds 16 tokens: each iteration of a prompt's attention looks its 
 the operands of the tensor cores, for every tile of the prompt again. Here both happen once a layer and step; then whole
 tiles of keys come by the device's copy engine (tensor descriptors), and nothing is converted between two products.
 It costs the scratch memory, and a pass over the context, which pays where many tokens attend to it.
+
+Of a cache in FP8 keys stay as they are, and queries become FP8 too, with a scale for each head of a token: their
+product has twice the rate then. It makes the error that the keys' rounding leaves in a score 1.4 times as large.
+Weights and values are multiplied in fp16.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flightline.torch_engine.kernels.gpu.activation import Form
+from flightline.torch_engine.kernels.gpu.activation import FP8_MAX, Form, to_fp8
 from flightline.torch_engine.kernels.gpu.attention import (
     LOG2_E,
     PrefillPlan,
@@ -27,6 +31,7 @@ from flightline.torch_engine.kernels.gpu.attention import (
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 ALIGNED = 128
 """Each prompt's keys start at a multiple of it in the scratch memory, and are filled up with zeros."""
 LEAST_TOKENS = 256
@@ -35,10 +40,15 @@ all tokens'."""
 LEAST_PAIRS = 6_000_000
 """Of a step that a CUDA graph could run: tokens times those that they see. The attention of so many takes 5 ms less on
 an H200 with an 8B model, about what the host needs longer than the device where it launches each kernel by itself."""
+LONGEST_BESIDE = 16_000
+"""Keys of a prompt from which on any of its chunks is worth it, in a step of a graph, too: each tile meets them block
+after block. The last 48 tokens of 30,000 took 56 ms."""
 MOST_KEYS = 131_072
 """In the scratch memory."""
 MOST_SHARE = 0.01
 """Of the device's memory that it may have."""
+STEPS = 2
+"""Whole steps of prompts that it has room for besides the longest prompt, of which a step may have the end."""
 FETCHES = INTERPRETED or OVERLAPS
 """Whether the device has the copy engine: both came with Hopper."""
 SIZES = (64, 128, 256)
@@ -51,33 +61,53 @@ def padded(keys: int) -> int:
 
 
 @dataclass(frozen=True)
-class GatheredPlan:
-    """How long prompts are computed over keys that lie side by side."""
+class GatheredScratch:
+    """Keys and values of one layer, all layers' after each other: each [V, keys, D]."""
 
-    tile: PrefillPlan
-    scratch: torch.Tensor
-    """[2, V, keys, D]: keys and values of one layer, all layers' after each other."""
+    keys: torch.Tensor
+    values: torch.Tensor
 
     @property
-    def keys(self) -> int:
-        return self.scratch.shape[2]
+    def room(self) -> int:
+        """Keys that there is room for."""
+        return self.keys.shape[1]
 
-    @staticmethod
-    def new_scratch(cache: KVCache, dtype: torch.dtype, keys: int) -> torch.Tensor:
+    @classmethod
+    def new(cls, cache: KVCache, dtype: torch.dtype, keys: int) -> GatheredScratch:
         """For prompts of ``keys`` tokens together, or fewer where the device is small, of a model in ``dtype``."""
         _, _, kv_heads, _, size = cache.values.shape
         device = cache.values.device
         kind = torch.float32 if INTERPRETED else dtype if cache.values.element_size() > 1 else torch.float16
+        fp8 = cache.values.dtype == torch.float8_e4m3fn
+        of_keys = torch.float8_e4m3fn if fp8 else kind
         keys = min(keys, MOST_KEYS)
         if device.type == "cuda":
-            room = MOST_SHARE * torch.cuda.get_device_properties(device).total_memory
-            keys = min(keys, int(room) // (2 * kv_heads * size * kind.itemsize))
-        return torch.empty(2, kv_heads, padded(keys), size, dtype=kind, device=device)
+            most = MOST_SHARE * torch.cuda.get_device_properties(device).total_memory
+            keys = min(keys, int(most) // (kv_heads * size * (kind.itemsize + of_keys.itemsize)))
+        shape = (kv_heads, padded(keys), size)
+        return cls(*(torch.empty(shape, dtype=each, device=device) for each in (of_keys, kind)))
+
+
+@dataclass(frozen=True)
+class GatheredPlan:
+    """How long prompts are computed over keys that lie side by side."""
+
+    tile: PrefillPlan
+    scratch: GatheredScratch
+
+    @property
+    def keys(self) -> int:
+        return self.scratch.room
+
+    @property
+    def fp8(self) -> bool:
+        """Whether scores are products of FP8."""
+        return self.scratch.keys.dtype == torch.float8_e4m3fn
 
 
 @triton.jit
 def _gather_kernel(
-    tables, width, spans, values, scales, out, room,
+    tables, width, spans, cache, scales, keys_out, values_out, room,
     V: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, KV_INT8: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
@@ -89,24 +119,37 @@ def _gather_kernel(
         known = n < keys
         block = tl.load(tables + slot * width + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
         place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
-        target = out + (head * room + offset + n).to(tl.int64)[:, None] * D + d[None, :]
+        target = (head * room + offset + n).to(tl.int64)[:, None] * D + d[None, :]
         for part in tl.static_range(2):
             row = place + part * V * BLOCK_SIZE
-            codes = tl.load(values + row[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
+            codes = tl.load(cache + row[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
             if KV_INT8:
                 codes = codes.to(tl.float32) * tl.load(scales + row, mask=known, other=0.0)[:, None]
-            tl.store(target + part * V * room * D, codes.to(out.dtype.element_ty))
+            out = keys_out if part == 0 else values_out
+            tl.store(out + target, codes.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _to_fp8(q):
+    """[rows, D] as e4m3, and the scale of each row, as far as the range goes."""
+    q = q.to(tl.float32)
+    unit = tl.maximum(tl.max(tl.abs(q), 1), 1e-30) / FP8_MAX
+    q = to_fp8(q / unit[:, None])
+    return (q if _INTERPRETED else q.to(tl.float8e4nv)), unit
 
 
 @triton.jit
 def _advance(
     q, out, top, total, begin, end, last, positions, place, keys, values, scale, softcap,
-    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """As ``attention.meet``, over keys that start at ``place``; ``last`` is the end of those that there are."""
+    """As ``attention.meet``, over keys that start at ``place``; ``last`` is the end of those that there are, and
+    ``scale`` [rows] belongs to the queries."""
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         k = keys.load([place + start, 0])
         v = values.load([place + start, 0])
+        if FP8 and _INTERPRETED:  # it cannot multiply FP8
+            k = k.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         n = start + tl.arange(0, BLOCK_N)
         seen = n < last
@@ -121,7 +164,8 @@ def _advance(
 def _gathered_kernel(
     qkv, tiles, offsets, keys, values, room, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
@@ -134,19 +178,25 @@ def _gathered_kernel(
     mask = (token < count)[:, None]
     row = start + token
     heads = (head * G + r % G)[:, None] * D + d[None, :]
-    q = tl.load(qkv + row[:, None] * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
+    q = tl.load(qkv + row[:, None] * (H + 2 * V) * D + heads, mask=mask, other=0.0)
+    scales = tl.full([ROWS], 1.0, tl.float32) * scale
+    if FP8:
+        q, unit = _to_fp8(q)
+        scales *= unit
+    else:
+        q = q.to(DOT)
     result = tl.zeros([ROWS, D], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     end = first + count
     edge = (first + 1) // BLOCK_N * BLOCK_N
     result, top, total = _advance(
-        q, result, top, total, 0, edge, end, first + token, place, keys, values, scale, softcap,
-        BLOCK_N, SOFTCAP, STAGES, False,
+        q, result, top, total, 0, edge, end, first + token, place, keys, values, scales, softcap,
+        BLOCK_N, SOFTCAP, FP8, STAGES, False,
     )  # fmt: skip
     result, top, total = _advance(
-        q, result, top, total, edge, end, end, first + token, place, keys, values, scale, softcap,
-        BLOCK_N, SOFTCAP, 1, True,
+        q, result, top, total, edge, end, end, first + token, place, keys, values, scales, softcap,
+        BLOCK_N, SOFTCAP, FP8, 1, True,
     )  # fmt: skip
     if SINKS:  # rows of nobody have seen nothing
         total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
@@ -154,14 +204,14 @@ def _gathered_kernel(
     store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
 
 
-def gather(cache: KVCache, step: AttentionInput, scratch: torch.Tensor) -> None:
+def gather(cache: KVCache, step: AttentionInput, scratch: GatheredScratch) -> None:
     """Lays the keys and values of the step's ``spans`` side by side."""
     assert step.spans is not None
     _, _, kv_heads, block_size, size = cache.values.shape
     grid = (triton.cdiv(step.longest, ALIGNED), kv_heads, len(step.spans))
     _gather_kernel[grid](
         step.tables, step.tables.stride(0), step.spans, cache.values,
-        cache.values if cache.scales is None else cache.scales, scratch, scratch.shape[2],
+        cache.values if cache.scales is None else cache.scales, scratch.keys, scratch.values, scratch.room,
         kv_heads, size, block_size, ALIGNED, cache.scales is not None, num_warps=8, **LAUNCH,
     )  # fmt: skip
 
@@ -182,19 +232,19 @@ def attend_gathered(
     """Attention of the step's tiles, without a window, into the rows of ``out`` [T, H D] that they have; the rest as of
     ``attention.attend``."""
     assert step.tiles is not None and step.offsets is not None
-    gather(cache, step, plan.scratch)
-    _, kv_heads, room, size = plan.scratch.shape
-    tile = plan.tile
+    scratch, tile = plan.scratch, plan.tile
+    gather(cache, step, scratch)
+    kv_heads, room, size = scratch.keys.shape
     keys, values = (
         TensorDescriptor(part, [kv_heads * room, size], [size, 1], [tile.block, size])
-        for part in plan.scratch
+        for part in (scratch.keys, scratch.values)
     )
     _gathered_kernel[(step.tiles.shape[0], kv_heads)](
         qkv, step.tiles, step.offsets, keys, values, room, out if sinks is None else sinks,
         out, out if in_scale is None else in_scale,
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
         num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None, sinks is not None,
-        dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
+        plan.fp8, dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
     )  # fmt: skip
 
@@ -206,6 +256,6 @@ def gathered_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
     if size > 128:
         return [PrefillPlan(64, 64, 4, 2), PrefillPlan(128, 64, 8, 2)]
     return [
-        PrefillPlan(64, 64, 4, 2), PrefillPlan(64, 128, 4, 2), PrefillPlan(128, 64, 8, 2),
-        PrefillPlan(128, 64, 8, 3), PrefillPlan(128, 128, 8, 2),
+        PrefillPlan(64, 64, 4, 3), PrefillPlan(64, 128, 4, 2), PrefillPlan(128, 64, 8, 3),
+        PrefillPlan(128, 128, 8, 2), PrefillPlan(128, 128, 8, 3),
     ]  # fmt: skip

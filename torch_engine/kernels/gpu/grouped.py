@@ -141,6 +141,17 @@ def _from_e2m1(codes, half: tl.constexpr, like: tl.constexpr):
     return ((size | sign).to(KIND, bitcast=True) * MORE).to(like)
 
 
+@triton.jit
+def _scaled_numbers(codes, half: tl.constexpr, KIND: tl.constexpr, scale, like: tl.constexpr):
+    """Codes that are floats, of rows with a ``scale`` each, as numbers of the compute dtype, rounded once: as the
+    weight that is written out for the library has them."""
+    if KIND == E4M3:
+        numbers = codes.to(tl.float32) * scale.to(tl.float32)[:, None]
+    else:
+        numbers = _from_e2m1(codes, half, like) * scale[:, None]
+    return numbers.to(like)
+
+
 @triton.constexpr_function
 def halves_of(kind: int) -> int:
     """Codes in a byte."""
@@ -156,6 +167,21 @@ def _moved(kind: int, like: tl.dtype) -> int:
 
 
 @triton.jit
+def _of_halves(
+    values, tile, n, owned,
+    N: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, HALVES: tl.constexpr
+):  # fmt: skip
+    """What belongs to the halves of a tile, of rows ``n`` of the weight, for each: a half lies in one group."""
+    if HALVES == 1 or GROUP % TILE == 0:
+        lower = tl.load(values + (tile * TILE // GROUP) * N + n, owned, 0.0)
+        return lower, lower
+    half = tl.arange(0, 2)
+    group = (tile * TILE + half * (TILE // 2)) // GROUP
+    both = tl.load(values + group[:, None] * N + n[None, :], owned[None, :], 0.0)
+    return tl.split(tl.trans(both))
+
+
+@triton.jit
 def rows_product(
     source, reads, codes, scales, offsets, n, owned, first,
     N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
@@ -165,34 +191,47 @@ def rows_product(
     from ``first`` on: [BLOCK_N, BLOCK_M] float32; 0 of rows that are not in ``reads``, and of rows of the weight that
     are not ``owned``.
 
-    The weight is the tall operand: the tensor cores of Hopper want 64 rows of that.
+    The weight is the tall operand: the tensor cores of Hopper want 64 rows of that. Codes that are floats are scaled
+    before the product, which then adds up all tiles by itself, and whose operands, scales among them, the compiler asks
+    for several tiles ahead. Others are scaled after it, together with their offset.
     """
     HALVES: tl.constexpr = halves_of(KIND)
     WIDTH: tl.constexpr = TILE // HALVES
     MOVED: tl.constexpr = _moved(KIND, source.dtype.element_ty)
+    FLOAT: tl.constexpr = (KIND == E4M3) | (KIND == FLOATS)
     NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
     w = tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(first, first + TILES):
         byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
+        lower, upper = _of_halves(scales, tile, n, owned, N, GROUP, TILE, HALVES)
+        if OFFSETS > 0:
+            lower_offset, upper_offset = _of_halves(offsets, tile, n, owned, N, GROUP, TILE, HALVES)
         for half in tl.static_range(HALVES):
-            k = tile * TILE + half * WIDTH
-            a = tl.load(source[:, None] + k + w[None, :], reads[:, None], 0.0)
-            part = tl.dot(
-                _numbers(byte, half, KIND, source.dtype.element_ty), tl.trans(a), input_precision="ieee"
-            )
-            at = (k // GROUP) * N + n
-            if OFFSETS > 0 or MOVED > 0:
-                sums = tl.sum(a.to(tl.float32), 1)[None, :]
-            if OFFSETS == ZEROS:
-                part -= (tl.load(offsets + at, owned, 0).to(tl.float32) + MOVED)[:, None] * sums
-            elif MOVED > 0:
-                part -= MOVED * sums
-            part *= tl.load(scales + at, owned, 0.0).to(tl.float32)[:, None]
-            if OFFSETS == MINIMA:
-                part += tl.load(offsets + at, owned, 0.0).to(tl.float32)[:, None] * sums
-            total += part
+            scale = lower if half == 0 else upper
+            a = tl.load(source[:, None] + (tile * TILE + half * WIDTH) + w[None, :], reads[:, None], 0.0)
+            if FLOAT:
+                numbers = _scaled_numbers(byte, half, KIND, scale, source.dtype.element_ty)
+                total = tl.dot(numbers, tl.trans(a), total, input_precision="ieee")
+            else:
+                numbers = _numbers(byte, half, KIND, source.dtype.element_ty)
+                part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
+                if OFFSETS > 0 or MOVED > 0:
+                    sums = tl.sum(a.to(tl.float32), 1)[None, :]
+                if OFFSETS == ZEROS:
+                    part -= (_column(lower_offset if half == 0 else upper_offset) + MOVED) * sums
+                elif MOVED > 0:
+                    part -= MOVED * sums
+                part *= _column(scale)
+                if OFFSETS == MINIMA:
+                    part += _column(lower_offset if half == 0 else upper_offset) * sums
+                total += part
     return total
+
+
+@triton.jit
+def _column(values):
+    return values.to(tl.float32)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -203,37 +242,16 @@ def _product_kernel(
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
-    HALVES: tl.constexpr = halves_of(KIND)
-    WIDTH: tl.constexpr = TILE // HALVES
     TILES: tl.constexpr = K // TILE // SPLITS
-    MOVED: tl.constexpr = _moved(KIND, x.dtype.element_ty)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m, w = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    mask = (m < rows)[:, None]
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     if _OVERLAPS:
         cuda.gdc_wait()
-    total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for tile in range(split * TILES, (split + 1) * TILES):
-        byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
-        for half in tl.static_range(HALVES):
-            k = tile * TILE + half * WIDTH
-            a = tl.load(x + m[:, None] * K + k + w[None, :], mask=mask, other=0.0)
-            numbers = _numbers(byte, half, KIND, x.dtype.element_ty)
-            part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
-            # A half lies in one group: its scale is applied to the sums, which are fewer than the weights.
-            at = (k // GROUP) * N + n
-            scale = tl.load(scales + at).to(tl.float32)[:, None]
-            if OFFSETS > 0 or MOVED > 0:
-                sums = tl.sum(a.to(tl.float32), 1)[None, :]
-            if OFFSETS == ZEROS:
-                part -= (tl.load(offsets + at).to(tl.float32) + MOVED)[:, None] * sums
-            elif MOVED > 0:
-                part -= MOVED * sums
-            part *= scale
-            if OFFSETS == MINIMA:
-                part += tl.load(offsets + at).to(tl.float32)[:, None] * sums
-            total += part
+    total = rows_product(
+        x + m * K, m < rows, codes, scales, offsets, n, n < N, split * TILES,
+        N, TILES, GROUP, TILE, KIND, OFFSETS, ROWS, BLOCK_N,
+    )  # fmt: skip
     if BIASED and split == 0:
         total += tl.load(bias + n).to(tl.float32)[:, None]
     target = out + (split * rows + m).to(tl.int64)[None, :] * N + n[:, None]

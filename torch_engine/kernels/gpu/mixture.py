@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, parts_of, sum_parts, to_fp8
-from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, halves_of, rows_product
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, Kind, halves_of, rows_product
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
 from flightline.torch_engine.kernels.gpu.linear import CudaLinear, PlainLinear, quantise
 from flightline.torch_engine.kernels.gpu.norm import gate
@@ -629,14 +629,15 @@ class CudaMixture:
         down: bool,
     ) -> None:
         outputs, inputs = linear.outputs, linear.inputs
-        block_n = min(128, triton.next_power_of_2(outputs))
+        block_n, warps, stages = block_plan(linear, sorted_.size)
+        block_n = min(block_n, triton.next_power_of_2(outputs))
         block_k = min(128 if linear.fp8 else 64, triton.next_power_of_2(inputs))
         _blocks_kernel[(len(sorted_.experts) * triton.cdiv(outputs, block_n),)](
             x, _or(linear.input_scale, x), linear.weight, _or(linear.scales, x), _or(linear.offsets, x),
             _or(linear.bias, x), sorted_.order, sorted_.experts, shares, out, shares.numel(), rows,
             outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k,
             linear.bias is not None, linear.fp8, *linear.cut, down,
-            num_warps=4 if sorted_.size < 64 else 8, num_stages=4, **LAUNCH,
+            num_warps=warps, num_stages=stages, **LAUNCH,
         )  # fmt: skip
 
     def _add_shared(self, x: torch.Tensor, shared: Shared, out: torch.Tensor) -> None:
@@ -651,6 +652,18 @@ class CudaMixture:
             x, _or(shared.gate, x), delta, step, out, size, block, parts, shared.gate is not None,
             num_warps=min(16, max(1, block // 512)), **LAUNCH,
         )  # fmt: skip
+
+
+def block_plan(linear: Experts, size: int) -> tuple[int, int, int]:
+    """Outputs, warps and stages of a program for blocks of ``size`` rows: of those tried the fastest on an H200, where
+    FP8 in blocks reads 3.7 to 3.8 TB/s with 32 rows and 128 experts (2.2 to 2.4 with 128 outputs and 4 warps)."""
+    _, tile, kind, _ = linear.cut
+    few = size < 64
+    if tile and kind == Kind.E4M3:
+        return (64, 2, 4) if few else (128, 8, 3)
+    if tile and kind == Kind.FLOATS and not few:
+        return 256, 8, 3
+    return 128, 4 if few else 8, 4
 
 
 def block_rows(pairs: int, experts: int) -> int:

@@ -162,6 +162,7 @@ def shared_seconds(
         spec.num_kv_heads,
         spec.num_groups,
         spec.head_dim,
+        cache.values.element_size(),
         multiprocessors,
         (shared + own) * block_size,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import random
 import re
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -559,6 +561,30 @@ class TestKernels:
         assert results[1].isfinite().all()
         close(results[1], results[0], 4e-2 if form else 1e-2 if ON_GPU else 1e-5)
 
+    def test_many_pieces_of_a_row_are_merged(self) -> None:
+        """More than a program adds up at once; all but the last as long as each other."""
+        torch.manual_seed(5)
+        heads, kv_heads, size, block_size, dtype = 4, 2, 64, 16, DTYPES[1] if ON_GPU else DTYPES[0]
+        lengths = [390, 37]
+        tables = [[*range(1, 26)], [*range(26, 29), *[0] * 22]]
+        known = [torch.randn(length, 2, kv_heads, size) for length in lengths]
+        whole = [(length, 0) for length in lengths]
+        cache = filled_cache("compute", dtype, known, whole, tables, block_size, kv_heads, size)
+        integers = {"dtype": torch.int32, "device": DEVICE}
+        qkv = torch.randn(2, (heads + 2 * kv_heads) * size, device=DEVICE, dtype=dtype)
+        results = []
+        for plan in (DecodePlan(0, 0, 16, 2), DecodePlan(40, 16, 16, 2), DecodePlan(40, 80, 16, 2)):
+            positions = torch.tensor(lengths, **integers) - 1
+            step = AttentionInput(
+                torch.arange(2, **integers), positions, torch.tensor(tables, **integers), 2, None
+            )
+            results.append(attend(qkv, cache, step, heads, 0.2, None, None, plan).float())
+            if plan.extra:
+                each, extra, _ = Shares.of(step, plan, None).table.tolist()[:3]
+                assert extra == -(-390 // each) - 1 + -(-37 // each) - 1 and (extra > 16) == (plan.keys == 16)
+        for cut in results[1:]:
+            close(cut, results[0], 1e-2 if ON_GPU else 1e-5)
+
     def test_the_longest_rows_are_cut(self) -> None:
         """Whatever else is in the batch, and never into more pieces than there are programs."""
         chance = random.Random(5)
@@ -961,6 +987,28 @@ class TestEngine:
             gathered.clear()
             assert [output.token_ids for output in engine.generate(requests)] == expected
             assert any(gathered) == gathers
+
+    def test_every_product_is_loaded_before_requests_come(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Each kind of linear of a layer, and the head, with every number of rows that stands for others."""
+        engine = make_engine(tiny_checkpoint(tmp_path / "llama"), kernels="cuda", device=DEVICE.type)
+        kernels, model = engine.kernels, engine.model
+        layer, rows = model.layers[0], defaultdict(list)
+        watched = {id(each): name for name, each in (("qkv", layer.qkv), ("down", layer.mlp.down))}
+        watched[id(model.lm_head)] = "head"
+        for kind in {type(layer.qkv), type(layer.mlp.down), type(model.lm_head)}:
+            real = kind.__call__
+
+            def call(self, x, real=real):
+                rows[watched.get(id(self))].append(len(x.values))
+                return real(self, x)
+
+            monkeypatch.setattr(kind, "__call__", call)
+        with torch.inference_mode():
+            kernels.load_products(model.layers, model.lm_head, 20, 3)
+        assert rows["qkv"] == rows["down"] == [*range(1, 21)] and rows["head"] == [1, 2, 3]
+        sorts = cuda._sorts(8192)
+        assert sorts[:513] == [*range(1, 513), 516] and sorts[-1] == 8192
+        assert all(after - before <= 16 for before, after in itertools.pairwise(sorts))
 
     def test_guesses_change_nothing(self, parrot, make_engine, monkeypatch) -> None:
         """Steps with guesses replay graphs of decodes; the host waits before and after them, and else stays ahead."""

@@ -14,7 +14,13 @@ import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import FP8_STATIC, Form, new_output, to_fp8
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import (
+    INTERPRETED,
+    LAUNCH,
+    begin_kernel,
+    cdiv,
+    next_power_of_2,
+)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -141,14 +147,15 @@ def _piece(length, each, BLOCK_N: tl.constexpr):
     return tl.cdiv(tl.cdiv(length, tl.maximum(tl.cdiv(length, each), 1)), BLOCK_N) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "extra", "keys"])
 def _share_kernel(
-    positions, prefixes, rows, shares, EXTRA: tl.constexpr, KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    positions, prefixes, rows, shares, extra, keys, BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Shares ``EXTRA`` programs a head out among the longest rows; ``shares`` as :class:`Shares` has it.
+    """Shares ``extra`` programs a head out among the longest rows; ``shares`` as :class:`Shares` has it.
 
-    A piece has as many keys that all rows' pieces beyond their first ones are ``EXTRA`` at the most.
+    A piece has as many keys that all rows' pieces beyond their first ones are ``extra`` at the most; they are
+    runtime numbers, so that one kernel does for all plans.
     """
     begin_kernel()
     r = tl.arange(0, BLOCK_ROWS)
@@ -157,7 +164,7 @@ def _share_kernel(
     if TILE > 0:
         shared = tl.load(prefixes + r, mask=r < rows, other=0)
     length -= _first_key(length, shared, WINDOW)
-    each = tl.maximum(tl.cdiv(tl.sum(length, 0), EXTRA), KEYS)
+    each = tl.maximum(tl.cdiv(tl.sum(length, 0), extra), keys)
     each = tl.cdiv(each, BLOCK_N) * BLOCK_N
     more = tl.maximum(tl.cdiv(length, each) - 1, 0)
     first = tl.cumsum(more, 0) - more
@@ -166,18 +173,18 @@ def _share_kernel(
     tl.store(shares + 1, tl.sum(more, 0))
     tl.store(shares + 2, tl.sum(cut, 0))
     items = shares + 3
-    tl.store(items + EXTRA + tl.cumsum(cut, 0) - cut, r, mask=more > 0)
-    tl.store(items + 2 * EXTRA + r, first, mask=r < rows)
+    tl.store(items + extra + tl.cumsum(cut, 0) - cut, r, mask=more > 0)
+    tl.store(items + 2 * extra + r, first, mask=r < rows)
     for piece in range(tl.max(more, 0)):
         tl.store(items + first + piece, r, mask=piece < more)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "most"])
 def _decode_kernel(
     qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, prefixes, rows,
-    scale, v_scale, softcap,
+    most, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, EXTRA: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
@@ -185,12 +192,12 @@ def _decode_kernel(
     program, head = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // V
     row, piece, there = program.to(tl.int64), program * 0, True
-    if EXTRA > 0:
+    if CUT:
         extra = program - rows
         there = extra < tl.load(shares + 1)
         if extra >= 0:
             row = tl.load(shares + 3 + extra, mask=there, other=0).to(tl.int64)
-            piece = extra + 1 - tl.load(shares + 3 + 2 * EXTRA + row)
+            piece = extra + 1 - tl.load(shares + 3 + 2 * most + row)
     if there:
         position = tl.load(positions + row)
         length = position + 1
@@ -200,7 +207,7 @@ def _decode_kernel(
         begin = _first_key(length, shared, WINDOW)
         end = length
         whole = True
-        if EXTRA > 0:
+        if CUT:
             each = tl.load(shares)
             whole = begin + each >= length
             if TILE > 0:
@@ -250,15 +257,15 @@ def _add_parts(
     return result, higher, total * fade + tl.sum(weights, 0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "most"])
 def _merge_kernel(
-    positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, rows,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, rows, most,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr,
+    PIECES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of the rows that were cut and the shared beginnings of rows that have one, ``PIECES`` at a time; their
-    sink joins them here, once. A program has ``HEADS`` heads of a row."""
+    """The pieces of the rows that were cut, ``FIRST`` and then ``PIECES`` at a time, and the shared beginnings of
+    rows that have one; their sink joins them here, once. A program has ``HEADS`` heads of a row."""
     begin_kernel()
     number, row = tl.program_id(0), tl.program_id(0).to(tl.int64)
     there = True
@@ -270,28 +277,43 @@ def _merge_kernel(
             shared = tl.load(prefixes + row)
             at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
         else:
-            row = tl.load(shares + 3 + EXTRA + number).to(tl.int64)
+            row = tl.load(shares + 3 + most + number).to(tl.int64)
         length = tl.load(positions + row) + 1
         count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
         if count + before > 1:
-            first = tl.load(shares + 3 + 2 * EXTRA + row)
+            first = tl.load(shares + 3 + 2 * most + row)
             h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
             head, known = tl.program_id(1) * HEADS + h, h < HEADS
             top = tl.full([BLOCK_H], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_H], tl.float32)
             result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-            for begin in range(0, count, PIECES):
-                piece = begin + tl.arange(0, PIECES)
-                part = tl.where(piece == 0, row, rows + first + piece - 1)
+            piece = tl.arange(0, FIRST)
+            part = tl.where(piece == 0, row, rows + first + piece - 1)
+            result, top, total = _add_parts(
+                result, top, total, parts, sums, part, piece < count, head, known, H, D, BLOCK_D
+            )
+            for begin in range(FIRST, count, PIECES):
+                more = begin + tl.arange(0, PIECES)
                 result, top, total = _add_parts(
-                    result, top, total, parts, sums, part, piece < count, head, known, H, D, BLOCK_D
+                    result,
+                    top,
+                    total,
+                    parts,
+                    sums,
+                    rows + first + more - 1,
+                    more < count,
+                    head,
+                    known,
+                    H,
+                    D,
+                    BLOCK_D,
                 )
             if TILE > 0:
                 for begin in range(0, before, PIECES):
-                    piece = begin + tl.arange(0, PIECES)
+                    common = begin + tl.arange(0, PIECES)
                     result, top, total = _add_parts(
-                        result, top, total, prefix_parts, prefix_sums, at + piece * TILE, piece < before, head, known,
-                        H, D, BLOCK_D,
+                        result, top, total, prefix_parts, prefix_sums, at + common * TILE, common < before,
+                        head, known, H, D, BLOCK_D,
                     )  # fmt: skip
             if SINKS:
                 total += add_sink(sinks, tl.minimum(head, H - 1), top)
@@ -511,13 +533,16 @@ def decode_plan(
     """
     rows = next((size for size in BATCH_SIZES if size >= rows), rows)
     programs = rows * kv_heads
-    accumulators = max(16, triton.next_power_of_2(heads)) * triton.next_power_of_2(size)
-    least = triton.next_power_of_2(triton.cdiv(accumulators, 2048))
+    accumulators = max(16, next_power_of_2(heads)) * next_power_of_2(size)
+    least = next_power_of_2(cdiv(accumulators, 2048))
     wide = 128 if size <= 128 else 64
     if programs <= multiprocessors:
         extra = max(1, (4 * multiprocessors - programs) // kv_heads)
         block, warps = (wide, 4) if width == 1 else (64, 2)
-        plan = DecodePlan(extra, FEW_KEYS, block, max(warps, least))
+        pieces = rows * (
+            cdiv(longest, max(block, FEW_KEYS)) - 1
+        )  # more than there can be would only be started
+        plan = DecodePlan(max(1, min(extra, pieces)), FEW_KEYS, block, max(warps, least))
     elif programs < 8 * multiprocessors:
         plan = DecodePlan(max(1, 2 * multiprocessors // kv_heads), 2048, wide, max(4, least))
     else:
@@ -564,7 +589,7 @@ class Shares:
             step.shares[key] = cls(table, rows)
             prefixes, tile = (table, 0) if prefix is None else (prefix.rows, prefix.tile)
             _share_kernel[(1,)](
-                step.positions, prefixes, rows, table, plan.extra, plan.keys, triton.next_power_of_2(rows), plan.block,
+                step.positions, prefixes, rows, table, plan.extra, plan.keys, next_power_of_2(rows), plan.block,
                 window or 0, tile, **LAUNCH,
             )  # fmt: skip
         shares: Shares = step.shares[key]
@@ -598,7 +623,7 @@ def attend(
     in_scale = out if in_scale is None else in_scale
     scales = cache.values if cache.scales is None else cache.scales
     dot = dot_type(qkv.dtype, cache.values.dtype)
-    block_d = max(32, triton.next_power_of_2(size))
+    block_d = max(32, next_power_of_2(size))
     shared = {
         "BLOCK_SIZE": block_size, "WINDOW": window or 0, "SOFTCAP": softcap is not None,
         "SINKS": sinks is not None, "KV_INT8": cache.scales is not None, "DOT": dot, "FORM": int(form),
@@ -622,19 +647,19 @@ def attend(
         bounded = {"maxnreg": REGISTERS} if small and not INTERPRETED else {}
         _decode_kernel[(decodes + extra, kv_heads)](
             qkv, step.slots, step.positions, step.tables, step.tables.stride(0), cache.values, scales, sinks,
-            out, in_scale, shares, parts, sums, prefixes, decodes, scale * cache.k_scale, cache.v_scale, softcap,
-            num_heads, kv_heads, size, block_d, max(16, triton.next_power_of_2(group)), plan.block,
-            EXTRA=extra, TILE=tile, PAIRS=cache.values.element_size() == 1, **shared,
+            out, in_scale, shares, parts, sums, prefixes, decodes, extra, scale * cache.k_scale, cache.v_scale, softcap,
+            num_heads, kv_heads, size, block_d, max(16, next_power_of_2(group)), plan.block,
+            CUT=extra > 0, TILE=tile, PAIRS=cache.values.element_size() == 1, **shared,
             num_warps=plan.warps, num_stages=3, **bounded, **LAUNCH,
         )  # fmt: skip
         if extra:
             # Where long rows alone are cut, there is hardly ever one: a thousand programs that find nothing take 7 us.
-            # Where most rows are, a program has all pieces at once.
-            heads, pieces = (group, 8) if plan.keys > FEW_KEYS and not tile else (1, 16 if tile else 64)
+            # Where most rows are, those of up to 2,048 keys have the first pieces only.
+            heads, first, pieces = (group, 8, 8) if plan.keys > FEW_KEYS and not tile else (1, 16, 64)
             _merge_kernel[(decodes if tile else min(decodes, extra), num_heads // heads)](
                 step.positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes,
-                num_heads, size, block_d, extra, pieces, window or 0, shared["SINKS"], int(form), tile, heads,
-                triton.next_power_of_2(heads), **LAUNCH,
+                extra, num_heads, size, block_d, first, 16 if tile else pieces, window or 0, shared["SINKS"], int(form),
+                tile, heads, next_power_of_2(heads), **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None and step.spans is None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)

@@ -39,7 +39,13 @@ from flightline.torch_engine.kernels.gpu.activation import (
     sum_parts,
     warps_of,
 )
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import (
+    INTERPRETED,
+    LAUNCH,
+    begin_kernel,
+    cdiv,
+    next_power_of_2,
+)
 from flightline.torch_engine.kernels.gpu.norm import add_and_norm
 from flightline.torch_engine.parallel.group import Boxes, Group
 
@@ -266,7 +272,7 @@ class Exchange:
         """
         rows, size = x.shape
         out, scales = new_output(rows, size, form, x)
-        block = triton.next_power_of_2(size)
+        block = next_power_of_2(size)
         parts, step = parts_of(delta)
         _exchange_kernel[(rows,)](
             x, delta, step, x if post is None else post, x if weight is None else weight,
@@ -283,7 +289,7 @@ class Exchange:
         if count > STACK_BLOCKS * STACK_BLOCK and self._beyond is not None:
             return self._beyond(x)
         out = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
-        _stack_kernel[(triton.cdiv(count, STACK_BLOCK),)](
+        _stack_kernel[(cdiv(count, STACK_BLOCK),)](
             x.view(torch.int32), out.view(torch.int32), count, self._box[self._sums_end :],
             self._stack_addresses, self._tags[MOST_ROWS:], self.tries,
             STACK_BLOCK, STACK_BLOCKS, self._rank, self.size, **LAUNCH,

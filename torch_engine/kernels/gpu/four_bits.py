@@ -17,7 +17,14 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from flightline.torch_engine.kernels.gpu.grouped import CodedLinear, GroupedPlan, Scratch, plans_of
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel, prefetch
+from flightline.torch_engine.kernels.gpu.launch import (
+    INTERPRETED,
+    LAUNCH,
+    OVERLAPS,
+    begin_kernel,
+    cdiv,
+    prefetch,
+)
 from flightline.torch_engine.model.coded import Coded
 
 QUARTERS = 4
@@ -237,7 +244,7 @@ class FourBitLinear(CodedLinear):
         return [dataclasses.replace(plan, rows=MANY_ROWS) for plan in plans]
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
-        _four_bit_product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(len(x), at_once))](
+        _four_bit_product_kernel[(self.outputs // plan.block_n, plan.splits, cdiv(len(x), at_once))](
             x, self.words, self.marks, out if self.bias is None else self.bias, out, len(x),
             self.outputs, self.inputs, self.group, self.tile, self.scale, self.minima,
             self.bias is not None, at_once, plan.block_n, plan.splits,

@@ -29,7 +29,7 @@ from flightline.torch_engine.kernels.gpu.attention import (
     weigh,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel, cdiv
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 ALIGNED = 128
@@ -208,7 +208,7 @@ def gather(cache: KVCache, step: AttentionInput, scratch: GatheredScratch) -> No
     """Lays the keys and values of the step's ``spans`` side by side."""
     assert step.spans is not None
     _, _, kv_heads, block_size, size = cache.values.shape
-    grid = (triton.cdiv(step.longest, ALIGNED), kv_heads, len(step.spans))
+    grid = (cdiv(step.longest, ALIGNED), kv_heads, len(step.spans))
     _gather_kernel[grid](
         step.tables, step.tables.stride(0), step.spans, cache.values,
         cache.values if cache.scales is None else cache.scales, scratch.keys, scratch.values, scratch.room,

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel, cdiv, next_power_of_2
 from flightline.torch_engine.model.coded import Coded
 
 FEW_ROWS = 128
@@ -383,7 +383,7 @@ class CodedLinear(ABC):
         plan = self.plan_of(rows)
         if plan is None:
             return F.linear(values, self.weight(), self.bias)
-        at_once = min(plan.rows, max(self.least_rows, triton.next_power_of_2(rows)))
+        at_once = min(plan.rows, max(self.least_rows, next_power_of_2(rows)))
         out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
         self.product(values, out, plan, at_once)
         return out
@@ -433,7 +433,7 @@ class GroupedLinear(CodedLinear):
         return plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (2, 4))
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
-        _product_kernel[(self.outputs // plan.block_n, plan.splits, triton.cdiv(len(x), at_once))](
+        _product_kernel[(self.outputs // plan.block_n, plan.splits, cdiv(len(x), at_once))](
             x, self.codes, self.scales, self.offsets, out if self.bias is None else self.bias, out, len(x),
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind),
             self.bias is not None, at_once, plan.block_n, plan.splits,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import parts_of, sum_parts, to_fp8
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
 
 HEADS_A_PROGRAM = 8
 
@@ -132,7 +132,7 @@ def row_means(qkv: torch.Tensor, num_heads: int, kv_heads: int, size: int, ranks
     parts, step = parts_of(qkv)
     together = (num_heads + kv_heads) * size
     _row_means_kernel[(rows,)](
-        qkv, step, means, ranks, width, num_heads * size, kv_heads * size, triton.next_power_of_2(together), parts,
+        qkv, step, means, ranks, width, num_heads * size, kv_heads * size, next_power_of_2(together), parts,
         **LAUNCH,
     )  # fmt: skip
     return means
@@ -238,15 +238,15 @@ def rotate_write(
         out = torch.empty_like(qkv) if norms_row and means is None else qkv
     else:
         out = torch.empty(qkv.shape[1:], dtype=dtype, device=qkv.device)
-    grid = (out.shape[0], triton.cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
+    grid = (out.shape[0], cdiv(num_heads + 2 * kv_heads, HEADS_A_PROGRAM))
     kind = cache.values.dtype
-    together = triton.next_power_of_2((num_heads + kv_heads) * size) if norms_row else 0
+    together = next_power_of_2((num_heads + kv_heads) * size) if norms_row else 0
     _rotate_write_kernel[grid](
         qkv, apart, out, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
         qkv if means is None else means, rope,
         step.slots, step.positions, step.tables, step.tables.stride(0),
         cache.values, cache.values if cache.scales is None else cache.scales, cache.k_scale, cache.v_scale, eps,
-        num_heads, kv_heads, size, triton.next_power_of_2(size // 2), HEADS_A_PROGRAM,
+        num_heads, kv_heads, size, next_power_of_2(size // 2), HEADS_A_PROGRAM,
         block_size, parts, q_norm is not None, together, means is not None,
         kind == torch.int8, kind == torch.float8_e4m3fn, **LAUNCH,
     )  # fmt: skip
@@ -263,4 +263,4 @@ def _scatter_kernel(target, updates, count, BLOCK: tl.constexpr):
 def scatter(target: torch.Tensor, updates: torch.Tensor) -> None:
     """``target.view(-1)[updates[0]] = updates[1]``; ``updates`` [2, count] int32."""
     count = updates.shape[1]
-    _scatter_kernel[(triton.cdiv(count, 256),)](target, updates, count, 256)
+    _scatter_kernel[(cdiv(count, 256),)](target, updates, count, 256)

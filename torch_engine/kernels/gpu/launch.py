@@ -20,6 +20,16 @@ LAUNCH = {"launch_pdl": True} if OVERLAPS else {}
 _OVERLAPS = tl.constexpr(OVERLAPS)
 
 
+def cdiv(number: int, by: int) -> int:
+    """Rounded up. Triton's own, which kernels can use, too, takes 5 us: a step that is no graph asks 360 times."""
+    return -(-number // by)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least one that is not less than a positive ``number``; Triton's takes 7 us."""
+    return 1 << (number - 1).bit_length()
+
+
 @triton.jit
 def begin_kernel():
     """Waits until the kernels before this one have ended, then lets the next one of the stream start its own wait.

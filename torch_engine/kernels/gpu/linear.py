@@ -15,7 +15,14 @@ from triton.language.extra import cuda
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, emit, new_output, warps_of
 from flightline.torch_engine.kernels.gpu.grouped import CodedLinear
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel, prefetch
+from flightline.torch_engine.kernels.gpu.launch import (
+    LAUNCH,
+    OVERLAPS,
+    begin_kernel,
+    cdiv,
+    next_power_of_2,
+    prefetch,
+)
 
 E4M3_MAX = 448.0
 INT8_MIN_ROWS = 32
@@ -156,7 +163,7 @@ def quantise(x: torch.Tensor, form: Form, in_scale: torch.Tensor | None = None) 
     """``x`` [T, N], contiguous, in another form."""
     rows, size = x.shape
     out, scales = new_output(rows, size, form, x)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     _quantise_kernel[(rows,)](
         x, out, scales, out if in_scale is None else in_scale, size, block, int(form),
         num_warps=warps_of(block), **LAUNCH,
@@ -189,8 +196,8 @@ def dequantise(
     """Sums of an int8 product times the scales of its rows [T] and columns [N], plus ``bias``: [T, N]."""
     rows, size = scales.shape[0], sums.shape[1]
     out = torch.empty(rows, size, dtype=dtype, device=sums.device)
-    block = min(triton.next_power_of_2(size), 1024)
-    _dequantise_kernel[(rows, triton.cdiv(size, block))](
+    block = min(next_power_of_2(size), 1024)
+    _dequantise_kernel[(rows, cdiv(size, block))](
         sums,
         scales,
         weight_scales,

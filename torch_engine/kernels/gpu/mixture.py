@@ -21,7 +21,7 @@ import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, parts_of, sum_parts, to_fp8
 from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, Kind, halves_of, rows_product
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
 from flightline.torch_engine.kernels.gpu.linear import CudaLinear, PlainLinear, quantise
 from flightline.torch_engine.kernels.gpu.norm import gate
 from flightline.torch_engine.kernels.gpu.steps import CudaStep
@@ -67,8 +67,8 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     splits = max(1, min(8, size // 256)) if few else 1
     out = torch.empty(splits, rows, experts, dtype=torch.float32, device=x.device)
     block_m, block_e = (16, 16) if few else (32, 32)
-    _router_kernel[(triton.cdiv(rows, block_m), triton.cdiv(experts, block_e), splits)](
-        x, weight, out, rows, experts, size, block_m, block_e, min(128, triton.next_power_of_2(size)), splits,
+    _router_kernel[(cdiv(rows, block_m), cdiv(experts, block_e), splits)](
+        x, weight, out, rows, experts, size, block_m, block_e, min(128, next_power_of_2(size)), splits,
         num_warps=4, num_stages=4, **LAUNCH,
     )  # fmt: skip
     return out
@@ -153,9 +153,9 @@ def route(
     weights = torch.empty(rows, mixture.chosen, dtype=torch.float32, device=logits.device)
     _route_kernel[(rows,)](
         logits, step, _or(bias, logits), _or(correction, logits), slots, idle, ids, weights,
-        experts, triton.next_power_of_2(experts), parts, mixture.chosen, triton.next_power_of_2(mixture.chosen),
+        experts, next_power_of_2(experts), parts, mixture.chosen, next_power_of_2(mixture.chosen),
         bias is not None, mixture.score == "sigmoid", correction is not None, mixture.groups,
-        triton.next_power_of_2(mixture.groups), mixture.kept_groups, mixture.normalise,
+        next_power_of_2(mixture.groups), mixture.kept_groups, mixture.normalise,
         float(mixture.scale), num_warps=1, **LAUNCH,
     )  # fmt: skip
     return ids, weights
@@ -343,8 +343,8 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
     """Sorts the pairs of ``ids`` [T, C] on the device, without saying to the host how many an expert has."""
     pairs = ids.numel()
     capacity = pairs + min(experts + 1, pairs) * (size - 1)
-    blocks = triton.cdiv(capacity, size)
-    bins = triton.next_power_of_2(experts + 2)
+    blocks = cdiv(capacity, size)
+    bins = next_power_of_2(experts + 2)
     order, owners, cursors = (
         torch.empty(count, dtype=torch.int32, device=ids.device) for count in (blocks * size, blocks, bins)
     )
@@ -363,7 +363,7 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
         num_warps=8,
         **LAUNCH,
     )
-    _place_kernel[(triton.cdiv(pairs, 256),)](ids, cursors, order, pairs, experts, 256, num_warps=4, **LAUNCH)
+    _place_kernel[(cdiv(pairs, 256),)](ids, cursors, order, pairs, experts, 256, num_warps=4, **LAUNCH)
     return Sorted(order, owners, size)
 
 
@@ -567,27 +567,27 @@ class CudaMixture:
         one, two = self.gate_up, self.down
         wide_n, size, inner = one.outputs, one.inputs, two.inputs
         block_n, block_k = 64, 256 if one.fp8 else 128
-        programs = ids.numel() * triton.cdiv(wide_n, block_n)
+        programs = ids.numel() * cdiv(wide_n, block_n)
         pieces = self._pieces(programs, one, block_k, MOST_PARTS)
         wide = torch.empty(pieces, ids.numel(), wide_n, dtype=torch.float32, device=x.device)
-        _rows_in_kernel[(ids.numel(), triton.cdiv(wide_n, block_n), pieces)](
+        _rows_in_kernel[(ids.numel(), cdiv(wide_n, block_n), pieces)](
             x, _or(one.input_scale, x), one.weight, _or(one.scales, x), _or(one.offsets, x), _or(one.bias, x), ids,
-            wide, wide_n, size, chosen, block_n, min(block_k, triton.next_power_of_2(size)),
+            wide, wide_n, size, chosen, block_n, min(block_k, next_power_of_2(size)),
             one.bias is not None, one.fp8, *one.cut, pieces,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
         read = self._gate(wide)
         # As many pieces as fill the device; each adds up some of a row's experts.
         splits = min(chosen, 4 if rows <= 4 else 2)
-        each = triton.cdiv(chosen, splits)
-        splits = triton.cdiv(chosen, each)
-        programs = rows * triton.cdiv(size, block_n) * splits
+        each = cdiv(chosen, splits)
+        splits = cdiv(chosen, each)
+        programs = rows * cdiv(size, block_n) * splits
         pieces = self._pieces(programs, two, block_k, MOST_PARTS // splits)
         out = self._room(splits * pieces, rows, size, x, torch.float32)
-        _rows_out_kernel[(rows, triton.cdiv(size, block_n), splits * pieces)](
+        _rows_out_kernel[(rows, cdiv(size, block_n), splits * pieces)](
             read, _or(two.input_scale, x), two.weight, _or(two.scales, x), _or(two.offsets, x), _or(two.bias, x), ids,
             shares, out, rows,
-            size, inner, chosen, each, block_n, min(block_k, triton.next_power_of_2(inner)),
+            size, inner, chosen, each, block_n, min(block_k, next_power_of_2(inner)),
             two.bias is not None, two.fp8, *two.cut, pieces,
             num_warps=4, num_stages=4, **LAUNCH,
         )  # fmt: skip
@@ -596,7 +596,7 @@ class CudaMixture:
     def _pieces(self, programs: int, linear: Experts, block_k: int, most: int) -> int:
         """Into how many pieces the inputs of so many programs are cut, so that the device has enough of them."""
         tile = linear.cut[1]
-        tiles = linear.inputs // tile if tile else triton.cdiv(linear.inputs, block_k)
+        tiles = linear.inputs // tile if tile else cdiv(linear.inputs, block_k)
         pieces = 1
         for more in range(2, min(most, tiles) + 1):
             if programs * pieces >= 3 * self.multiprocessors:
@@ -630,9 +630,9 @@ class CudaMixture:
     ) -> None:
         outputs, inputs = linear.outputs, linear.inputs
         block_n, warps, stages = block_plan(linear, sorted_.size)
-        block_n = min(block_n, triton.next_power_of_2(outputs))
-        block_k = min(128 if linear.fp8 else 64, triton.next_power_of_2(inputs))
-        _blocks_kernel[(len(sorted_.experts) * triton.cdiv(outputs, block_n),)](
+        block_n = min(block_n, next_power_of_2(outputs))
+        block_k = min(128 if linear.fp8 else 64, next_power_of_2(inputs))
+        _blocks_kernel[(len(sorted_.experts) * cdiv(outputs, block_n),)](
             x, _or(linear.input_scale, x), linear.weight, _or(linear.scales, x), _or(linear.offsets, x),
             _or(linear.bias, x), sorted_.order, sorted_.experts, shares, out, shares.numel(), rows,
             outputs, inputs, self.mixture.chosen, sorted_.size, block_n, block_k,
@@ -647,7 +647,7 @@ class CudaMixture:
         delta = writer(gate(wide, self.activation, self.dtype, writer.form, writer.input_scale))
         parts, step = parts_of(delta)
         rows, size = x.shape
-        block = triton.next_power_of_2(size)
+        block = next_power_of_2(size)
         _shared_kernel[(rows,)](
             x, _or(shared.gate, x), delta, step, out, size, block, parts, shared.gate is not None,
             num_warps=min(16, max(1, block // 512)), **LAUNCH,

@@ -19,7 +19,7 @@ from flightline.torch_engine.kernels.gpu.activation import (
     sum_parts,
     warps_of,
 )
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
 from flightline.torch_engine.model.mixture import CLAMPED_SLOPE
 
 _CLAMPED_SLOPE = tl.constexpr(CLAMPED_SLOPE)
@@ -94,7 +94,7 @@ def add_norm(
     """
     rows, size = x.shape
     out, scales = new_output(rows, size, form, x)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     parts, step = (0, 0) if delta is None else parts_of(delta)
     _add_norm_kernel[(rows,)](
         x, x if delta is None else delta, step, x if post is None else post, x if weight is None else weight,
@@ -116,7 +116,7 @@ def add_up(sums: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Partial sums [S, T, N] as one, in ``out`` [T, N]."""
     parts, step = parts_of(sums)
     block = 1024
-    _add_up_kernel[(triton.cdiv(out.numel(), block),)](sums, step, out, out.numel(), block, parts, **LAUNCH)
+    _add_up_kernel[(cdiv(out.numel(), block),)](sums, step, out, out.numel(), block, parts, **LAUNCH)
     return out
 
 
@@ -159,10 +159,10 @@ def gate(
     rows, size = gate_up.shape[-2], gate_up.shape[-1] // 2
     out, scales = new_output(rows, size, form, gate_up, dtype)
     parts, step = parts_of(gate_up)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     if scales is None:
         block = min(block, 1024)
-    grid = (rows, triton.cdiv(size, block))
+    grid = (rows, cdiv(size, block))
     _gate_kernel[grid](
         gate_up, step, out, scales, out if in_scale is None else in_scale,
         size, block, parts, activation == "silu", float(clamp or 0.0), int(form), num_warps=warps_of(block), **LAUNCH,

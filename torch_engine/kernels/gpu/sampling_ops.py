@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
 from flightline.torch_engine.kernels.gpu.sampling_cutoff import (
     begin_interval,
     gather_kernel,
@@ -336,9 +336,9 @@ def sample(
         choice: gets the tokens by row, and what is told about them.
     """
     rows, size = logits.shape
-    parts = triton.cdiv(size, PART)
-    span = min(SPLIT, triton.next_power_of_2(parts))
-    splits = triton.cdiv(parts, span)
+    parts = cdiv(size, PART)
+    span = min(SPLIT, next_power_of_2(parts))
+    splits = cdiv(parts, span)
     made = Scratch.empty(rows, parts, splits, logits.device)
     scales = made.tops if column_scales is None else column_scales
     where = (slots if logit_rows is None else logit_rows, slots, positions)
@@ -348,8 +348,8 @@ def sample(
         tables.edit_when, tables.edit_starts, tables.matched, tables.allowed,
     )  # fmt: skip
     grid = (rows, splits)
-    padded = max(triton.next_power_of_2(parts), 2)
-    padding = max(triton.next_power_of_2(splits), 2)
+    padded = max(next_power_of_2(parts), 2)
+    padding = max(next_power_of_2(splits), 2)
     interval = (made.arrived, made.ends, made.masses)
     _words_kernel[(rows,)](
         *where, tables.integers, tables.word_tokens, tables.word_ends, tables.ring, tables.matched, made.kept,
@@ -373,7 +373,7 @@ def sample(
         made.kept, made.bounds, made.cuts, made.unsettled, size, parts,
         logit_rows is not None, CANDIDATES, padded, num_warps=8, **LAUNCH,
     )  # fmt: skip
-    width = min(8, triton.next_power_of_2(parts))
+    width = min(8, next_power_of_2(parts))
     search_kernel[(rows,)](
         logits, scales, *where, *said, made.tops, made.lows, made.buffers, made.bounds, made.cuts, made.unsettled,
         *shape, width, CANDIDATES, padded, 4, num_warps=16 if width == 8 else 4, **LAUNCH,

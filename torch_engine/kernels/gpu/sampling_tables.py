@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flightline.torch_engine.kernels.gpu.launch import cdiv
+
 PART = 1024
 MOST_TOP = 20
 MOST_EDITS = 2048
@@ -201,7 +203,7 @@ def fork(tables: Tables, moves: torch.Tensor) -> None:
             rest of the row -1. No slot may be both.
     """
     vocab = tables.counts.shape[1]
-    parts = triton.cdiv(vocab, PART)
+    parts = cdiv(vocab, PART)
     _fork_kernel[(len(moves), parts)](
         moves, tables.integers, tables.floats, tables.seen, tables.counts, tables.edit_ids, tables.edit_values,
         tables.edit_when, tables.edit_starts, tables.word_tokens, tables.word_ends, tables.ring,

@@ -23,7 +23,7 @@ from flightline.torch_engine.kernels.gpu.attention import (
     meet,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
 
 LAUNCH_BYTES = 16_000_000
 """What a GPU reads in the time that the kernel more and the merge of all rows take at the least, about 4 us."""
@@ -100,7 +100,7 @@ class PrefixPlan:
         tile = PrefillPlan(32, 32, 4, 1) if dtype == torch.float32 else PrefillPlan(64, keys, 4, 1)
         a_key = size * cache.values.element_size() + (0 if cache.scales is None else 4)
         return cls(
-            tile, heads // kv_heads, triton.cdiv(2 * multiprocessors, kv_heads), 2 * kv_heads * a_key,
+            tile, heads // kv_heads, cdiv(2 * multiprocessors, kv_heads), 2 * kv_heads * a_key,
             2 * heads * (size + 1) * 4,
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ class PrefixPlan:
         """
         room, taken, tiles = self.items(decodes), [], 0
         for group in sorted(groups, key=lambda group: -len(group.rows) * group.blocks):
-            more = triton.cdiv(len(group.rows), self.rows)
+            more = cdiv(len(group.rows), self.rows)
             if tiles + more <= room and self._gain(group, LEAST_KEYS, block_size) > 0:
                 taken.append(group)
                 tiles += more
@@ -186,7 +186,7 @@ def attend_prefixes(
         qkv, step.slots, step.positions, step.tables, step.tables.stride(0), prefixes.members, prefixes.items,
         cache.values, cache.values if cache.scales is None else cache.scales, values, sums,
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
-        num_heads, kv_heads, size, max(32, triton.next_power_of_2(size)), tile.rows, tile.block, block_size,
+        num_heads, kv_heads, size, max(32, next_power_of_2(size)), tile.rows, tile.block, block_size,
         window or 0, softcap is not None, cache.scales is not None, dot_type(qkv.dtype, cache.values.dtype),
         tile.stages, num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
     )  # fmt: skip

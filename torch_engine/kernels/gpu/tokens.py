@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
 from flightline.torch_engine.parallel.group import Alone
 
 
@@ -40,8 +40,8 @@ def embed(
     """Embeddings [T, N] of ``ids`` [T]; a negative id means the token last sampled for the row's slot."""
     size = table.shape[1]
     out = torch.empty(ids.shape[0], size, dtype=table.dtype, device=table.device)
-    block = min(triton.next_power_of_2(size), 1024)
-    grid = (ids.shape[0], triton.cdiv(size, block))
+    block = min(next_power_of_2(size), 1024)
+    grid = (ids.shape[0], cdiv(size, block))
     _embed_kernel[grid](ids, slots, last, table, out, factor, size, block, **LAUNCH)
     return out
 
@@ -114,8 +114,8 @@ def argmax(
     rows, size = logits.shape
     group = group or Alone()
     block = 1024
-    parts = max(4, min(64, triton.next_power_of_2(triton.cdiv(size, block))))
-    each = triton.cdiv(triton.cdiv(size, parts), block) * block
+    parts = max(4, min(64, next_power_of_2(cdiv(size, block))))
+    each = cdiv(cdiv(size, parts), block) * block
     best = torch.empty(2, rows, parts, dtype=torch.float32, device=logits.device)
     places = best[1].view(torch.int32)
     scales = best if column_scales is None else column_scales
@@ -127,7 +127,7 @@ def argmax(
     everyone = group.stack(best)  # bits: a place is not a number here
     _argmax_merge_kernel[(rows,)](
         everyone[0, 0], everyone[0, 1].view(torch.int32), slots, last, tokens, 2 * rows * parts,
-        group.size, parts, triton.next_power_of_2(group.size * parts), num_warps=1, **LAUNCH,
+        group.size, parts, next_power_of_2(group.size * parts), num_warps=1, **LAUNCH,
     )  # fmt: skip
 
 

@@ -48,9 +48,19 @@ def carried_out(text: str, inputs: dict[str, torch.Tensor], dtype: torch.dtype) 
         target, *read = operands
         values = [registers[each] if each in registers else int(each, 0) for each in read]
         if name == "mov.b32":
-            registers[target] = torch.full_like(inputs["$4"], values[0])
+            registers[target] = torch.full_like(next(iter(inputs.values())), values[0])
         elif name == "shr.b32":
             registers[target] = values[0] >> values[1]
+        elif name == "mul.lo.u32":
+            registers[target] = values[0] * values[1] & 0xFFFFFFFF
+        elif name == "and.b32":
+            registers[target] = values[0] & values[1]
+        elif name == "prmt.b32":  # bytes 0 to 3 are the first operand's, which the second's 0 follow
+            assert values[1] == 0
+            picked = [values[2] >> 4 * at & 15 for at in range(4)]
+            registers[target] = sum(
+                (values[0] >> 8 * byte & 0xFF if byte < 4 else 0) << 8 * at for at, byte in enumerate(picked)
+            )
         elif name == "lop3.b32":
             registers[target] = lop3(*values)
         else:
@@ -77,6 +87,27 @@ def test_assembly_takes_every_word_apart(dtype: torch.dtype) -> None:
         low, high = numbers(registers[f"${quarter}"], dtype).long()
         assert torch.equal(low, (words >> 4 * quarter & 15) - zeros)
         assert torch.equal(high, (others >> 4 * quarter & 15) - (15 - zeros))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_assembly_scales_every_pair_of_floats(half: int) -> None:
+    """Each byte in each of its four places, with scales of all sizes that MXFP4 has where the product is a number."""
+    from flightline.torch_engine.kernels.gpu import grouped
+
+    floats = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    floats = torch.cat([floats, -floats])
+    codes = torch.arange(2**16)
+    places = [codes & 0xFF, codes >> 8, 255 - (codes & 0xFF), (codes + 77) & 0xFF]
+    word = sum(byte << 8 * at for at, byte in enumerate(places))
+    scales = [2.0 ** (codes // (13 + at) % 240 - 120) for at in range(4)]
+    bits = [scale.to(torch.bfloat16).view(torch.int16).long() for scale in scales]
+    inputs = {"$2": word, "$3": pairs(*bits[:2]), "$4": pairs(*bits[2:])}
+    registers = carried_out([grouped.LOWER, grouped.UPPER][half].value, inputs, torch.bfloat16)
+    made = [*numbers(registers["$0"], torch.bfloat16), *numbers(registers["$1"], torch.bfloat16)]
+    for got, byte, scale in zip(made, places, scales, strict=True):
+        expected = (floats[byte >> 4 * half & 15].double() * scale).to(torch.bfloat16)
+        assert torch.equal(got, expected)
+        assert torch.equal(got.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize(

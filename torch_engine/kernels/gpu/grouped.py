@@ -20,7 +20,14 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, OVERLAPS, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import (
+    INTERPRETED,
+    LAUNCH,
+    OVERLAPS,
+    begin_kernel,
+    cdiv,
+    next_power_of_2,
+)
 from flightline.torch_engine.model.coded import Coded
 
 FEW_ROWS = 128
@@ -31,6 +38,7 @@ WIDEST = 128
 """Most inputs of a tile."""
 
 _OVERLAPS = tl.constexpr(OVERLAPS)
+_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 class Kind(IntEnum):
@@ -141,12 +149,42 @@ def _from_e2m1(codes, half: tl.constexpr, like: tl.constexpr):
     return ((size | sign).to(KIND, bitcast=True) * MORE).to(like)
 
 
+def assembly(half: int) -> str:
+    """PTX that turns a half of each of four bytes, $2, into numbers in bfloat16, times the scales $3 and $4.
+
+    As :func:`_from_e2m1`, but for two codes in one instruction, which are first moved to words of their own. One
+    multiplication moves copies of a code to where its size and its sign belong.
+    """
+    mask, copies = ("0x000f000f", "0x1040") if half == 0 else ("0x00f000f0", "0x0104")
+    scaled = [
+        f"prmt.b32 codes, $2, 0, {picked}; and.b32 codes, codes, {mask}; mul.lo.u32 codes, codes, {copies}; "
+        f"and.b32 codes, codes, 0x81c081c0; fma.rn.bf16x2 codes, codes, more, nothing; "
+        f"fma.rn.bf16x2 ${word}, codes, ${3 + word}, nothing;"
+        for word, picked in enumerate(("0x4140", "0x4342"))
+    ]
+    registers = ".reg .b32 codes, more, nothing; mov.b32 more, 0x7e807e80; mov.b32 nothing, 0x80008000;"
+    return f"{{ {registers} {' '.join(scaled)} }}"
+
+
+LOWER, UPPER = tl.constexpr(assembly(0)), tl.constexpr(assembly(1))
+
+
 @triton.jit
 def _scaled_numbers(codes, half: tl.constexpr, KIND: tl.constexpr, scale, like: tl.constexpr):
     """Codes that are floats, of rows with a ``scale`` each, as numbers of the compute dtype, rounded once: as the
     weight that is written out for the library has them."""
     if KIND == E4M3:
         numbers = codes.to(tl.float32) * scale.to(tl.float32)[:, None]
+    elif _ASSEMBLY and like == tl.bfloat16 and scale.dtype == tl.bfloat16:
+        scales = tl.broadcast_to(scale[:, None], codes.shape)
+        numbers = tl.inline_asm_elementwise(
+            LOWER if half == 0 else UPPER,
+            "=r,=r,r,r,r",
+            [codes, scales],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
     else:
         numbers = _from_e2m1(codes, half, like) * scale[:, None]
     return numbers.to(like)

@@ -196,7 +196,7 @@ def _gathered_kernel(
     )  # fmt: skip
     result, top, total = _advance(
         q, result, top, total, edge, end, end, first + token, place, keys, values, scales, softcap,
-        BLOCK_N, SOFTCAP, FP8, 1, True,
+        BLOCK_N, SOFTCAP, FP8, STAGES, True,
     )  # fmt: skip
     if SINKS:  # rows of nobody have seen nothing
         total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))

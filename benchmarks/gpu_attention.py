@@ -5,7 +5,7 @@
 A prompt is computed in chunks of ``--chunk`` tokens over a cache in the form that the engine has it. TFLOP/s count
 the scores and weighted sums that a causal mask leaves; the roofs are the H200's dense ones, 989 TFLOP/s in bf16 and
 1,979 in FP8. Every plan's result is compared with the first one's. Of decodes the table has the bytes of keys and
-values a second, with the rows cut by their length and uncut; of decodes that share their first keys the time with
+values a second, with the plan that is taken and with others; of decodes that share their first keys the time with
 each for itself and together. ``--tiny`` tries all of it in Triton's interpreter, where times mean nothing:
 
     TRITON_INTERPRET=1 python3 benchmarks/gpu_attention.py --tiny
@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
-from flightline.torch_engine.kernels.gpu.attention import PrefillPlan  # noqa: E402
+from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan  # noqa: E402
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, gathered_plans  # noqa: E402
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache  # noqa: E402
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
@@ -133,31 +134,35 @@ def checked(
 
 
 def libraries(options: argparse.Namespace, spec: Any) -> None:
-    """PyTorch's attention by cuDNN and by FlashAttention over dense keys and values, a chunk without those before it:
-    what a library would give, conversion and gathering not counted."""
-    for length in options.lengths:
-        tokens = min(length, options.chunk)
-        shape = (1, spec.num_heads, tokens, spec.head_dim)
-        q, k, v = (torch.randn(shape, dtype=torch.float16, device=DEVICE) for _ in range(3))
+    """PyTorch's attention by cuDNN and by FlashAttention over dense keys and values in fp16: a chunk of a prompt, and
+    the same chunk over what came before it. What a library would give, conversion and gathering not counted."""
+    tokens = min(max(options.lengths), options.chunk)
+    queries = torch.randn(1, spec.num_heads, tokens, spec.head_dim, dtype=torch.float16, device=DEVICE)
+    for context in sorted({0, *(length - tokens for length in options.lengths if length > tokens)}):
+        shape = (1, spec.num_kv_heads, context or tokens, spec.head_dim)
+        keys, values = (torch.randn(shape, dtype=torch.float16, device=DEVICE) for _ in range(2))
+        pairs = tokens * (context or (tokens + 1) / 2)
         for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
             try:
                 with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, name)):
-                    run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+                    run = partial(
+                        F.scaled_dot_product_attention,
+                        queries,
+                        keys,
+                        values,
+                        is_causal=not context,
+                        enable_gqa=True,
+                    )
                     run()
                     seconds = in_a_graph(run, 3)
             except RuntimeError as error:
                 report(part="refused", plan=name, error=str(error)[:300])
                 continue
-            rate = flops(0, tokens, spec.num_heads, spec.head_dim) / seconds
+            rate = 4.0 * spec.num_heads * spec.head_dim * pairs / seconds
             report(
-                part="library",
-                name=name,
-                tokens=tokens,
-                layer_ms=round(seconds * 1e3, 3),
+                part="library", name=name, tokens=tokens, before=context, layer_ms=round(seconds * 1e3, 3),
                 tflops=round(rate / 1e12, 1),
-            )
-        if length >= options.chunk:
-            break
+            )  # fmt: skip
 
 
 def shared(spec: Any, kind: str) -> None:
@@ -209,22 +214,33 @@ def decodes(spec: Any, kind: str) -> None:
             len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, cache.values.element_size(),
             multiprocessors(), 131_072,
         )  # fmt: skip
-        uncut = attention.DecodePlan(0, 0, plan.block, plan.warps)
-        outputs = {}
-        for cut, one in ((True, plan), (False, uncut)):
-            run = partial(
-                attention.attend, qkv, cache, where, spec.num_heads, spec.attention_scale, None, None, one
-            )
-            outputs[cut] = run().float()
-            seconds = in_a_graph(run)
+        results = {}
+        for way, (one, registers) in decode_ways(plan).items():
+            bound, attention.REGISTERS = attention.REGISTERS, registers
+            try:
+                run = partial(
+                    attention.attend, qkv, cache, where, spec.num_heads, spec.attention_scale, None, None, one
+                )
+                results[way] = run().float()
+                seconds = in_a_graph(run)
+            finally:
+                attention.REGISTERS = bound
             size = cache.values.element_size() * spec.head_dim + (4 if kind == "int8" else 0)
             read = 2 * sum(lengths) * spec.num_kv_heads * size
             report(
-                part="decode", kv=kind, rows=name, cut=cut, plan=str(one), layer_us=round(seconds * 1e6, 1),
-                gb_per_s=round(read / seconds / 1e9),
+                part="decode", kv=kind, rows=name, way=way, plan=str(one), layer_us=round(seconds * 1e6, 1),
+                gb_per_s=round(read / seconds / 1e9), difference=difference(results[way], results["taken"]),
             )  # fmt: skip
-        worst = float((outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max())
-        report(part="decode difference", kv=kind, rows=name, difference=worst)
+
+
+def decode_ways(plan: DecodePlan) -> dict[str, tuple[DecodePlan, int]]:
+    """Plans, and the most registers of a thread: the one that is taken, that without a bound, and others."""
+    bound = attention.REGISTERS
+    ways = {"taken": (plan, bound), "any registers": (plan, 255), "uncut": (replace(plan, extra=0), bound)}
+    for block, warps in ((32, 1), (64, 2), (128, 4)):
+        if not INTERPRETED and (block, warps) != (plan.block, plan.warps):
+            ways[f"{block} keys, {warps} warps"] = replace(plan, block=block, warps=warps), bound
+    return ways
 
 
 def make_tiny(options: argparse.Namespace) -> None:
@@ -294,16 +310,17 @@ def main() -> None:
         if one["part"] == "shared":
             cells = [one[key] for key in ("kv", "rows", "alone_us", "together_us", "difference")]
             print("| " + " | ".join(map(str, cells)) + " |")
-    print("\n| library | tokens | ms a layer | TFLOP/s |\n|---|--:|--:|--:|")
+    print("\n| library | tokens | over so many before | ms a layer | TFLOP/s |\n|---|--:|--:|--:|--:|")
     for one in results:
         if one["part"] == "library":
-            print(f"| {one['name']} | {one['tokens']} | {one['layer_ms']} | {one['tflops']} |")
-    print("\n| KV cache | decodes | cut by length | us a layer | GB/s |")
-    print("|---|---|---|--:|--:|")
+            cells = [one[key] for key in ("name", "tokens", "before", "layer_ms", "tflops")]
+            print("| " + " | ".join(map(str, cells)) + " |")
+    print("\n| KV cache | decodes | plan | us a layer | GB/s | difference |")
+    print("|---|---|---|--:|--:|--:|")
     for one in results:
         if one["part"] == "decode":
-            cells = [one[key] for key in ("kv", "rows", "cut", "layer_us", "gb_per_s")]
-            print("| " + " | ".join(map(str, cells)) + " |")
+            cells = [one[key] for key in ("kv", "rows", "way", "layer_us", "gb_per_s")]
+            print("| " + " | ".join(map(str, cells)) + f" | {one['difference']:.1e} |")
 
 
 if __name__ == "__main__":

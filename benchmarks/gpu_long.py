@@ -80,6 +80,8 @@ class Side(Protocol):
 
     gaps: tuple[int, ...]
     """Values of MAX_GAP_MS that it can be asked for; (0,): it has none."""
+    steps: list[list[float]]
+    """Of bounded gaps: tokens, the mean of what they see, ms, ms expected, margin, whether the host was in time."""
 
     def describe(self) -> str: ...
 
@@ -106,7 +108,17 @@ class Ours:
         from flightline.torch_engine.engine import Engine, freeze_garbage_collector
         from flightline.torch_engine.text.stream import TokenBytes
 
-        self._request, self._times = GenerationRequest, StepTimes
+        class Recorded(StepTimes):
+            """Remembers all steps with prompts, and what was expected of them."""
+
+            def observe(times, work: Any, seconds: float, prompts: bool, sure: bool = True) -> None:
+                if prompts:
+                    expected = (1e3 * times.expected(work), times.margin)
+                    seen = (work.tokens, work.pairs / work.tokens, 1e3 * seconds, *expected)
+                    self.steps.append([*(round(value, 2) for value in seen), sure])
+                super().observe(work, seconds, prompts, sure)
+
+        self._request, self._times, self.steps = GenerationRequest, Recorded, []
         if tiny:
             spec = scaled_down(LLAMA_8B)
             where: dict[str, Any] = {
@@ -152,6 +164,7 @@ class Ours:
 
 class Vllm:
     gaps = (0,)
+    steps: list[list[float]] = []  # noqa: RUF012
 
     def __init__(self, tiny: bool) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
@@ -339,6 +352,8 @@ class Cases:
             yield figure(f"gap p{share:g}, ms{said}", [1e3 * value], False)
         yield figure(f"longest gap, ms{said}", [1e3 * gaps[-1]], False)
         yield figure(f"first token beside streams, s{said}", waits, False)
+        if bound:
+            yield {"steps": side.steps}
 
 
 def repeats(tokens: int) -> int:

@@ -79,6 +79,8 @@ MOST_APART = 0.02
 """A way to compute attention whose results differ by more from the usual one's is not used: rounding explains less."""
 MOST_APART_FP8 = 0.08
 """The same of scores in FP8, for which the tuning's queries are rounded to 4 significant bits: 0.03 is usual."""
+MOST_TRIED = 512
+"""Rows of the output head that are tried at load: logits of more take memory that only full steps have a use for."""
 FEWEST = 8
 """Rows at which products for few rows are timed."""
 TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256)
@@ -504,7 +506,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         for linears in _by_kind(layers).values():
             for rows in _sorts(tokens):
                 linears[0](self._blank(linears[0], rows))
-        for rows in _sorts(samples):
+        for rows in _sorts(min(samples, MOST_TRIED)):
             head(self._blank(head, rows))
         if self.device.type == "cuda":
             torch.cuda.synchronize()

@@ -29,6 +29,7 @@ class OneTokenAStep:
     gaps = (0, 50)
 
     def __init__(self) -> None:
+        self.steps: list[list[float]] = []
         self.prompts: list[list[int]] = []
         self.left: dict[str, int] = {}
         self.bounds: list[int] = []
@@ -46,11 +47,14 @@ class OneTokenAStep:
 
     def bound_gaps(self, milliseconds: int) -> None:
         self.bounds.append(milliseconds)
+        self.steps.append([milliseconds])
 
 
 def figures(script: ModuleType, case: str) -> tuple[OneTokenAStep, dict[str, dict]]:
     side = OneTokenAStep()
-    found = {line["what"]: line for line in script.Cases(side, script.TINY).run(case)}
+    lines = list(script.Cases(side, script.TINY).run(case))
+    assert [line["steps"] for line in lines if "what" not in line] == [side.steps] * (case == "gaps")
+    found = {line["what"]: line for line in lines if "what" in line}
     assert found and all(line["value"] > 0 for line in found.values())
     return side, found
 

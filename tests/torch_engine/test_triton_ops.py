@@ -43,6 +43,7 @@ if RUNS:
         PrefillPlan,
         Shares,
         attend,
+        decode_plan,
         long_prefill_plans,
     )
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
@@ -560,6 +561,19 @@ class TestKernels:
             results.append(out.float())
         assert results[1].isfinite().all()
         close(results[1], results[0], 4e-2 if form else 1e-2 if ON_GPU else 1e-5)
+
+    def test_no_more_pieces_are_started_than_there_are_keys_for(self) -> None:
+        """On a device of 132 multiprocessors, 8 key/value heads of 4 queries each, FP8."""
+
+        def plan(rows: int, longest: int, width: int = 1) -> DecodePlan:
+            return decode_plan(rows, 8, 4, 128, width, 132, longest)
+
+        assert [plan(1, keys).extra for keys in (64, 256, 2048, 100_000)] == [0, 1, 15, 65]
+        assert plan(16, 2048) == plan(16, 100_000), "they are enough for any context: one graph does"
+        assert (plan(1, 2048).block, plan(1, 2048, width=2).block) == (128, 64)
+        assert plan(64, 2048).extra == 0 < plan(64, 100_000).extra, "a long row is cut, whatever is beside it"
+        assert plan(256, 2048).extra == 0 < plan(256, 100_000).extra
+        assert plan(9, 100_000) == plan(16, 100_000), "that of the next larger graph"
 
     def test_many_pieces_of_a_row_are_merged(self) -> None:
         """More than a program adds up at once; all but the last as long as each other."""

@@ -514,7 +514,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768,
 
 
 REGISTERS = 128
-"""Of a thread of a decode: 16 warps run on a multiprocessor then. Left alone the compiler takes a few more, for what is
+"""Of a thread of a decode: 16 warps run on a multiprocessor then. Left alone the compiler takes up to 168, for what is
 behind the loop, and with 12 warps 64 rows of 4,000 keys are two waves instead of one (171 us and not 130)."""
 FEW_KEYS = 64
 """Of a piece where most rows are cut."""

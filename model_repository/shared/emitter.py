@@ -2,7 +2,9 @@
 
 The engine's reader thread only files output; one emitter thread sends it. Sending is a round trip to
 the server process, so while one response is on its way the next tokens of a request merge: one
-response a token when idle, several tokens in one under load. Nothing here blocks the engine.
+response a token when idle, several tokens in one under load. Beginnings and ends of answers go before
+what is between: somebody waits for them, with nothing to read or with a place in the engine to fill.
+Nothing here blocks the engine.
 """
 
 from __future__ import annotations
@@ -96,6 +98,8 @@ class Emitter:
         self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         self._changed = threading.Condition()
         self._ready: deque[Generation] = deque()
+        self._first: deque[Generation] = deque()
+        """Of the ready ones, those whose output begins or ends their answer; these may stand in ``_ready``, too."""
         self._active: set[Generation] = set()
         self._closed = False
         self._thread = vital(self._run, "emitter")
@@ -161,10 +165,13 @@ class Emitter:
                 generation.pending = output
             else:
                 generation.pending.extend(output)
-            if generation.stream or output.finish_reason is not None:
-                if not generation.queued_at:
+            ends = output.finish_reason is not None
+            if generation.stream or ends:
+                waits = generation.queued_at > 0
+                if ends or not waits:
+                    (self._first if ends or generation.first else self._ready).append(generation)
+                if not waits:
                     generation.queued_at = time.monotonic()
-                    self._ready.append(generation)
                     self._changed.notify()
                 elif time.monotonic() - generation.queued_at > self._abandon_after_s:
                     abandoned = True
@@ -175,11 +182,11 @@ class Emitter:
         next_check = time.monotonic() + self._check_period_s
         while True:
             with self._changed:
-                if not self._ready and not self._closed:
+                if not (self._first or self._ready or self._closed):
                     self._changed.wait(max(0.0, next_check - time.monotonic()))
                 if self._closed:
                     break
-                taken = self._take() if self._ready else None
+                taken = self._take()
             if taken is not None:
                 self._send(*taken)
             if time.monotonic() >= next_check:
@@ -189,13 +196,16 @@ class Emitter:
         for generation in list(self._active):
             self._send(generation, RequestOutput(finish_reason=FinishReason.ERROR, error=closing))
 
-    def _take(self) -> tuple[Generation, RequestOutput]:
-        """The next generation with output, and all the output that waits; under the lock."""
-        generation = self._ready.popleft()
-        output = generation.pending
-        assert output is not None, "only generations with output are queued"
-        generation.pending, generation.queued_at = None, 0.0
-        return generation, output
+    def _take(self) -> tuple[Generation, RequestOutput] | None:
+        """The next generation with output, and all the output that waits for it; under the lock."""
+        for queue in (self._first, self._ready):
+            while queue:
+                generation = queue.popleft()
+                output = generation.pending
+                if output is not None:  # else it went with its end
+                    generation.pending, generation.queued_at = None, 0.0
+                    return generation, output
+        return None
 
     def _check(self) -> None:
         try:

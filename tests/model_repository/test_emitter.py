@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,4 +188,61 @@ def test_checks_that_fail_do_not_end_the_emitter(capsys: pytest.CaptureFixture[s
     sender = Sender()
     emitter.refuse(Reply(sender), RequestError(Code.INVALID_ARG, "no"))
     assert sender.ended.is_set()
+    emitter.close()
+
+
+class Held(Sender):
+    """Its first send waits, and all senders write down the order in one list."""
+
+    def __init__(self, order: list[str], go: threading.Event | None = None) -> None:
+        super().__init__()
+        self.order, self.go, self.holds = order, go, threading.Event()
+
+    def send(self, response: object = None, flags: int = 0) -> None:
+        if self.go is not None:
+            self.holds.set()
+            assert self.go.wait(30)
+        self.order.append(str(response))
+        super().send(response, flags)
+
+
+def test_beginnings_and_ends_go_before_what_is_between() -> None:
+    engine, order, go = Answering(), [], threading.Event()
+    engine.submit = lambda request, on_output: engine.callbacks.append(on_output)  # type: ignore[method-assign]
+    emitter = Emitter(triton(), engine)
+
+    def start(name: str, sender: Sender) -> Callable[[str, bool], None]:
+        def write(output: RequestOutput, first: bool) -> str:
+            return f"{name}:{output.text}"
+
+        emitter.start(Generation(Reply(sender), GenerationRequest([1], 1), True, write))
+        say = engine.callbacks[-1]
+        return lambda text, ends=False: say(
+            RequestOutput(text=text, finish_reason=FinishReason.LENGTH if ends else None)
+        )
+
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(order) < count:
+            assert time.monotonic() < deadline, order
+            time.sleep(0.001)
+
+    senders = [Held(order) for _ in range(4)]
+    early, late, new, both = (start(name, sender) for name, sender in zip("elnb", senders, strict=True))
+    for number, say in enumerate((early, late, both)):
+        say("1")
+        wait_for(number + 1)
+    plug = Held(order, go)
+    start("p", plug)("1")
+    assert plug.holds.wait(30)
+    for say in (early, late, both):
+        say("2")
+    new("1")
+    late("3", True)
+    both("3", True)
+    go.set()
+    for sender in (senders[1], senders[3]):
+        assert sender.ended.wait(30)
+    wait_for(8)
+    assert order[3:] == ["p:1", "n:1", "l:23", "b:23", "e:2"], "each ending took what waited for it along"
     emitter.close()

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.kernel_groups import microseconds_by_kernel  # noqa: E402
 from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
 from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan  # noqa: E402
@@ -44,6 +45,7 @@ from flightline.torch_engine.kernels.gpu.timing import (  # noqa: E402
     prefill_seconds,
     prompt_attention,
     random_qkv,
+    shared_attention,
     shared_seconds,
 )
 
@@ -170,15 +172,18 @@ def shared(spec: Any, kind: str) -> None:
     for name, (count, common) in SHARED.items():
         blocks, own = common // BLOCK_SIZE, -(-100 // BLOCK_SIZE)
         cache = new_cache(kind, blocks + count * own, spec.num_kv_heads, spec.head_dim)
-        plan = PrefixPlan.of(cache, spec.num_heads, DTYPE, multiprocessors())
-        alone, together, apart = shared_seconds(
-            plan, spec, cache, count, blocks, own, DTYPE, multiprocessors()
-        )
-        pays = plan.lay_out([Group(np.arange(count), blocks)], count, BLOCK_SIZE) is not None
-        report(
-            part="shared", kv=kind, rows=name, alone_us=round(alone * 1e6, 1), together_us=round(together * 1e6, 1),
-            expected_to_pay=pays, difference=apart,
-        )  # fmt: skip
+        usual = PrefixPlan.of(cache, spec.num_heads, DTYPE, multiprocessors())
+        pays = usual.lay_out([Group(np.arange(count), blocks)], count, BLOCK_SIZE) is not None
+        for plan in (usual, *usual.others(DTYPE, spec.head_dim)):
+            shape = (spec, cache, count, blocks, own, DTYPE, multiprocessors())
+            alone, together, apart = shared_seconds(plan, *shape)
+            if math.isinf(together):
+                continue
+            kernels = {} if INTERPRETED else microseconds_by_kernel(shared_attention(plan, *shape)[1])
+            report(
+                part="shared", kv=kind, rows=name, plan=named(plan.tile), alone_us=round(alone * 1e6, 1),
+                together_us=round(together * 1e6, 1), expected_to_pay=pays, difference=apart, kernels_us=kernels,
+            )  # fmt: skip
 
 
 def multiprocessors() -> int:
@@ -304,11 +309,12 @@ def main() -> None:
             ]
             print("| " + " | ".join(map(str, cells)) + " |")
     print(
-        "\n| KV cache | decodes sharing | alone, us a layer | together | difference |\n|---|---|--:|--:|--:|"
+        "\n| KV cache | decodes sharing | plan | alone, us a layer | together | difference |"
+        "\n|---|---|---|--:|--:|--:|"
     )
     for one in results:
         if one["part"] == "shared":
-            cells = [one[key] for key in ("kv", "rows", "alone_us", "together_us", "difference")]
+            cells = [one[key] for key in ("kv", "rows", "plan", "alone_us", "together_us", "difference")]
             print("| " + " | ".join(map(str, cells)) + " |")
     print("\n| library | tokens | over so many before | ms a layer | TFLOP/s |\n|---|--:|--:|--:|--:|")
     for one in results:

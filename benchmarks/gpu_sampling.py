@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.kernel_groups import microseconds_by_kernel
 from benchmarks.kinds import ALL, request_fields
 from flightline.torch_engine.core.request import GenerationRequest
 from flightline.torch_engine.core.sequence import Sequence
@@ -72,17 +73,6 @@ def microseconds(queue: Callable[[], None], repeats: int) -> float:
     return statistics.median(times[3:])
 
 
-def by_kernel(queue: Callable[[], None]) -> dict[str, float]:
-    """Microseconds of each kernel in a step."""
-    queue()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(5):
-            queue()
-        torch.cuda.synchronize()
-    return {event.key: round(event.self_device_time_total / 5 / SETS, 1) for event in profile.key_averages()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", default=",".join(ALL))
@@ -101,7 +91,13 @@ def main() -> None:
         for kind in kinds
     }
     split = {
-        kind: {count: by_kernel(step(kind, count, options.spread)) for count in rows}
+        kind: {
+            count: {
+                name: round(us / SETS, 1)
+                for name, us in microseconds_by_kernel(step(kind, count, options.spread)).items()
+            }
+            for count in rows
+        }
         for kind in filter(None, options.kernels.split(","))
     }
     if options.out:

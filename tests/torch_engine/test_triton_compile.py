@@ -103,7 +103,9 @@ for sequences in (1, 64, 256):
     attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
 prefix_plan = PrefixPlan.of(cache, 32, bf16, 132)
 step.prefixes = SharedPrefixes(torch.zeros(3, 4, dtype=torch.int32), ints, torch.zeros(2, 4, dtype=torch.int32))
-prefix = attend_prefixes(qkv, cache, step, 32, 0.1, None, None, prefix_plan)
+for plan in (*prefix_plan.others(bf16, 128), prefix_plan):
+    prefix = attend_prefixes(qkv, cache, step, 32, 0.1, None, None, plan)
+plan = decode_plan(256, 8, 4, 128, cache.values.element_size(), 132, 100_000)
 attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one, prefix=prefix)
 if hopper:
     step.spans, step.offsets = torch.zeros(1, 4, dtype=torch.int32), ints

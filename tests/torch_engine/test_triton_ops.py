@@ -1142,6 +1142,14 @@ class TestTuning:
         assert kernels.gathered.keys == padded(80 + 2 * 20) and kernels.prefix is not None
         assert "over gathered keys: 10 -> 8 us" in said and "shared prefixes: 50 -> 30 us" in said
 
+    def test_shared_prefixes_take_the_fastest_plan(self, engine, monkeypatch) -> None:
+        usual = engine.kernels.prefix_plan(engine.model.spec, engine.runner.caches[0])
+        ahead = dataclasses.replace(usual, tile=dataclasses.replace(usual.tile, block=16, stages=2))
+        monkeypatch.setattr(PrefixPlan, "others", lambda plan, dtype, size: [ahead])
+        said = self.tune(engine, monkeypatch, 10e-6, 9e-6, 8e-6, 50e-6, 30e-6, 51e-6, 20e-6)
+        assert engine.kernels.prefix == ahead and f"shared prefixes: 50 -> 20 us with {ahead.tile}" in said
+        assert len(engine.kernels.tuned["shared prefixes"]) == 3
+
     def test_what_gains_little_is_not(self, engine, monkeypatch) -> None:
         said = self.tune(engine, monkeypatch, 10e-6, 9.8e-6, 9.9e-6, 50e-6, 49e-6)
         assert engine.kernels.gathered is None and engine.kernels.prefix is None
@@ -1165,7 +1173,7 @@ class TestTuning:
         said = self.tune(engine, monkeypatch, 10e-6, 5e-6, 5e-6, 50e-6, 5e-6)
         assert engine.kernels.gathered is None and engine.kernels.prefix is None
         assert said.count("over gathered keys is not used: results differ by") == 2
-        assert "shared prefixes are not computed together: results differ by nan" in said
+        assert "over shared prefixes is not used: results differ by nan" in said
 
 
 def reference(qkv, step, known, lengths, rope, q_norm, k_norm, heads, kv_heads, window, softcap, sinks):

@@ -627,19 +627,34 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         shared = min(shared, cache.values.shape[0] - decodes * own)
         if decodes < 8 or shared * block_size < 256:
             return
-        plan = self.prefix_plan(spec, cache)
-        if plan.lay_out([Group(np.arange(decodes), shared)], decodes, block_size) is None:
+        usual = self.prefix_plan(spec, cache)
+        if usual.lay_out([Group(np.arange(decodes), shared)], decodes, block_size) is None:
             return
+        times, alone = {}, math.inf
+        shape = (spec, cache, decodes, shared, own, self.dtype, self.multiprocessors)
         with random_content(cache, shared + decodes * own):
-            alone, together, apart = shared_seconds(
-                plan, spec, cache, decodes, shared, own, self.dtype, self.multiprocessors
+            for plan in (usual, *usual.others(self.dtype, spec.head_dim)):
+                alone_now, together, apart = shared_seconds(plan, *shape)
+                if math.isinf(together):
+                    continue
+                alone = min(alone, alone_now)
+                if apart <= MOST_APART:
+                    times[plan] = together
+                else:
+                    self._tuning += (
+                        f"; {plan.tile} over shared prefixes is not used: results differ by {apart:.2g}"
+                    )
+        if not times:
+            return
+        best = min(times, key=lambda plan: times[plan])
+        self.tuned["shared prefixes"] = {"each row alone": alone * 1e6} | {
+            str(plan.tile): round(seconds * 1e6, 1) for plan, seconds in times.items()
+        }
+        if times[best] < 0.9 * alone:
+            self.prefix = best
+            self._tuning += (
+                f"; shared prefixes: {alone * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best.tile}"
             )
-        self.tuned["shared prefixes"] = {"each row alone": alone * 1e6, "together": together * 1e6}
-        if not apart <= MOST_APART:
-            self._tuning += f"; shared prefixes are not computed together: results differ by {apart:.2g}"
-        elif together < 0.9 * alone:
-            self.prefix = plan
-            self._tuning += f"; shared prefixes: {alone * 1e6:.0f} -> {together * 1e6:.0f} us"
 
 
 def _codes_in_words(coded: Coded) -> str:

@@ -7,7 +7,7 @@ the decode attention's, which merges both by the logarithms of their sums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -103,6 +103,14 @@ class PrefixPlan:
             tile, heads // kv_heads, cdiv(2 * multiprocessors, kv_heads), 2 * kv_heads * a_key,
             2 * heads * (size + 1) * 4,
         )  # fmt: skip
+
+    def others(self, dtype: torch.dtype, size: int) -> list[PrefixPlan]:
+        """Plans that may be faster, with as many query rows: they fetch keys ahead of their use, or more at a time."""
+        if dtype == torch.float32 or size > 128:
+            return []
+        rows = self.tile.rows
+        tiles = (PrefillPlan(rows, 64, 4, 3), PrefillPlan(rows, 128, 4, 2), PrefillPlan(rows, 64, 8, 2))
+        return [replace(self, tile=tile) for tile in tiles]
 
     @property
     def rows(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +136,7 @@ def prefill_seconds(
     return device_seconds(run, repeats)
 
 
-def shared_seconds(
+def shared_attention(
     plan: PrefixPlan,
     spec: ModelSpec,
     cache: KVCache,
@@ -143,9 +145,9 @@ def shared_seconds(
     own: int,
     dtype: torch.dtype,
     multiprocessors: int,
-) -> tuple[float, float, float]:
-    """What one layer's attention takes of decodes that share so many blocks and have others of their own: each row
-    alone, and together; and the :func:`difference` of the results."""
+) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """One layer's attention of decodes that share so many blocks and have others of their own: each row alone, and
+    together."""
     device, block_size = cache.values.device, cache.values.shape[3]
     integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
     rows = torch.arange(decodes, **integers)
@@ -174,6 +176,15 @@ def shared_seconds(
             qkv, cache, where, *how, decode, prefix=attend_prefixes(qkv, cache, where, *how, plan)
         )
 
-    alone, together = attend(None), attend(prefixes)
-    apart = difference(together, alone)
-    return graph_seconds(lambda: attend(None)), graph_seconds(lambda: attend(prefixes)), apart
+    return partial(attend, None), partial(attend, prefixes)
+
+
+def shared_seconds(plan: PrefixPlan, *shape: Any) -> tuple[float, float, float]:
+    """What :func:`shared_attention` takes of each row alone, and together, and the :func:`difference` of the results;
+    all infinite if the plan does not fit this device."""
+    alone, together = shared_attention(plan, *shape)
+    try:
+        apart = difference(together(), alone())
+    except (OutOfResources, CompilationError):
+        return math.inf, math.inf, math.inf
+    return graph_seconds(alone), graph_seconds(together), apart

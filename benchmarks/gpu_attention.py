@@ -93,7 +93,9 @@ def flops(begin: int, end: int, heads: int, size: int) -> float:
 
 def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
     cache = new_cache(kind, -(-max(options.lengths) // BLOCK_SIZE), spec.num_kv_heads, spec.head_dim)
-    plans: list[PrefillPlan | GatheredPlan] = [*attention.long_prefill_plans(DTYPE, spec.head_dim)]
+    usual, *others = attention.long_prefill_plans(DTYPE, spec.head_dim)
+    plans: list[PrefillPlan | GatheredPlan] = [usual]
+    plans += dict.fromkeys([*others, *attention.usual_prefill_plans(DTYPE, spec.head_dim)[1:]])
     scratch = GatheredScratch.new(cache, DTYPE, max(options.lengths))
     plans += [GatheredPlan(tile, scratch) for tile in gathered_plans(DTYPE, spec.head_dim)]
     apart = {named(plan): checked(plan, plans[0], spec, cache) for plan in plans}
@@ -118,7 +120,7 @@ def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
 def named(plan: PrefillPlan | GatheredPlan) -> str:
     gathers = isinstance(plan, GatheredPlan)
     tile = plan.tile if isinstance(plan, GatheredPlan) else plan
-    return f"{'gathered, ' if gathers else ''}{tile.rows} x {tile.block}, {tile.warps} warps, {tile.stages} stages"
+    return f"{'gathered, ' if gathers else ''}{tile}"
 
 
 def checked(
@@ -181,7 +183,7 @@ def shared(spec: Any, kind: str) -> None:
                 continue
             kernels = {} if INTERPRETED else microseconds_by_kernel(shared_attention(plan, *shape)[1])
             report(
-                part="shared", kv=kind, rows=name, plan=named(plan.tile), alone_us=round(alone * 1e6, 1),
+                part="shared", kv=kind, rows=name, plan=str(plan.tile), alone_us=round(alone * 1e6, 1),
                 together_us=round(together * 1e6, 1), expected_to_pay=pays, difference=apart, kernels_us=kernels,
             )  # fmt: skip
 

@@ -278,6 +278,7 @@ class CudaRunner:
         self.tile = prefill_plan(kernels.dtype, spec.head_dim, 0).tokens(spec.num_groups)
         self.ranks.meet({"blocks": blocks, "GPU": torch.cuda.get_device_name(device) if on_gpu else "none"})
         if config.cuda_tuning and on_gpu:
+            kernels.tune_usual_prefill(spec, self.caches[0], config.max_seq_len)
             kernels.tune_prefill(spec, self.caches[0], config.max_seq_len, config.max_num_tokens)
             # Several ranks would have to agree on a plan, and each times its own.
             if self._tables_stay and isinstance(self.ranks, Single):

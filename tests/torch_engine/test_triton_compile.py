@@ -51,7 +51,7 @@ JITFunction.__getitem__ = compile_only
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: divmod(int(sys.argv[1]), 10)
 from types import SimpleNamespace
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan
+from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan, usual_prefill_plans
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, attend_gathered, gathered_plans
@@ -101,6 +101,8 @@ form = Form.FP8_STATIC if hopper else Form.PLAIN
 for sequences in (1, 64, 256):
     plan = decode_plan(sequences, 8, 4, 128, cache.values.element_size(), 132, 100_000)
     attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one)
+for prefill in usual_prefill_plans(bf16, 128):
+    attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one, prefill)
 prefix_plan = PrefixPlan.of(cache, 32, bf16, 132)
 step.prefixes = SharedPrefixes(torch.zeros(3, 4, dtype=torch.int32), ints, torch.zeros(2, 4, dtype=torch.int32))
 for plan in (*prefix_plan.others(bf16, 128), prefix_plan):
@@ -109,8 +111,10 @@ plan = decode_plan(256, 8, 4, 128, cache.values.element_size(), 132, 100_000)
 attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one, prefix=prefix)
 if hopper:
     step.spans, step.offsets = torch.zeros(1, 4, dtype=torch.int32), ints
-    gathered = GatheredPlan(gathered_plans(bf16, 128)[0], GatheredScratch.new(cache, bf16, 128))
-    attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
+    laid = GatheredScratch.new(cache, bf16, 128)
+    for tile in gathered_plans(bf16, 128):
+        gathered = GatheredPlan(tile, laid)
+        attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)
     for plan in (plans[0], plans[-1]):

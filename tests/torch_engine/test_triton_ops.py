@@ -45,6 +45,8 @@ if RUNS:
         attend,
         decode_plan,
         long_prefill_plans,
+        prefill_plan,
+        usual_prefill_plans,
     )
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
@@ -841,7 +843,7 @@ class TestEngine:
     def test_layers_with_windows_have_tables_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
         """Blocks behind the window are given back: nobody reads what is there then."""
         for size in (64, 128, 256):
-            plans = long_prefill_plans(torch.bfloat16, size)
+            plans = long_prefill_plans(torch.bfloat16, size) + usual_prefill_plans(torch.bfloat16, size)
             assert all(CudaKernels.stride % plan.block == 0 for plan in plans)
         monkeypatch.setattr(CudaKernels, "stride", 32)  # of float32's plans
         kinds = ["sliding_attention", "full_attention"]
@@ -1149,6 +1151,30 @@ class TestTuning:
         said = self.tune(engine, monkeypatch, 10e-6, 9e-6, 8e-6, 50e-6, 30e-6, 51e-6, 20e-6)
         assert engine.kernels.prefix == ahead and f"shared prefixes: 50 -> 20 us with {ahead.tile}" in said
         assert len(engine.kernels.tuned["shared prefixes"]) == 3
+
+    def test_prompts_that_are_not_long_take_the_fastest_plan(self, engine, monkeypatch) -> None:
+        usual, ahead = prefill_plan(torch.float32, 64, 0), PrefillPlan(32, 64, 4, 2)
+        monkeypatch.setattr(attention, "usual_prefill_plans", lambda dtype, size: [usual, ahead])
+        monkeypatch.setattr(attention, "SHORT", 40)
+        told = iter((10e-6, 7e-6))
+        monkeypatch.setattr(timing, "device_seconds", lambda run, repeats=5: next(told))
+        kernels, spec = engine.kernels, engine.model.spec
+        with torch.inference_mode():
+            kernels.tune_usual_prefill(spec, engine.runner.caches[0], 400)
+        assert kernels.usual_prefill == ahead and "prompts: 10 -> 7 us with 32 x 64" in kernels.describe(spec)
+        taken = {}
+
+        def attend(qkv, cache, where, *arguments):
+            if where.tiles is not None:
+                taken[where.longest] = arguments[7]
+            return real(qkv, cache, where, *arguments)
+
+        real = attention.attend
+        monkeypatch.setattr(attention, "attend", attend)
+        for length in (70, 9):
+            engine.generate([GenerationRequest(list(range(3, 3 + length)), 1, end_id=-1)])
+        assert {70, 9} <= taken.keys()
+        assert taken == {longest: ahead if longest > 40 else None for longest in taken}
 
     def test_what_gains_little_is_not(self, engine, monkeypatch) -> None:
         said = self.tune(engine, monkeypatch, 10e-6, 9.8e-6, 9.9e-6, 50e-6, 49e-6)

@@ -412,8 +412,8 @@ def _prefill_kernel(
     SINKS: tl.constexpr, KV_INT8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
-    tile = tiles + tl.program_id(0) * 4
-    head = tl.program_id(1)
+    # The tiles come longest first, and all heads of one before the next: what is started last is done soon.
+    tile, head = tiles + tl.program_id(1) * 4, tl.program_id(0)
     G: tl.constexpr = H // V
     start, count, first = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
     slot = tl.load(tile + 3).to(tl.int64)
@@ -465,10 +465,26 @@ class PrefillPlan:
     warps: int
     stages: int
     """Iterations whose loads are under way together."""
+    registers: int = 0
+    """Of a thread at the most, so that more programs run on a multiprocessor; 0: as many as the compiler likes."""
+
+    def __str__(self) -> str:
+        bound = f", {self.registers} registers" if self.registers else ""
+        return f"{self.rows} x {self.block}, {self.warps} warps, {self.stages} stages{bound}"
 
     def tokens(self, group: int) -> int:
         """Of one tile."""
         return self.rows // group
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        """What Triton's compiler is told."""
+        bound = {"maxnreg": self.registers} if self.registers and not INTERPRETED else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **bound, **LAUNCH}
+
+
+SHORT = 256
+"""Keys up to which programs of many keys at a time have too little to do."""
 
 
 def prefill_plan(dtype: torch.dtype, size: int, longest: int) -> PrefillPlan:
@@ -476,7 +492,16 @@ def prefill_plan(dtype: torch.dtype, size: int, longest: int) -> PrefillPlan:
     if dtype == torch.float32:
         return PrefillPlan(32, 32, 4, 1)
     # Of 32, 64 and 128 keys the fastest on an H200.
-    return PrefillPlan(64, 128 if longest > 256 and size <= 128 else 32, 4, 1)
+    return PrefillPlan(64, 128 if longest > SHORT and size <= 128 else 32, 4, 1)
+
+
+def usual_prefill_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
+    """Candidates for steps with prompts of more than ``SHORT`` keys, with the tiles of :func:`prefill_plan`, whose plan
+    is the first."""
+    first = prefill_plan(dtype, size, SHORT + 1)
+    if dtype == torch.float32 or size > 128:
+        return [first]
+    return [first, PrefillPlan(first.rows, 64, 4, 3), PrefillPlan(first.rows, 64, 4, 2, registers=168)]
 
 
 def long_prefill_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
@@ -663,11 +688,11 @@ def attend(
             )  # fmt: skip
     if step.tiles is not None and step.spans is None:
         prefill = prefill or prefill_plan(qkv.dtype, size, step.longest)
-        _prefill_kernel[(step.tiles.shape[0], kv_heads)](
+        _prefill_kernel[(kv_heads, step.tiles.shape[0])](
             qkv, step.tiles, step.tables, step.tables.stride(0), cache.values, scales, sinks,
             out, in_scale, scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, prefill.rows, prefill.block, **shared,
-            STAGES=prefill.stages, num_warps=prefill.warps, num_stages=prefill.stages, **LAUNCH,
+            STAGES=prefill.stages, **prefill.launch,
         )  # fmt: skip
     return out
 

@@ -117,6 +117,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         self.scratch = Scratch(dtype, device)
         self._used: dict[str, int] = {}
         self._tuning = ""
+        self.usual_prefill: PrefillPlan | None = None
+        """How prompts are cut up that are neither short nor long, where that was timed; None: ``prefill_plan`` says."""
         self.long_prefill: PrefillPlan | None = None
         """How long prompts are cut up, where that was timed; None: as all are."""
         self.gathered: GatheredPlan | None = None
@@ -386,9 +388,12 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         plan = self.decode_plan(spec, max(1, where.num_decodes), min(layer.spec.window or most, most))
         reader = layer.out
         form = reader.form if reader.form == Form.FP8_STATIC else Form.PLAIN
+        prefill = self.long_prefill if where.long else None
+        if prefill is None and where.longest > attention.SHORT:
+            prefill = self.usual_prefill
         out = attention.attend(
             qkv, cache, where, spec.num_heads, spec.attention_scale, layer.spec.window, spec.attention_softcap,
-            plan, form, reader.input_scale, self.long_prefill if where.long else None, layer.sinks, prefix,
+            plan, form, reader.input_scale, prefill, layer.sinks, prefix,
         )  # fmt: skip
         if where.spans is not None:
             assert self.gathered is not None
@@ -536,6 +541,26 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         else:
             return {}
         return {plan: time_all(linears, x, plan) for plan in plans}
+
+    def tune_usual_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
+        """Chooses how many keys at a time prompts meet that are neither short nor ``long_prefill``'s, by timing the
+        candidates: one of up to 1,000 tokens."""
+        tokens = min(longest, 1000, cache.values.shape[0] * cache.values.shape[3])
+        usual, *others = attention.usual_prefill_plans(self.dtype, spec.head_dim)
+        if tokens <= attention.SHORT or not others:
+            return
+        with random_content(cache, -(-tokens // cache.values.shape[3])):
+            times = {
+                plan: prefill_seconds(plan, spec, cache, tokens, tokens, self.dtype, in_graph=True)
+                for plan in (usual, *others)
+            }
+        best = min(times, key=lambda plan: times[plan])
+        self.tuned["prefill attention, 1,000 tokens"] = {
+            str(plan): round(took * 1e6, 1) for plan, took in times.items()
+        }
+        if times[best] < 0.98 * times[usual]:
+            self.usual_prefill = best
+            self._tuning += f"; prompts: {times[usual] * 1e6:.0f} -> {times[best] * 1e6:.0f} us with {best}"
 
     def tune_prefill(self, spec: ModelSpec, cache: KVCache, longest: int, step: int) -> None:
         """Chooses how the attention of prompts of up to ``longest`` tokens is cut up, by timing the candidates; a step

@@ -245,7 +245,7 @@ def attend_gathered(
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
         num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None, sinks is not None,
         plan.fp8, dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
+        **tile.launch,
     )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def gathered_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:
         return []
     if size > 128:
         return [PrefillPlan(64, 64, 4, 2), PrefillPlan(128, 64, 8, 2)]
-    return [
-        PrefillPlan(64, 64, 4, 3), PrefillPlan(64, 128, 4, 2), PrefillPlan(128, 64, 8, 3),
-        PrefillPlan(128, 128, 8, 2), PrefillPlan(128, 128, 8, 3),
+    return [  # one program on a multiprocessor, two that compute while others wait, and three
+        PrefillPlan(128, 128, 8, 3), PrefillPlan(64, 128, 4, 2), PrefillPlan(64, 64, 4, 3),
+        PrefillPlan(128, 64, 8, 3, registers=128), PrefillPlan(64, 64, 4, 2, registers=168),
     ]  # fmt: skip

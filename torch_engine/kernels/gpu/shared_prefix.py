@@ -23,7 +23,7 @@ from flightline.torch_engine.kernels.gpu.attention import (
     meet,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import begin_kernel, cdiv, next_power_of_2
 
 LAUNCH_BYTES = 16_000_000
 """What a GPU reads in the time that the kernel more and the merge of all rows take at the least, about 4 us."""
@@ -196,6 +196,6 @@ def attend_prefixes(
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
         num_heads, kv_heads, size, max(32, next_power_of_2(size)), tile.rows, tile.block, block_size,
         window or 0, softcap is not None, cache.scales is not None, dot_type(qkv.dtype, cache.values.dtype),
-        tile.stages, num_warps=tile.warps, num_stages=tile.stages, **LAUNCH,
+        tile.stages, **tile.launch,
     )  # fmt: skip
     return PrefixParts(prefixes.rows, plan.rows, values, sums)

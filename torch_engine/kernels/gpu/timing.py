@@ -123,9 +123,10 @@ def prefill_seconds(
     tokens: int,
     dtype: torch.dtype,
     repeats: int = 5,
+    in_graph: bool = False,
 ) -> float:
     """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
-    fit this device."""
+    fit this device. ``in_graph`` leaves out the host's part, which counts where there are few tokens."""
     run = prompt_attention(plan, spec, cache, context, random_qkv(spec, tokens, dtype, cache.values.device))
     try:
         run()
@@ -133,7 +134,7 @@ def prefill_seconds(
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         return float("inf")
-    return device_seconds(run, repeats)
+    return (graph_seconds if in_graph else device_seconds)(run, repeats)
 
 
 def shared_attention(

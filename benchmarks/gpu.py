@@ -170,14 +170,14 @@ def guess(options: argparse.Namespace) -> None:
 
 
 def guided(options: argparse.Namespace) -> None:
-    """What guides cost: 64 rows with a JSON schema each against 64 without, and what plain rows lose beside them."""
+    """What guides cost: rows with a JSON schema each against as many without, and what plain rows lose beside them."""
     from benchmarks.guided import RECORDS, compare
     from benchmarks.words import pieces
 
     engine = engine_of(options, vocabulary=pieces(SHAPES[options.shape].vocab_size))
     chance = random.Random(4)
     prompts = [request.prompt_ids for request in requests(128, 128, 1, chance)]
-    for rows in (1, 64):
+    for rows in (1, 32, 64):
         sizes = argparse.Namespace(rows=rows, rounds=options.repeats, tokens=128, greedy=False)
         report(part="guided", rows=rows, rates=compare(engine, prompts[: 2 * rows], sizes))
     for name, guides in (

@@ -25,7 +25,8 @@ from tests.supervisor.test_faults import private_copy
 
 pytestmark = pytest.mark.slow
 STREAMS = 32
-TOKENS = 1000
+TOKENS = 2000
+"""So many that they take longer than 32 clients of one process need to begin, on a busy machine, too."""
 DRAIN_S = 600
 """So long that a busy machine ends all streams within it."""
 
@@ -43,7 +44,9 @@ class Pod:
         env["FLIGHTLINE_METRICS_PORT"] = str(metrics)
         command = [sys.executable if word == "python3" else word for word in container["command"]]
         command[command.index("/engines")] = str(build)
-        self.process = subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
+        self.log = build.parent / "pod.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=log)
 
     @property
     def engine(self) -> psutil.Process:
@@ -71,6 +74,7 @@ def pod(tiny_build: Path, tmp_path: Path) -> Iterator[Pod]:
         yield running
     finally:
         running.process.kill()
+        print(running.log.read_text(encoding="utf-8", errors="replace"))
 
 
 def test_sigterm_under_32_streams_ends_them_all_whole(pod: Pod) -> None:

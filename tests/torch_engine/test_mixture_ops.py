@@ -29,6 +29,7 @@ from tests.torch_engine.test_mixture import (
 from tests.torch_engine.test_triton_ops import DEVICE, INTERPRETED, RUNS, close, kernel
 
 if RUNS:
+    from flightline.torch_engine.kernels.gpu import cuda
     from flightline.torch_engine.kernels.gpu.activation import Activation
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
@@ -154,6 +155,24 @@ class TestExperts:
         result = run(mlp, x, [0] * count + [IDLE] * 2)
         close(result[:count], expected, 3e-5 if dtype == torch.float32 else 1e-2)
         assert (result[count:] == 0).all()
+
+    @pytest.mark.parametrize("faster", [64, 128])
+    def test_outputs_of_a_program_are_timed(self, faster: int, monkeypatch) -> None:
+        """One row gets the same from either; the faster is taken by all layers."""
+        kernels, mlp = on_gpu(CODED, DrawnCodes(CODED, "e2m1-32", 96))
+        _, other = on_gpu(CODED, DrawnCodes(CODED, "e2m1-32", 96))
+        seen = {}
+
+        def seconds(tried) -> float:
+            seen[mlp.few_outputs] = run(mlp, rows(1, 96), [0])
+            return 1e-6 if mlp.few_outputs == other.few_outputs == faster else 2e-6
+
+        monkeypatch.setattr(cuda, "_by_kind", lambda layers: {})
+        monkeypatch.setattr(cuda, "graph_seconds", seconds)
+        kernels.tune([SimpleNamespace(mlp=mlp), SimpleNamespace(mlp=other)])
+        assert mlp.few_outputs == other.few_outputs == faster
+        assert ("experts of one row: 1.0 -> 0.5 us" in kernels._tuning) == (faster == 128)
+        close(seen[128], seen[64], 1e-5)
 
     def test_experts_of_several_kinds_are_refused(self) -> None:
         checkpoint = DrawnCodes(CODED, "zeros-32", 96)

@@ -131,6 +131,9 @@ for outputs in (5760, 2880):
     stored = Coded(nothing, torch.ones(outputs, 90).bfloat16(), 32, bits=4, e2m1=True)
     experts.append(Experts.of_codes(GroupedCodes.of(stored), outputs, 2880).with_bias(torch.zeros(outputs)))
 mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, None, "silu", bf16, torch.zeros(32), 132)
+mixture.few_outputs = 128
+mixture.try_few()
+mixture.few_outputs = 64
 for rows in (1, 64):
     where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
     mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))

@@ -56,7 +56,7 @@ from flightline.torch_engine.kernels.gpu.linear import (
     quantise,
     skinny_plans,
 )
-from flightline.torch_engine.kernels.gpu.mixture import CudaMixture, Experts, Shared
+from flightline.torch_engine.kernels.gpu.mixture import FEW_OUTPUTS, CudaMixture, Experts, Shared
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.gpu.timing import (
@@ -498,6 +498,33 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 self.tuned[name] = {str(plan): round(time / each, 2) for plan, time in times.items()}
         if chosen:
             self._tuning += f"; few rows: {', '.join(chosen)}"
+        if mixtures := [layer.mlp for layer in layers if isinstance(layer.mlp, CudaMixture)]:
+            self._tune_experts(mixtures)
+
+    def _tune_experts(self, mixtures: list[CudaMixture]) -> None:
+        """How many outputs a program has where one row meets its experts, by timing all layers in a graph."""
+
+        def run() -> None:
+            for mixture in mixtures:
+                mixture.try_few()
+
+        times: dict[int, float] = {}
+        for outputs in FEW_OUTPUTS:
+            for mixture in mixtures:
+                mixture.few_outputs = outputs
+            try:
+                run()
+            except OutOfResources:  # of a smaller device, or of weights in float32
+                continue
+            times[outputs] = graph_seconds(run) / len(mixtures) * 1e6
+        best = min(times, key=lambda outputs: times[outputs], default=FEW_OUTPUTS[0])
+        for mixture in mixtures:
+            mixture.few_outputs = best
+        self.tuned["experts of one row"] = {
+            f"{outputs} outputs": round(us, 2) for outputs, us in times.items()
+        }
+        if best != FEW_OUTPUTS[0] and FEW_OUTPUTS[0] in times:
+            self._tuning += f"; experts of one row: {times[FEW_OUTPUTS[0]]:.1f} -> {times[best]:.1f} us"
 
     def load_products(
         self, layers: list[Layer[CudaLinear]], head: CudaLinear, tokens: int, samples: int

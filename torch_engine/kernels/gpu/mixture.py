@@ -161,6 +161,8 @@ def route(
     return ids, weights
 
 
+FEW_OUTPUTS = (64, 128)
+"""Of a program, of few rows: more take fewer instructions a weight, and fill the device worse."""
 MOST_PARTS = 12
 """Partial sums of few rows: whoever reads them adds them up one after the other."""
 
@@ -536,6 +538,8 @@ class CudaMixture:
         self.router, self.router_bias = PlainLinear(router, None), router_bias
         self.gate_up, self.down, self.shared = gate_up, down, shared
         self.activation, self.dtype, self.multiprocessors = activation, dtype, multiprocessors
+        self.few_outputs = FEW_OUTPUTS[0]
+        """Of a program that computes a pair by itself."""
 
     def __call__(self, x: Activation, step: CudaStep) -> torch.Tensor:
         """``[T, N]`` -> partial sums [S, T, N], in a fixed order."""
@@ -562,11 +566,18 @@ class CudaMixture:
         parts += self.shared is not None
         return torch.empty(parts, rows, size, dtype=dtype, device=x.device)
 
+    def try_few(self) -> None:
+        """Computes a row of zeros with the first experts, to be timed."""
+        device, chosen = self.router.weight.device, self.mixture.chosen
+        x = torch.zeros(1, self.gate_up.inputs, dtype=self.dtype, device=device)
+        ids = torch.arange(chosen, dtype=torch.int32, device=device)[None]
+        self._few(x, ids, torch.ones(1, chosen, device=device))
+
     def _few(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         rows, chosen = ids.shape
         one, two = self.gate_up, self.down
         wide_n, size, inner = one.outputs, one.inputs, two.inputs
-        block_n, block_k = 64, 256 if one.fp8 else 128
+        block_n, block_k = self.few_outputs, 256 if one.fp8 else 128
         programs = ids.numel() * cdiv(wide_n, block_n)
         pieces = self._pieces(programs, one, block_k, MOST_PARTS)
         wide = torch.empty(pieces, ids.numel(), wide_n, dtype=torch.float32, device=x.device)

@@ -42,7 +42,7 @@ from flightline.torch_engine.text.stream import TokenBytes  # noqa: E402
 
 CASES = "1:128:128,8:128:128,32:128:128,64:128:128,256:128:128,1024:128:128,512:1000:500,1:1000:1"
 PARTS = ("throughput", "gaps", "profile")
-MORE_PARTS = ("speculation", "guided", "launch", "load")
+MORE_PARTS = ("arrivals", "speculation", "guided", "launch", "load")
 BUDGETS = (8192, 4096, 2048, 1024, 512)
 """Tokens of one step (MAX_NUM_TOKENS of the build) to measure gaps at."""
 STREAMS = 32
@@ -345,6 +345,59 @@ def gaps_at(engine: Engine) -> dict[str, float]:
     }  # fmt: skip
 
 
+def arrivals(engine: Engine, options: argparse.Namespace) -> None:
+    """Users whose requests end and begin one by one, as applications' do, against users who all begin together, both
+    with 128/128 tokens in a closed loop; then a step of streams that one prompt joins, and one that eight do."""
+    chance, keys = random.Random(7), itertools.count()
+    kind = options.sampling.split(",")[0]
+    for users in map(int, options.arrivals.split(",")):
+        ratios = []
+        for _ in range(options.repeats):
+            together = closed_loop(engine, users, [128] * users, chance, kind)
+            spread = [1 + 127 * number // users for number in range(users)]
+            ratios.append((closed_loop(engine, users, spread, chance, kind), together))
+        apart, together = (statistics.median(side) for side in zip(*ratios, strict=True))
+        report(
+            part="arrivals", users=users, together_tok_s=round(together, 1), one_by_one_tok_s=round(apart, 1),
+            ratio=round(apart / together, 3), all=[[round(value) for value in pair] for pair in ratios],
+        )  # fmt: skip
+        for number, request in enumerate(requests(users - 8, 128, 2000, chance, kind)):
+            engine.add(number, request)
+        while any(sequence.num_generated < 8 for sequence in engine.sequences.values()):
+            engine.step()
+        by_kernel(f"{users - 8} streams", engine.step, 20)
+        for prompts in (1, 8):
+
+            def joined(prompts: int = prompts) -> None:
+                for request in requests(prompts, 128, 1, chance, kind):
+                    engine.add(("joins", next(keys)), request)
+                engine.step()
+
+            by_kernel(f"{users - 8} streams, {prompts} prompts", joined, 20)
+        for key in list(engine.sequences):
+            engine.cancel(key)
+
+
+def closed_loop(engine: Engine, users: int, firsts: list[int], chance: random.Random, kind: str) -> float:
+    """Output tokens/s of users who ask again as soon as they are answered; the first answers have so many tokens."""
+    waiting = iter(requests(4 * users, 128, 128, chance, kind))
+    for number, request in enumerate(requests(users, 128, 128, chance, kind)):
+        engine.add(("first", number), dataclasses.replace(request, max_tokens=firsts[number]))
+    made, ends = 0, 0
+    started = time.perf_counter()
+    while ends < 4 * users:  # the rest runs out with fewer and fewer of them
+        for _, output in engine.step():
+            made += len(output.token_ids)
+            if output.finish_reason is not None:
+                ends += 1
+                if (following := next(waiting, None)) is not None:
+                    engine.add(("later", ends), following)
+    took = time.perf_counter() - started
+    for key in list(engine.sequences):
+        engine.cancel(key)
+    return made / took
+
+
 def launch(engine: Engine, options: argparse.Namespace) -> None:
     """What the host does to launch a prompt's step that is no graph, by function: the device waits for that where it is
     longer than the step."""
@@ -435,6 +488,7 @@ def main() -> int:
     parser.add_argument("--budget", type=int, default=8192, help="max_num_tokens")
     parser.add_argument("--profile-at", default="1,64,256", help="COUNT[:LENGTH of the prompts], ...")
     parser.add_argument("--profile-prompts", default="64:128,1:1000", help="COUNT:LENGTH, ...")
+    parser.add_argument("--arrivals", default="64,256", help="users")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     options = parser.parse_args()
     if options.precision not in PRECISIONS[options.shape]:
@@ -478,6 +532,7 @@ ON_ONE_ENGINE = {
     "throughput": throughput,
     "gaps": gaps,
     "profile": profile,
+    "arrivals": arrivals,
     "launch": launch,
     "load": load,
 }
@@ -503,6 +558,11 @@ def table() -> int:
                 f"  {result['budget']:>5} tokens a step: gaps {result['quiet_p50_ms']} ms; worst "
                 f"{result['one_3900_worst_ms']} ms beside a prompt of 3,900 ({result['one_3900_took_ms']} ms), "
                 f"{result['sixteen_1000_worst_ms']} ms beside 16 of 1,000 ({result['sixteen_1000_took_ms']} ms)"
+            )
+        elif result["part"] == "arrivals" and "users" in result:
+            print(
+                f"{result['users']:>5} users: {result['together_tok_s']} tok/s together, "
+                f"{result['one_by_one_tok_s']} one by one: {result['ratio']:.3f}"
             )
         elif result["part"] == "profile" and "what" in result:
             print(

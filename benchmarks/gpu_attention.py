@@ -108,7 +108,7 @@ def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
             seconds = 0.0
             for begin in range(0, length, options.chunk):
                 end = min(length, begin + options.chunk)
-                seconds += prefill_seconds(plan, spec, cache, end, end - begin, DTYPE, repeats)
+                seconds += prefill_seconds(plan, spec, cache, end, end - begin, DTYPE, repeats, in_graph=True)
             rate = flops(0, length, spec.num_heads, spec.head_dim) / seconds
             report(
                 part="prompt", kv=kind, tokens=length, plan=name, layer_ms=round(seconds * 1e3, 3),

@@ -5,10 +5,11 @@
     python3 benchmarks/gpu_long.py --tiny --sides ours,ours                                  # tries it, on a CPU
 
 The shape of Llama-3.1-8B with random weights, FP8 weights and KV cache, greedy, end of sequence ignored, prefix reuse
-on; all prompts differ where nothing else is said. Each side is a process of its own, one after the other, driven in the
-same way: requests are added, and a step of its engine is asked for again and again. Rates are output tokens over wall
-clock, prefill included. A side stops beginning cases after ``--seconds`` and says which it left out. One line of JSON a
-figure, a table last; the exit status is 1 if a side failed.
+on (``--no-reuse``: off, on both sides); all prompts differ where nothing else is said. ``--kv-tokens`` limits the KV
+cache of both sides, ``--host-gib`` gives both a second tier in host memory. Each side is a process of its own, one
+after the other, driven in the same way: requests are added, and a step of its engine is asked for again and again.
+Rates are output tokens over wall clock, prefill included. A side stops beginning cases after ``--seconds`` and says
+which it left out. One line of JSON a figure, a table last; the exit status is 1 if a side failed.
 
 Cases: COUNTxINPUT/OUTPUT; ``first-N``: time to the first token of a prompt of N tokens alone; ``shared``: 64 prompts
 with 2,000 tokens in common and 100 of their own, 128 more; ``turns``: 32 conversations that reach 30,000 tokens in 8
@@ -97,7 +98,8 @@ class Side(Protocol):
 class Ours:
     gaps = (0, 50)
 
-    def __init__(self, tiny: bool) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        tiny = options.tiny
         sys.path.insert(0, str(HERE.parent))
         import torch
 
@@ -134,9 +136,11 @@ class Ours:
             room = torch.cuda.mem_get_info()[0] * 0.9 - 18e9
             where = {
                 "device": "cuda", "compute_dtype": "bfloat16", "kv_dtype": "fp8", "max_seq_len": LONGEST,
-                "num_kv_blocks": int(room / a_block), "max_num_tokens": 8192,
+                "num_kv_blocks": options.kv_tokens // 16 or int(room / a_block), "max_num_tokens": 8192,
+                "num_host_kv_blocks": int(options.host_gib * 2**30 / a_block),
             }  # fmt: skip
             checkpoint = RandomCheckpoint(spec)
+        where["enable_kv_cache_reuse"] = not options.no_reuse
         config = EngineConfig(model_dir="random", max_batch_size=512, max_queue_size=0, **where)
         self.engine = Engine(config, checkpoint, TokenBytes([b"a"] * spec.vocab_size))
         freeze_garbage_collector()
@@ -166,7 +170,7 @@ class Vllm:
     gaps = (0,)
     steps: list[list[float]] = []  # noqa: RUF012
 
-    def __init__(self, tiny: bool) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         import vllm
@@ -175,9 +179,15 @@ class Vllm:
 
         folder = tempfile.mkdtemp()
         Path(folder, "config.json").write_text(json.dumps(SHAPE | {"max_position_embeddings": LONGEST}))
+        room: dict[str, Any] = (
+            {"num_gpu_blocks_override": options.kv_tokens // 16} if options.kv_tokens else {}
+        )
+        if options.host_gib:
+            room["kv_offloading_size"] = options.host_gib
         llm = vllm.LLM(
             folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=LONGEST, max_num_seqs=512,
-            gpu_memory_utilization=0.88, enable_prefix_caching=True, quantization="fp8", kv_cache_dtype="fp8",
+            gpu_memory_utilization=0.88, enable_prefix_caching=not options.no_reuse, quantization="fp8",
+            kv_cache_dtype="fp8", block_size=16, **room,
         )  # fmt: skip
         self._engine, self._version = llm.llm_engine, vllm.__version__
         self._asked: dict[str, Any] = {
@@ -374,7 +384,7 @@ def figure(what: str, values: list[float], more_is_better: bool) -> dict[str, An
 def measure(name: str, options: argparse.Namespace) -> None:
     """One side, in this process."""
     started = time.perf_counter()
-    side: Side = {"ours": Ours, "vllm": Vllm}[name](options.tiny)
+    side: Side = {"ours": Ours, "vllm": Vllm}[name](options)
     cases = Cases(side, TINY if options.tiny else Sizes())
     cases.warm_up()
     print(json.dumps({"side": name, "engine": side.describe()}), flush=True)
@@ -420,6 +430,11 @@ def main() -> None:
     parser.add_argument("--sides", default="ours,vllm", help="of ours and vllm, in this order")
     parser.add_argument("--vllm", default=sys.executable, metavar="PYTHON", help="command that has vLLM")
     parser.add_argument("--seconds", type=float, default=480, help="after which a side begins no case more")
+    parser.add_argument("--no-reuse", action="store_true", help="of prefixes, on both sides")
+    parser.add_argument(
+        "--kv-tokens", type=int, default=0, help="most tokens in the KV cache (0: what has room)"
+    )
+    parser.add_argument("--host-gib", type=float, default=0.0, help="of host memory for more of the KV cache")
     parser.add_argument("--tiny", action="store_true", help="a small model and short prompts, on a CPU")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     parser.add_argument("--only", choices=("ours", "vllm"), help="this side in this process, without a table")
@@ -434,6 +449,8 @@ def main() -> None:
     for number, side in enumerate(sides):
         command = shlex.split(options.vllm) if side == "vllm" else [sys.executable]
         command += [__file__, "--only", side, "--cases", options.cases, "--seconds", str(options.seconds)]
+        command += ["--kv-tokens", str(options.kv_tokens), "--host-gib", str(options.host_gib)]
+        command += ["--no-reuse"] * options.no_reuse
         try:
             for line in lines_of(command + ["--tiny"] * options.tiny):
                 lines.append((number, line))

@@ -54,7 +54,13 @@ from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import BATCH_SIZES, LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
-from flightline.torch_engine.kernels.gpu.gathered import LEAST_PAIRS, LEAST_TOKENS, LONGEST_BESIDE, padded
+from flightline.torch_engine.kernels.gpu.gathered import (
+    LEAST_PAIRS,
+    LEAST_TOKENS,
+    LONGEST_BESIDE,
+    NEAR,
+    padded,
+)
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, scatter
 from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
@@ -67,6 +73,12 @@ from flightline.torch_engine.runner import Ticket, described, host_blocks
 
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 MIXED_SAMPLES = 256
+BESIDE_DECODES = (32, 64, 128, 192, 256)
+BESIDE_PROMPTS = (64, 128, 256, 384, 512, 768)
+"""Rows of decodes, and of prompts beside them, in graphs that compute the decodes as a step of single tokens does."""
+FEW_DECODES = 16
+"""So many may be tiles of one token of the prompts' attention. 248 of those take 90 us a layer of an 8B model on an
+H200, and 36 in the decodes' own attention."""
 MIXED_DECODE = 2048
 """Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
 SHORT = 2048
@@ -92,6 +104,8 @@ class MixedShape:
     tiles: int
     samples: int
     """Rows whose logits are wanted."""
+    decodes: int = 0
+    """The first rows, for decodes alone; 0: these are tiles of one token, anywhere."""
 
     @classmethod
     def of(cls, rows: int, tile: int) -> MixedShape:
@@ -99,8 +113,19 @@ class MixedShape:
         samples = min(rows, 64 if rows <= 256 else MIXED_SAMPLES)
         return cls(rows, rows // tile + samples + 8, samples)
 
-    def holds(self, rows: int, tiles: int, samples: int) -> bool:
-        return rows <= self.rows and tiles <= self.tiles and samples <= self.samples
+    @classmethod
+    def beside(cls, decodes: int, prompts: int, tile: int) -> MixedShape:
+        """``prompts`` rows of prompts, of which a few end, beside ``decodes``."""
+        ends = prompts // 16
+        return cls(decodes + prompts, prompts // tile + ends, decodes + ends, decodes)
+
+    def holds(self, decodes: int, prompts: int, tiles: int, samples: int) -> bool:
+        """Whether so many rows of each fit, ``tiles`` of the prompts, and so many rows whose logits are wanted."""
+        if samples > self.samples:
+            return False
+        if not self.decodes:
+            return decodes + prompts <= self.rows and decodes + tiles <= self.tiles
+        return decodes <= self.decodes and prompts <= self.rows - self.decodes and tiles <= self.tiles
 
 
 @dataclass(frozen=True)
@@ -266,7 +291,7 @@ class CudaRunner:
         """Of the last step."""
         self.last = torch.zeros(slots + 1 + forks, dtype=torch.int32, device=device)
         ladder = self._ladder(max(slots, min(slots * (1 + config.speculation_tokens), MOST_ROWS)))
-        samples = max(slots + MOST_SCORED, MIXED_SAMPLES)
+        samples = max(slots + MOST_SCORED, MIXED_SAMPLES + BESIDE_PROMPTS[-1])
         self.tokens = torch.zeros(max(samples, ladder[-1]), dtype=torch.int32, device=device)
         spec = model.spec
         self.choice = Choice.empty(len(self.tokens), device)
@@ -286,7 +311,9 @@ class CudaRunner:
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
         """Tokens of a tile of long prompts; 0: as of all."""
-        mixed = [MixedShape.of(rows, self.tile) for rows in MIXED_ROWS if rows <= config.max_num_tokens]
+        mixed = [
+            shape for shape in self._mixed_shapes(slots, self.tile) if shape.rows <= config.max_num_tokens
+        ]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
         # Ids, slots, positions, holds, forks, shared prefixes; tiles; sampled rows, slots, holds; new entries of the
         # block tables; alignment.
@@ -345,6 +372,18 @@ class CudaRunner:
             next((s for s in BATCH_SIZES if s >= rows), rows),
         ]
 
+    @staticmethod
+    def _mixed_shapes(slots: int, tile: int) -> list[MixedShape]:
+        """Those to capture for so many sequences at the most."""
+        most = next((size for size in BESIDE_DECODES if size >= slots), BESIDE_DECODES[-1])
+        beside = itertools.product(
+            (size for size in BESIDE_DECODES if FEW_DECODES < size <= most), BESIDE_PROMPTS
+        )
+        return [
+            *(MixedShape.of(rows, tile) for rows in MIXED_ROWS),
+            *(MixedShape.beside(*rows, tile) for rows in beside),
+        ]
+
     def describe(self) -> str:
         tensors = [each for cache in self.caches for each in self.model.kernels.cache_tensors(cache)]
         cache = sum({each.data_ptr(): each.nbytes for each in tensors}.values()) / MIB
@@ -366,7 +405,7 @@ class CudaRunner:
             before = torch.cuda.mem_get_info()[0]
             pool = torch.cuda.graph_pool_handle()
         for shape in sorted(mixed, key=lambda shape: -shape.rows):
-            self._upload(self.staging[0], self._padded(shape, np.empty((3, 0)), [], []), [])
+            self._upload(self.staging[0], self._padded(shape, np.empty((3, 0)), [], [], 0), [])
             self.mixed[shape] = Captured(
                 functools.partial(self._mixed_forward, shape), self._choose, pool, mode
             )
@@ -402,16 +441,23 @@ class CudaRunner:
         count = min(LEAST_TOKENS, longest)
         if self.long_tile:
             self._try_prompt(count, self.long_tile, True)
-        if spans := self._spans([(0, count, 0, self.spare)]):
-            self._try_prompt(count, self.gathered_tile, spans=spans)
+        for first in (0, NEAR):  # both have a plan
+            spans = self._spans([(0, count, first, self.spare)])
+            if spans and first + count <= self.width * self.block_size:
+                self._try_prompt(count, self._gathered_tile(first + count), spans=spans, first=first)
 
     def _try_prompt(
-        self, count: int, tile: int = 0, long: bool = False, spans: list[Ints] | None = None
+        self,
+        count: int,
+        tile: int = 0,
+        long: bool = False,
+        spans: list[Ints] | None = None,
+        first: int = 0,
     ) -> None:
-        """A step with a prompt of so many tokens that is nobody's."""
+        """A step with ``count`` tokens, the first one at position ``first``, of a prompt that is nobody's."""
         columns = np.zeros((3, count), dtype=np.int32)
-        columns[1], columns[2] = self.spare, np.arange(count)
-        tiles = self._tiles(0, count, 0, self.spare, tile)
+        columns[1], columns[2] = self.spare, np.arange(first, first + count)
+        tiles = self._tiles(0, count, first, self.spare, tile)
         sampled = [(count - 1, self.spare, 0)]
         self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])()
         if self.device.type == "cuda":
@@ -445,7 +491,9 @@ class CudaRunner:
         ids, slots, positions, tiles, sampled, sampled_slots, holds = self._places(
             [rows, rows, rows, 4 * shape.tiles, samples, samples, samples]
         )
-        where = AttentionInput(slots, positions, self.tables, 0, tiles.view(-1, 4), rows)
+        where = AttentionInput(
+            slots, positions, self.tables, shape.decodes, tiles.view(-1, 4), rows, most=MIXED_DECODE
+        )
         return self._forward(CudaStep(ids, where, self.last, sampled, sampled_slots, holds, self.spare))
 
     def _padded(
@@ -454,17 +502,25 @@ class CudaRunner:
         columns: NDArray[Any],
         tiles: list[tuple[int, int, int, int]],
         sampled: list[tuple[int, int, int]],
+        decodes: int,
     ) -> list[NDArray[Any]]:
-        """The parts of a step, filled up with rows of the spare slot, empty tiles and samples that nobody reads."""
+        """The parts of a step, filled up with rows of the spare slot, empty tiles and samples that nobody reads.
+
+        ``decodes`` of the rows come first; where the shape has rows for them, those of prompts begin behind all these.
+        """
+        gap = shape.decodes - decodes if shape.decodes else 0
         rows = np.zeros((3, shape.rows), dtype=np.int32)
         rows[1] = self.spare
-        rows[:, : columns.shape[1]] = columns
+        rows[:, :decodes] = columns[:, :decodes]
+        rows[:, decodes + gap : columns.shape[1] + gap] = columns[:, decodes:]
         table = np.zeros((shape.tiles, 4), dtype=np.int32)
         table[:, 3] = self.spare
         table[: len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1, 4)
         samples = np.zeros((3, shape.samples), dtype=np.int32)
         samples[1] = self.spare
         samples[:, : len(sampled)] = np.array(sampled, dtype=np.int32).reshape(-1, 3).T
+        for begins in (table[: len(tiles), 0], samples[0]):
+            begins[begins >= decodes] += gap
         return [*rows, table.reshape(-1), *samples]
 
     def _forward(self, step: CudaStep) -> Computed:
@@ -798,23 +854,23 @@ class CudaRunner:
         spans = self._spans(prompts) if self._gathers(prompts, shape is not None) else []
         if spans:
             shape = None
-        if shape is not None:  # its decodes are tiles of one token
+        if shape is not None and not shape.decodes:
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
-        long = shape is None and max((each[1] + each[2] for each in prompts), default=0) >= LONG
-        tile = self.gathered_tile if spans else self.long_tile
+        longest = max((each[1] + each[2] for each in prompts), default=0)
+        long = shape is None and longest >= LONG
+        tile = self._gathered_tile(longest) if spans else self.long_tile
         if long and tile:
             tiles = [piece for each in prompts for piece in self._tiles(*each, tile)]
         # The longest tiles first: they take the most time.
         tiles.sort(key=lambda tile: -tile[2])
         if shape is not None:
-            return Order(self._padded(shape, step, tiles, sampled), updates, shape)
+            return Order(self._padded(shape, step, tiles, sampled, len(singles)), updates, shape)
         long &= bool(self.long_tile) and not spans
         return self._loose(step, tiles, sampled, updates, len(singles), long, spans)
 
-    @property
-    def gathered_tile(self) -> int:
-        """Tokens of a tile of prompts whose keys are gathered; 0: none are."""
-        plan = self.kernels.gathered
+    def _gathered_tile(self, longest: int) -> int:
+        """Tokens of a tile of prompts whose keys are gathered, of which the longest has so many; 0: none are."""
+        plan = self.kernels.gathered_for(longest)
         return plan.tile.tokens(self.model.spec.num_groups) if plan else 0
 
     @staticmethod
@@ -843,11 +899,13 @@ class CudaRunner:
     def _shape(
         self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
     ) -> MixedShape | None:
-        """The smallest captured step that holds this one."""
+        """The smallest captured step that holds this one, with rows for decodes by themselves if there are many."""
         if max((position for _, _, position, _ in decodes), default=0) >= MIXED_DECODE:
             return None
-        fitting = (shape for shape in self.mixed if shape.holds(rows, tiles + len(decodes), samples))
-        return next(fitting, None)
+        count = len(decodes)
+        fitting = [shape for shape in self.mixed if shape.holds(count, rows - count, tiles, samples)]
+        many = count > FEW_DECODES
+        return min(fitting, key=lambda shape: (many != bool(shape.decodes), shape.rows), default=None)
 
     def _tiles(
         self, row: int, count: int, first: int, slot: int, tile: int = 0

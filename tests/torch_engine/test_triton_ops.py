@@ -914,6 +914,42 @@ class TestEngine:
         monkeypatch.setattr(engine.runner, "_loose", None)
         assert [output.token_ids for output in engine.generate(requests)] == expected
 
+    def test_decodes_beside_prompts_have_rows_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
+        """Many have a step's own attention for them, beside that of the prompts; few are tiles as the prompts are."""
+        folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=2)
+        prompts = (
+            [7 + (17 * at + 29 * length) % 90 for at in range(length)] for length in (3, 12, 18, 1, 7, 5, 9)
+        )
+        requests = [GenerationRequest(prompt, 7, end_id=-1) for prompt in prompts]
+        settings = {"max_num_tokens": 12, "max_batch_size": 8, "enable_kv_cache_reuse": False}
+        expected = [output.token_ids for output in make_engine(folder, **settings).generate(requests)]
+        engine = make_engine(folder, kernels="cuda", device=DEVICE.type, **settings)
+        runner = engine.runner
+        shapes = [
+            MixedShape.of(12, runner.tile),
+            *(MixedShape.beside(*at, runner.tile) for at in ((2, 12), (5, 12))),
+        ]
+        shapes = [
+            dataclasses.replace(shape, samples=shape.samples + 3, tiles=shape.tiles + 3) for shape in shapes
+        ]
+        with torch.inference_mode():
+            runner.capture([8], shapes)
+        monkeypatch.setattr(runner, "_loose", None)
+        carry_out, used = runner._carry_out, []
+
+        def watched(order, staging):
+            if isinstance(order.graph, MixedShape):
+                used.append(order.graph.decodes)
+            return carry_out(order, staging)
+
+        monkeypatch.setattr(runner, "_carry_out", watched)
+        for few, kinds in ((0, {0, 2, 5}), (2, {0, 5}), (16, {0})):
+            monkeypatch.setattr(cuda_runner, "FEW_DECODES", few)
+            used.clear()
+            assert [output.token_ids for output in engine.generate(requests)] == expected
+            assert set(used) == kinds
+        engine.audit()
+
     def test_short_contexts_have_a_pass_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
         """Until the longest row of a step sees more keys than that pass is for."""
         folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1, max_position_embeddings=4096)
@@ -1143,6 +1179,20 @@ class TestTuning:
         assert kernels.long_prefill is None and kernels.gathered.tile == PrefillPlan(64, 64, 4, 2)
         assert kernels.gathered.keys == padded(80 + 2 * 20) and kernels.prefix is not None
         assert "over gathered keys: 10 -> 8 us" in said and "shared prefixes: 50 -> 30 us" in said
+
+    def test_few_keys_may_have_a_plan_of_their_own(self, engine, monkeypatch) -> None:
+        monkeypatch.setattr(cuda, "NEAR", 64)
+        said = self.tune(engine, monkeypatch, 10e-6, 9e-6, 8e-6, 3e-6, 4e-6, 50e-6, 30e-6)
+        kernels = engine.kernels
+        near, far = PrefillPlan(32, 64, 4, 2), PrefillPlan(64, 64, 4, 2)
+        assert f"10 -> 8 us with {far} (of up to 64: 4 -> 3 us with {near})" in said
+        assert [kernels.gathered_for(keys).tile for keys in (3, 64, 65, 80)] == [near, near, far, far]
+        monkeypatch.setattr(cuda_runner, "LEAST_TOKENS", 8)
+        monkeypatch.setattr(cuda_runner, "LONG", 8)
+        requests = [GenerationRequest([5 + at % 90 for at in range(n)], 3, end_id=-1) for n in (61, 75, 30)]
+        tokens = [output.token_ids for output in engine.generate(requests)]
+        kernels.gathered = kernels.gathered_near = None
+        assert [output.token_ids for output in engine.generate(requests)] == tokens
 
     def test_shared_prefixes_take_the_fastest_plan(self, engine, monkeypatch) -> None:
         usual = engine.kernels.prefix_plan(engine.model.spec, engine.runner.caches[0])

@@ -19,6 +19,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     LAUNCH,
     begin_kernel,
     cdiv,
+    kernel,
     next_power_of_2,
 )
 
@@ -147,7 +148,7 @@ def _piece(length, each, BLOCK_N: tl.constexpr):
     return tl.cdiv(tl.cdiv(length, tl.maximum(tl.cdiv(length, each), 1)), BLOCK_N) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["rows", "extra", "keys"])
+@kernel(do_not_specialize=["rows", "extra", "keys"])
 def _share_kernel(
     positions, prefixes, rows, shares, extra, keys, BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
@@ -179,10 +180,30 @@ def _share_kernel(
         tl.store(items + first + piece, r, mask=piece < more)
 
 
-@triton.jit(do_not_specialize=["rows", "most"])
+@triton.jit
+def _add_prefix(
+    result, top, total, parts, sums, at, before, heads, known,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds the ``before`` results that a row has of shared keys, from number ``at`` on, to what its own keys gave;
+    ``heads`` [ROWS] as far as they are ``known``."""
+    d = tl.arange(0, BLOCK_D)
+    mask = known[:, None] & (d < D)[None, :]
+    for piece in tl.range(0, before, num_stages=3):
+        place = (at + piece * TILE).to(tl.int64) * H + heads
+        logs = tl.load(sums + place, mask=known, other=0.0)
+        values = tl.load(parts + place[:, None] * D + d[None, :], mask=mask, other=0.0)
+        higher = tl.maximum(top, logs)
+        fade, weight = tl.exp(top - higher), tl.exp(logs - higher)
+        result = result * fade[:, None] + values * weight[:, None]
+        top, total = higher, total * fade + weight
+    return result, top, total
+
+
+@kernel(do_not_specialize=["rows", "most"])
 def _decode_kernel(
-    qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, prefixes, rows,
-    most, scale, v_scale, softcap,
+    qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, prefixes,
+    prefix_parts, prefix_sums, rows, most, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
@@ -210,8 +231,6 @@ def _decode_kernel(
         if CUT:
             each = tl.load(shares)
             whole = begin + each >= length
-            if TILE > 0:
-                whole = whole & (shared == 0)
             each = _piece(length - begin, each, BLOCK_N)
             begin += piece * each
             end = tl.minimum(begin + each, length)
@@ -226,10 +245,15 @@ def _decode_kernel(
             V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
         )  # fmt: skip
         if whole:
+            result *= v_scale
+            if TILE > 0:
+                at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
+                result, top, total = _add_prefix(
+                    result, top, total, prefix_parts, prefix_sums, at, before, head * G + g, g < G, H, D, BLOCK_D, TILE
+                )  # fmt: skip
             if SINKS:
                 total += add_sink(sinks, head * G + tl.minimum(g, G - 1), top)
-            result = result / total[:, None] * v_scale
-            store_heads(out, in_scale, row * H * D + heads, result, mask, FORM)
+            store_heads(out, in_scale, row * H * D + heads, result / total[:, None], mask, FORM)
         else:
             result = result / total[:, None] * v_scale
             part = program.to(tl.int64) * H + head * G + g
@@ -257,30 +281,26 @@ def _add_parts(
     return result, higher, total * fade + tl.sum(weights, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "most"])
+@kernel(do_not_specialize=["rows", "most"])
 def _merge_kernel(
     positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, rows, most,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr,
     PIECES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of the rows that were cut, ``FIRST`` and then ``PIECES`` at a time, and the shared beginnings of
-    rows that have one; their sink joins them here, once. A program has ``HEADS`` heads of a row."""
+    """The pieces of the rows that were cut, ``FIRST`` and then ``PIECES`` at a time, and what these rows share with
+    others; their sink joins them here, once. A program has ``HEADS`` heads of a row."""
     begin_kernel()
-    number, row = tl.program_id(0), tl.program_id(0).to(tl.int64)
-    there = True
-    if TILE == 0:
-        there = number < tl.load(shares + 2)
-    if there:
+    number = tl.program_id(0)
+    if number < tl.load(shares + 2):
+        row = tl.load(shares + 3 + most + number).to(tl.int64)
         shared, before, at = 0, 0, 0
-        if TILE > 0:  # a program for each row
+        if TILE > 0:
             shared = tl.load(prefixes + row)
             at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
-        else:
-            row = tl.load(shares + 3 + most + number).to(tl.int64)
         length = tl.load(positions + row) + 1
         count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
-        if count + before > 1:
+        if count > 1:
             first = tl.load(shares + 3 + 2 * most + row)
             h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
             head, known = tl.program_id(1) * HEADS + h, h < HEADS
@@ -404,7 +424,7 @@ def meet(
     return out, top, total
 
 
-@triton.jit
+@kernel()
 def _prefill_kernel(
     qkv, tiles, tables, width, values, scales, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -655,8 +675,6 @@ def attend(
     }  # fmt: skip
     sinks = out if sinks is None else sinks
     softcap = softcap or 1.0
-    if prefix is not None:  # its rows are merged, cut or not
-        plan = dataclasses.replace(plan, extra=max(1, plan.extra))
     decodes, extra = step.num_decodes, plan.extra
     tile = 0 if prefix is None else prefix.tile
     if decodes:
@@ -672,7 +690,8 @@ def attend(
         bounded = {"maxnreg": REGISTERS} if small and not INTERPRETED else {}
         _decode_kernel[(decodes + extra, kv_heads)](
             qkv, step.slots, step.positions, step.tables, step.tables.stride(0), cache.values, scales, sinks,
-            out, in_scale, shares, parts, sums, prefixes, decodes, extra, scale * cache.k_scale, cache.v_scale, softcap,
+            out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes, extra,
+            scale * cache.k_scale, cache.v_scale, softcap,
             num_heads, kv_heads, size, block_d, max(16, next_power_of_2(group)), plan.block,
             CUT=extra > 0, TILE=tile, PAIRS=cache.values.element_size() == 1, **shared,
             num_warps=plan.warps, num_stages=3, **bounded, **LAUNCH,
@@ -680,10 +699,10 @@ def attend(
         if extra:
             # Where long rows alone are cut, there is hardly ever one: a thousand programs that find nothing take 7 us.
             # Where most rows are, those of up to 2,048 keys have the first pieces only.
-            heads, first, pieces = (group, 8, 8) if plan.keys > FEW_KEYS and not tile else (1, 16, 64)
-            _merge_kernel[(decodes if tile else min(decodes, extra), num_heads // heads)](
+            heads, first, pieces = (group, 8, 8) if plan.keys > FEW_KEYS else (1, 16, 64)
+            _merge_kernel[(min(decodes, extra), num_heads // heads)](
                 step.positions, sinks, out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes,
-                extra, num_heads, size, block_d, first, 16 if tile else pieces, window or 0, shared["SINKS"], int(form),
+                extra, num_heads, size, block_d, first, pieces, window or 0, shared["SINKS"], int(form),
                 tile, heads, next_power_of_2(heads), **LAUNCH,
             )  # fmt: skip
     if step.tiles is not None and step.spans is None:

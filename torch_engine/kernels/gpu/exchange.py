@@ -44,6 +44,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     LAUNCH,
     begin_kernel,
     cdiv,
+    kernel,
     next_power_of_2,
 )
 from flightline.torch_engine.kernels.gpu.norm import add_and_norm
@@ -110,7 +111,7 @@ def _taken(source, tag, mask, tries):
     return word.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["step", "tries"])
+@kernel(do_not_specialize=["step", "tries"])
 def _exchange_kernel(
     x, delta, step, post, weight, out, scales, in_scale, eps, box, boxes, tags, tries,
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr,
@@ -159,7 +160,7 @@ def _exchange_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["size", "tries"])
+@kernel(do_not_specialize=["size", "tries"])
 def _stack_kernel(
     x, out, size, box, boxes, tags, tries,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,

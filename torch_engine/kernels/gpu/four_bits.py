@@ -23,6 +23,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     OVERLAPS,
     begin_kernel,
     cdiv,
+    kernel,
     prefetch,
 )
 from flightline.torch_engine.model.coded import Coded
@@ -117,7 +118,7 @@ def _asked_for(tiles: int) -> int:
     return 1 << (min(PREFETCHED, tiles).bit_length() - 1)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _four_bit_product_kernel(
     x, words, marks, bias, out, rows,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr,
@@ -164,7 +165,7 @@ def _four_bit_product_kernel(
     tl.store(target, total, mask=(m < rows)[None, :])
 
 
-@triton.jit
+@kernel()
 def _four_bit_write_out_kernel(
     words, marks, out,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr,

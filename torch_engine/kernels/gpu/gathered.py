@@ -29,7 +29,14 @@ from flightline.torch_engine.kernels.gpu.attention import (
     weigh,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, LAUNCH, OVERLAPS, begin_kernel, cdiv
+from flightline.torch_engine.kernels.gpu.launch import (
+    INTERPRETED,
+    LAUNCH,
+    OVERLAPS,
+    begin_kernel,
+    cdiv,
+    kernel,
+)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 ALIGNED = 128
@@ -43,6 +50,9 @@ an H200 with an 8B model, about what the host needs longer than the device where
 LONGEST_BESIDE = 16_000
 """Keys of a prompt from which on any of its chunks is worth it, in a step of a graph, too: each tile meets them block
 after block. The last 48 tokens of 30,000 took 56 ms."""
+NEAR = 8192
+"""Keys of a step's longest prompt up to which a plan of their own may be faster: more of each tile is the diagonal, and
+tiles are fewer. Such plans are timed with prompts of half as many."""
 MOST_KEYS = 131_072
 """In the scratch memory."""
 MOST_SHARE = 0.01
@@ -105,7 +115,7 @@ class GatheredPlan:
         return self.scratch.keys.dtype == torch.float8_e4m3fn
 
 
-@triton.jit
+@kernel()
 def _gather_kernel(
     tables, width, spans, cache, scales, keys_out, values_out, room,
     V: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, KV_INT8: tl.constexpr,
@@ -160,7 +170,7 @@ def _advance(
     return out, top, total
 
 
-@triton.jit
+@kernel()
 def _gathered_kernel(
     qkv, tiles, offsets, keys, values, room, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,

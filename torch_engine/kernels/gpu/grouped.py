@@ -26,6 +26,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     OVERLAPS,
     begin_kernel,
     cdiv,
+    kernel,
     next_power_of_2,
 )
 from flightline.torch_engine.model.coded import Coded
@@ -272,7 +273,7 @@ def _column(values):
     return values.to(tl.float32)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _product_kernel(
     x, codes, scales, offsets, bias, out, rows,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
@@ -296,7 +297,7 @@ def _product_kernel(
     tl.store(target, total, mask=(m < rows)[None, :])
 
 
-@triton.jit
+@kernel()
 def _write_out_kernel(
     codes, scales, offsets, out,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,

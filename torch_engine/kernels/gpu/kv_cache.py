@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import parts_of, sum_parts, to_fp8
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
 
 HEADS_A_PROGRAM = 8
 
@@ -109,7 +109,7 @@ def _row_means(
     return queries, keys
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def _row_means_kernel(
     qkv, step, means, RANKS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
@@ -138,7 +138,7 @@ def row_means(qkv: torch.Tensor, num_heads: int, kv_heads: int, size: int, ranks
     return means
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def _rotate_write_kernel(
     qkv, step, out, q_norm, k_norm, means, rope, slots, positions, tables, width, values, scales, k_scale, v_scale, eps,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
@@ -253,7 +253,7 @@ def rotate_write(
     return out
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def _scatter_kernel(target, updates, count, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
@@ -20,6 +19,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     OVERLAPS,
     begin_kernel,
     cdiv,
+    kernel,
     next_power_of_2,
     prefetch,
 )
@@ -70,7 +70,7 @@ def skinny_plans(outputs: int, inputs: int, multiprocessors: int) -> list[Skinny
     return plans
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _skinny_kernel(
     x, weight, x_scale, weight_scale, out, rows,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -147,7 +147,7 @@ def skinny_linear(
 # Codes and scales --------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel()
 def _quantise_kernel(
     x, out, scales, in_scale, N: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
@@ -171,7 +171,7 @@ def quantise(x: torch.Tensor, form: Form, in_scale: torch.Tensor | None = None) 
     return Activation(out, scales)
 
 
-@triton.jit
+@kernel()
 def _dequantise_kernel(
     sums, scales, weight_scales, bias, out, N: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr
 ):

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, parts_of, sum_parts, to_fp8
 from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, Kind, halves_of, rows_product
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
 from flightline.torch_engine.kernels.gpu.linear import CudaLinear, PlainLinear, quantise
 from flightline.torch_engine.kernels.gpu.norm import gate
 from flightline.torch_engine.kernels.gpu.steps import CudaStep
@@ -33,7 +33,7 @@ PAST = tl.constexpr(-2)
 # Routing -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _router_kernel(
     x, weight, out, rows,
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -80,7 +80,7 @@ def _first_best(values, places, BLOCK: tl.constexpr):
     return tl.min(tl.where(values == tl.max(values, 0), places, BLOCK - 1), 0)
 
 
-@triton.jit(do_not_specialize=["step", "idle"])
+@kernel(do_not_specialize=["step", "idle"])
 def _route_kernel(
     logits, step, bias, correction, slots, idle, ids, weights,
     E: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CHOSEN: tl.constexpr, PLACES: tl.constexpr,
@@ -222,7 +222,7 @@ def _codes_at(codes, expert, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexp
     return codes + expert * N * (K // halves_of(KIND))
 
 
-@triton.jit
+@kernel()
 def _rows_in_kernel(
     x, in_scale, weight, weight_scales, offsets, bias, ids, out,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -253,7 +253,7 @@ def _rows_in_kernel(
     tl.store(out + (split * tl.num_programs(0) + pair) * N + n, sums, n < N)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _rows_out_kernel(
     x, in_scale, weight, weight_scales, offsets, bias, ids, shares, out, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, EACH: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -294,7 +294,7 @@ def _rows_out_kernel(
 # Many rows: blocks of pairs of one expert ----------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pairs", "blocks", "capacity"])
+@kernel(do_not_specialize=["pairs", "blocks", "capacity"])
 def _count_kernel(
     ids, cursors, experts, order, pairs, blocks, capacity,
     E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
@@ -319,7 +319,7 @@ def _count_kernel(
         tl.store(order + start + c, pairs + tl.zeros([CHUNK], tl.int32), start + c < capacity)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@kernel(do_not_specialize=["pairs"])
 def _place_kernel(ids, cursors, order, pairs, E: tl.constexpr, CHUNK: tl.constexpr):
     begin_kernel()
     pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -369,7 +369,7 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
     return Sorted(order, owners, size)
 
 
-@triton.jit(do_not_specialize=["pairs", "rows"])
+@kernel(do_not_specialize=["pairs", "rows"])
 def _blocks_kernel(
     x, in_scale, weight, weight_scales, offsets, bias, order, experts, shares, out, pairs, rows,
     N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -427,7 +427,7 @@ def _blocks_kernel(
 # The routed MLP ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def _shared_kernel(
     x, gate_weight, delta, step, out,
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr

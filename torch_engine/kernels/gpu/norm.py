@@ -19,7 +19,7 @@ from flightline.torch_engine.kernels.gpu.activation import (
     sum_parts,
     warps_of,
 )
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
 from flightline.torch_engine.model.mixture import CLAMPED_SLOPE
 
 _CLAMPED_SLOPE = tl.constexpr(CLAMPED_SLOPE)
@@ -44,7 +44,7 @@ def add_and_norm(
     emit(h, out, scales, in_scale, row, columns, mask, N, FORM)
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def _add_norm_kernel(
     x, delta, step, post, weight, out, scales, in_scale, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr,
@@ -104,7 +104,7 @@ def add_norm(
     return Activation(out, scales)
 
 
-@triton.jit(do_not_specialize=["step", "size"])
+@kernel(do_not_specialize=["step", "size"])
 def _add_up_kernel(sums, step, out, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     begin_kernel()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -120,7 +120,7 @@ def add_up(sums: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def _gate_kernel(
     gate_up, step, out, scales, in_scale,
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, CLAMP: tl.constexpr,

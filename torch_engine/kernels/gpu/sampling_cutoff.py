@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import begin_kernel
+from flightline.torch_engine.kernels.gpu.launch import begin_kernel, kernel
 from flightline.torch_engine.kernels.gpu.sampling_logits import (
     asked_logits,
     is_last,
@@ -241,7 +241,7 @@ def _eighth(low, high, number):
     return tl.minimum(tl.maximum(low + number * step, low), high)
 
 
-@triton.jit
+@kernel()
 def round_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
@@ -323,7 +323,7 @@ def round_kernel(
                 _note_interval(ends, masses, row, low, high, above, target, count)
 
 
-@triton.jit
+@kernel()
 def gather_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
@@ -358,7 +358,7 @@ def gather_kernel(
             tl.store(buffer_ids + row * CANDIDATES + place, columns, mask=fits)
 
 
-@triton.jit
+@kernel()
 def settle_kernel(
     logit_rows, slots, positions, integers, floats, tops, ends, masses, buffers, buffer_ids, kept,
     bounds, cuts, unsettled,
@@ -435,7 +435,7 @@ def settle_kernel(
     tl.store(unsettled + row, open_)
 
 
-@triton.jit
+@kernel()
 def search_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,

@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
 from flightline.torch_engine.kernels.gpu.sampling_cutoff import (
     begin_interval,
     gather_kernel,
@@ -76,7 +75,7 @@ _MOST = tl.constexpr(3.4028234663852886e38)
 _NONE = tl.constexpr(2147483647)
 
 
-@triton.jit
+@kernel()
 def _words_kernel(
     logit_rows, slots, positions, integers, word_tokens, word_ends, ring, matched, kept, arrived,
     PICKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +106,7 @@ def _words_kernel(
         tl.store(matched + slot * _WORDS + word, (wrong == 0).to(tl.int32), mask=known)
 
 
-@triton.jit
+@kernel()
 def _scan_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
@@ -153,7 +152,7 @@ def _scan_kernel(
         tl.store(sums + at, log_sum_exps(values * (1.0 / temperature)), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _sum_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed,
@@ -184,7 +183,7 @@ def _sum_kernel(
         tl.store(sums + at, result, mask=inside)
 
 
-@triton.jit
+@kernel()
 def _draw_kernel(
     logits, scales, logit_rows, slots, positions,
     integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, matched, allowed, ring,
@@ -242,7 +241,7 @@ def _draw_kernel(
             tl.store(ring + slot * _RING + position % _RING, token)
 
 
-@triton.jit
+@kernel()
 def _top_kernel(
     logits, scales, logit_rows, slots, positions, integers, raw_tops, raw_sums, top_ids, top_log_probs,
     N: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr, PICKED: tl.constexpr,

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import cdiv
+from flightline.torch_engine.kernels.gpu.launch import cdiv, kernel
 
 PART = 1024
 MOST_TOP = 20
@@ -128,7 +127,7 @@ class Choice:
         )  # fmt: skip
 
 
-@triton.jit
+@kernel()
 def _fork_kernel(
     moves, integers, floats, seen, counts, edit_ids, edit_values, edit_when, edit_starts, word_tokens, word_ends, ring,
     N: tl.constexpr, P: tl.constexpr, SAID: tl.constexpr, COLUMNS: tl.constexpr,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 
 from flightline.torch_engine.core.shared_prefixes import Group, Ints
@@ -23,7 +22,7 @@ from flightline.torch_engine.kernels.gpu.attention import (
     meet,
 )
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
-from flightline.torch_engine.kernels.gpu.launch import begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import begin_kernel, cdiv, kernel, next_power_of_2
 
 LAUNCH_BYTES = 16_000_000
 """What a GPU reads in the time that the kernel more and the merge of all rows take at the least, about 4 us."""
@@ -31,7 +30,7 @@ LEAST_KEYS = 256
 """Of a piece, at the least: its result costs as much to write and read as 8 or 16 keys."""
 
 
-@triton.jit
+@kernel()
 def _prefix_kernel(
     qkv, slots, positions, tables, width, members, items, values, scales, parts, sums, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,

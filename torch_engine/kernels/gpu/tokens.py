@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
 from flightline.torch_engine.parallel.group import Alone
 
 
@@ -21,7 +20,7 @@ class Stacking(Protocol):
         """``x`` of each rank, in their order: [ranks, *x.shape]."""
 
 
-@triton.jit
+@kernel()
 def _embed_kernel(ids, slots, last, table, out, factor, N: tl.constexpr, BLOCK: tl.constexpr):
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
@@ -46,7 +45,7 @@ def embed(
     return out
 
 
-@triton.jit
+@kernel()
 def _argmax_part_kernel(
     logits, column_scales, holds, ends, tops, places, FIRST, N: tl.constexpr, PARTS: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, ENDS: tl.constexpr,
@@ -74,7 +73,7 @@ def _argmax_part_kernel(
     tl.store(places + row * PARTS + part, FIRST + tl.min(tl.where(best == top, place, 2147483647 - FIRST), 0))
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def _argmax_merge_kernel(
     tops, places, slots, last, tokens, step, RANKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -131,7 +130,7 @@ def argmax(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel()
 def _remember_kernel(tokens, slots, last):
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)

@@ -74,8 +74,10 @@ from flightline.torch_engine.runner import Ticket, described, host_blocks
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 MIXED_SAMPLES = 256
 BESIDE_DECODES = (32, 64, 128, 192, 256)
-BESIDE_PROMPTS = (64, 128, 256, 384, 512, 768)
+BESIDE_PROMPTS = (64, 128, 256, 384, 512, 768, 1024, 1536)
 """Rows of decodes, and of prompts beside them, in graphs that compute the decodes as a step of single tokens does."""
+ROWS_AN_END = 16
+"""Of prompts in such a graph, one may end for so many."""
 FEW_DECODES = 16
 """So many may be tiles of one token of the prompts' attention. 248 of those take 90 us a layer of an 8B model on an
 H200, and 36 in the decodes' own attention."""
@@ -116,7 +118,7 @@ class MixedShape:
     @classmethod
     def beside(cls, decodes: int, prompts: int, tile: int) -> MixedShape:
         """``prompts`` rows of prompts, of which a few end, beside ``decodes``."""
-        ends = prompts // 16
+        ends = prompts // ROWS_AN_END
         return cls(decodes + prompts, prompts // tile + ends, decodes + ends, decodes)
 
     def holds(self, decodes: int, prompts: int, tiles: int, samples: int) -> bool:
@@ -291,7 +293,7 @@ class CudaRunner:
         """Of the last step."""
         self.last = torch.zeros(slots + 1 + forks, dtype=torch.int32, device=device)
         ladder = self._ladder(max(slots, min(slots * (1 + config.speculation_tokens), MOST_ROWS)))
-        samples = max(slots + MOST_SCORED, MIXED_SAMPLES + BESIDE_PROMPTS[-1])
+        samples = max(slots + MOST_SCORED, MIXED_SAMPLES + BESIDE_PROMPTS[-1] // ROWS_AN_END)
         self.tokens = torch.zeros(max(samples, ladder[-1]), dtype=torch.int32, device=device)
         spec = model.spec
         self.choice = Choice.empty(len(self.tokens), device)

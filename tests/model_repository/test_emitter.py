@@ -132,6 +132,47 @@ def test_a_response_that_cannot_be_sent_ends_its_own_request() -> None:
     emitter.close()
 
 
+def test_a_rest_is_for_what_is_between_alone() -> None:
+    """While the thread rests, beginnings and ends are sent; afterwards what waited goes, in one response."""
+    engine, one, other = Answering(), Sender(), Sender()
+    ticks: list[None] = []
+    emitter = Emitter(triton(), engine, check_period_s=0.01, on_tick=lambda: ticks.append(None))
+
+    def began(sender: Sender) -> None:
+        emitter.start(
+            Generation(Reply(sender), GenerationRequest([1], 1), True, lambda output, first: output.text)
+        )
+        wait_for(lambda: sender.sent)
+
+    began(one)
+    emitter._rests_until = time.monotonic() + 3600
+    for text in ("a", "b"):
+        engine.callbacks[0](RequestOutput(text=text))
+    began(other)
+    engine.callbacks[1](RequestOutput(text="c"))
+    engine.callbacks[1](RequestOutput(text="d", finish_reason=FinishReason.LENGTH))
+    assert other.ended.wait(30)
+    ticks.clear()
+    wait_for(lambda: len(ticks) == 3)  # the thread has gone round
+    assert [text for text, _ in other.sent] == ["first", "cd"] and [text for text, _ in one.sent] == ["first"]
+    with emitter._changed:
+        emitter._rests_until = 0.0
+        emitter._changed.notify()
+    wait_for(lambda: len(one.sent) == 2)
+    assert one.sent[1] == ("ab", 0)
+    wait_for(lambda: emitter._rests_until > 0.0)
+    engine.callbacks[0](RequestOutput(text="e"))  # nobody ends the rest that this one waits for but the clock
+    wait_for(lambda: len(one.sent) == 3)
+    emitter.close()
+
+
+def wait_for(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_one_of_several_answers_fails_and_the_others_go_on() -> None:
     """Its error says which it was; the final flag comes once, with the last one's end."""
     engine, sender = Answering(), Sender()

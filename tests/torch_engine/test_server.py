@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from flightline.torch_engine.core.request import (
     Code,
     FinishReason,
     GenerationRequest,
+    PerfMetrics,
     RequestError,
     RequestOutput,
 )
@@ -280,3 +282,23 @@ def spelled(events: dict[int, BlockEvent], prompt: list[int]) -> list[int]:
             return found
         parent = following[0].uid
         found += following[0].tokens
+
+
+def test_outputs_travel_whole() -> None:
+    """They have a short form for the way between processes; no field may be forgotten there."""
+    values = {
+        "token_ids": [1, 2], "text": "a b", "log_probs": [-0.5, -1.0], "top_log_probs": [[(1, -0.5)], []],
+        "cum_log_prob": -1.5, "num_input_tokens": 3, "num_output_tokens": 2, "finish_reason": FinishReason.ERROR,
+        "error": RequestError(Code.INTERNAL, "why"), "metrics": PerfMetrics(), "prompt_log_probs": [-2.0],
+        "prompt_top_log_probs": [[(4, -2.0)]], "sequence_index": 1, "lane_outputs": {"name": 1},
+    }  # fmt: skip
+    fields = [field.name for field in dataclasses.fields(RequestOutput)]
+    assert set(values) == set(fields)
+    for chosen in ([], fields, *([name] for name in fields)):
+        output = RequestOutput(**{name: values[name] for name in chosen})
+        travelled = pickle.loads(pickle.dumps(output))
+        for name in fields:
+            ours, theirs = getattr(travelled, name), getattr(output, name)
+            assert ours == theirs or (name == "error" and str(ours) == str(theirs)), name
+        travelled.extend(RequestOutput([5], " c", [-0.1]))  # its lists are its own
+    assert RequestOutput().log_probs == pickle.loads(pickle.dumps(RequestOutput())).log_probs == []

@@ -74,6 +74,7 @@ if RUNS:
         dequantise,
         quantise,
         skinny_linear,
+        skinny_plans,
     )
     from flightline.torch_engine.kernels.gpu.norm import add_norm, gate
     from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
@@ -233,7 +234,7 @@ class TestKernels:
         result = gate(gate_up, activation, dtype, form, scale)
         close(expanded(result, form, scale), expected, form_tolerance(form, dtype))
 
-    @pytest.mark.parametrize("rows", [1, 16])
+    @pytest.mark.parametrize("rows", [1, 16, 24, 64])
     @pytest.mark.parametrize(("block_n", "block_k", "splits"), [(16, 64, 2), (64, 32, 4), (32, 128, 1)])
     def test_skinny_linear(self, rows: int, block_n: int, block_k: int, splits: int) -> None:
         x = torch.randn(rows, 128, device=DEVICE).to(torch.float8_e4m3fn)
@@ -244,6 +245,21 @@ class TestKernels:
         assert parts.shape == (splits, rows, 192)
         # The tensor cores of Hopper keep fewer bits of FP8 sums than float32 has.
         close(parts.sum(0), x.float() @ weight.float().t() / 8, 1e-5 if INTERPRETED else 2e-3)
+
+    def test_plans_are_for_so_many_rows(self) -> None:
+        few, wider = SkinnyPlan(64, 32, 4, 4, 2), SkinnyPlan(64, 64, 2, 4, 2)
+        codes = torch.randn(64, 128, device=DEVICE).to(torch.float8_e4m3fn)
+        one = torch.ones((), device=DEVICE)
+        linear = Fp8Linear(codes, one, one, None, torch.bfloat16)
+        for linear.plan, linear.wider, splits in ((few, wider, [4, 4, 2, 2]), (few, None, [4, 4, 0, 0])):
+            for rows, expected in zip((1, 16, 17, 64), splits, strict=True):
+                plan = linear.plan_of(rows)
+                assert (plan.splits if plan else 0) == expected
+            assert linear.plan_of(65) is None
+        assert {plan.block_n for plan in skinny_plans(4096, 14336, 132, 64)} == {64, 128}
+        assert all(
+            4096 // plan.block_n * plan.splits <= 2 * 132 for plan in skinny_plans(4096, 14336, 132, 64)
+        )
 
     def test_readers_add_partial_sums(self) -> None:
         dtype = DTYPES[1]

@@ -271,6 +271,15 @@ class RequestOutput:
     """Tensors that only TensorRT-LLM gives (logits), by the names of NVIDIA's ``tensorrt_llm``, [1, ...] each; they
     come with the last message."""
 
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """What travels between processes, thousands a second: of most outputs only some tokens and their text."""
+        usual = self.token_ids, self.text, self.num_input_tokens, self.num_output_tokens, self.sequence_index
+        more = (
+            self.log_probs, self.top_log_probs, self.cum_log_prob, self.finish_reason, self.error, self.metrics,
+            self.prompt_log_probs, self.prompt_top_log_probs, self.lane_outputs,
+        )  # fmt: skip
+        return _output, (*usual, *more) if any(more) else usual
+
     def extend(self, later: RequestOutput) -> None:
         """Merges a later message about the same request into this one: tokens coalesce, none is lost."""
         self.token_ids += later.token_ids
@@ -287,6 +296,25 @@ class RequestOutput:
         self.prompt_top_log_probs += later.prompt_top_log_probs
         self.sequence_index = later.sequence_index
         self.lane_outputs = later.lane_outputs
+
+
+def _output(
+    token_ids: list[int],
+    text: str,
+    num_input_tokens: int,
+    num_output_tokens: int,
+    sequence_index: int,
+    *more: Any,
+) -> RequestOutput:
+    """As ``RequestOutput.__reduce__`` gives it."""
+    output = object.__new__(RequestOutput)  # its ``__init__`` would take half of the time
+    output.token_ids, output.text, output.sequence_index = token_ids, text, sequence_index
+    output.num_input_tokens, output.num_output_tokens = num_input_tokens, num_output_tokens
+    (
+        output.log_probs, output.top_log_probs, output.cum_log_prob, output.finish_reason, output.error,
+        output.metrics, output.prompt_log_probs, output.prompt_top_log_probs, output.lane_outputs,
+    ) = more or ([], [], 0.0, None, None, None, [], [], {})  # fmt: skip
+    return output
 
 
 @dataclass(frozen=True)

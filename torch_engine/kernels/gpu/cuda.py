@@ -46,6 +46,7 @@ from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write, 
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     SKINNY_ROWS,
+    SOME_ROWS,
     CudaLinear,
     Fp8Head,
     Fp8Linear,
@@ -495,8 +496,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                     ours = [plan for plan in times if plan is not None]
                     best = min(ours, key=lambda plan: times[plan], default=None)
                     # Our partial sums cost their reader a little, but ours starts while the kernel before it ends:
-                    # where that is possible a close race goes to it, otherwise to the library.
-                    if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
+                    # where that is possible a close race goes to it, otherwise to the library. Sums of more rows cost
+                    # more.
+                    close = 1.05 if rows <= SKINNY_ROWS else 1.0
+                    if best is None or times[best] > (close if OVERLAPS else 0.95) * times[None]:
                         best = None
                 for linear in linears:
                     _take(linear, rows, best)
@@ -572,7 +575,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             outputs, inputs = one.weight.shape
             scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None
             x = Activation(ones.expand(rows, inputs).to(torch.float8_e4m3fn), scales)
-            plans = [None, *skinny_plans(outputs, inputs, self.multiprocessors)]
+            plans = [None, *skinny_plans(outputs, inputs, self.multiprocessors, rows)]
         else:
             return {}
         return {plan: time_all(linears, x, plan) for plan in plans}
@@ -769,15 +772,17 @@ def _by_kind(layers: list[Layer[CudaLinear]]) -> dict[str, list[Any]]:
 
 def _tuned_rows(linear: CudaLinear) -> tuple[int, ...]:
     """Numbers of rows, ascending, up to each of which a plan is chosen."""
-    return TUNED_ROWS if isinstance(linear, CodedLinear) else (FEWEST,)
+    return TUNED_ROWS if isinstance(linear, CodedLinear) else (FEWEST, SOME_ROWS)
 
 
 def _take(linear: Any, rows: int, plan: SkinnyPlan | GroupedPlan | None) -> None:
     if isinstance(linear, CodedLinear):
         assert not isinstance(plan, SkinnyPlan)
         linear.choose(rows, plan)
-    else:
+    elif rows <= SKINNY_ROWS:
         linear.plan = plan
+    else:
+        linear.wider = plan
 
 
 def time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:

@@ -54,13 +54,7 @@ from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import BATCH_SIZES, LONG, prefill_plan
 from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
-from flightline.torch_engine.kernels.gpu.gathered import (
-    LEAST_PAIRS,
-    LEAST_TOKENS,
-    LONGEST_BESIDE,
-    NEAR,
-    padded,
-)
+from flightline.torch_engine.kernels.gpu.gathered import LEAST_PAIRS, LEAST_TOKENS, LONGEST_BESIDE, padded
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, scatter
 from flightline.torch_engine.kernels.gpu.linear import SKINNY_ROWS, CudaLinear
 from flightline.torch_engine.kernels.gpu.sampling_ops import sample
@@ -443,23 +437,16 @@ class CudaRunner:
         count = min(LEAST_TOKENS, longest)
         if self.long_tile:
             self._try_prompt(count, self.long_tile, True)
-        for first in (0, NEAR):  # both have a plan
-            spans = self._spans([(0, count, first, self.spare)])
-            if spans and first + count <= self.width * self.block_size:
-                self._try_prompt(count, self._gathered_tile(first + count), spans=spans, first=first)
+        if spans := self._spans([(0, count, 0, self.spare)]):
+            self._try_prompt(count, self.gathered_tile, spans=spans)
 
     def _try_prompt(
-        self,
-        count: int,
-        tile: int = 0,
-        long: bool = False,
-        spans: list[Ints] | None = None,
-        first: int = 0,
+        self, count: int, tile: int = 0, long: bool = False, spans: list[Ints] | None = None
     ) -> None:
-        """A step with ``count`` tokens, the first one at position ``first``, of a prompt that is nobody's."""
+        """A step with a prompt of so many tokens that is nobody's."""
         columns = np.zeros((3, count), dtype=np.int32)
-        columns[1], columns[2] = self.spare, np.arange(first, first + count)
-        tiles = self._tiles(0, count, first, self.spare, tile)
+        columns[1], columns[2] = self.spare, np.arange(count)
+        tiles = self._tiles(0, count, 0, self.spare, tile)
         sampled = [(count - 1, self.spare, 0)]
         self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])()
         if self.device.type == "cuda":
@@ -858,9 +845,8 @@ class CudaRunner:
             shape = None
         if shape is not None and not shape.decodes:
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
-        longest = max((each[1] + each[2] for each in prompts), default=0)
-        long = shape is None and longest >= LONG
-        tile = self._gathered_tile(longest) if spans else self.long_tile
+        long = shape is None and max((each[1] + each[2] for each in prompts), default=0) >= LONG
+        tile = self.gathered_tile if spans else self.long_tile
         if long and tile:
             tiles = [piece for each in prompts for piece in self._tiles(*each, tile)]
         # The longest tiles first: they take the most time.
@@ -870,9 +856,10 @@ class CudaRunner:
         long &= bool(self.long_tile) and not spans
         return self._loose(step, tiles, sampled, updates, len(singles), long, spans)
 
-    def _gathered_tile(self, longest: int) -> int:
-        """Tokens of a tile of prompts whose keys are gathered, of which the longest has so many; 0: none are."""
-        plan = self.kernels.gathered_for(longest)
+    @property
+    def gathered_tile(self) -> int:
+        """Tokens of a tile of prompts whose keys are gathered; 0: none are."""
+        plan = self.kernels.gathered
         return plan.tile.tokens(self.model.spec.num_groups) if plan else 0
 
     @staticmethod

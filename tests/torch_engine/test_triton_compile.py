@@ -120,8 +120,6 @@ if hopper:
     for plan in (plans[0], plans[-1]):
         skinny_linear(codes[:1], codes, one, one, plan)
     skinny_linear(codes[:1], codes, torch.ones(1), torch.ones(6144), plans[0])
-    for plan in skinny_plans(6144, 4096, 132, 64):
-        skinny_linear(codes[:64], codes, one, one, plan)
 # gpt-oss: sinks, and experts in MXFP4 with biases, of a row by itself and in blocks; widths end within a block.
 step = AttentionInput(ints, ints, torch.zeros(4, 256, dtype=torch.int32), 4, torch.zeros(2, 4, dtype=torch.int32))
 attend(torch.zeros(4, 80 * 64, dtype=bf16), KVCache(cache.values[..., :64], cache.scales), step, 64, 0.1, 128, None,

@@ -26,7 +26,6 @@ from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import (
     FETCHES,
-    NEAR,
     STEPS,
     GatheredPlan,
     GatheredScratch,
@@ -46,7 +45,6 @@ from flightline.torch_engine.kernels.gpu.kv_cache import KVCache, rotate_write, 
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, OVERLAPS
 from flightline.torch_engine.kernels.gpu.linear import (
     SKINNY_ROWS,
-    SOME_ROWS,
     CudaLinear,
     Fp8Head,
     Fp8Linear,
@@ -125,8 +123,6 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         """How long prompts are cut up, where that was timed; None: as all are."""
         self.gathered: GatheredPlan | None = None
         """How they are computed over gathered keys, where that was faster; None: never."""
-        self.gathered_near: GatheredPlan | None = None
-        """The same over few enough keys (``gathered.NEAR``), where another plan was faster; None: as all."""
         self.prefix: PrefixPlan | None = None
         """How keys that several decodes share are computed, where that was timed; None: by each for itself."""
         self.exchange: Exchange | None = None
@@ -400,18 +396,13 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             plan, form, reader.input_scale, prefill, layer.sinks, prefix,
         )  # fmt: skip
         if where.spans is not None:
-            gathered = self.gathered_for(where.longest)
-            assert gathered is not None
+            assert self.gathered is not None
             attend_gathered(
-                qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, gathered, out,
+                qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, self.gathered, out,
                 form, reader.input_scale, layer.sinks,
             )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
-
-    def gathered_for(self, longest: int) -> GatheredPlan | None:
-        """The plan of a step whose longest prompt has so many keys; None: theirs are not gathered."""
-        return self.gathered_near if self.gathered_near and longest <= NEAR else self.gathered
 
     def decode_plan(self, spec: ModelSpec, rows: int, longest: int) -> DecodePlan:
         """Of a step's decodes, of which the longest has so many keys."""
@@ -496,10 +487,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                     ours = [plan for plan in times if plan is not None]
                     best = min(ours, key=lambda plan: times[plan], default=None)
                     # Our partial sums cost their reader a little, but ours starts while the kernel before it ends:
-                    # where that is possible a close race goes to it, otherwise to the library. Sums of more rows cost
-                    # more.
-                    close = 1.05 if rows <= SKINNY_ROWS else 1.0
-                    if best is None or times[best] > (close if OVERLAPS else 0.95) * times[None]:
+                    # where that is possible a close race goes to it, otherwise to the library.
+                    if times[best] > (1.05 if OVERLAPS else 0.95) * times[None]:
                         best = None
                 for linear in linears:
                     _take(linear, rows, best)
@@ -575,7 +564,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             outputs, inputs = one.weight.shape
             scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None
             x = Activation(ones.expand(rows, inputs).to(torch.float8_e4m3fn), scales)
-            plans = [None, *skinny_plans(outputs, inputs, self.multiprocessors, rows)]
+            plans = [None, *skinny_plans(outputs, inputs, self.multiprocessors)]
         else:
             return {}
         return {plan: time_all(linears, x, plan) for plan in plans}
@@ -622,7 +611,6 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             alone = self.group.size == 1  # each rank would time its own, and all have to take the same
             room = longest + STEPS * step
             gathered = self._time_gathered(spec, cache, room, context, tokens, usual) if alone else []
-            near = self._time_near([plan for plan, _ in gathered], spec, cache, context)
         best = min(times, key=lambda plan: times[plan])
         if times[best] < 0.98 * times[usual]:
             self.long_prefill = best
@@ -639,7 +627,6 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 f"; prompts of up to {plan.keys} tokens over gathered keys{', scores in FP8' if plan.fp8 else ''}: "
                 f"{times[usual] * 1e6:.0f} -> {seconds * 1e6:.0f} us with {plan.tile}"
             )
-            self._choose_near(near)
         self.tuned["prefill attention over gathered keys"] = {
             str(plan.tile): round(seconds * 1e6, 1) for plan, seconds in gathered
         }
@@ -676,31 +663,6 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             else:
                 self._tuning += f"; {tile} over gathered keys is not used: results differ by {apart:.2g}"
         return found
-
-    def _time_near(
-        self, plans: list[GatheredPlan], spec: ModelSpec, cache: KVCache, context: int
-    ) -> dict[GatheredPlan, float]:
-        """What ``plans`` take of a prompt of half of ``gathered.NEAR``; nothing where that is not shorter."""
-        tokens = NEAR // 2
-        if context <= tokens:
-            return {}
-        return {
-            plan: prefill_seconds(plan, spec, cache, tokens, tokens, self.dtype, in_graph=True)
-            for plan in plans
-        }
-
-    def _choose_near(self, times: dict[GatheredPlan, float]) -> None:
-        """A plan for few keys, if it is faster than the one for all."""
-        if self.gathered not in times:
-            return
-        best = min(times, key=lambda plan: times[plan])
-        if times[best] < 0.98 * times[self.gathered]:
-            self.gathered_near = best
-            took = f"{times[self.gathered] * 1e6:.0f} -> {times[best] * 1e6:.0f} us"
-            self._tuning += f" (of up to {NEAR}: {took} with {best.tile})"
-        self.tuned[f"prefill attention over gathered keys, {NEAR // 2:,} tokens"] = {
-            str(plan.tile): round(took * 1e6, 1) for plan, took in times.items()
-        }
 
     def prefix_plan(self, spec: ModelSpec, cache: KVCache) -> PrefixPlan:
         return PrefixPlan.of(cache, spec.num_heads, self.dtype, self.multiprocessors)
@@ -772,17 +734,15 @@ def _by_kind(layers: list[Layer[CudaLinear]]) -> dict[str, list[Any]]:
 
 def _tuned_rows(linear: CudaLinear) -> tuple[int, ...]:
     """Numbers of rows, ascending, up to each of which a plan is chosen."""
-    return TUNED_ROWS if isinstance(linear, CodedLinear) else (FEWEST, SOME_ROWS)
+    return TUNED_ROWS if isinstance(linear, CodedLinear) else (FEWEST,)
 
 
 def _take(linear: Any, rows: int, plan: SkinnyPlan | GroupedPlan | None) -> None:
     if isinstance(linear, CodedLinear):
         assert not isinstance(plan, SkinnyPlan)
         linear.choose(rows, plan)
-    elif rows <= SKINNY_ROWS:
-        linear.plan = plan
     else:
-        linear.wider = plan
+        linear.plan = plan
 
 
 def time_all(linears: list[Any], x: Activation, plan: SkinnyPlan | GroupedPlan | None) -> float:

@@ -50,9 +50,6 @@ an H200 with an 8B model, about what the host needs longer than the device where
 LONGEST_BESIDE = 16_000
 """Keys of a prompt from which on any of its chunks is worth it, in a step of a graph, too: each tile meets them block
 after block. The last 48 tokens of 30,000 took 56 ms."""
-NEAR = 8192
-"""Keys of a step's longest prompt up to which a plan of their own may be faster: more of each tile is the diagonal, and
-tiles are fewer. Such plans are timed with prompts of half as many."""
 MOST_KEYS = 131_072
 """In the scratch memory."""
 MOST_SHARE = 0.01

@@ -32,9 +32,7 @@ PREFETCH = 256
 """Bytes of each of its rows of the weight that a program asks for while the kernel before it still runs. Measured on an
 H200 at one row: 256 bytes 376 tok/s, 512 360, 1024 351."""
 SKINNY_ROWS = 16
-"""Most rows of :func:`skinny_linear` where they are few."""
-SOME_ROWS = 64
-"""Most rows of it at all, with plans of their own."""
+"""Most rows of :func:`skinny_linear`."""
 
 _OVERLAPS = tl.constexpr(OVERLAPS)
 
@@ -54,19 +52,15 @@ class SkinnyPlan:
     stages: int
 
 
-def skinny_plans(
-    outputs: int, inputs: int, multiprocessors: int, rows: int = SKINNY_ROWS
-) -> list[SkinnyPlan]:
-    """Plans worth timing for a weight [outputs, inputs] and up to so many rows."""
-    tiles = [(16, 512, 4, 4), (32, 256, 4, 5), (64, 128, 4, 6), (64, 256, 4, 4), (128, 128, 4, 5)]
-    fillings: tuple[float, ...] = (2, 4)
-    if rows > SKINNY_ROWS:  # two programs find room on a multiprocessor, and partial sums are larger
-        tiles, fillings = [(64, 128, 4, 6), (64, 256, 4, 3), (128, 128, 8, 4)], (1.4,)
+def skinny_plans(outputs: int, inputs: int, multiprocessors: int) -> list[SkinnyPlan]:
+    """Plans worth timing for a weight [outputs, inputs]."""
     plans = []
-    for block_n, block_k, warps, stages in tiles:
+    for block_n, block_k, warps, stages in (
+        (16, 512, 4, 4), (32, 256, 4, 5), (64, 128, 4, 6), (64, 256, 4, 4), (128, 128, 4, 5),
+    ):  # fmt: skip
         if outputs % block_n or inputs % block_k:
             continue
-        for waves in fillings:
+        for waves in (2, 4):
             splits = 1
             while splits < 8 and outputs // block_n * splits < waves * multiprocessors:
                 splits *= 2
@@ -131,7 +125,7 @@ def _skinny_kernel(
 def skinny_linear(
     x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, plan: SkinnyPlan
 ) -> torch.Tensor:
-    """``x`` [T <= 64, K] times ``weight`` [N, K], e4m3: partial sums [S, T, N] float32, in a fixed order.
+    """``x`` [T <= 16, K] times ``weight`` [N, K], e4m3: partial sums [S, T, N] float32, in a fixed order.
 
     ``x_scale`` is a scalar or [T], ``weight_scale`` a scalar or [N].
 
@@ -141,10 +135,9 @@ def skinny_linear(
     rows, inputs = x.shape
     outputs = weight.shape[0]
     out = torch.empty(plan.splits, rows, outputs, dtype=torch.float32, device=x.device)
-    tile = SKINNY_ROWS if rows <= SKINNY_ROWS else max(32, next_power_of_2(rows))
     _skinny_kernel[(outputs // plan.block_n, plan.splits)](
         x, weight, x_scale, weight_scale, out, rows,
-        outputs, inputs, tile, plan.block_n, plan.block_k, plan.splits,
+        outputs, inputs, SKINNY_ROWS, plan.block_n, plan.block_k, plan.splits,
         min(PREFETCH, 2 ** ((inputs // plan.splits).bit_length() - 1)), x_scale.dim(), weight_scale.dim(),
         num_warps=plan.warps, num_stages=plan.stages, **LAUNCH,
     )  # fmt: skip
@@ -235,22 +228,7 @@ class PlainLinear:
         return F.linear(x.values, self.weight, self.bias)
 
 
-class Skinny:
-    """A linear that has plans for a few rows, where measuring found them faster than the library
-    (:meth:`CudaKernels.tune`)."""
-
-    plan: SkinnyPlan | None = None
-    """Of up to :data:`SKINNY_ROWS`."""
-    wider: SkinnyPlan | None = None
-    """Of more, up to :data:`SOME_ROWS`."""
-
-    def plan_of(self, rows: int) -> SkinnyPlan | None:
-        if rows <= SKINNY_ROWS:
-            return self.plan
-        return self.wider if rows <= SOME_ROWS else None
-
-
-class Fp8Linear(Skinny):
+class Fp8Linear:
     """e4m3 weights and activations with one scale each, known beforehand; accumulated in float32."""
 
     form = Form.FP8_STATIC
@@ -266,11 +244,12 @@ class Fp8Linear(Skinny):
     ) -> None:
         self.weight, self.weight_scale, self.input_scale = codes, weight_scale, input_scale
         self.bias, self.dtype = bias, dtype
+        self.plan: SkinnyPlan | None = None
+        """For a few rows, where measuring found it faster than the library: :meth:`CudaKernels.tune`."""
 
     def __call__(self, x: Activation) -> torch.Tensor:
-        plan = self.plan_of(x.values.shape[0])
-        if plan is not None:
-            return skinny_linear(x.values, self.weight, self.input_scale, self.weight_scale, plan)
+        if self.plan is not None and x.values.shape[0] <= SKINNY_ROWS:
+            return skinny_linear(x.values, self.weight, self.input_scale, self.weight_scale, self.plan)
         return _scaled_mm(x.values, self.weight, self.input_scale, self.weight_scale, self.bias, self.dtype)
 
 
@@ -286,7 +265,7 @@ def fp8_by_output(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-class Fp8RowLinear(Skinny):
+class Fp8RowLinear:
     """e4m3 weights with a scale for each output; activations have one that is known beforehand, or one for each row."""
 
     column_scales: torch.Tensor | None = None
@@ -304,14 +283,15 @@ class Fp8RowLinear(Skinny):
         self.weight, self.scales, self.input_scale = codes, scales, input_scale
         self.bias, self.dtype = bias, dtype
         self.one = torch.ones((), dtype=torch.float32, device=codes.device)
+        self.plan: SkinnyPlan | None = None
+        """As of :class:`Fp8Linear`."""
 
     def __call__(self, x: Activation) -> torch.Tensor:
         scales = self.input_scale if x.scales is None else x.scales
         assert scales is not None
         rows = x.values.shape[0]
-        plan = self.plan_of(rows)
-        if plan is not None:
-            return skinny_linear(x.values, self.weight, scales, self.scales, plan)
+        if self.plan is not None and rows <= SKINNY_ROWS:
+            return skinny_linear(x.values, self.weight, scales, self.scales, self.plan)
         scales = scales.expand(rows).contiguous()
         if x.values.is_cuda and self.dtype == torch.bfloat16:
             columns = self.scales[None, :]

@@ -68,15 +68,20 @@ from flightline.torch_engine.runner import Ticket, described, host_blocks
 MIXED_ROWS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 MIXED_SAMPLES = 256
 BESIDE_DECODES = (32, 64, 128, 192, 256)
-BESIDE_PROMPTS = (64, 128, 256, 384, 512, 768, 1024, 1536)
+BESIDE_PROMPTS = (64, 128, 256, 384, 512, 768, 1024)
 """Rows of decodes, and of prompts beside them, in graphs that compute the decodes as a step of single tokens does."""
+LONG_BESIDE = (128, 512)
+"""The same rows of prompts where a decode has a longer context than :data:`MIXED_DECODE`: chats with a history."""
+BESIDE_BYTES = 4 * 2**30
+"""Of the device's memory that must be free beside weights and KV cache for these graphs: on an H200 32 of an 8B model
+took 1 GiB."""
 ROWS_AN_END = 16
 """Of prompts in such a graph, one may end for so many."""
 FEW_DECODES = 16
 """So many may be tiles of one token of the prompts' attention. 248 of those take 90 us a layer of an 8B model on an
 H200, and 36 in the decodes' own attention."""
 MIXED_DECODE = 2048
-"""Longest context of a decode beside prompts in a graph: it has no splits there, which many keys want."""
+"""Longest context of a decode beside prompts in most graphs: it has no splits there, which many keys want."""
 SHORT = 2048
 """Keys of the longest row of a step of single tokens that needs no cutting."""
 LEAST_SHARING = 4
@@ -102,6 +107,8 @@ class MixedShape:
     """Rows whose logits are wanted."""
     decodes: int = 0
     """The first rows, for decodes alone; 0: these are tiles of one token, anywhere."""
+    long: bool = False
+    """Whether these decodes may see as many keys as there is room for, and not :data:`MIXED_DECODE`."""
 
     @classmethod
     def of(cls, rows: int, tile: int) -> MixedShape:
@@ -110,10 +117,10 @@ class MixedShape:
         return cls(rows, rows // tile + samples + 8, samples)
 
     @classmethod
-    def beside(cls, decodes: int, prompts: int, tile: int) -> MixedShape:
+    def beside(cls, decodes: int, prompts: int, tile: int, long: bool = False) -> MixedShape:
         """``prompts`` rows of prompts, of which a few end, beside ``decodes``."""
         ends = prompts // ROWS_AN_END
-        return cls(decodes + prompts, prompts // tile + ends, decodes + ends, decodes)
+        return cls(decodes + prompts, prompts // tile + ends, decodes + ends, decodes, long)
 
     def holds(self, decodes: int, prompts: int, tiles: int, samples: int) -> bool:
         """Whether so many rows of each fit, ``tiles`` of the prompts, and so many rows whose logits are wanted."""
@@ -307,8 +314,12 @@ class CudaRunner:
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
         """Tokens of a tile of long prompts; 0: as of all."""
+        self._no_room = on_gpu and torch.cuda.mem_get_info()[0] < BESIDE_BYTES
+        """For graphs of decodes beside prompts in rows of their own."""
         mixed = [
-            shape for shape in self._mixed_shapes(slots, self.tile) if shape.rows <= config.max_num_tokens
+            shape
+            for shape in self._mixed_shapes(0 if self._no_room else slots, self.tile)
+            if shape.rows <= config.max_num_tokens
         ]
         tiles = max([config.max_num_tokens // self.tile + slots + 1, *(shape.tiles for shape in mixed)])
         # Ids, slots, positions, holds, forks, shared prefixes; tiles; sampled rows, slots, holds; new entries of the
@@ -370,14 +381,13 @@ class CudaRunner:
 
     @staticmethod
     def _mixed_shapes(slots: int, tile: int) -> list[MixedShape]:
-        """Those to capture for so many sequences at the most."""
+        """Those to capture; with rows for decodes, of so many sequences at the most."""
         most = next((size for size in BESIDE_DECODES if size >= slots), BESIDE_DECODES[-1])
-        beside = itertools.product(
-            (size for size in BESIDE_DECODES if FEW_DECODES < size <= most), BESIDE_PROMPTS
-        )
+        decodes = [size for size in BESIDE_DECODES if size <= most] if slots > FEW_DECODES else []
         return [
             *(MixedShape.of(rows, tile) for rows in MIXED_ROWS),
-            *(MixedShape.beside(*rows, tile) for rows in beside),
+            *(MixedShape.beside(*rows, tile) for rows in itertools.product(decodes, BESIDE_PROMPTS)),
+            *(MixedShape.beside(*rows, tile, True) for rows in itertools.product(decodes, LONG_BESIDE)),
         ]
 
     def describe(self) -> str:
@@ -387,6 +397,8 @@ class CudaRunner:
         if self.graphs:
             count = len(self.graphs) + len(self.short) + len(self.shared) + len(self.mixed)
             graphs = f"{count} CUDA graphs ({self.graph_bytes / MIB:.0f} MiB)"
+            if self._no_room:
+                graphs += ", no memory for those of many decodes beside prompts"
         return f", {cache:.0f} MiB KV cache, {graphs}{described(self.host)}"
 
     # Graphs ----------------------------------------------------------------------------------------
@@ -481,8 +493,9 @@ class CudaRunner:
             [rows, rows, rows, 4 * shape.tiles, samples, samples, samples]
         )
         where = AttentionInput(
-            slots, positions, self.tables, shape.decodes, tiles.view(-1, 4), rows, most=MIXED_DECODE
-        )
+            slots, positions, self.tables, shape.decodes, tiles.view(-1, 4), rows,
+            most=0 if shape.long else MIXED_DECODE,
+        )  # fmt: skip
         return self._forward(CudaStep(ids, where, self.last, sampled, sampled_slots, holds, self.spare))
 
     def _padded(
@@ -889,12 +902,15 @@ class CudaRunner:
         self, rows: int, tiles: int, samples: int, decodes: list[tuple[int, int, int, int]]
     ) -> MixedShape | None:
         """The smallest captured step that holds this one, with rows for decodes by themselves if there are many."""
-        if max((position for _, _, position, _ in decodes), default=0) >= MIXED_DECODE:
-            return None
+        long = max((position for _, _, position, _ in decodes), default=0) >= MIXED_DECODE
         count = len(decodes)
         fitting = [shape for shape in self.mixed if shape.holds(count, rows - count, tiles, samples)]
+        if long:
+            return min((shape for shape in fitting if shape.long), key=lambda shape: shape.rows, default=None)
         many = count > FEW_DECODES
-        return min(fitting, key=lambda shape: (many != bool(shape.decodes), shape.rows), default=None)
+        return min(
+            fitting, key=lambda shape: (many != bool(shape.decodes), shape.long, shape.rows), default=None
+        )
 
     def _tiles(
         self, row: int, count: int, first: int, slot: int, tile: int = 0

@@ -444,7 +444,7 @@ def test_an_error_is_about_what_was_sent(llm: openai.OpenAI, path: str, body: di
 
 
 def test_bans_that_leave_a_guide_no_token_are_400(llm: openai.OpenAI, model: str) -> None:
-    """It shows while the answer is generated; then the stream says it."""
+    """It shows while the answer is generated; then the stream says it, or the status, if no token has gone before."""
     contradiction = {"structured_outputs": {"choice": ["yes"]}, "bad_words": ["s"]}
     ask = functools.partial(
         llm.chat.completions.create, model=model, messages=HELLO, extra_body=contradiction
@@ -455,7 +455,7 @@ def test_bans_that_leave_a_guide_no_token_are_400(llm: openai.OpenAI, model: str
         ask()
     assert refused.value.param == "bad_words"
     with (
-        ask(stream=True) as stream,
         pytest.raises(openai.APIError, match="bad_words and structured_outputs leave"),
+        ask(stream=True) as stream,
     ):
         assert "s" not in "".join(chunk.choices[0].delta.content or "" for chunk in stream)

@@ -917,9 +917,7 @@ class TestEngine:
     def test_decodes_beside_prompts_have_rows_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
         """Many have a step's own attention for them, beside that of the prompts; few are tiles as the prompts are."""
         folder = tiny_checkpoint(tmp_path / "llama", num_hidden_layers=2)
-        prompts = (
-            [7 + (17 * at + 29 * length) % 90 for at in range(length)] for length in (3, 12, 18, 1, 7, 5, 9)
-        )
+        prompts = ([7 + (17 * at + 29 * length) % 90 for at in range(length)] for length in (3, 12, 18, 1, 7))
         requests = [GenerationRequest(prompt, 7, end_id=-1) for prompt in prompts]
         settings = {"max_num_tokens": 12, "max_batch_size": 8, "enable_kv_cache_reuse": False}
         expected = [output.token_ids for output in make_engine(folder, **settings).generate(requests)]
@@ -928,6 +926,7 @@ class TestEngine:
         shapes = [
             MixedShape.of(12, runner.tile),
             *(MixedShape.beside(*at, runner.tile) for at in ((2, 12), (5, 12))),
+            MixedShape.beside(8, 12, runner.tile, long=True),
         ]
         shapes = [
             dataclasses.replace(shape, samples=shape.samples + 3, tiles=shape.tiles + 3) for shape in shapes
@@ -943,12 +942,24 @@ class TestEngine:
             return carry_out(order, staging)
 
         monkeypatch.setattr(runner, "_carry_out", watched)
-        for few, kinds in ((0, {0, 2, 5}), (2, {0, 5}), (16, {0})):
+        # As few are tiles; as long are contexts without splits; decodes that the steps have room for by themselves.
+        for few, long, kinds in ((0, 2048, {0, 2, 5}), (2, 2048, {0, 5}), (16, 8, {0, 8})):
             monkeypatch.setattr(cuda_runner, "FEW_DECODES", few)
+            monkeypatch.setattr(cuda_runner, "MIXED_DECODE", long)
             used.clear()
             assert [output.token_ids for output in engine.generate(requests)] == expected
             assert set(used) == kinds
         engine.audit()
+
+    def test_which_steps_with_prompts_are_captured(self, tmp_path, make_engine) -> None:
+        engine = make_engine(tiny_checkpoint(tmp_path / "llama"), kernels="cuda", device=DEVICE.type)
+        shapes = {slots: engine.runner._mixed_shapes(slots, 32) for slots in (0, 16, 17, 64, 100, 512)}
+        decodes = {slots: {shape.decodes for shape in each} for slots, each in shapes.items()}
+        assert decodes[0] == decodes[16] == {0}, "so many are tiles anyway, or there is no memory"
+        assert decodes[17] == {0, 32} and decodes[64] == {0, 32, 64} and decodes[100] == {0, 32, 64, 128}
+        assert decodes[512] == {0, 32, 64, 128, 192, 256}
+        assert all(shape.samples <= len(engine.runner.tokens) for shape in shapes[512])
+        assert {shape.decodes for shape in shapes[512] if shape.long} == {32, 64, 128, 192, 256}
 
     def test_short_contexts_have_a_pass_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
         """Until the longest row of a step sees more keys than that pass is for."""

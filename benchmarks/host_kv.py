@@ -47,12 +47,12 @@ def load(options: argparse.Namespace, hosted: bool) -> Engine:
         max_num_tokens=8192, max_queue_size=0, cuda_tuning=False, **sizes,
     )  # fmt: skip
     tokens = TokenBytes([b"a"] * LLAMA_8B.vocab_size)
-    return Engine(config, RandomCheckpoint(LLAMA_8B, fp8=True, int4=False), tokens)
+    return Engine(config, RandomCheckpoint(LLAMA_8B), tokens)
 
 
 def talk(engine: Engine, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """All turns of all conversations, ``at_once`` in flight; what was computed, and how long that took."""
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # not below 0: -1 is the same as 1
     vocabulary = engine.info.vocab_size
 
     def words(count: int) -> list[int]:
@@ -130,7 +130,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for number in range(-1, options.rounds):  # the first one warms up
         for arm in ARMS if number % 2 else reversed(ARMS):
-            result = talk(engines[arm], options, number)
+            result = talk(engines[arm], options, number + 1)
             print(json.dumps({"arm": arm, "round": number, **result}), flush=True)
             if number >= 0:
                 rounds[arm].append(result)

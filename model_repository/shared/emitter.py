@@ -90,7 +90,7 @@ class Emitter:
     ) -> None:
         """
         Args:
-            check_period_s: how often each request is asked whether its client has gone, and ``on_tick`` runs.
+            check_period_s: how often, at the most, clients are asked whether they have gone, and ``on_tick`` runs.
             abandon_after_s: output that could not be sent for this long cancels its request.
             on_finish: called with the last output of each generation.
         """

@@ -25,7 +25,7 @@ _OVERLAPS = tl.constexpr(OVERLAPS)
 
 
 class Kernel(JITFunction):  # type: ignore[misc]  # Triton tells no types
-    """A kernel whose later starts cost the host a third of Triton's own.
+    """A kernel whose later starts cost the host about half of Triton's own.
 
     Each of those asks anew for the environment's switches, whether a global that the kernel reads has changed, and for
     the text of all options. A step that is no graph starts some 250 kernels, and the device waits for the slower of the

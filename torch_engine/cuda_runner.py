@@ -314,7 +314,7 @@ class CudaRunner:
         long_plan = kernels.long_prefill
         self.long_tile = long_plan.tokens(spec.num_groups) if long_plan else 0
         """Tokens of a tile of long prompts; 0: as of all."""
-        self._no_room = on_gpu and torch.cuda.mem_get_info()[0] < BESIDE_BYTES
+        self._no_room = on_gpu and self._any_rank(torch.cuda.mem_get_info()[0] < BESIDE_BYTES)
         """For graphs of decodes beside prompts in rows of their own."""
         mixed = [
             shape
@@ -378,6 +378,10 @@ class CudaRunner:
             *(size for size in BATCH_SIZES if size < rows),
             next((s for s in BATCH_SIZES if s >= rows), rows),
         ]
+
+    def _any_rank(self, holds: bool) -> bool:
+        """Whether it holds on one of the ranks, all of which have to capture the same steps."""
+        return bool(self.group.sum(torch.tensor([float(holds)], device=self.device)).item())
 
     @staticmethod
     def _mixed_shapes(slots: int, tile: int) -> list[MixedShape]:

@@ -960,6 +960,7 @@ class TestEngine:
         assert decodes[512] == {0, 32, 64, 128, 192, 256}
         assert all(shape.samples <= len(engine.runner.tokens) for shape in shapes[512])
         assert {shape.decodes for shape in shapes[512] if shape.long} == {32, 64, 128, 192, 256}
+        assert engine.runner._any_rank(True) and not engine.runner._any_rank(False)
 
     def test_short_contexts_have_a_pass_of_their_own(self, tmp_path, make_engine, monkeypatch) -> None:
         """Until the longest row of a step sees more keys than that pass is for."""

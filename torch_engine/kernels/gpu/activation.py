@@ -52,13 +52,23 @@ def to_fp8(values):
 
 
 @triton.jit
-def emit(values, out, scales, in_scale, row, columns, mask, N: tl.constexpr, FORM: tl.constexpr):
-    """Writes one row (or a part of it, in forms without a scale for each row) as the reading linear wants it."""
+def known_scale(in_scale, FORM: tl.constexpr):
+    """The scale that is known beforehand, in the form that has one. No kernel writes it: it is read before the wait."""
+    unit = 1.0
+    if FORM == FP8_STATIC:
+        unit = tl.load(in_scale)
+    return unit
+
+
+@triton.jit
+def emit(values, out, scales, unit, row, columns, mask, N: tl.constexpr, FORM: tl.constexpr):
+    """Writes one row (or a part of it, in forms without a scale for each row) as the reading linear wants it; ``unit``
+    is its :func:`known_scale`."""
     target = out + row * N + columns
     if FORM == PLAIN:
         tl.store(target, values.to(out.dtype.element_ty), mask=mask)
     elif FORM == FP8_STATIC:
-        codes = to_fp8(values / tl.load(in_scale))
+        codes = to_fp8(values / unit)
         tl.store(target, codes.to(out.dtype.element_ty), mask=mask)
     else:
         limit = 127.0 if FORM == INT8_TOKEN else FP8_MAX

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.activation import FP8_STATIC, Form, new_output, to_fp8
+from flightline.torch_engine.kernels.gpu.activation import FP8_STATIC, Form, known_scale, new_output, to_fp8
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
 from flightline.torch_engine.kernels.gpu.launch import (
     INTERPRETED,
@@ -48,19 +48,19 @@ def _pick(words, CODE: tl.constexpr):
 def _load_pairs(
     values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr
 ):
-    """Even and odd dimensions of the 8-bit rows at ``place``: two of [BLOCK_N, BLOCK_D / 2].
+    """Even and odd dimensions of the 8-bit rows at ``place``, transposed: two of [BLOCK_D / 2, BLOCK_N].
 
-    ``mma``'s product with the values wants them transposed. The loads of the tensor cores transpose 16-bit words but
-    not bytes, which would be fetched one by one: so words of two codes travel and are taken apart in registers.
+    The loads of the tensor cores transpose 16-bit words but not bytes, which would be fetched one by one: so words of
+    two codes travel and are taken apart in registers.
     """
     pair = tl.arange(0, BLOCK_D // 2)
-    mask = known[:, None] & (pair < D // 2)[None, :]
+    mask = known[None, :] & (pair < D // 2)[:, None]
     if _INTERPRETED:
-        codes = values + place[:, None] * D + 2 * pair[None, :]
+        codes = values + place[None, :] * D + 2 * pair[:, None]
         even = tl.load(codes, mask=mask, other=0.0)
         odd = tl.load(codes + 1, mask=mask, other=0.0)
     else:
-        words = values.to(tl.pointer_type(tl.int16)) + place[:, None] * (D // 2) + pair[None, :]
+        words = values.to(tl.pointer_type(tl.int16)) + place[None, :] * (D // 2) + pair[:, None]
         words = tl.load(words, mask=mask, other=0)
         even = _pick(words, _EVEN_INT8 if INT8 else _EVEN_FP8)
         odd = _pick(words, _ODD_INT8 if INT8 else _ODD_FP8)
@@ -69,23 +69,25 @@ def _load_pairs(
 
 @triton.jit
 def _attend(
-    q, begin, end, positions, table, values, scales, head, scale, softcap,
-    V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr,
-    PAIRS: tl.constexpr, DOT: tl.constexpr,
+    q, begin, end, table, values, scales, head, scale, softcap,
+    V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of ``q`` [ROWS, BLOCK_D] over keys ``begin:end``; a row sees keys up to its position.
+    """Online softmax of the heads ``q`` [BLOCK_D, HEADS] of a token over all keys from ``begin`` to ``end``.
 
-    Returns the weighted sum of values (not normalised), the row maxima and the row sums.
+    Keys and values are the left operands, whose tiles have 16 rows: queries would leave most of theirs empty, and take
+    twice the products and accumulators.
+
+    Returns the weighted sum of values [HEADS, BLOCK_D] (not normalised), the heads' maxima and sums.
     """
     d = tl.arange(0, BLOCK_D)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     if PAIRS:
-        even = tl.zeros([ROWS, BLOCK_D // 2], tl.float32)
-        odd = tl.zeros([ROWS, BLOCK_D // 2], tl.float32)
+        even = tl.zeros([BLOCK_D // 2, HEADS], tl.float32)
+        odd = tl.zeros([BLOCK_D // 2, HEADS], tl.float32)
     else:
-        out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        out = tl.zeros([BLOCK_D, HEADS], tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         known = n < end
@@ -93,40 +95,39 @@ def _attend(
         place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
         mask = known[:, None] & (d < D)[None, :]
         k = tl.load(values + place[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(k, q, input_precision="ieee") * scale
         if KV_INT8:
-            scores *= tl.load(scales + place, mask=known, other=0.0)[None, :]
+            scores *= tl.load(scales + place, mask=known, other=0.0)[:, None]
         if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        seen = known[None, :] & (n[None, :] <= positions[:, None])
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > positions[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-        p = tl.exp(scores - base[:, None])
-        fade = tl.exp(top - base)
-        total = total * fade + tl.sum(p, 1)
+        scores = tl.where(known[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        p = tl.exp(scores - higher[None, :])
+        fade = tl.exp(top - higher)
+        total = total * fade + tl.sum(p, 0)
         place += V * BLOCK_SIZE
         if KV_INT8:
-            p *= tl.load(scales + place, mask=known, other=0.0)[None, :]
+            p *= tl.load(scales + place, mask=known, other=0.0)[:, None]
         if PAIRS:
             v_even, v_odd = _load_pairs(values, place, known, D, BLOCK_D, KV_INT8, DOT)
-            even = even * fade[:, None] + tl.dot(p.to(DOT), v_even, input_precision="ieee")
-            odd = odd * fade[:, None] + tl.dot(p.to(DOT), v_odd, input_precision="ieee")
+            even = even * fade[None, :] + tl.dot(v_even, p.to(DOT), input_precision="ieee")
+            odd = odd * fade[None, :] + tl.dot(v_odd, p.to(DOT), input_precision="ieee")
         else:
             v = tl.load(values + place[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
-            out = out * fade[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
+            out = out * fade[None, :] + tl.dot(tl.trans(v), p.to(DOT), input_precision="ieee")
         top = higher
     if PAIRS:
-        out = tl.join(even, odd).reshape(ROWS, BLOCK_D)
+        out = tl.join(even, odd).permute(1, 0, 2).reshape(HEADS, BLOCK_D)
+    else:
+        out = tl.trans(out)
     return out, top, total
 
 
 @triton.jit
-def store_heads(out, in_scale, target, result, mask, FORM: tl.constexpr):
+def store_heads(out, unit, target, result, mask, FORM: tl.constexpr):
+    """``unit`` is the :func:`known_scale` of the form."""
     if FORM == FP8_STATIC:
-        result = to_fp8(result / tl.load(in_scale))
+        result = to_fp8(result / unit)
     tl.store(out + target, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -204,12 +205,13 @@ def _add_prefix(
 def _decode_kernel(
     qkv, slots, positions, tables, width, values, scales, sinks, out, in_scale, shares, parts, sums, prefixes,
     prefix_parts, prefix_sums, rows, most, scale, v_scale, softcap,
-    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    begin_kernel()
+    if CUT:  # the kernel before may be the one that shares the work out
+        begin_kernel()
     program, head = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // V
     row, piece, there = program.to(tl.int64), program * 0, True
@@ -219,41 +221,43 @@ def _decode_kernel(
         if extra >= 0:
             row = tl.load(shares + 3 + extra, mask=there, other=0).to(tl.int64)
             piece = extra + 1 - tl.load(shares + 3 + 2 * most + row)
+    position = tl.load(positions + row)
+    length = position + 1
+    shared, at, before = 0, 0, 0
+    if TILE > 0:
+        shared = tl.load(prefixes + row)
+        at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
+    begin = _first_key(length, shared, WINDOW)
+    end = length
+    whole = True
+    if CUT:
+        each = tl.load(shares)
+        whole = begin + each >= length
+        each = _piece(length - begin, each, BLOCK_N)
+        begin += piece * each
+        end = tl.minimum(begin + each, length)
+    table = tables + tl.load(slots + row).to(tl.int64) * width
+    unit = known_scale(in_scale, FORM)
+    if not CUT:
+        begin_kernel()
     if there:
-        position = tl.load(positions + row)
-        length = position + 1
-        shared = 0
-        if TILE > 0:
-            shared = tl.load(prefixes + row)
-        begin = _first_key(length, shared, WINDOW)
-        end = length
-        whole = True
-        if CUT:
-            each = tl.load(shares)
-            whole = begin + each >= length
-            each = _piece(length - begin, each, BLOCK_N)
-            begin += piece * each
-            end = tl.minimum(begin + each, length)
-        slot = tl.load(slots + row).to(tl.int64)
-        g, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        g, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
         mask = (g < G)[:, None] & (d < D)[None, :]
         heads = (head * G + g)[:, None] * D + d[None, :]
         q = tl.load(qkv + row * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
         result, top, total = _attend(
-            q, begin, end, position + g * 0, tables + slot * width,
-            values, scales, head, scale, softcap,
-            V, D, BLOCK_D, ROWS, BLOCK_N, BLOCK_SIZE, WINDOW, SOFTCAP, KV_INT8, PAIRS, DOT,
+            tl.trans(q), begin, end, table, values, scales, head, scale, softcap,
+            V, D, BLOCK_D, HEADS, BLOCK_N, BLOCK_SIZE, SOFTCAP, KV_INT8, PAIRS, DOT,
         )  # fmt: skip
         if whole:
             result *= v_scale
             if TILE > 0:
-                at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
                 result, top, total = _add_prefix(
                     result, top, total, prefix_parts, prefix_sums, at, before, head * G + g, g < G, H, D, BLOCK_D, TILE
                 )  # fmt: skip
             if SINKS:
                 total += add_sink(sinks, head * G + tl.minimum(g, G - 1), top)
-            store_heads(out, in_scale, row * H * D + heads, result / total[:, None], mask, FORM)
+            store_heads(out, unit, row * H * D + heads, result / total[:, None], mask, FORM)
         else:
             result = result / total[:, None] * v_scale
             part = program.to(tl.int64) * H + head * G + g
@@ -290,57 +294,57 @@ def _merge_kernel(
 ):  # fmt: skip
     """The pieces of the rows that were cut, ``FIRST`` and then ``PIECES`` at a time, and what these rows share with
     others; their sink joins them here, once. A program has ``HEADS`` heads of a row."""
-    begin_kernel()
+    # What the kernel before did not write is read while it still runs.
     number = tl.program_id(0)
-    if number < tl.load(shares + 2):
-        row = tl.load(shares + 3 + most + number).to(tl.int64)
-        shared, before, at = 0, 0, 0
-        if TILE > 0:
-            shared = tl.load(prefixes + row)
-            at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
-        length = tl.load(positions + row) + 1
-        count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
-        if count > 1:
-            first = tl.load(shares + 3 + 2 * most + row)
-            h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-            head, known = tl.program_id(1) * HEADS + h, h < HEADS
-            top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_H], tl.float32)
-            result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-            piece = tl.arange(0, FIRST)
-            part = tl.where(piece == 0, row, rows + first + piece - 1)
+    there = number < tl.load(shares + 2)
+    row = tl.load(shares + 3 + most + number, mask=there, other=0).to(tl.int64)
+    shared, before, at = 0, 0, 0
+    if TILE > 0:
+        shared = tl.load(prefixes + row)
+        at, before = tl.load(prefixes + rows + row), tl.load(prefixes + 2 * rows + row)
+    length = tl.load(positions + row) + 1
+    count = tl.cdiv(length - _first_key(length, shared, WINDOW), tl.load(shares))
+    first = tl.load(shares + 3 + 2 * most + row)
+    unit = known_scale(in_scale, FORM)
+    begin_kernel()
+    if there & (count > 1):
+        h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+        head, known = tl.program_id(1) * HEADS + h, h < HEADS
+        top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+        piece = tl.arange(0, FIRST)
+        part = tl.where(piece == 0, row, rows + first + piece - 1)
+        result, top, total = _add_parts(
+            result, top, total, parts, sums, part, piece < count, head, known, H, D, BLOCK_D
+        )
+        for begin in range(FIRST, count, PIECES):
+            more = begin + tl.arange(0, PIECES)
             result, top, total = _add_parts(
-                result, top, total, parts, sums, part, piece < count, head, known, H, D, BLOCK_D
+                result,
+                top,
+                total,
+                parts,
+                sums,
+                rows + first + more - 1,
+                more < count,
+                head,
+                known,
+                H,
+                D,
+                BLOCK_D,
             )
-            for begin in range(FIRST, count, PIECES):
-                more = begin + tl.arange(0, PIECES)
+        if TILE > 0:
+            for begin in range(0, before, PIECES):
+                common = begin + tl.arange(0, PIECES)
                 result, top, total = _add_parts(
-                    result,
-                    top,
-                    total,
-                    parts,
-                    sums,
-                    rows + first + more - 1,
-                    more < count,
-                    head,
-                    known,
-                    H,
-                    D,
-                    BLOCK_D,
-                )
-            if TILE > 0:
-                for begin in range(0, before, PIECES):
-                    common = begin + tl.arange(0, PIECES)
-                    result, top, total = _add_parts(
-                        result, top, total, prefix_parts, prefix_sums, at + common * TILE, common < before,
-                        head, known, H, D, BLOCK_D,
-                    )  # fmt: skip
-            if SINKS:
-                total += add_sink(sinks, tl.minimum(head, H - 1), top)
-            target = (row * H + head[:, None]) * D + d[None, :]
-            store_heads(
-                out, in_scale, target, result / total[:, None], known[:, None] & (d < D)[None, :], FORM
-            )
+                    result, top, total, prefix_parts, prefix_sums, at + common * TILE, common < before,
+                    head, known, H, D, BLOCK_D,
+                )  # fmt: skip
+        if SINKS:
+            total += add_sink(sinks, tl.minimum(head, H - 1), top)
+        target = (row * H + head[:, None]) * D + d[None, :]
+        store_heads(out, unit, target, result / total[:, None], known[:, None] & (d < D)[None, :], FORM)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -471,7 +475,7 @@ def _prefill_kernel(
     if SINKS:  # scores count in units of ln 2 here; rows of nobody have seen nothing
         total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
-    store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
+    store_heads(out, known_scale(in_scale, FORM), row[:, None] * H * D + heads, result, mask, FORM)
 
 
 @dataclass(frozen=True)
@@ -560,7 +564,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768,
 
 REGISTERS = 128
 """Of a thread of a decode: 16 warps run on a multiprocessor then. Left alone the compiler takes up to 168, for what is
-behind the loop, and with 12 warps 64 rows of 4,000 keys are two waves instead of one (171 us and not 130)."""
+behind the loop, and with 12 warps 64 rows of 4,000 keys are two waves instead of one (165 us and not 131)."""
 FEW_KEYS = 64
 """Of a piece where most rows are cut."""
 
@@ -596,6 +600,8 @@ def decode_plan(
         return plan
     if programs >= 8 * multiprocessors:  # one warp has nobody to wait for
         plan = dataclasses.replace(plan, block=32, warps=least)
+    elif programs > 4 * multiprocessors:  # all of them at once
+        plan = dataclasses.replace(plan, block=64, warps=max(2, least))
     return dataclasses.replace(plan, extra=0)
 
 
@@ -692,7 +698,7 @@ def attend(
             qkv, step.slots, step.positions, step.tables, step.tables.stride(0), cache.values, scales, sinks,
             out, in_scale, shares, parts, sums, prefixes, prefix_parts, prefix_sums, decodes, extra,
             scale * cache.k_scale, cache.v_scale, softcap,
-            num_heads, kv_heads, size, block_d, max(16, next_power_of_2(group)), plan.block,
+            num_heads, kv_heads, size, block_d, max(8, next_power_of_2(group)), plan.block,
             CUT=extra > 0, TILE=tile, PAIRS=cache.values.element_size() == 1, **shared,
             num_warps=plan.warps, num_stages=3, **bounded, **LAUNCH,
         )  # fmt: skip

@@ -34,6 +34,7 @@ from triton.runtime.errors import OutOfResources
 from flightline.torch_engine.kernels.gpu.activation import (
     Activation,
     Form,
+    known_scale,
     new_output,
     parts_of,
     sum_parts,
@@ -47,7 +48,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     kernel,
     next_power_of_2,
 )
-from flightline.torch_engine.kernels.gpu.norm import add_and_norm
+from flightline.torch_engine.kernels.gpu.norm import add_and_norm, norm_weights
 from flightline.torch_engine.parallel.group import Boxes, Group
 
 MOST_ROWS = 64
@@ -117,10 +118,12 @@ def _exchange_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr,
     FORM: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    begin_kernel()
-    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
+    of_post, of_norm = norm_weights(post, weight, columns, mask, HAS_POST, NORM)
+    unit = known_scale(in_scale, FORM)
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
     tag = tl.load(tags + row) + 1
     WORDS: tl.constexpr = N // 2 if PAIRS else N
     words = tl.arange(0, BLOCK // 2 if PAIRS else BLOCK)
@@ -143,11 +146,11 @@ def _exchange_kernel(
         x,
         h,
         total,
-        post,
-        weight,
+        of_post,
+        of_norm,
         out,
         scales,
-        in_scale,
+        unit,
         eps,
         row,
         columns,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flightline.torch_engine.kernels.gpu.activation import FP8_MAX, Form, to_fp8
+from flightline.torch_engine.kernels.gpu.activation import FP8_MAX, Form, known_scale, to_fp8
 from flightline.torch_engine.kernels.gpu.attention import (
     LOG2_E,
     PrefillPlan,
@@ -208,7 +208,7 @@ def _gathered_kernel(
     if SINKS:  # rows of nobody have seen nothing
         total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
-    store_heads(out, in_scale, row[:, None] * H * D + heads, result, mask, FORM)
+    store_heads(out, known_scale(in_scale, FORM), row[:, None] * H * D + heads, result, mask, FORM)
 
 
 def gather(cache: KVCache, step: AttentionInput, scratch: GatheredScratch) -> None:

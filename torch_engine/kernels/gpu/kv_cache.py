@@ -145,11 +145,18 @@ def _rotate_write_kernel(
     BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROW: tl.constexpr, MEANS: tl.constexpr,
     KV_INT8: tl.constexpr, KV_FP8: tl.constexpr,
 ):  # fmt: skip
-    begin_kernel()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HALF)
     inside = d < D // 2
+    # Where the row belongs and how it is turned was there before the kernel before started.
+    position = tl.load(positions + row)
+    angle = rope + position.to(tl.int64) * D + d
+    cos = tl.load(angle, mask=inside, other=0.0)[None, :]
+    sin = tl.load(angle + D // 2, mask=inside, other=0.0)[None, :]
+    slot = tl.load(slots + row).to(tl.int64)
+    block = tl.load(tables + slot * width + position // BLOCK_SIZE).to(tl.int64)
+    begin_kernel()
     mask = (head < H + 2 * V)[:, None] & inside[None, :]
     at = row * (H + 2 * V) * D + head[:, None] * D + d[None, :]
     first = sum_parts(qkv + at, step, mask, PARTS)
@@ -181,18 +188,12 @@ def _rotate_write_kernel(
         k_second = tl.load(k_norm + D // 2 + d, mask=inside, other=0.0).to(tl.float32)[None, :]
         first = tl.where(rotates, first * factor * tl.where(is_q, q_first, k_first), first)
         second = tl.where(rotates, second * factor * tl.where(is_q, q_second, k_second), second)
-    position = tl.load(positions + row)
-    angle = rope + position.to(tl.int64) * D + d
-    cos = tl.load(angle, mask=inside, other=0.0)[None, :]
-    sin = tl.load(angle + D // 2, mask=inside, other=0.0)[None, :]
     turned_first = tl.where(rotates, first * cos - second * sin, first)
     turned_second = tl.where(rotates, second * cos + first * sin, second)
     is_q = mask & (head < H)[:, None]
     tl.store(out + at, turned_first.to(out.dtype.element_ty), mask=is_q)
     tl.store(out + at + D // 2, turned_second.to(out.dtype.element_ty), mask=is_q)
 
-    slot = tl.load(slots + row).to(tl.int64)
-    block = tl.load(tables + slot * width + position // BLOCK_SIZE).to(tl.int64)
     # Key heads come before value heads in qkv and in the cache: one index counts both.
     place = (block * 2 * V + head - H) * BLOCK_SIZE + position % BLOCK_SIZE
     is_kv = mask & (head >= H)[:, None]

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 import triton.language as tl
 from triton.language.extra import cuda
 
-from flightline.torch_engine.kernels.gpu.activation import Activation, Form, emit, new_output, warps_of
+from flightline.torch_engine.kernels.gpu.activation import (
+    Activation,
+    Form,
+    emit,
+    known_scale,
+    new_output,
+    warps_of,
+)
 from flightline.torch_engine.kernels.gpu.grouped import CodedLinear
 from flightline.torch_engine.kernels.gpu.launch import (
     LAUNCH,
@@ -151,12 +158,13 @@ def skinny_linear(
 def _quantise_kernel(
     x, out, scales, in_scale, N: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
+    unit = known_scale(in_scale, FORM)
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     values = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-    emit(values, out, scales, in_scale, row, columns, mask, N, FORM)
+    emit(values, out, scales, unit, row, columns, mask, N, FORM)
 
 
 def quantise(x: torch.Tensor, form: Form, in_scale: torch.Tensor | None = None) -> Activation:

@@ -14,6 +14,7 @@ from flightline.torch_engine.kernels.gpu.activation import (
     Activation,
     Form,
     emit,
+    known_scale,
     new_output,
     parts_of,
     sum_parts,
@@ -27,21 +28,34 @@ _CLAMPED_SLOPE = tl.constexpr(CLAMPED_SLOPE)
 
 @triton.jit
 def add_and_norm(
-    x, h, d, post, weight, out, scales, in_scale, eps, row, columns, mask,
+    x, h, d, post, weight, out, scales, unit, eps, row, columns, mask,
     N: tl.constexpr, ADDS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: ``x = h + norm(d)``, if there is something to add, and the norm of that."""
+    """Of one row: ``x = h + norm(d)``, if there is something to add, and the norm of that; ``post`` and ``weight`` are
+    of :func:`norm_weights`."""
     if ADDS:
         if HAS_POST:
             d = d * tl.rsqrt(tl.sum(d * d, 0) / N + eps)
-            d *= tl.load(post + columns, mask=mask, other=0.0).to(tl.float32)
+            d *= post
         rounded = (h + d).to(x.dtype.element_ty)
         tl.store(x + row * N + columns, rounded, mask=mask)
         h = rounded.to(tl.float32)
     if NORM:
         h = h * tl.rsqrt(tl.sum(h * h, 0) / N + eps)
-        h *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    emit(h, out, scales, in_scale, row, columns, mask, N, FORM)
+        h *= weight
+    emit(h, out, scales, unit, row, columns, mask, N, FORM)
+
+
+@triton.jit
+def norm_weights(post, weight, columns, mask, HAS_POST: tl.constexpr, NORM: tl.constexpr):
+    """Of the norm of what is added and of the norm after it, in float32; no kernel writes them: they are read before
+    the wait."""
+    of_post, of_norm = 1.0, 1.0
+    if HAS_POST:
+        of_post = tl.load(post + columns, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        of_norm = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    return of_post, of_norm
 
 
 @kernel(do_not_specialize=["step"])
@@ -50,10 +64,12 @@ def _add_norm_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_POST: tl.constexpr, NORM: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    begin_kernel()
-    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
+    of_post, of_norm = norm_weights(post, weight, columns, mask, HAS_POST, NORM)
+    unit = known_scale(in_scale, FORM)
+    begin_kernel()
+    row = tl.program_id(0).to(tl.int64)
     h = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     d = h
     if PARTS > 0:
@@ -62,11 +78,11 @@ def _add_norm_kernel(
         x,
         h,
         d,
-        post,
-        weight,
+        of_post,
+        of_norm,
         out,
         scales,
-        in_scale,
+        unit,
         eps,
         row,
         columns,
@@ -126,6 +142,7 @@ def _gate_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, CLAMP: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
+    unit = known_scale(in_scale, FORM)
     begin_kernel()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -140,7 +157,7 @@ def _gate_kernel(
         gate = gate * tl.sigmoid(gate)
     else:  # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
         gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    emit(gate * up, out, scales, in_scale, row, columns, mask, N, FORM)
+    emit(gate * up, out, scales, unit, row, columns, mask, N, FORM)
 
 
 def gate(

@@ -36,7 +36,7 @@ from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
 from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan  # noqa: E402
 from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, gathered_plans  # noqa: E402
-from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache  # noqa: E402
+from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write  # noqa: E402
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan  # noqa: E402
 from flightline.torch_engine.kernels.gpu.timing import (  # noqa: E402
@@ -50,11 +50,25 @@ from flightline.torch_engine.kernels.gpu.timing import (  # noqa: E402
 )
 
 BLOCK_SIZE = 16
+
+
+def spread(rows: int) -> list[int]:
+    """Lengths of users who have come at all times, with prompts of 128 tokens and 128 tokens to say."""
+    return [129 + 127 * row // max(1, rows - 1) for row in range(rows)]
+
+
 ROOFS = {"bf16": 989e12, "FP8": 1979e12}
 DECODES = {
-    "1 x 1,000": [1000], "1 x 100,000": [100_000], "8 x 16,000": [16_000] * 8, "64 x 4,000": [4000] * 64,
-    "256 x 500": [500] * 256, "255 x 500 + 100,000": [500] * 255 + [100_000],
+    "1 x 200": [200], "1 x 1,000": [1000], "1 x 100,000": [100_000], "8 x 16,000": [16_000] * 8,
+    "16 x 129 to 256": spread(16), "32 x 129 to 256": spread(32), "64 x 129 to 256": spread(64),
+    "128 x 129 to 256": spread(128), "256 x 129 to 256": spread(256), "512 x 129 to 256": spread(512),
+    "64 x 4,000": [4000] * 64, "256 x 500": [500] * 256, "512 x 800": [800] * 512,
+    "255 x 500 + 100,000": [500] * 255 + [100_000],
 }  # fmt: skip
+SHORT = 2048
+"""Keys of a row up to which a step's graphs have plans of their own."""
+CACHED = 300_000_000
+"""Bytes of keys and values that are read before the same ones come again: many times what an L2 holds."""
 SHARED = {
     "4 x 30,000": (4, 30_000),
     "8 x 1,000": (8, 1000),
@@ -204,40 +218,59 @@ def in_a_graph(run: Callable[[], object], times: int = 20) -> float:
 
 
 def decodes(spec: Any, kind: str) -> None:
+    """A layer's rotation and attention of decodes, over as many caches as a device does not remember."""
     integers = {"dtype": torch.int32, "device": DEVICE}
     for name, lengths in DECODES.items():
         used = [-(-length // BLOCK_SIZE) for length in lengths]
-        cache = new_cache(kind, sum(used), spec.num_kv_heads, spec.head_dim)
+        layers = [new_cache(kind, sum(used), spec.num_kv_heads, spec.head_dim)]
+        count = 1 if INTERPRETED else min(64, 1 + CACHED // layers[0].num_bytes)
+        layers += [new_cache(kind, sum(used), spec.num_kv_heads, spec.head_dim) for _ in range(count - 1)]
         table = torch.zeros(len(lengths), max(used), **integers)
         at = 0
         for row, blocks in enumerate(used):
             table[row, :blocks] = torch.arange(at, at + blocks, **integers)
             at += blocks
         width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        qkv = torch.randn(len(lengths), width, dtype=torch.bfloat16, device=DEVICE)
+        qkv = torch.randn(len(lengths), width, dtype=DTYPE, device=DEVICE)
         positions = torch.tensor(lengths, **integers) - 1
+        rope = torch.zeros(max(lengths), 2, spec.head_dim // 2, device=DEVICE)
+        rope[:, 0] = 1  # a rotation that leaves everything as it is: it is done in place, again and again
         where = AttentionInput(torch.arange(len(lengths), **integers), positions, table, len(lengths), None)
         plan = attention.decode_plan(
-            len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, cache.values.element_size(),
-            multiprocessors(), 131_072,
+            len(lengths), spec.num_kv_heads, spec.num_groups, spec.head_dim, layers[0].values.element_size(),
+            multiprocessors(), SHORT if max(lengths) <= SHORT else 131_072,
         )  # fmt: skip
         results = {}
         for way, (one, registers) in decode_ways(plan).items():
             bound, attention.REGISTERS = attention.REGISTERS, registers
             try:
-                run = partial(
-                    attention.attend, qkv, cache, where, spec.num_heads, spec.attention_scale, None, None, one
-                )
+                run = partial(step_of_decodes, qkv, layers, where, rope, spec, one)
                 results[way] = run().float()
-                seconds = in_a_graph(run)
+                seconds = in_a_graph(run, 1) / count
             finally:
                 attention.REGISTERS = bound
-            size = cache.values.element_size() * spec.head_dim + (4 if kind == "int8" else 0)
+            size = layers[0].values.element_size() * spec.head_dim + (4 if kind == "int8" else 0)
             read = 2 * sum(lengths) * spec.num_kv_heads * size
             report(
                 part="decode", kv=kind, rows=name, way=way, plan=str(one), layer_us=round(seconds * 1e6, 1),
                 gb_per_s=round(read / seconds / 1e9), difference=difference(results[way], results["taken"]),
             )  # fmt: skip
+
+
+def step_of_decodes(
+    qkv: torch.Tensor,
+    layers: list[KVCache],
+    where: AttentionInput,
+    rope: torch.Tensor,
+    spec: Any,
+    plan: DecodePlan,
+) -> torch.Tensor:
+    """What the last layer gives."""
+    where.shares.clear()
+    for cache in layers:
+        turned = rotate_write(qkv, cache, where, rope, spec.num_heads)
+        out = attention.attend(turned, cache, where, spec.num_heads, spec.attention_scale, None, None, plan)
+    return out
 
 
 def decode_ways(plan: DecodePlan) -> dict[str, tuple[DecodePlan, int]]:

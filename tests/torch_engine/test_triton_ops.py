@@ -340,6 +340,9 @@ class TestKernels:
             (4, 1, 40, "int8", 5, None, False, True),
             (4, 2, 16, "scaled fp8", 7, 3.0, False, False),
             (8, 2, 128, "int8", None, 3.0, False, False),
+            (8, 1, 64, "fp8", None, None, False, True),
+            (16, 1, 64, "fp8", 70, None, False, True),
+            (12, 1, 40, "compute", None, None, False, False),
         ],
     )
     def test_attention(self, heads, kv_heads, size, kind, window, softcap, normed, sunk) -> None:
@@ -576,6 +579,8 @@ class TestKernels:
         assert plan(64, 2048).extra == 0 < plan(64, 100_000).extra, "a long row is cut, whatever is beside it"
         assert plan(256, 2048).extra == 0 < plan(256, 100_000).extra
         assert plan(9, 100_000) == plan(16, 100_000), "that of the next larger graph"
+        few, some, many = (plan(rows, 2048) for rows in (64, 128, 256))
+        assert [(each.block, each.warps) for each in (few, some, many)] == [(128, 4), (64, 2), (32, 1)]
 
     def test_many_pieces_of_a_row_are_merged(self) -> None:
         """More than a program adds up at once; all but the last as long as each other."""

@@ -46,25 +46,41 @@ def _pick(words, CODE: tl.constexpr):
 
 @triton.jit
 def _load_pairs(
-    values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr
-):
-    """Even and odd dimensions of the 8-bit rows at ``place``, transposed: two of [BLOCK_D / 2, BLOCK_N].
+    values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
+    LEFT: tl.constexpr,
+):  # fmt: skip
+    """Even and odd dimensions of the 8-bit rows at ``place``: two of [BLOCK_N, BLOCK_D / 2], transposed if ``LEFT``.
 
-    The loads of the tensor cores transpose 16-bit words but not bytes, which would be fetched one by one: so words of
-    two codes travel and are taken apart in registers.
+    ``mma``'s product with the values wants them transposed. The loads of the tensor cores transpose 16-bit words but
+    not bytes, which would be fetched one by one: so words of two codes travel and are taken apart in registers.
     """
     pair = tl.arange(0, BLOCK_D // 2)
-    mask = known[None, :] & (pair < D // 2)[:, None]
+    if LEFT:
+        place, pair, known = place[None, :], pair[:, None], known[None, :]
+    else:
+        place, pair, known = place[:, None], pair[None, :], known[:, None]
+    mask = known & (pair < D // 2)
     if _INTERPRETED:
-        codes = values + place[None, :] * D + 2 * pair[:, None]
+        codes = values + place * D + 2 * pair
         even = tl.load(codes, mask=mask, other=0.0)
         odd = tl.load(codes + 1, mask=mask, other=0.0)
     else:
-        words = values.to(tl.pointer_type(tl.int16)) + place[None, :] * (D // 2) + pair[:, None]
+        words = values.to(tl.pointer_type(tl.int16)) + place * (D // 2) + pair
         words = tl.load(words, mask=mask, other=0)
         even = _pick(words, _EVEN_INT8 if INT8 else _EVEN_FP8)
         odd = _pick(words, _ODD_INT8 if INT8 else _ODD_FP8)
     return even.to(DOT), odd.to(DOT)
+
+
+@triton.jit
+def _add_values(out, fade, p, v, LEFT: tl.constexpr):
+    """``out`` faded, and the sum of values ``v`` with weights ``p`` [HEADS, BLOCK_N]; with ``LEFT`` both are
+    transposed."""
+    if LEFT:
+        out = out * fade[None, :] + tl.dot(v, tl.trans(p), input_precision="ieee")
+    else:
+        out = out * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+    return out
 
 
 @triton.jit
@@ -73,21 +89,20 @@ def _attend(
     V: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of the heads ``q`` [BLOCK_D, HEADS] of a token over all keys from ``begin`` to ``end``.
+    """Online softmax of the heads ``q`` [HEADS, BLOCK_D] of a token over all keys from ``begin`` to ``end``.
 
-    Keys and values are the left operands, whose tiles have 16 rows: queries would leave most of theirs empty, and take
-    twice the products and accumulators.
+    Up to 8 heads keys and values are the left operands of the products: their tiles have 16 rows, of which such heads
+    would fill half and take twice the products and accumulators. As right operands heads need 8 columns.
 
-    Returns the weighted sum of values [HEADS, BLOCK_D] (not normalised), the heads' maxima and sums.
+    Returns the weighted sum of values (not normalised), the heads' maxima and sums.
     """
+    LEFT: tl.constexpr = HEADS < 16
     d = tl.arange(0, BLOCK_D)
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    if PAIRS:
-        even = tl.zeros([BLOCK_D // 2, HEADS], tl.float32)
-        odd = tl.zeros([BLOCK_D // 2, HEADS], tl.float32)
-    else:
-        out = tl.zeros([BLOCK_D, HEADS], tl.float32)
+    WIDTH: tl.constexpr = BLOCK_D // 2 if PAIRS else BLOCK_D
+    out = tl.zeros([WIDTH, HEADS] if LEFT else [HEADS, WIDTH], tl.float32)
+    odd = out
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         known = n < end
@@ -95,31 +110,36 @@ def _attend(
         place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
         mask = known[:, None] & (d < D)[None, :]
         k = tl.load(values + place[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
-        scores = tl.dot(k, q, input_precision="ieee") * scale
+        if LEFT:
+            scores = tl.trans(tl.dot(k, tl.trans(q), input_precision="ieee"))
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores *= scale
         if KV_INT8:
-            scores *= tl.load(scales + place, mask=known, other=0.0)[:, None]
+            scores *= tl.load(scales + place, mask=known, other=0.0)[None, :]
         if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        scores = tl.where(known[:, None], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 0))
-        p = tl.exp(scores - higher[None, :])
+        scores = tl.where(known[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp(scores - higher[:, None])
         fade = tl.exp(top - higher)
-        total = total * fade + tl.sum(p, 0)
+        total = total * fade + tl.sum(p, 1)
         place += V * BLOCK_SIZE
         if KV_INT8:
-            p *= tl.load(scales + place, mask=known, other=0.0)[:, None]
+            p *= tl.load(scales + place, mask=known, other=0.0)[None, :]
+        p = p.to(DOT)
         if PAIRS:
-            v_even, v_odd = _load_pairs(values, place, known, D, BLOCK_D, KV_INT8, DOT)
-            even = even * fade[None, :] + tl.dot(v_even, p.to(DOT), input_precision="ieee")
-            odd = odd * fade[None, :] + tl.dot(v_odd, p.to(DOT), input_precision="ieee")
+            v_even, v_odd = _load_pairs(values, place, known, D, BLOCK_D, KV_INT8, DOT, LEFT)
+            out = _add_values(out, fade, p, v_even, LEFT)
+            odd = _add_values(odd, fade, p, v_odd, LEFT)
         else:
             v = tl.load(values + place[:, None] * D + d[None, :], mask=mask, other=0.0).to(DOT)
-            out = out * fade[None, :] + tl.dot(tl.trans(v), p.to(DOT), input_precision="ieee")
+            out = _add_values(out, fade, p, tl.trans(v) if LEFT else v, LEFT)
         top = higher
+    if LEFT:
+        out, odd = tl.trans(out), tl.trans(odd)
     if PAIRS:
-        out = tl.join(even, odd).permute(1, 0, 2).reshape(HEADS, BLOCK_D)
-    else:
-        out = tl.trans(out)
+        out = tl.join(out, odd).reshape(HEADS, BLOCK_D)
     return out, top, total
 
 
@@ -246,7 +266,7 @@ def _decode_kernel(
         heads = (head * G + g)[:, None] * D + d[None, :]
         q = tl.load(qkv + row * (H + 2 * V) * D + heads, mask=mask, other=0.0).to(DOT)
         result, top, total = _attend(
-            tl.trans(q), begin, end, table, values, scales, head, scale, softcap,
+            q, begin, end, table, values, scales, head, scale, softcap,
             V, D, BLOCK_D, HEADS, BLOCK_N, BLOCK_SIZE, SOFTCAP, KV_INT8, PAIRS, DOT,
         )  # fmt: skip
         if whole:
@@ -601,7 +621,7 @@ def decode_plan(
     if programs >= 8 * multiprocessors:  # one warp has nobody to wait for
         plan = dataclasses.replace(plan, block=32, warps=least)
     elif programs > 4 * multiprocessors:  # all of them at once
-        plan = dataclasses.replace(plan, block=64, warps=max(2, least))
+        plan = dataclasses.replace(plan, block=64, warps=2 * least)
     return dataclasses.replace(plan, extra=0)
 
 

@@ -157,6 +157,8 @@ class Server:
             self._prepare()
             self._start_all()
         except BaseException as error:
+            if self._stopping.is_set():  # the ports are open before the last endpoint has answered
+                self._drain()
             self._hurry.set()
             self.stop()
             if isinstance(error, OSError):
@@ -214,7 +216,7 @@ class Server:
         deadline = time.monotonic() + self.settings.drain_s
         empty_since: float | None = None
         while (now := time.monotonic()) < deadline and not self._hurry.wait(0.05):
-            if not self._gate.empty or self.engine.stats.active_requests:
+            if not self._gate.empty or (self._client is not None and self._client.stats.active_requests):
                 empty_since = None
             elif empty_since is None:
                 empty_since = now

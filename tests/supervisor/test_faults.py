@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -262,6 +263,52 @@ def test_stop_lets_running_requests_end_and_refuses_new_ones(server: Server) -> 
         answer.responses.insert(0, first)
         assert answer.num_output_tokens(endpoint) == inputs["max_tokens"]
     stopping.join()
+
+
+def test_a_start_that_is_given_up_lets_requests_end(
+    tiny_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ports are open before its last endpoint, the baseline perhaps, has answered."""
+    server = Server(settings_for(private_copy(tiny_build, tmp_path), baseline=False, drain_s=600.0))
+    monkeypatch.setattr(
+        server, "_await_endpoints", lambda: server._await(server.triton_process, lambda: False)
+    )
+    ends: list[Exception] = []
+
+    def start() -> None:
+        try:
+            server.start()
+        except ServeError as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+
+    def serves() -> bool:
+        with contextlib.suppress(GrpcError):
+            return bool(ask(server, "text_generation").text)
+        return False
+
+    wait_until(server._port.ready)
+    wait_until(serves)
+    inputs = LONG | {"max_tokens": 3000, "return_num_output_tokens": True}
+    call = Call(server, "text_generation", inputs)
+    first = call.next()
+    (pid,) = server.engine_pids
+    engine = psutil.Process(pid)
+    engine.suspend()  # else a busy machine could end it before the server stops
+    gate = server._gate
+    server.abandon_start()
+    wait_until(lambda: gate.closed)
+    with pytest.raises(GrpcError, match="the server is stopping and takes no new requests"):
+        ask(server, "ensemble")
+    engine.resume()
+    answer = call.read()
+    answer.responses.insert(0, first)
+    assert answer.num_output_tokens("text_generation") == inputs["max_tokens"]
+    thread.join(PATIENCE_S)
+    assert [str(error) for error in ends] == ["stopped while starting"]
+    assert not engine.is_running()
 
 
 def test_stop_leaves_nothing_even_with_an_open_stream(

@@ -74,7 +74,10 @@ def next_power_of_2(number: int) -> int:
 def begin_kernel():
     """Waits until the kernels before this one have ended, then lets the next one of the stream start its own wait.
 
-    Every kernel calls it, or its two halves, before it reads or writes anything that another one writes.
+    Every kernel calls it, or its two halves, before it writes anything and before it reads what the kernel before it
+    writes. When this one starts, that one's wait is over and all older ones have ended; but products for few rows let
+    the next one start first, and behind them the kernel before may still run as well. What is older than that may be
+    read before the wait, as weights may.
     """
     if _OVERLAPS:
         cuda.gdc_wait()

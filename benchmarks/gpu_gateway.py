@@ -3,12 +3,12 @@
     python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
 
 Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B) and builds from it, unless the folder
-has them; starts our server as ``make serve`` does and loads it with our own client through gRPC, then through the
-gateway (``peer_load.py``: vLLM's client); stops it; starts vLLM's server on the same shape (FP8 weights and KV cache,
-prefix cache off, random weights) and loads it in the same way. 128/128 tokens, streaming, 1, 32, 64 and 256 in flight,
-temperature 0 and 1. Prints a line of JSON a case, then a table of all with their ratios. ``--parts`` takes ``build``,
-``grpc``, ``ours`` and ``peer`` one by one; ``--out`` keeps what other parts have found. About 7 minutes on an H200:
-build 1.5, ours 2, vLLM's start 2, vLLM 1.5.
+has them; puts the load on the engine alone; starts our server as ``make serve`` does and loads it with our own client
+through gRPC, then through the gateway (``peer_load.py``: vLLM's client); stops it; starts vLLM's server on the same
+shape (FP8 weights and KV cache, prefix cache off, random weights) and loads it in the same way. 128/128 tokens,
+streaming, 1, 32, 64 and 256 in flight, temperature 0 and 1. Prints a line of JSON a case, then a table of all with
+their ratios. ``--parts`` takes ``build``, ``engine``, ``grpc``, ``ours`` and ``peer`` one by one; ``--out`` keeps what
+other parts have found. About 9 minutes on an H200: build 1.5, engine 1.5, ours 2.5, vLLM's start 2, vLLM 1.5.
 
 ``--site`` is a folder with vLLM and what it needs, in its own versions, numpy 2 among them; only the peer and its
 client see it. Ours needs these wheels (Python 3.12) in the interpreter's own folder, since Triton's stub reads no
@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,9 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 # Not where it is used: client processes import this file at their start, and must not import that at their first load.
-from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts  # noqa: E402
+from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts, engine_alone  # noqa: E402
 
-PARTS = ("build", "grpc", "ours", "peer")
+PARTS = ("build", "engine", "grpc", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
 """Temperature -> kind of ``kinds.py``."""
 START_S = 300.0
@@ -139,20 +140,44 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def engine(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the server starts, without it, under the same closed loop."""
+    asked = [*(["--tiny"] if options.tiny else []), "--concurrency", options.levels]
+    asked += ["--sampling", ",".join(KIND_OF[temperature] for temperature in options.temperatures.split(","))]
+    rates: dict[tuple[float, int], list[float]] = {}
+    for line in engine_alone(options.folder / "build", [*asked, "--repeats", str(options.repeats)]):
+        temperature = next(value for value, kind in KIND_OF.items() if kind == line["sampling"])
+        rates.setdefault((float(temperature), line["users"]), []).append(line["tok_s"])
+    return [
+        say(
+            {"side": "engine", "level": level, "temperature": temperature, "rates": found}
+            | {"output_throughput": statistics.median(found)}
+        )
+        for (temperature, level), found in rates.items()
+    ]
+
+
 def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     """``text_generation``, streaming; it also warms the engine up."""
     prompts, clients = Prompts(TINY if options.tiny else LLAMA_8B), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):
         clients.load("text_generation", prompts(count), count, True)
+    cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for _ in range(options.repeats):
+        for temperature in options.temperatures.split(","):
+            for level in levels:
+                kind = KIND_OF[temperature]
+                case = clients.load("text_generation", prompts(max(4, WAVES * level)), level, True, kind)
+                cases.setdefault((temperature, level), []).append(case)
     found = []
-    for temperature in options.temperatures.split(","):
-        for level in levels:
-            kind = KIND_OF[temperature]
-            case = clients.load("text_generation", prompts(max(4, WAVES * level)), level, True, kind)
-            line = {"side": "ours over gRPC", "level": level, "temperature": float(temperature)}
-            line |= {"output_throughput": case["tok_s"], "mean_ttft_ms": case["ttft_ms"]}
-            found.append(say(line | {"mean_tpot_ms": case["tpot_ms"]}))
+    for (temperature, level), same in cases.items():
+        line = {"side": "ours over gRPC", "level": level, "temperature": float(temperature)}
+        line["rates"] = [case["tok_s"] for case in same]
+        line["output_throughput"] = statistics.median(line["rates"])
+        for name in ("ttft_ms", "tpot_ms"):
+            line[f"mean_{name}"] = statistics.median(case[name] for case in same)
+        found.append(say(line))
     return found
 
 
@@ -191,7 +216,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
             rate = line["output_throughput"]
             ratio = f" (ours: {own / rate:.2f})" if own and side != "ours" else ""
             times = (
-                f"{line[f'mean_{name}_ms']:.2f} / {line.get(f'p99_{name}_ms') or float('nan'):.2f}"
+                " / ".join(f"{line.get(f'{which}_{name}_ms', float('nan')):.2f}" for which in ("mean", "p99"))
                 for name in ("ttft", "tpot")
             )
             yield f"| {temperature:g}, {level} | {side} | {rate:,.0f}{ratio} | {' | '.join(times)} |"
@@ -206,14 +231,15 @@ def main() -> None:
         "--tp", type=int, default=1, help="GPUs that share each layer of our engine, and of vLLM's"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
-    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,grpc)")
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,engine,grpc)")
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
+    parser.add_argument("--repeats", type=int, default=2, help="of the engine alone and of our own client")
     parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, without vLLM")
     options = parser.parse_args()
-    options.parts = options.parts.split(",") if options.parts else PARTS[: 2 if options.tiny else None]
+    options.parts = options.parts.split(",") if options.parts else PARTS[: 3 if options.tiny else None]
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
     if not options.site and {"ours", "peer"} & set(options.parts):
@@ -222,8 +248,9 @@ def main() -> None:
     if "build" in options.parts:
         build(options)
     found = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
-    for sides, part in ((("ours", "ours over gRPC"), ours), (("vLLM",), peer)):
-        if {"ours", "grpc"} & set(options.parts) if part is ours else "peer" in options.parts:
+    every = (({"engine"}, ("engine",), engine), ({"ours", "grpc"}, ("ours", "ours over gRPC"), ours))
+    for parts, sides, part in (*every, ({"peer"}, ("vLLM",), peer)):
+        if parts & set(options.parts):
             found = [line for line in found if line["side"] not in sides] + part(options)
             if options.out:
                 options.out.write_text(json.dumps(found, indent=1))

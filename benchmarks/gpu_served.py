@@ -261,11 +261,12 @@ async def exact(url: str, prompts: list[str], engines: int) -> dict[str, Any]:
     return {"part": "text", "prompts": len(prompts), **counts, "patterns": " ".join(patterns)}
 
 
-def cases(options: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
-    """(repeat, users, requests) of each case."""
+def cases(options: argparse.Namespace) -> Iterator[tuple[int, int, int, str]]:
+    """(repeat, users, requests, kind of sampling) of each case."""
     for repeat in range(options.repeats):
-        for users in map(int, options.concurrency.split(",")):
-            yield repeat, users, max(4, WAVES * users)
+        for kind in options.sampling.split(","):
+            for users in map(int, options.concurrency.split(",")):
+                yield repeat, users, max(4, WAVES * users), kind
 
 
 class Prompts:
@@ -292,12 +293,12 @@ def measure(url: str, spec: ModelSpec, options: argparse.Namespace) -> list[dict
     results = [say(asyncio.run(exact(url, prompts(options.texts), options.dp)))]
     if options.text_only:
         return results
-    for repeat, users, count in cases(options):
+    for repeat, users, count, kind in cases(options):
         for model in options.models.split(","):
             for stream in (False, True):
-                found = clients.load(model, prompts(count), users, stream, options.sampling)
-                case = {"part": "served", "users": users, "model": model, "stream": stream, "repeat": repeat}
-                results.append(say(case | found))
+                found = clients.load(model, prompts(count), users, stream, kind)
+                case = {"part": "served", "sampling": kind, "users": users, "model": model, "stream": stream}
+                results.append(say(case | {"repeat": repeat} | found))
     return results
 
 
@@ -309,9 +310,9 @@ def measure_engine(engine_dir: Path, spec: ModelSpec, options: argparse.Namespac
     vocabulary = Vocabulary(engine.config.model_dir)
     for count in WARM_UP:
         closed_loop(engine, vocabulary, prompts(count), count)
-    for repeat, users, count in cases(options):
-        rate = closed_loop(engine, vocabulary, prompts(count), users, options.sampling)
-        say({"part": "engine", "users": users, "repeat": repeat, "tok_s": rate})
+    for repeat, users, count, kind in cases(options):
+        rate = closed_loop(engine, vocabulary, prompts(count), users, kind)
+        say({"part": "engine", "sampling": kind, "users": users, "repeat": repeat, "tok_s": rate})
 
 
 def closed_loop(
@@ -337,21 +338,31 @@ def closed_loop(
 
 
 def table(results: list[dict[str, Any]]) -> None:
-    heads = ("users", "model", "stream", "tok/s", "of engine", "TTFT ms", "TPOT ms", "tokens/response")
-    layout = "{:>6} {:>16} {:>7} {:>22} {:>10} {:>8} {:>8} {:>16}"
+    heads = (
+        "sampling",
+        "users",
+        "model",
+        "stream",
+        "tok/s",
+        "of engine",
+        "TTFT ms",
+        "TPOT ms",
+        "tokens/response",
+    )
+    layout = "{:>10} {:>6} {:>16} {:>7} {:>22} {:>10} {:>8} {:>8} {:>16}"
     print("\n" + layout.format(*heads))
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         if result["part"] != "text":
-            key = (result["users"], result.get("model", ""), result.get("stream", ""))
+            key = (result["sampling"], result["users"], result.get("model", ""), result.get("stream", ""))
             groups.setdefault(key, []).append(result)
-    for (users, model, stream), same in sorted(groups.items()):
-        direct = groups.get((users, "", ""))
+    for (kind, users, model, stream), same in sorted(groups.items()):
+        direct = groups.get((kind, users, "", ""))
         rates = [result["tok_s"] for result in same]
         rate = f"{statistics.median(rates):.0f} ({min(rates):.0f}..{max(rates):.0f})"
         share = f"{statistics.median(rates) / median(direct, 'tok_s'):.1%}" if direct else ""
         parts = (f"{median(same, name):.2f}" if name in same[0] else "" for name in TIMES)
-        print(layout.format(users, model or "engine", str(stream), rate, share, *parts))
+        print(layout.format(kind, users, model or "engine", str(stream), rate, share, *parts))
 
 
 ENDPOINTS = tuple(itertools.product(("ensemble", "text_generation"), (False, True)))
@@ -369,7 +380,7 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,8,32,64,256")
     parser.add_argument("--models", default="ensemble,text_generation")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--sampling", default="greedy", choices=SERVED_KINDS, help="kind, of kinds.py")
+    parser.add_argument("--sampling", default="greedy", help=f"kinds, of {', '.join(SERVED_KINDS)}")
     parser.add_argument("--texts", type=int, default=16, help="prompts whose texts are compared")
     parser.add_argument("--clients", type=int, default=4, help="most client processes")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
@@ -390,6 +401,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.sampling.split(",")) - set(SERVED_KINDS):
+        parser.error(f"--sampling: {unknown.pop()} is none of {', '.join(SERVED_KINDS)}")
     spec = TINY if options.tiny else LLAMA_8B
     if options.engine_only:
         measure_engine(options.engine_only, spec, options)
@@ -434,7 +447,7 @@ def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict
         return []
     for count in filter(None, options.instances.split(",")):
         with_instances(folder / "build" / "model_repository", count)
-    results = [] if options.text_only or options.no_engine else engine_alone(folder / "build")
+    results = [] if options.text_only or options.no_engine else engine_alone(folder / "build", sys.argv[1:])
     serve = [sys.executable, "-m", "flightline.supervisor.serve", "--build-dir", str(folder / "build")]
     with subprocess.Popen(
         [*serve, "--no-baseline"], cwd=ROOT, env=os.environ | {"PROBE_PERIOD_S": "3600"},
@@ -470,10 +483,10 @@ def rename(source: Path, target: Path) -> None:
         link.symlink_to(file.resolve())
 
 
-def engine_alone(build: Path) -> list[dict[str, Any]]:
-    """In a process of its own, whose memory is free again afterwards."""
+def engine_alone(build: Path, options: list[str]) -> list[dict[str, Any]]:
+    """In a process of its own, whose memory is free again afterwards; with these options of the command."""
     engine_dir = Deployment.load(build).engine_dir
-    command = [sys.executable, __file__, *sys.argv[1:], "--engine-only", str(engine_dir)]
+    command = [sys.executable, __file__, *options, "--engine-only", str(engine_dir)]
     lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     print(lines, end="", flush=True)
     return [json.loads(line) for line in lines.splitlines() if line.startswith("{")]

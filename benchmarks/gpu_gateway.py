@@ -183,7 +183,7 @@ def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
 
 def peer(options: argparse.Namespace) -> list[dict[str, Any]]:
     """vLLM's server."""
-    from peer_vllm import SHAPE
+    from peer_vllm import SHAPE, UNFUSED, WITHOUT_MULTICAST
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -193,10 +193,13 @@ def peer(options: argparse.Namespace) -> list[dict[str, Any]]:
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch]
         serve += ["--load-format", "dummy", "--quantization", "fp8", "--kv-cache-dtype", "fp8"]
         serve += ["--max-model-len", "4096", "--max-num-seqs", "512", "--gpu-memory-utilization", "0.85"]
-        serve += ["--tensor-parallel-size", str(options.tp)]
         serve += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(PEER_PORT)]
+        env = peers(options)
+        if options.tp > 1:
+            serve += ["--tensor-parallel-size", str(options.tp), "--compilation-config", json.dumps(UNFUSED)]
+            env |= WITHOUT_MULTICAST
         url = f"http://127.0.0.1:{PEER_PORT}"
-        with running(serve, f"{url}/health", options.folder / "peer.log", peers(options)):
+        with running(serve, f"{url}/health", options.folder / "peer.log", env):
             return load(options, "vLLM", url, scratch)
 
 

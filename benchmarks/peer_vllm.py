@@ -4,6 +4,9 @@ Needs an environment with vLLM, nothing of ours but this folder. Random weights,
 sequence ignored, prefix caching off, wall clock with prefill. One line of JSON a case. ``--precision`` is as in
 ``gpu.py``: vLLM makes ``fp8`` of bf16 weights itself, with a scale for each tensor of weights and of activations as
 they come; the others are what checkpoints have.
+
+Several GPUs (``--tp``) get along without NVLink multicast on both sides, which not every machine allows: vLLM then sums
+by its custom all-reduce, without the fusion of sum and norm that FlashInfer gives it where there is multicast.
 """
 
 from __future__ import annotations
@@ -59,6 +62,11 @@ STORED: dict[str, dict[str, Any]] = {
     "int4": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
 }  # fmt: skip
 """What config.json says of the weights."""
+WITHOUT_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}  # fmt: skip
+UNFUSED = {"pass_config": {"fuse_allreduce_rms": False}}
+"""What calls cuMulticastCreate without being asked, for several GPUs."""
 
 
 def main() -> None:
@@ -77,6 +85,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = str(int(options.flashinfer))
+    several: dict[str, Any] = {}
+    if options.tp > 1:
+        os.environ.update(WITHOUT_MULTICAST)
+        several = {"tensor_parallel_size": options.tp, "compilation_config": UNFUSED}
 
     import vllm
 
@@ -88,7 +100,7 @@ def main() -> None:
         folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=512, max_logprobs=20,
         gpu_memory_utilization=0.88, enable_prefix_caching=False, kv_cache_dtype="fp8",
         quantization="fp8" if options.precision == "fp8" else None,
-        tensor_parallel_size=options.tp,
+        **several,
     )  # fmt: skip
     chance = random.Random(0)
 

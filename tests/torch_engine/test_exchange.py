@@ -30,7 +30,7 @@ from tests.torch_engine.test_triton_ops import (
 if RUNS:
     from flightline.torch_engine.kernels.gpu import exchange as module
     from flightline.torch_engine.kernels.gpu.activation import Activation, Form
-    from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, STACK_BLOCK, STACK_BLOCKS, Exchange
+    from flightline.torch_engine.kernels.gpu.exchange import STACK_BLOCK, STACK_BLOCKS, Exchange, most_rows
     from flightline.torch_engine.kernels.gpu.norm import add_norm
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,10 @@ def exchanges(ranks: int, size: int, dtype: torch.dtype) -> list[Exchange]:
         for _ in range(ranks)
     ]
     table = torch.tensor([own.data_ptr() for own in owned], device=DEVICE)
-    return [Exchange(Boxes(own, table), rank, ranks, size, dtype) for rank, own in enumerate(owned)]
+    every = [Exchange(Boxes(own, table), rank, ranks, size, dtype) for rank, own in enumerate(owned)]
+    for exchange in every:
+        exchange.empty()
+    return every
 
 
 def at_once(every: list[Exchange], call: Callable[[Exchange, bool], Any]) -> list[Any]:
@@ -52,10 +55,11 @@ def at_once(every: list[Exchange], call: Callable[[Exchange, bool], Any]) -> lis
     The second time a rank sends the same again.
     """
     for exchange in every:
-        tags = exchange._tags.clone()
+        before = exchange._turns.clone(), exchange._tags.clone()
         exchange.tries = 1
         call(exchange, True)
-        exchange._tags.copy_(tags)
+        exchange._turns.copy_(before[0])
+        exchange._tags.copy_(before[1])
     return [call(exchange, False) for exchange in every]
 
 
@@ -68,11 +72,11 @@ class TestKernel:
     def test_is_the_norm_of_the_sum(
         self, ranks: int, parts: int, post: bool, dtype: torch.dtype, form: int
     ) -> None:
-        """Again and again, with other numbers of rows: the halves of the boxes change, and rows count apart."""
+        """Again and again, with other numbers of rows: places in the boxes take turns, and rows count apart."""
         size, form, eps = 84, Form(form), 1e-5
         scale, weight = torch.tensor(0.02, device=DEVICE), torch.rand(size, device=DEVICE) + 0.5
         every = exchanges(ranks, size, dtype)
-        for rows in (3, 1, 1, 3):
+        for rows in (3, 1, 1, 3, 1):
             x = torch.randn(rows, size, device=DEVICE).to(dtype)
             shares = torch.randn(ranks, parts, rows, size, device=DEVICE)
             if parts == 1:
@@ -101,17 +105,32 @@ class TestKernel:
     def test_what_another_rank_has_not_sent_is_not_taken_for_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of two exchanges before: the tag tells. So the trial of a rank that is alone fails, and ends."""
+        """Nor what it sent before. So the trial of a rank that is alone fails, and ends."""
         monkeypatch.setattr(module, "TRIES", 3)
         first, second = exchanges(2, 16, torch.float32)
         x = torch.ones(1, 16, device=DEVICE)
-        for _ in range(2):
+        for _ in range(4):  # more than there are places
             at_once([first, second], lambda exchange, _: exchange.add_norm(x.clone(), x, None, None, 1e-5))
-        first.tries = 2
-        before = first._boxes.own.clone()
-        first.add_norm(x.clone(), x, None, None, 1e-5)
-        assert torch.equal(before, first._boxes.own) and before.any()
+        for _ in range(4):
+            own = x.clone()
+            first.tries = 2
+            first.add_norm(own, x, None, None, 1e-5)
+            assert torch.equal(own, x + x)
         assert not first.works(torch.float32)
+
+    def test_minus_zero_is_sent_as_zero(self) -> None:
+        """It would never be there."""
+        every = exchanges(2, 16, torch.bfloat16)
+        x = torch.full((1, 16), 2.0, dtype=torch.bfloat16, device=DEVICE)
+        sums = [x.clone() for _ in every]
+
+        def call(exchange: Exchange, tries: bool) -> Activation:
+            own = sums[exchange._rank]
+            return exchange.add_norm(own.clone() if tries else own, x * -0.0, None, None, 1e-5)
+
+        assert bool(torch.signbit(x * -0.0).all())
+        at_once(every, call)
+        assert all(torch.equal(own, x) for own in sums)
 
     @pytest.mark.parametrize("shape", [(2, 1, 64), (2, 10, 64), (3,)])
     def test_puts_side_by_side_what_each_has(self, shape: tuple[int, ...]) -> None:
@@ -119,7 +138,7 @@ class TestKernel:
         every = exchanges(3, 16, torch.float32)
         for number in range(3):
             found = torch.randn(3, *shape, device=DEVICE)
-            x = torch.ones(MOST_ROWS if shape == (3,) and number == 2 else 2, 16, device=DEVICE)
+            x = torch.ones(every[0].rows if shape == (3,) and number == 2 else 2, 16, device=DEVICE)
             at_once(every, lambda exchange, _, found=found: exchange.stack(found[exchange._rank]))
             sums = [x.clone() for _ in every]
             at_once(
@@ -136,18 +155,13 @@ class TestKernel:
         assert every[0].stack(large).shape == (1, len(large))
 
     def test_a_tag_may_wrap(self) -> None:
-        every, x = exchanges(2, 16, torch.float32), torch.ones(1, 16, device=DEVICE)
+        every = exchanges(2, 16, torch.float32)
         for exchange in every:
             exchange._tags.fill_(2**31 - 2)
         for number in range(5):
-            sums = [x.clone() for _ in every]
-
-            def call(exchange: Exchange, tries: bool, sums=sums, number=number) -> Activation:
-                own = sums[exchange._rank]
-                return exchange.add_norm(own.clone() if tries else own, x * number, None, None, 1e-5)
-
-            at_once(every, call)
-            assert all(torch.equal(own, x + 2 * x * number) for own in sums)
+            found = torch.full((2, 3), number, dtype=torch.int32, device=DEVICE) + every[0].size
+            stacked = at_once(every, lambda exchange, _, found=found: exchange.stack(found[exchange._rank]))
+            assert all(torch.equal(each, found) for each in stacked)
         assert int(every[0]._tags[0]) == -(2**31) + 3
 
     def test_is_taken_if_it_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,15 +171,15 @@ class TestKernel:
                 return Boxes(own, torch.tensor([own.data_ptr()], device=DEVICE))
 
         found = Exchange.between(Boxed(), 16, torch.float32)
-        assert found is not None and found.tries == 0 and found.rows == MOST_ROWS
-        assert Exchange.between(Boxed(), 15, torch.float32) is None
+        assert found is not None and found.tries == 0 and found.rows == most_rows(1)
         assert Exchange.between(Alone(), 16, torch.float32) is None
         monkeypatch.setattr(Exchange, "add_norm", lambda *args: None)
         assert Exchange.between(Boxed(), 16, torch.float32) is None
 
 
 PROCESS = """
-import sys, torch
+import sys, time, torch
+from pathlib import Path
 from tests.torch_engine.quick_interpreter import quicken
 quicken()
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
@@ -174,6 +188,10 @@ rank, ranks, size, dtype = int(sys.argv[1]), len(sys.argv) - 2, 32, torch.float1
 count = Exchange.bytes_for(ranks, size, dtype)
 boxes = [torch.from_file(name, shared=True, size=count, dtype=torch.uint8) for name in sys.argv[2:]]
 exchange = Exchange(Boxes(boxes[rank], torch.tensor([box.data_ptr() for box in boxes])), rank, ranks, size, dtype)
+exchange.empty()
+Path(sys.argv[2 + rank] + ".empty").touch()
+while not all(Path(name + ".empty").exists() for name in sys.argv[2:]):
+    time.sleep(0.01)
 for number in range(12):
     rows = 1 + number % 3
     x = torch.zeros(rows, size, dtype=dtype)

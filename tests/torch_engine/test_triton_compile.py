@@ -40,7 +40,7 @@ def compile_only(self, grid):
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         code = kernel.asm["ptx"]
         units = [unit for unit in ("wgmma.mma_async", "mma.sync") if unit in code]
-        units += [unit for unit in ("st.relaxed.sys", "ld.volatile.global") if unit in code]
+        units += [unit for unit in ("st.global.wt.v", "ld.volatile.global") if unit in code]
         bytewise = code.count("ld.shared.b8") + code.count("ld.shared.u8")
         loop = kernel.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
         between = loop.count("ttg.convert_layout")
@@ -193,7 +193,7 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert all(used == units for _, used, *_ in found["_product_kernel"])
     # Each word goes to another GPU at once, and is looked for again and again.
     exchanges = found["_exchange_kernel"] + found["_stack_kernel"]
-    assert all(units == ["st.relaxed.sys", "ld.volatile.global"] for _, units, *_ in exchanges)
+    assert all(units == ["st.global.wt.v", "ld.volatile.global"] for _, units, *_ in exchanges)
     # 4-bit codes become numbers where the tensor cores read them.
     assert not any(between for *_, between in found["_four_bit_product_kernel"])
     for kernel in ("_rows_in_kernel", "_rows_out_kernel", "_blocks_kernel"):

@@ -22,7 +22,7 @@ from flightline.torch_engine.core.steps import SequenceSteps
 from flightline.torch_engine.kernels.gpu import attention, four_bits, norm, tokens
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan
-from flightline.torch_engine.kernels.gpu.exchange import MOST_ROWS, Exchange
+from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
 from flightline.torch_engine.kernels.gpu.gathered import (
     FETCHES,
@@ -85,7 +85,7 @@ FEWEST = 8
 """Rows at which products for few rows are timed."""
 TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256)
 """And those of weights in groups, whose kernels are others for more rows."""
-EXCHANGED_ROWS = (1, 4, 16, 32, MOST_ROWS)
+EXCHANGED_ROWS = (1, 4, 16, 32, 64, 128, 256)
 """Of sums that are timed in one kernel with the norm, and apart."""
 EXCHANGES = 32
 NEEDED = f"compute capability {'.'.join(map(str, FP8_CAPABILITY))}"
@@ -441,10 +441,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if forced or exchange is None:
             self.exchange = exchange
             return
-        exchange.rows, reader = 0, layer.qkv
+        most, exchange.rows, reader = exchange.rows, 0, layer.qkv
         times: dict[str, float] = {}
         ones = torch.ones(size, dtype=self.dtype, device=self.device)
-        for rows in EXCHANGED_ROWS:
+        for rows in (each for each in EXCHANGED_ROWS if each <= most):
             x = torch.zeros(rows, size, dtype=self.dtype, device=self.device)
             few = rows <= SKINNY_ROWS  # our own products leave partial sums
             share = torch.zeros(2, rows, size, device=self.device) if few else torch.zeros_like(x)

@@ -2,13 +2,14 @@
 
     python3 -u benchmarks/gpu_gateway.py --folder /tmp/served --site /tmp/site --out FILE
 
-Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B) and builds from it, unless the folder
-has them; puts the load on the engine alone; starts our server as ``make serve`` does and loads it with our own client
-through gRPC, then through the gateway (``peer_load.py``: vLLM's client); stops it; starts vLLM's server on the same
-shape (FP8 weights and KV cache, prefix cache off, random weights) and loads it in the same way. 128/128 tokens,
-streaming, 1, 32, 64 and 256 in flight, temperature 0 and 1. Prints a line of JSON a case, then a table of all with
-their ratios. ``--parts`` takes ``build``, ``engine``, ``grpc``, ``ours`` and ``peer`` one by one; ``--out`` keeps what
-other parts have found. About 9 minutes on an H200: build 1.5, engine 1.5, ours 2.5, vLLM's start 2, vLLM 1.5.
+Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B, or ``--shape 70b``) and builds from
+it, unless the folder has them; puts the load on the engine alone; starts our server as ``make serve`` does and loads it
+with our own client through gRPC, then through the gateway (``peer_load.py``: vLLM's client); stops it; starts vLLM's
+server on the same shape (FP8 weights and KV cache, prefix cache off, random weights) and loads it in the same way.
+128/128 tokens, streaming, 1, 32, 64 and 256 in flight, temperature 0 and 1. Prints a line of JSON a case, then a table
+of all with their ratios. ``--parts`` takes ``build``, ``engine``, ``grpc``, ``ours`` and ``peer`` one by one; ``--out``
+keeps what other parts have found. About 9 minutes on an H200: build 1.5, engine 1.5, ours 2.5, vLLM's start 2, vLLM
+1.5.
 
 ``--site`` is a folder with vLLM and what it needs, in its own versions, numpy 2 among them; only the peer and its
 client see it. Ours needs these wheels (Python 3.12) in the interpreter's own folder, since Triton's stub reads no
@@ -17,7 +18,7 @@ jinja2, click, h11, psutil and nvidia-ml-py: nvidia-pytriton==0.7.0 numpy==1.26.
 python-rapidjson==1.25 protobuf==6.33.6 uvicorn==0.54.0 httptools==0.9.0 uvloop==0.23.0 orjson==3.13.0 h2==4.4.1
 hpack==4.2.0 hyperframe==6.1.0 llguidance==1.9.1 prometheus_client==0.26.0 gguf==0.19.0.
 
-``--tiny`` tries it without a GPU and without vLLM: a tiny shape, our gRPC client alone.
+``--shape tiny`` tries it without a GPU and without vLLM: a tiny shape, our gRPC client alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 # Not where it is used: client processes import this file at their start, and must not import that at their first load.
-from gpu_served import LLAMA_8B, TINY, WARM_UP, WAVES, Clients, Prompts, engine_alone  # noqa: E402
+from gpu_served import SHAPES, WARM_UP, WAVES, Clients, Prompts, engine_alone  # noqa: E402
 
 PARTS = ("build", "engine", "grpc", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
@@ -59,13 +60,13 @@ def say(line: dict[str, Any]) -> dict[str, Any]:
 
 def model_folder(options: argparse.Namespace) -> Path:
     """The checkpoint that ``gpu_served.py`` writes."""
-    return options.folder / ("tiny-shape" if options.tiny else "llama-3.1-8b-shape")
+    return Path(options.folder / SHAPES[options.shape][0])
 
 
 def build(options: argparse.Namespace) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu_served.py"), "--folder", str(options.folder)]
-    tiny = ["--tiny"] if options.tiny else []
-    subprocess.run([*command, *tiny, "--tp", str(options.tp), "--build-only"], cwd=ROOT, check=True)
+    command += ["--shape", options.shape, "--tp", str(options.tp), "--build-only"]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def engine(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What the server starts, without it, under the same closed loop."""
-    asked = [*(["--tiny"] if options.tiny else []), "--concurrency", options.levels]
+    asked = ["--shape", options.shape, "--concurrency", options.levels]
     asked += ["--sampling", ",".join(KIND_OF[temperature] for temperature in options.temperatures.split(","))]
     rates: dict[tuple[float, int], list[float]] = {}
     for line in engine_alone(options.folder / "build", [*asked, "--repeats", str(options.repeats)]):
@@ -159,7 +160,7 @@ def engine(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
     """``text_generation``, streaming; it also warms the engine up."""
-    prompts, clients = Prompts(TINY if options.tiny else LLAMA_8B), Clients(url, options.clients)
+    prompts, clients = Prompts(SHAPES[options.shape][1]), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):
         clients.load("text_generation", prompts(count), count, True)
@@ -183,13 +184,14 @@ def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
 
 def peer(options: argparse.Namespace) -> list[dict[str, Any]]:
     """vLLM's server."""
-    from peer_vllm import SHAPE, UNFUSED, WITHOUT_MULTICAST
+    from peer_vllm import SHAPES as PEERS_SHAPES
+    from peer_vllm import UNFUSED, WITHOUT_MULTICAST
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for file in model_folder(options).glob("tokenizer*.json"):
             shutil.copy(file, folder)
-        (folder / "config.json").write_text(json.dumps(SHAPE))
+        (folder / "config.json").write_text(json.dumps(PEERS_SHAPES[f"llama-{options.shape}"]))
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", scratch]
         serve += ["--load-format", "dummy", "--quantization", "fp8", "--kv-cache-dtype", "fp8"]
         serve += ["--max-model-len", "4096", "--max-num-seqs", "512", "--gpu-memory-utilization", "0.85"]
@@ -234,15 +236,19 @@ def main() -> None:
         "--tp", type=int, default=1, help="GPUs that share each layer of our engine, and of vLLM's"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
-    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; with --tiny build,engine,grpc)")
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; of a tiny shape build,engine,grpc)")
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
     parser.add_argument("--repeats", type=int, default=2, help="of the engine alone and of our own client")
     parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, without vLLM")
+    parser.add_argument(
+        "--shape", default="8b", choices=SHAPES, help="of the model; tiny: on the CPU, without vLLM"
+    )
     options = parser.parse_args()
-    options.parts = options.parts.split(",") if options.parts else PARTS[: 3 if options.tiny else None]
+    options.parts = (
+        options.parts.split(",") if options.parts else PARTS[: 3 if options.shape == "tiny" else None]
+    )
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
     if not options.site and {"ours", "peer"} & set(options.parts):

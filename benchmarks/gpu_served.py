@@ -6,7 +6,7 @@ engine itself, in a process of its own; then starts the server as ``make serve``
 gRPC: a closed loop of users, each of whom sends the next of the same prompts as soon as the last is answered. Prompts
 have 128 tokens, answers 128; end of sequence ignored; greedy, or another ``--sampling``, engine and server alike.
 One line of JSON a case, a table last.
-``--tiny`` is for trying the script where there is no GPU.
+``--shape tiny`` is for trying the script where there is no GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.kinds import KINDS, ours, request_fields  # noqa: E402
-from benchmarks.random_checkpoint import LLAMA_8B, RandomCheckpoint  # noqa: E402
+from benchmarks.random_checkpoint import LLAMA_8B, LLAMA_70B, RandomCheckpoint  # noqa: E402
 from benchmarks.words import FIRST, word, write_tokenizer  # noqa: E402
 from flightline.client.aio import AsyncClient  # noqa: E402
 from flightline.deployment import Deployment  # noqa: E402
@@ -58,6 +58,10 @@ TINY = dataclasses.replace(
     LLAMA_8B, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=2048,
     attention_scale=0.25, layers=LLAMA_8B.layers[:2],
 )  # fmt: skip
+SHAPES = {
+    "8b": ("llama-3.1-8b-shape", LLAMA_8B), "70b": ("llama-3.3-70b-shape", LLAMA_70B), "tiny": ("tiny-shape", TINY),
+}  # fmt: skip
+"""The checkpoint's folder, and what is in it."""
 LENGTH = 128
 WAVES = 4
 """Requests of each user."""
@@ -383,7 +387,7 @@ def main() -> int:
     parser.add_argument("--sampling", default="greedy", help=f"kinds, of {', '.join(SERVED_KINDS)}")
     parser.add_argument("--texts", type=int, default=16, help="prompts whose texts are compared")
     parser.add_argument("--clients", type=int, default=4, help="most client processes")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    parser.add_argument("--shape", default="8b", choices=SHAPES, help="of the model; tiny: on the CPU")
     parser.add_argument(
         "--folder", type=Path, help="keep checkpoint and build here; a checkpoint there is used again"
     )
@@ -403,7 +407,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.sampling.split(",")) - set(SERVED_KINDS):
         parser.error(f"--sampling: {unknown.pop()} is none of {', '.join(SERVED_KINDS)}")
-    spec = TINY if options.tiny else LLAMA_8B
+    _, spec = SHAPES[options.shape]
     if options.engine_only:
         measure_engine(options.engine_only, spec, options)
         return 0
@@ -422,11 +426,11 @@ def main() -> int:
 def run(folder: Path, spec: ModelSpec, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Builds, measures the engine, then the server."""
     started = time.perf_counter()
-    checkpoint = folder / ("tiny-shape" if options.tiny else "llama-3.1-8b-shape")
+    checkpoint = folder / SHAPES[options.shape][0]
     if options.made:
         rename(options.made / "fp8", checkpoint)
     if not checkpoint.exists():
-        write_checkpoint(checkpoint, spec, "cpu" if options.tiny else "cuda")
+        write_checkpoint(checkpoint, spec, "cpu" if options.shape == "tiny" else "cuda")
         print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
     arguments = ["--model", str(checkpoint), "--build-dir", str(folder / "build"), "--engine", "torch"]
     arguments += [

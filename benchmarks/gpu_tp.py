@@ -10,24 +10,19 @@ compiled once; 70B is estimated at twice that):
 
   room    tokens that the KV caches hold: one GPU, ``TP``, and ``TP`` engines of one GPU each. No time.
   rates   the cases. 8B, 2 cases, greedy and drawn, 2 repeats: 10 s.
-  steps   what a step of decodes takes on each rank, by what the kernels are for, and the gaps (``kernel_groups.py``);
-          at the concurrencies of the cases. 5 s a case.
+  steps   what a step of decodes takes on rank 0, by what the kernels are for, and the gaps (``kernel_groups.py``); what
+          sums take there has waiting for other ranks in it. At the concurrencies of the cases. 5 s a case.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +37,6 @@ from benchmarks.random_checkpoint import LLAMA_8B, LLAMA_70B, RandomCheckpoint  
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest, SamplingParams  # noqa: E402
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector  # noqa: E402
-from flightline.torch_engine.parallel import ranks as parallel_ranks  # noqa: E402
 from flightline.torch_engine.text.stream import TokenBytes  # noqa: E402
 
 SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
@@ -50,7 +44,6 @@ CASES = "1:128:128,8:128:128,32:128:128,128:128:128,1:8000:1"
 MOST = 128
 """Requests at once: fewer graphs are sooner captured."""
 PARTS = ("room", "rates", "steps")
-PROFILE_S = 60.0
 RESERVE = 8 << 30
 """Bytes of each GPU for graphs and activations."""
 
@@ -94,10 +87,6 @@ def engine_of(shape: str, ranks: int, all_reduce: str) -> Engine:
 
 
 def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int, parts: list[str]) -> None:
-    if "steps" in parts:  # -m NAME: the ranks start in the project's root
-        parallel_ranks.RANK_PROCESS = "benchmarks.profiled_rank"
-        os.environ["PROFILED"] = f"{tempfile.mkdtemp()}/{{}}.json"
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     engine, chance = engine_of(shape, ranks, all_reduce), random.Random(0)
 
     def run(sizes: str, sampling: SamplingParams) -> float:
@@ -132,41 +121,15 @@ def measure(shape: str, ranks: int, all_reduce: str, cases: str, repeats: int, p
         sorted({sizes.split(":")[0] for sizes in cases.split(",")}, key=int) if "steps" in parts else []
     ):
         for kind, sampling in (("greedy", greedy), ("drawn", drawn)):
-            with others_profiled(engine) as of_others, profile(activities=[ProfilerActivity.CUDA]) as seen:
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
                 run(f"{count}:4:64", sampling)
                 torch.cuda.synchronize()
             kernels = kernels_of(seen)
-            for rank, found in enumerate([spent(kernels), *of_others]):
-                report(
-                    part="steps", shape=shape, ranks=ranks, all_reduce=all_reduce, rank=rank, concurrency=int(count),
-                    sampling=kind, us=found, **({"unnamed_us": slowest_others(kernels)} if rank == 0 else {}),
-                )  # fmt: skip
+            report(
+                part="steps", shape=shape, ranks=ranks, all_reduce=all_reduce, concurrency=int(count),
+                sampling=kind, us=spent(kernels), unnamed_us=slowest_others(kernels),
+            )  # fmt: skip
     engine.close()
-
-
-@contextlib.contextmanager
-def others_profiled(engine: Engine) -> Iterator[list[dict[str, float]]]:
-    """What the other ranks do meanwhile (``profiled_rank.py``), filled in at the end."""
-    pids, found = list(getattr(engine.ranks, "pids", [])), []
-    asked_of_all(pids, signal.SIGUSR1)
-    yield found
-    found += map(json.loads, asked_of_all(pids, signal.SIGUSR2))
-
-
-def asked_of_all(pids: list[int], what: signal.Signals) -> list[str]:
-    """What the ranks tell after this signal."""
-    for pid in pids:
-        os.kill(pid, what)
-    answers = []
-    for pid in pids:
-        told, deadline = Path(os.environ["PROFILED"].format(pid)), time.monotonic() + PROFILE_S
-        while not told.exists():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"rank of process {pid} has not answered within {PROFILE_S:.0f} s")
-            time.sleep(0.05)
-        answers.append(told.read_text())
-        told.unlink()
-    return answers
 
 
 def main() -> int:
@@ -230,7 +193,7 @@ def table(results: list[dict[str, Any]]) -> None:
             )
     steps = [each for each in results if each["part"] == "steps" and each["us"]]
     for each in steps:
-        whose = f"{each['shape']} {each['concurrency']} {each['sampling']}, rank {each['rank']} of {each['ranks']}"
+        whose = f"{each['shape']} {each['concurrency']} {each['sampling']}, rank 0 of {each['ranks']}"
         figures = ", ".join(f"{name} {us:.0f}" for name, us in each["us"].items() if name != "steps")
         print(f"{whose} ({each['all_reduce']}), us: {figures}")
 

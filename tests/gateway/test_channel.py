@@ -11,7 +11,7 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
+from h2.events import DataReceived, PingAckReceived, RequestReceived, StreamEnded, StreamReset
 from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
@@ -216,6 +216,73 @@ def test_whoever_cancels_is_heard() -> None:
         peer.say(streams[2], framed(b"fine"))
         peer.end(streams[2])
         assert await everything(other) == [b"fine"]
+
+    served(test)
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_frames_of_every_kind_in_pieces(size: int) -> None:
+    """Padded, the last of a stream, of an answer with a length: h2 reads them between those that it never sees."""
+
+    async def test(server: Server) -> None:
+        calls = [server.call() for _ in range(3)]
+        peer = await server.peer()
+        streams = await peer.asked(3)
+        http2 = peer.http2
+        two = framed(b"one") + framed(b"two")
+        head = [(":status", "200"), ("content-type", "application/grpc")]
+        http2.send_headers(streams[0], head)
+        http2.send_headers(streams[1], [*head, ("content-length", str(len(two)))])
+        http2.send_data(streams[0], framed(b"plain"))
+        http2.send_data(streams[0], framed(b"padded")[:6], pad_length=9)
+        http2.send_data(streams[1], two[:4])
+        http2.send_data(streams[0], framed(b"padded")[6:])
+        http2.send_data(streams[0], b"")
+        http2.ping(b"12345678")
+        http2.send_data(streams[1], two[4:])
+        http2.send_headers(streams[2], head)
+        http2.send_data(streams[2], framed(b"last"), end_stream=True)
+        for stream in streams[:2]:
+            http2.send_headers(stream, OK, end_stream=True)
+        data = http2.data_to_send()
+        for at in range(0, len(data), size):
+            peer.transport.write(data[at : at + size])
+            await asyncio.sleep(0)
+        assert await everything(calls[0]) == [b"plain", b"padded"]
+        assert await everything(calls[1]) == [b"one", b"two"]
+        assert await calls[2].take() == [b"last"]
+        assert "without one of gRPC" in (await failure(calls[2])).details
+        await until(lambda: bool(peer.of_kind(PingAckReceived)))
+
+    served(test)
+
+
+def test_the_window_of_all_calls_comes_back() -> None:
+    """Of several, each below what its own call tells by itself."""
+
+    async def test(server: Server) -> None:
+        windows = []
+        for number in range(10):
+            call = server.call()
+            peer = await server.peer()
+            stream = (await peer.asked(number + 1))[number]
+            windows.append(peer.http2.outbound_flow_control_window)
+            peer.say(stream, framed(bytes(10_000)))
+            peer.end(stream)
+            assert await everything(call) == [bytes(10_000)]
+        assert windows[0] - windows[-1] < 20_000
+
+    served(test)
+
+
+def test_a_frame_that_is_too_long() -> None:
+    async def test(server: Server) -> None:
+        call = server.call()
+        peer = await server.peer()
+        (stream,) = await peer.asked()
+        peer.say(stream)
+        peer.transport.write((20_000).to_bytes(3, "big") + b"\0\0" + stream.to_bytes(4, "big"))
+        assert "broke HTTP/2" in (await failure(call)).details
 
     served(test)
 

@@ -129,9 +129,6 @@ def _exchange_kernel(
     for other in tl.static_range(1, RANKS):  # not all to the same one first
         target = _box_of(boxes + (RANK + other) % RANKS, bits)
         tl.store(target + place + RANK * SHARE, own, mask=mask, cache_modifier=".wt")
-    for source in tl.static_range(RANKS):
-        if source != RANK:
-            tl.store(box + before + source * SHARE, tl.full([BLOCK], EMPTY, bits), mask=mask)
     tl.debug_barrier()  # the compiler moves no store of these behind what waits
     h = tl.load(x + row * N + columns, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -139,6 +136,7 @@ def _exchange_kernel(
         share = own
         if source != RANK:
             share = _share(box + place + source * SHARE, mask, tries, EMPTY)
+            tl.store(box + before + source * SHARE, tl.full([BLOCK], EMPTY, bits), mask=mask)
         total += share.to(x.dtype.element_ty, bitcast=True).to(tl.float32)
     tl.store(turns + row, (turn + 1) % PLACES)
     add_and_norm(

@@ -58,7 +58,7 @@ class Stream:
         """The next message with its prefix, and whether it is the last."""
         assert self.served is not None and self.writer is not None
         self.count += 1
-        self.served.token_times_ns.append(time.time_ns())
+        self.served.note_token()
         final = self.count >= self.served.inputs["max_tokens"]
         message = self.writer.write(" word", self.count, final=final)
         return b"\0" + struct.pack(">I", len(message)) + message, final

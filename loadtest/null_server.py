@@ -51,7 +51,7 @@ class Timing:
 
 @dataclass
 class Served:
-    """The log of one request; times are ``time.time_ns()``."""
+    """The log of one request; times are ``time.time_ns()``, as Triton's are, where nothing else is said."""
 
     id: str
     model: str
@@ -59,8 +59,14 @@ class Served:
     arrival_ns: int
     first_scheduled_ns: int = 0
     token_times_ns: list[int] = field(default_factory=list)
+    token_monotonic_ns: list[int] = field(default_factory=list)
+    """The same by the clock of a load generator's records, which nobody sets."""
     outcome: str = "running"
     """``running``, ``complete``, ``cancelled`` or ``stopped`` (by a stop request)."""
+
+    def note_token(self) -> None:
+        self.token_times_ns.append(time.time_ns())
+        self.token_monotonic_ns.append(time.monotonic_ns())
 
 
 class NullService:
@@ -127,7 +133,7 @@ class NullService:
             if request.id in self.stop_requests:
                 served.outcome = "stopped"
                 return
-            served.token_times_ns.append(time.time_ns())
+            served.note_token()
             words.append(" word" * (first if count == first else 1))
             if served.inputs.get("stream"):
                 yield writer.write(words.pop(), count, final=count == total)

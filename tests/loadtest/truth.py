@@ -1,4 +1,4 @@
-"""What a null server did, beside what the client recorded, on the client's clock.
+"""What a null server did, beside what the client recorded, on one clock.
 
 On a busy machine every token may reach the client late, by any time, and that is no fault of the client. Two
 things hold all the same: the luckiest tokens are hardly late at all, and none comes before it was sent.
@@ -6,7 +6,6 @@ things hold all the same: the luckiest tokens are hardly late at all, and none c
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -17,35 +16,32 @@ from flightline.loadtest.records import RequestRecord
 
 LUCKY_S = 0.010
 """A lucky token's way to the client takes less."""
-CLOCKS_S = 0.001
-"""How far the two clocks may seem to drift apart."""
+ROUNDING_S = 1e-6
 
 
 class Truth:
     """The server's log of the requests that are recorded; one response carries one token.
 
     Attributes:
-        sent_ns: Request id -> when the server sent the tokens that arrived, on the clock of the records.
+        sent_ns: Request id -> when the server sent the tokens that arrived.
         soonest_s, latest_s: Bounds of the time that each of them took to arrive.
     """
 
     def __init__(self, records: Iterable[RequestRecord], log: Mapping[str, Served]) -> None:
         self.records = list(records)
-        # A process may be suspended between its looks at the two clocks, but not every time.
-        shift_ns = statistics.median_low([r.sent_unix_ns - r.sent_ns for r in self.records])
         self.sent_ns = {
-            r.id: np.array(log[r.id].token_times_ns)[: len(r.chunk_ns)] - shift_ns
+            r.id: np.array(log[r.id].token_monotonic_ns)[: len(r.chunk_ns)]
             for r in self.records
             if r.chunk_ns
         }
         delays_s = np.concatenate(
             [(np.array(r.chunk_ns) - self.sent_ns[r.id]) / 1e9 for r in self.records if r.chunk_ns]
         )
-        self.soonest_s, self.latest_s = delays_s.min() - CLOCKS_S, delays_s.max() + CLOCKS_S
+        self.soonest_s, self.latest_s = delays_s.min() - ROUNDING_S, delays_s.max() + ROUNDING_S
 
     def assert_prompt(self) -> None:
         """The client's time stamps have no delay of their own."""
-        assert -2 * CLOCKS_S < self.soonest_s < LUCKY_S
+        assert -ROUNDING_S <= self.soonest_s < LUCKY_S
 
     def assert_rate(self, tokens_per_s: float | None, windows: Sequence[Window]) -> None:
         """The rate is the server's in the windows, give or take what was on its way at their ends.

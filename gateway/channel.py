@@ -1,6 +1,6 @@
 """gRPC's client side on asyncio: calls of one request and many answers, all on one HTTP/2 connection (hyper-h2).
 
-A received message costs a fifth of what it costs in grpc.aio (``benchmarks/gateway.py``). The protocol:
+A received message costs less than a third of what it costs in grpc.aio (``benchmarks/gateway.py``). The protocol:
 https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md. Frames that carry nothing but a piece of an answer are
 read here, since h2 took more than half of the gateway's time for them; all others go through h2. There are no
 keepalive pings: Triton is on this machine, so the kernel tells when it has ended, and the supervisor ends one that

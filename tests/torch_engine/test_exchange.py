@@ -131,6 +131,8 @@ class TestKernel:
         assert bool(torch.signbit(x * -0.0).all())
         at_once(every, call)
         assert all(torch.equal(own, x) for own in sums)
+        places = every[0]._box[: 3 * 2 * most_rows(2) * 16].view(3, 2, most_rows(2), 16)
+        assert bool((places[0, 1, 0] == 0).all()) and bool((places[1] == every[0]._empty).all())
 
     @pytest.mark.parametrize("shape", [(2, 1, 64), (2, 10, 64), (3,)])
     def test_puts_side_by_side_what_each_has(self, shape: tuple[int, ...]) -> None:

@@ -49,7 +49,7 @@ def alone(
         fields = ProcessSettings(limits or GatewaySettings(), upstream, (listener.fileno(),), **settings)  # type: ignore[arg-type]
         process = subprocess.Popen(
             [sys.executable, "-m", "flightline.gateway", fields.to_json()],
-            pass_fds=[listener.fileno()],
+            pass_fds=[number for number in (listener.fileno(), fields.last_words_fd) if number >= 0],
             env={**os.environ, **(env or {})},
             stdout=None if os.environ.get("GATEWAY_LOG") else subprocess.DEVNULL,
         )

@@ -24,6 +24,7 @@ from flightline.gateway.exchange import SSE, ClientGone, Exchange, Receive, Send
 from flightline.gateway.forms import ChatStream, ChatWhole, CompletionStream, CompletionWhole, Stream, Whole
 from flightline.gateway.job import Job
 from flightline.gateway.keys import ApiKeys
+from flightline.gateway.last_words import Channel
 from flightline.gateway.page import html
 from flightline.gateway.passage import Passage
 from flightline.gateway.served import ServedModel
@@ -66,6 +67,7 @@ class Gateway:
         self.pool = ThreadPoolExecutor(THREADS, "request")
         self.triton: Triton
         self.draining = False
+        self._channel = Channel(settings.last_words_fd)
         self._ends = False
         self.triton_http: Passage | None = None
         """The way to Triton's own HTTP endpoints; None: they are off."""
@@ -89,6 +91,7 @@ class Gateway:
             try:
                 await self._serve(exchange)
             finally:
+                exchange.let_go()
                 del self._exchanges[exchange]
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -174,7 +177,7 @@ class Gateway:
         if self.draining:  # else a client's pool keeps asking here, whatever the Service says
             exchange.extra.append((b"connection", b"close"))
         exchange.note["error"] = error.message if error.status >= 500 else error.code or error.type
-        await exchange.fail(error, passage.envelope(error) if exchange.path.startswith("/v2") else None)
+        await exchange.fail(error, enveloped(exchange, error))
 
     @staticmethod
     def _told(exchange: Exchange, error: Exception) -> ApiError:
@@ -237,12 +240,12 @@ class Gateway:
 
     async def generate(self, exchange: Exchange, kind: Kind) -> None:
         """Admission, preparation, Triton, and the answer in the form that ``kind`` gives it."""
-        with self.admitted():
+        with self.admitted(exchange):
             body = await exchange.json(self.limits.max_body_bytes, self.limits.body_timeout_s)
             _adopt_id(exchange, body)
             await exchange.unless_gone(self._answer(exchange, body, kind))
 
-    def admitted(self) -> _Admission:
+    def admitted(self, exchange: Exchange) -> _Admission:
         """A place among the requests that are worked on, for a ``with`` block. Raises ApiError: 429, 503."""
         if self.draining:
             raise errors.unavailable(STOPPING)
@@ -250,7 +253,12 @@ class Gateway:
             raise errors.busy(
                 f"{self.limits.max_in_flight} requests are being worked on: try again in a moment"
             )
-        return _Admission(self)
+        return _Admission(self, exchange)
+
+    def hold(self, exchange: Exchange) -> None:
+        """Somebody tells its client if this process is killed."""
+        error = errors.killed()
+        exchange.hold(self._channel, error, enveloped(exchange, error))
 
     async def _answer(self, exchange: Exchange, body: Any, kind: Kind) -> None:
         loop = asyncio.get_running_loop()
@@ -303,10 +311,12 @@ class Gateway:
 class _Admission:
     """A place among the requests that are worked on."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, exchange: Exchange) -> None:
         self._gateway = gateway
+        self._exchange = exchange
 
     def __enter__(self) -> None:
+        self._gateway.hold(self._exchange)
         self._gateway._in_flight += 1
         metrics.IN_FLIGHT.inc()
 
@@ -315,11 +325,17 @@ class _Admission:
         metrics.IN_FLIGHT.dec()
 
 
+def enveloped(exchange: Exchange, error: ApiError) -> bytes:
+    """As the endpoint's clients know it."""
+    return passage.envelope(error) if exchange.path.startswith("/v2") else error.body()
+
+
 async def _stream(
     exchange: Exchange, answers: Answers, form: Stream, names: Mapping[str, str], proved: Callable[[], None]
 ) -> ApiError | None:
     """What Triton has said at once is one write; nothing is waited for. Returns what the stream has failed of."""
     pieces = await answers.next()
+    exchange.hold_stream(form.last_words(errors.killed()))
     await exchange.start(200, SSE)
     await exchange.write(form.open() + form.feed(pieces))
     try:
@@ -427,7 +443,7 @@ async def _computed(
     gateway: Gateway, exchange: Exchange, work: Callable[[Any, ServedModel], Mapping[str, Any]]
 ) -> None:
     """Answered by a thread of the gateway alone."""
-    with gateway.admitted():
+    with gateway.admitted(exchange):
         body = await exchange.json(gateway.limits.max_body_bytes, gateway.limits.body_timeout_s)
         loop = asyncio.get_running_loop()
         made = await exchange.unless_gone(
@@ -446,7 +462,7 @@ async def _pass_on(gateway: Gateway, exchange: Exchange) -> None:
     if exchange.path == "/v2/health/ready":
         await gateway.ready()
     if passage.ANSWERS.fullmatch(exchange.path):
-        with gateway.admitted():
+        with gateway.admitted(exchange):
             await gateway.triton_http.serve(exchange)
     else:
         await gateway.triton_http.serve(exchange)

@@ -63,6 +63,11 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, shown(message), "server_error", code="service_unavailable", retry_after_s=1)
 
 
+def killed() -> ApiError:
+    """What another process says for one that cannot any more."""
+    return unavailable("the gateway process that was answering has ended: send the request again")
+
+
 def internal(message: str) -> ApiError:
     return ApiError(500, shown(message), "server_error", code="internal_error")
 

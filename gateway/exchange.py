@@ -7,11 +7,13 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import orjson
 
 from flightline.gateway.errors import ApiError, invalid
+from flightline.gateway.last_words import CONNECTION, Channel, Held
 
 T = TypeVar("T")
 Message = MutableMapping[str, Any]
@@ -63,6 +65,8 @@ class Exchange:
         """Headers of every answer."""
         self.note: dict[str, Any] = {}
         """Facts for the log."""
+        self._connection = (scope.get("extensions") or {}).get(CONNECTION, {}).get("socket")
+        self._held: Held | None = None
         self._receive = receive
         self._send = send
 
@@ -138,9 +142,8 @@ class Exchange:
 
     async def start(self, status: int, headers: Headers) -> None:
         self.status = status
-        own: Headers = [(b"x-request-id", self.id.encode())]
         await self._send(
-            {"type": "http.response.start", "status": status, "headers": [*headers, *own, *self.extra]}
+            {"type": "http.response.start", "status": status, "headers": [*headers, *self._own()]}
         )
 
     async def write(self, data: bytes, more: bool = True) -> None:
@@ -152,20 +155,52 @@ class Exchange:
         self.writing_since = 0.0
 
     async def respond(self, body: bytes, status: int = 200, headers: Headers = JSON) -> None:
+        self.hold_whole()
         length = (b"content-length", str(len(body)).encode())
         await self.start(status, [*headers, length])
         await self.write(body, more=False)
+
+    # -- if this process is killed -------------------------------------------------------------------
+
+    def hold(self, channel: Channel, error: ApiError, body: bytes) -> None:
+        """Until ``let_go``: the client is told ``error`` all the same, now as a response with ``body``."""
+        headers = [*_of_error(error), (b"content-length", str(len(body)).encode()), *self._own()]
+        head = b"".join(b"%s: %s\r\n" % header for header in headers)
+        status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
+        self._held = channel.hold(self._connection, status.encode() + head + b"\r\n" + body)
+
+    def hold_stream(self, words: bytes) -> None:
+        """Before ``start``: from the status on, ``words`` would be the stream's last chunk (RFC 9112, 7.1)."""
+        if self._held is not None:
+            self._held.say(b"%x\r\n%s\r\n0\r\n\r\n" % (len(words), words))
+
+    def hold_whole(self) -> None:
+        """Before ``start``: what comes is written at once, and nobody can end it but by closing."""
+        if self._held is not None:
+            self._held.say(b"")
+
+    def let_go(self) -> None:
+        """The answer is written, or nobody waits for it."""
+        if self._held is not None:
+            self._held.release()
 
     async def fail(self, error: ApiError, body: bytes | None = None) -> None:
         """The envelope, or another ``body``, if no status was sent yet."""
         if self.status:
             return
-        headers = list(JSON)
-        if error.retry_after_s is not None:
-            headers.append((b"retry-after", str(error.retry_after_s).encode()))
-        if error.status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
-        await self.respond(error.body() if body is None else body, error.status, headers)
+        await self.respond(error.body() if body is None else body, error.status, _of_error(error))
+
+    def _own(self) -> Headers:
+        return [(b"x-request-id", self.id.encode()), *self.extra]
+
+
+def _of_error(error: ApiError) -> Headers:
+    headers = list(JSON)
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers
 
 
 def parse_json(data: bytes) -> Any:

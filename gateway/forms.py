@@ -39,6 +39,9 @@ class Stream(Protocol):
     def fail(self, error: ApiError) -> bytes:
         """Ends a stream that cannot go on."""
 
+    def last_words(self, error: ApiError) -> bytes:
+        """What another may end it with at any moment."""
+
 
 class Whole(Protocol):
     def feed(self, pieces: Sequence[Piece]) -> None: ...
@@ -163,6 +166,8 @@ class _SseBase(_Base):
 
     def fail(self, error: ApiError) -> bytes:
         return event({"error": error.inner}) + DONE
+
+    last_words = fail
 
 
 class ChatChoice:

@@ -8,6 +8,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flightline.gateway.errors import ApiError
+from flightline.gateway.last_words import CONNECTION
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -26,6 +27,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        secret = transport.get_extra_info("ssl_object") is not None
+        self._connection = None if secret else transport.get_extra_info("socket")
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -59,6 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: {"socket": self._connection}}
         self._await_head()
         self._size = 0
 

@@ -90,6 +90,11 @@ class EventStream(_Told):
     def fail(self, error: ApiError) -> bytes:
         return _bytes(self._response.fail(error.inner))
 
+    def last_words(self, error: ApiError) -> bytes:
+        """The event alone, which SDKs raise; nobody knows the place among the others that it will have."""
+        fields = {"code": error.code, "message": error.message, "param": error.param}
+        return _bytes([("error", {"type": "error", **fields, "sequence_number": 0})])
+
 
 class WholeResponse(_Told):
     """The response object."""

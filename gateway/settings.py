@@ -103,6 +103,8 @@ class ProcessSettings:
     """Inherited sockets that listen."""
     heartbeat: str = ""
     """A file that is touched every second as long as the event loop turns."""
+    last_words_fd: int = -1
+    """The inherited channel to who speaks for this process when it is killed; -1 = nobody."""
     drain_s: float = 10.0
     tls_cert: str = ""
     tls_key: str = ""

@@ -9,8 +9,10 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 import urllib.request
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -19,11 +21,14 @@ from prometheus_client.multiprocess import mark_process_dead
 from flightline.deployment import Deployment
 from flightline.gateway.settings import ProcessSettings, Upstream, default_processes
 from flightline.supervisor.errors import ServeError
+from flightline.supervisor.last_words import LastWords, allow_connections
 from flightline.supervisor.processes import Child
 from flightline.supervisor.settings import ServeSettings
 
 EXIT_S = 5.0
 """For the last words of streams, when what they wait for has ended."""
+LAST_WORDS_S = 1.0
+"""For those of a process that was killed."""
 REFUSE = signal.SIGUSR1
 """Tells a gateway process that a stop has begun: it is not ready any more and takes no new requests."""
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -120,10 +125,22 @@ class GatewayProcess:
         if self.child is not None:
             # Nobody works on the requests that it was counting; its other counters stay.
             mark_process_dead(self.child.pid, self._env[METRICS_FOLDER])  # type: ignore[no-untyped-call]
-        command = [sys.executable, "-m", "flightline.gateway", self._settings.to_json()]
-        Path(self._settings.heartbeat).touch()
-        self.child = Child(self.name, command, self._env, self._log, [self.listener.fileno()])
+        self._last_words = LastWords()
+        channel = self._last_words.channel.fileno()
+        settings = replace(self._settings, last_words_fd=channel)
+        command = [sys.executable, "-m", "flightline.gateway", settings.to_json()]
+        Path(settings.heartbeat).touch()
+        try:
+            self.child = Child(self.name, command, self._env, self._log, [self.listener.fileno(), channel])
+        finally:
+            self._last_words.given()
         return self.child
+
+    def stop(self, patience_s: float, hurry: threading.Event | None = None) -> None:
+        """As a child's; those whom it leaves without an answer have been told afterwards."""
+        if self.child is not None:
+            self.child.stop(patience_s, hurry)
+            self._last_words.join(LAST_WORDS_S)
 
     def problem(self, patience_s: float) -> str:
         """Why it must be started again; empty if it need not."""
@@ -150,6 +167,7 @@ def prepare(settings: ServeSettings, deployment: Deployment, folder: Path) -> li
     }
     source = upstream(settings, deployment)
     count = settings.gateway.processes or default_processes()
+    allow_connections(count * settings.gateway.max_in_flight)
     made = []
     for number in range(count):
         listener = _bind(settings)

@@ -200,8 +200,7 @@ class Server:
         for process in self._gateways:
             process.listener.close()
         for process in self._gateways:
-            if process.child is not None:
-                process.child.stop(gateway.EXIT_S, self._hurry)
+            process.stop(gateway.EXIT_S, self._hurry)
         self._gateways = []
 
     def _drain(self) -> None:
@@ -472,8 +471,7 @@ class Server:
                 engine.start()
         for process in self._gateways:
             if process.name in names:
-                if process.child is not None:
-                    process.child.stop(0.0)
+                process.stop(0.0)
                 process.start()
         if "Triton" in names:
             assert self._belongings is not None

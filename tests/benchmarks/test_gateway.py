@@ -20,9 +20,10 @@ GATEWAY, TRITON, _ = FAULTS
     ("fault", "ends", "after", "left", "failed"),
     [
         (TRITON, {"told": 60, "whole": 4}, 3.0, [], False),
-        (GATEWAY, {"cut": 32, "whole": 32}, 0.5, [], False),
+        (GATEWAY, {"told": 32, "whole": 32}, 0.5, [], False),
+        (GATEWAY, {"told": 32, "cut": 1, "whole": 31}, 0.5, [], True),
         (TRITON, {"told": 63, "cut": 1}, 3.0, [], True),
-        (GATEWAY, {"cut": 63, "HUNG": 1}, 3.0, [], True),
+        (GATEWAY, {"told": 63, "HUNG": 1}, 3.0, [], True),
         (TRITON, {"told": 63, "CHANGED": 1}, 3.0, [], True),
         (TRITON, {"told": 64}, 10.1, [], True),
         (TRITON, {"told": 64}, None, [], True),

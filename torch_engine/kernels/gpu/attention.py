@@ -383,11 +383,22 @@ def _load_rows(values, place, known, D: tl.constexpr, BLOCK_D: tl.constexpr, MAS
 
 
 @triton.jit
-def weigh(scores, seen, top, total, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+def weigh(
+    scores,
+    seen,
+    top,
+    total,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    LIFT: tl.constexpr = 0,
+):
     """Weights of ``scores`` [rows, keys], where ``seen`` if ``MASKED``, beside what ``top`` and ``total`` [rows] stand
     for: these weights, the factor of earlier ones, and the new maxima and sums. ``scale`` [rows] is of their scores.
 
-    Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each.
+    Scores count in units of ln 2, which leaves one multiply-add and one exp2 for each. Weights and sums are
+    2 ** ``LIFT`` times as large as they would be.
     """
     if SOFTCAP:  # tanh(u) = 2 sigmoid(2 u) - 1
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scale[:, None] * scores / softcap) - 1.0)
@@ -399,8 +410,10 @@ def weigh(scores, seen, top, total, scale, softcap, SOFTCAP: tl.constexpr, MASKE
     base = higher
     if MASKED:
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-    p = tl.exp2(scores * factor[:, None] - base[:, None])
     fade = tl.exp2(top - base)
+    if LIFT > 0:
+        base -= LIFT
+    p = tl.exp2(scores * factor[:, None] - base[:, None])
     return p, fade, higher, total * fade + tl.sum(p, 1)
 
 

@@ -7,7 +7,14 @@ It costs the scratch memory, and a pass over the context, which pays where many 
 
 Of a cache in FP8 keys stay as they are, and queries become FP8 too, with a scale for each head of a token: their
 product has twice the rate then. It makes the error that the keys' rounding leaves in a score 1.4 times as large.
-Weights and values are multiplied in fp16.
+Weights and values are multiplied in fp16, or in FP8 as well (``turned`` scratch memory), as vLLM does:
+
+* e4m3 holds 2 ** -9 to 448, so weights are 2 ** 8 times as large there; those below 2 ** -18 of the largest are lost.
+* The tensor cores add products of FP8 to what they have with some 14 bits; the sum over all keys is kept in float32
+  beside them.
+* They want values in the order of keys, not of dimensions, so values are turned round when they are gathered. And they
+  want four neighbouring keys of a row in a thread, where the product before leaves two of them in one and two in the
+  next; so keys change places within each 16, alike for weights and values (:func:`_order`): no thread asks another.
 """
 
 from __future__ import annotations
@@ -58,6 +65,8 @@ STEPS = 2
 """Whole steps of prompts that it has room for besides the longest prompt, of which a step may have the end."""
 FETCHES = INTERPRETED or OVERLAPS
 """Whether the device has the copy engine: both came with Hopper."""
+LIFT = tl.constexpr(8)
+"""Of weights in FP8: their largest is 2 ** 8."""
 SIZES = (64, 128, 256)
 """Of heads whose rows a tensor descriptor can fetch."""
 
@@ -69,7 +78,7 @@ def padded(keys: int) -> int:
 
 @dataclass(frozen=True)
 class GatheredScratch:
-    """Keys and values of one layer, all layers' after each other: each [V, keys, D]."""
+    """Keys and values of one layer, all layers' after each other: each [V, keys, D], values [V, D, keys] if turned."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -79,9 +88,17 @@ class GatheredScratch:
         """Keys that there is room for."""
         return self.keys.shape[1]
 
+    @property
+    def turned(self) -> bool:
+        """Whether values are FP8 in the order of keys."""
+        return self.values.dtype == torch.float8_e4m3fn
+
     @classmethod
-    def new(cls, cache: KVCache, dtype: torch.dtype, keys: int) -> GatheredScratch:
-        """For prompts of ``keys`` tokens together, or fewer where the device is small, of a model in ``dtype``."""
+    def new(cls, cache: KVCache, dtype: torch.dtype, keys: int, turned: bool = False) -> GatheredScratch:
+        """For prompts of ``keys`` tokens together, or fewer where the device is small, of a model in ``dtype``.
+
+        ``turned`` is for a cache in FP8.
+        """
         _, _, kv_heads, _, size = cache.values.shape
         device = cache.values.device
         kind = torch.float32 if INTERPRETED else dtype if cache.values.element_size() > 1 else torch.float16
@@ -92,7 +109,12 @@ class GatheredScratch:
             most = MOST_SHARE * torch.cuda.get_device_properties(device).total_memory
             keys = min(keys, int(most) // (kv_heads * size * (kind.itemsize + of_keys.itemsize)))
         shape = (kv_heads, padded(keys), size)
-        return cls(*(torch.empty(shape, dtype=each, device=device) for each in (of_keys, kind)))
+        of_values = torch.float8_e4m3fn if turned else kind
+        values = torch.empty(kv_heads * padded(keys) * size, dtype=of_values, device=device)
+        return cls(
+            torch.empty(shape, dtype=of_keys, device=device),
+            values.view(kv_heads, size, -1) if turned else values.view(shape),
+        )
 
 
 @dataclass(frozen=True)
@@ -112,27 +134,44 @@ class GatheredPlan:
         return self.scratch.keys.dtype == torch.float8_e4m3fn
 
 
+@triton.jit
+def _order(j):
+    """Which key of each 16 is the ``j``-th for the product of weights and values."""
+    return (j & -16) | ((j >> 1) & 1) << 3 | ((j >> 2) & 3) << 1 | (j & 1)
+
+
+@triton.jit
+def _ordered(p, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns as :func:`_order` has them: a thread's are the same ones."""
+    p = tl.reshape(p, (ROWS, BLOCK_N // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (ROWS, BLOCK_N))
+
+
 @kernel()
 def _gather_kernel(
     tables, width, spans, cache, scales, keys_out, values_out, room,
     V: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, KV_INT8: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     first, head = tl.program_id(0) * KEYS, tl.program_id(1)
     span = spans + tl.program_id(2) * 4
     slot, keys, offset = tl.load(span).to(tl.int64), tl.load(span + 1), tl.load(span + 2)
     if first < keys:
-        n, d = first + tl.arange(0, KEYS), tl.arange(0, D)
-        known = n < keys
-        block = tl.load(tables + slot * width + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
-        place = (block * 2 * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
-        target = (head * room + offset + n).to(tl.int64)[:, None] * D + d[None, :]
+        j, d = tl.arange(0, KEYS), tl.arange(0, D)
         for part in tl.static_range(2):
-            row = place + part * V * BLOCK_SIZE
+            n = first + (_order(j) if TURNED and part == 1 else j)
+            known = n < keys
+            block = tl.load(tables + slot * width + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+            row = ((block * 2 + part) * V + head) * BLOCK_SIZE + n % BLOCK_SIZE
             codes = tl.load(cache + row[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
             if KV_INT8:
                 codes = codes.to(tl.float32) * tl.load(scales + row, mask=known, other=0.0)[:, None]
             out = keys_out if part == 0 else values_out
+            if TURNED and part == 1:
+                target = (head * D + d).to(tl.int64)[None, :] * room + offset + first + j[:, None]
+            else:
+                target = (head * room + offset + first + j).to(tl.int64)[:, None] * D + d[None, :]
             tl.store(out + target, codes.to(out.dtype.element_ty))
 
 
@@ -147,14 +186,18 @@ def _to_fp8(q):
 
 @triton.jit
 def _advance(
-    q, out, top, total, begin, end, last, positions, place, keys, values, scale, softcap,
-    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    q, out, top, total, begin, end, last, positions, head, place, room, keys, values, scale, softcap,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr,
+    TURNED: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """As ``attention.meet``, over keys that start at ``place``; ``last`` is the end of those that there are, and
-    ``scale`` [rows] belongs to the queries."""
+    """As ``attention.meet``, over keys of ``head`` that start at ``place``; ``last`` is the end of those that there
+    are, and ``scale`` [rows] belongs to the queries."""
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        k = keys.load([place + start, 0])
-        v = values.load([place + start, 0])
+        k = keys.load([head * room + place + start, 0])
+        if TURNED:
+            v = values.load([head * D, place + start])
+        else:
+            v = values.load([head * room + place + start, 0])
         if FP8 and _INTERPRETED:  # it cannot multiply FP8
             k = k.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -162,7 +205,14 @@ def _advance(
         seen = n < last
         if MASKED:
             seen = seen[None, :] & (n[None, :] <= positions[:, None])
-        p, fade, top, total = weigh(scores, seen, top, total, scale, softcap, SOFTCAP, MASKED)
+        p, fade, top, total = weigh(
+            scores, seen, top, total, scale, softcap, SOFTCAP, MASKED, LIFT if TURNED else 0
+        )
+        if TURNED:
+            p = _ordered(p, ROWS, BLOCK_N)  # at most 2 ** LIFT: no clamp
+            if _INTERPRETED:
+                p, v = to_fp8(p), v.to(tl.float32)
+            v = tl.trans(v)
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return out, top, total
 
@@ -171,15 +221,15 @@ def _advance(
 def _gathered_kernel(
     qkv, tiles, offsets, keys, values, room, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr, FORM: tl.constexpr,
-    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
+    FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
     head = tl.program_id(1)
     G: tl.constexpr = H // V
     start, count, first = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
-    place = head * room + tl.load(offsets + tl.load(tile + 3))
+    place = tl.load(offsets + tl.load(tile + 3))
     r, d = tl.arange(0, ROWS), tl.arange(0, D)
     token = r // G
     mask = (token < count)[:, None]
@@ -198,15 +248,16 @@ def _gathered_kernel(
     end = first + count
     edge = (first + 1) // BLOCK_N * BLOCK_N
     result, top, total = _advance(
-        q, result, top, total, 0, edge, end, first + token, place, keys, values, scales, softcap,
-        BLOCK_N, SOFTCAP, FP8, STAGES, False,
+        q, result, top, total, 0, edge, end, first + token, head, place, room, keys, values, scales, softcap,
+        ROWS, D, BLOCK_N, SOFTCAP, FP8, TURNED, STAGES, False,
     )  # fmt: skip
     result, top, total = _advance(
-        q, result, top, total, edge, end, end, first + token, place, keys, values, scales, softcap,
-        BLOCK_N, SOFTCAP, FP8, STAGES, True,
+        q, result, top, total, edge, end, end, first + token, head, place, room, keys, values, scales, softcap,
+        ROWS, D, BLOCK_N, SOFTCAP, FP8, TURNED, STAGES, True,
     )  # fmt: skip
     if SINKS:  # rows of nobody have seen nothing
-        total += add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
+        sink = add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
+        total += sink * 2**LIFT if TURNED else sink
     result = result / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
     store_heads(out, known_scale(in_scale, FORM), row[:, None] * H * D + heads, result, mask, FORM)
 
@@ -219,7 +270,7 @@ def gather(cache: KVCache, step: AttentionInput, scratch: GatheredScratch) -> No
     _gather_kernel[grid](
         step.tables, step.tables.stride(0), step.spans, cache.values,
         cache.values if cache.scales is None else cache.scales, scratch.keys, scratch.values, scratch.room,
-        kv_heads, size, block_size, ALIGNED, cache.scales is not None, num_warps=8, **LAUNCH,
+        kv_heads, size, block_size, ALIGNED, cache.scales is not None, scratch.turned, num_warps=8, **LAUNCH,
     )  # fmt: skip
 
 
@@ -242,16 +293,18 @@ def attend_gathered(
     scratch, tile = plan.scratch, plan.tile
     gather(cache, step, scratch)
     kv_heads, room, size = scratch.keys.shape
-    keys, values = (
-        TensorDescriptor(part, [kv_heads * room, size], [size, 1], [tile.block, size])
-        for part in (scratch.keys, scratch.values)
-    )
+    rows, turned = [kv_heads * room, size], [kv_heads * size, room]
+    keys = TensorDescriptor(scratch.keys, rows, [size, 1], [tile.block, size])
+    if scratch.turned:
+        values = TensorDescriptor(scratch.values, turned, [room, 1], [size, tile.block])
+    else:
+        values = TensorDescriptor(scratch.values, rows, [size, 1], [tile.block, size])
     _gathered_kernel[(step.tiles.shape[0], kv_heads)](
         qkv, step.tiles, step.offsets, keys, values, room, out if sinks is None else sinks,
         out, out if in_scale is None else in_scale,
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
         num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None, sinks is not None,
-        plan.fp8, dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
+        plan.fp8, scratch.turned, dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
         **tile.launch,
     )  # fmt: skip
 

@@ -110,8 +110,10 @@ def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
     usual, *others = attention.long_prefill_plans(DTYPE, spec.head_dim)
     plans: list[PrefillPlan | GatheredPlan] = [usual]
     plans += dict.fromkeys([*others, *attention.usual_prefill_plans(DTYPE, spec.head_dim)[1:]])
-    scratch = GatheredScratch.new(cache, DTYPE, max(options.lengths))
-    plans += [GatheredPlan(tile, scratch) for tile in gathered_plans(DTYPE, spec.head_dim)]
+    fp8 = cache.values.dtype == torch.float8_e4m3fn
+    for turned in (False, True) if fp8 else (False,):
+        scratch = GatheredScratch.new(cache, DTYPE, max(options.lengths), turned)
+        plans += [GatheredPlan(tile, scratch) for tile in gathered_plans(DTYPE, spec.head_dim)]
     apart = {named(plan): checked(plan, plans[0], spec, cache) for plan in plans}
     for length in options.lengths:
         for plan in plans:
@@ -132,9 +134,7 @@ def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
 
 
 def named(plan: PrefillPlan | GatheredPlan) -> str:
-    gathers = isinstance(plan, GatheredPlan)
-    tile = plan.tile if isinstance(plan, GatheredPlan) else plan
-    return f"{'gathered, ' if gathers else ''}{tile}"
+    return f"{'gathered, ' if isinstance(plan, GatheredPlan) else ''}{plan}"
 
 
 def checked(

@@ -624,11 +624,11 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if seconds < 0.95 * min(times.values()):
             self.gathered = plan
             self._tuning += (
-                f"; prompts of up to {plan.keys} tokens over gathered keys{', scores in FP8' if plan.fp8 else ''}: "
-                f"{times[usual] * 1e6:.0f} -> {seconds * 1e6:.0f} us with {plan.tile}"
+                f"; prompts of up to {plan.keys} tokens over gathered keys: "
+                f"{times[usual] * 1e6:.0f} -> {seconds * 1e6:.0f} us with {plan}"
             )
         self.tuned["prefill attention over gathered keys"] = {
-            str(plan.tile): round(seconds * 1e6, 1) for plan, seconds in gathered
+            str(plan): round(seconds * 1e6, 1) for plan, seconds in gathered
         }
 
     def _time_gathered(
@@ -644,16 +644,19 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         tiles = gathered_plans(self.dtype, spec.head_dim)
         if not tiles or not FETCHES or any(layer.window for layer in spec.layers):
             return []
+        fp8 = cache.values.dtype == torch.float8_e4m3fn
         try:
-            scratch = GatheredScratch.new(cache, self.dtype, room)
+            scratches = [
+                GatheredScratch.new(cache, self.dtype, room, turned)
+                for turned in ((False, True) if fp8 else (False,))
+            ]
         except torch.OutOfMemoryError:
             self._tuning += "; no memory is left to gather prompts' keys in"
             return []
         qkv = random_qkv(spec, tokens, self.dtype, cache.values.device)
         expected = prompt_attention(usual, spec, cache, context, qkv)()
         found = []
-        for tile in tiles:
-            plan = GatheredPlan(tile, scratch)
+        for plan in (GatheredPlan(tile, scratch) for scratch in scratches for tile in tiles):
             seconds = prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
             if math.isinf(seconds):
                 continue
@@ -661,7 +664,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             if apart <= (MOST_APART_FP8 if plan.fp8 else MOST_APART):
                 found.append((plan, seconds))
             else:
-                self._tuning += f"; {tile} over gathered keys is not used: results differ by {apart:.2g}"
+                self._tuning += f"; {plan} over gathered keys is not used: results differ by {apart:.2g}"
         return found
 
     def prefix_plan(self, spec: ModelSpec, cache: KVCache) -> PrefixPlan:

@@ -133,6 +133,10 @@ class GatheredPlan:
         """Whether scores are products of FP8."""
         return self.scratch.keys.dtype == torch.float8_e4m3fn
 
+    def __str__(self) -> str:
+        both = ", scores and weights in FP8" if self.scratch.turned else ", scores in FP8" if self.fp8 else ""
+        return f"{self.tile}{both}"
+
 
 @triton.jit
 def _order(j):

@@ -17,6 +17,7 @@ from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
 from flightline.torch_engine.kernels.gpu.launch import (
     INTERPRETED,
     LAUNCH,
+    begin_in_order,
     begin_kernel,
     cdiv,
     kernel,
@@ -179,7 +180,7 @@ def _share_kernel(
     A piece has as many keys that all rows' pieces beyond their first ones are ``extra`` at the most; they are
     runtime numbers, so that one kernel does for all plans.
     """
-    begin_kernel()
+    begin_in_order()
     r = tl.arange(0, BLOCK_ROWS)
     length = tl.load(positions + r, mask=r < rows, other=-1) + 1
     shared = 0
@@ -230,8 +231,8 @@ def _decode_kernel(
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_INT8: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    if CUT:  # the kernel before may be the one that shares the work out
-        begin_kernel()
+    if CUT:  # the kernel before may be the one that shares the work out, for this one and the one that merges
+        begin_in_order()
     program, head = tl.program_id(0), tl.program_id(1)
     G: tl.constexpr = H // V
     row, piece, there = program.to(tl.int64), program * 0, True

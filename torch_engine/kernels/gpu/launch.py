@@ -72,13 +72,21 @@ def next_power_of_2(number: int) -> int:
 
 @triton.jit
 def begin_kernel():
-    """Waits until the kernels before this one have ended, then lets the next one of the stream start its own wait.
+    """Lets the next kernel of the stream start, then waits until the kernels before this one have ended.
 
-    Every kernel calls it, or its two halves, before it writes anything and before it reads what the kernel before it
-    writes. When this one starts, that one's wait is over and all older ones have ended; but products for few rows let
-    the next one start first, and behind them the kernel before may still run as well. What is older than that may be
-    read before the wait, as weights may.
+    Every kernel calls it, or :func:`begin_in_order`, or its two halves, before it writes anything and before it reads
+    what kernels before it write. The next one starts as soon as all programs of this one have, so any number of kernels
+    may stand there and wait for each other in a row. What is older than the last :func:`begin_in_order` may be read
+    before the wait, as weights may.
     """
+    if _OVERLAPS:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+
+
+@triton.jit
+def begin_in_order():
+    """Waits first: when any later kernel starts, all those before this one have ended."""
     if _OVERLAPS:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

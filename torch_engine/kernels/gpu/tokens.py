@@ -7,7 +7,14 @@ from typing import Protocol
 import torch
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
+from flightline.torch_engine.kernels.gpu.launch import (
+    LAUNCH,
+    begin_in_order,
+    begin_kernel,
+    cdiv,
+    kernel,
+    next_power_of_2,
+)
 from flightline.torch_engine.parallel.group import Alone
 
 
@@ -22,7 +29,7 @@ class Stacking(Protocol):
 
 @kernel()
 def _embed_kernel(ids, slots, last, table, out, factor, N: tl.constexpr, BLOCK: tl.constexpr):
-    begin_kernel()
+    begin_in_order()  # a step's inputs are there for all its kernels
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(ids + row)
     if token < 0:

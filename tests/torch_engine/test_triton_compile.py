@@ -111,10 +111,11 @@ plan = decode_plan(256, 8, 4, 128, cache.values.element_size(), 132, 100_000)
 attend(qkv, cache, step, 32, 0.1, None, None, plan, form, one, prefix=prefix)
 if hopper:
     step.spans, step.offsets = torch.zeros(1, 4, dtype=torch.int32), ints
-    laid = GatheredScratch.new(cache, bf16, 128)
-    for tile in gathered_plans(bf16, 128):
-        gathered = GatheredPlan(tile, laid)
-        attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
+    for turned in (False, True) if cache.values.dtype == torch.float8_e4m3fn else (False,):
+        laid = GatheredScratch.new(cache, bf16, 128, turned)
+        for tile in gathered_plans(bf16, 128):
+            gathered = GatheredPlan(tile, laid)
+            attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)
     for plan in (plans[0], plans[-1]):

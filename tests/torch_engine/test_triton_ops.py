@@ -501,16 +501,18 @@ class TestKernels:
         assert plan.lay_out([Group(torch.arange(2).numpy(), 60)], 8, 16) is None, "it would cost more"
 
     @pytest.mark.parametrize(
-        ("heads", "kv_heads", "size", "kind", "softcap", "turned"),
+        ("heads", "kv_heads", "size", "kind", "softcap", "turned", "registers"),
         [
-            (6, 2, 64, "compute", None, False),
-            (2, 1, 64, "scaled fp8", 3.0, False),
-            (2, 1, 64, "scaled fp8", 3.0, True),
-            (6, 2, 64, "fp8", None, True),
-            (4, 1, 64, "int8", None, False),
+            (6, 2, 64, "compute", None, False, 0),
+            (2, 1, 64, "scaled fp8", 3.0, False, 0),
+            (2, 1, 64, "scaled fp8", 3.0, True, 0),
+            (6, 2, 64, "fp8", None, True, 168),
+            (4, 1, 64, "int8", None, False, 0),
         ],
     )
-    def test_prompts_over_gathered_keys(self, heads, kv_heads, size, kind, softcap, turned) -> None:
+    def test_prompts_over_gathered_keys(
+        self, heads, kv_heads, size, kind, softcap, turned, registers
+    ) -> None:
         """As over keys where they lie: several prompts, the first chunk of one and the last of another, a decode first;
         contexts that end at a block of keys and beside it. What nobody wrote is not a number."""
         torch.manual_seed(heads)
@@ -522,7 +524,7 @@ class TestKernels:
         known = [torch.randn(context, 2, kv_heads, size) for context, _ in lengths]
         whole = [(context, 0) for context, _ in lengths]
         cache = filled_cache(kind, dtype, known, whole, tables, block_size, kv_heads, size)
-        tile = PrefillPlan(32, 64, 4, 2)
+        tile = PrefillPlan(32, 64, 4, 2, registers)
         each = tile.tokens(heads // kv_heads)
         slots, positions, tiles, spans, offsets, used = [], [], [], [], [0] * 4, 0
         for slot, (context, count) in enumerate(lengths):

@@ -192,10 +192,12 @@ def _to_fp8(q):
 def _advance(
     q, out, top, total, begin, end, last, positions, head, place, room, keys, values, scale, softcap,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr,
-    TURNED: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    TURNED: tl.constexpr, LATER: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """As ``attention.meet``, over keys of ``head`` that start at ``place``; ``last`` is the end of those that there
-    are, and ``scale`` [rows] belongs to the queries."""
+    are, and ``scale`` [rows] belongs to the queries. ``LATER``: what weights and values give is added when the next
+    scores are asked for, so that the tensor cores have both to do; that takes registers."""
+    part, faded = tl.zeros_like(out), tl.full(top.shape, 1.0, tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         k = keys.load([head * room + place + start, 0])
         if TURNED:
@@ -205,6 +207,8 @@ def _advance(
         if FP8 and _INTERPRETED:  # it cannot multiply FP8
             k = k.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if LATER:
+            out = out * faded[:, None] + part
         n = start + tl.arange(0, BLOCK_N)
         seen = n < last
         if MASKED:
@@ -217,7 +221,12 @@ def _advance(
             if _INTERPRETED:
                 p, v = to_fp8(p), v.to(tl.float32)
             v = tl.trans(v)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        if LATER:
+            part, faded = tl.dot(p.to(v.dtype), v, input_precision="ieee"), fade
+        else:
+            out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    if LATER:
+        out = out * faded[:, None] + part
     return out, top, total
 
 
@@ -225,8 +234,8 @@ def _advance(
 def _gathered_kernel(
     qkv, tiles, offsets, keys, values, room, sinks, out, in_scale, scale, v_scale, softcap,
     H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
-    FORM: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr, TURNED: tl.constexpr, LATER: tl.constexpr,
+    DOT: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
     tile = tiles + tl.program_id(0) * 4
@@ -253,11 +262,11 @@ def _gathered_kernel(
     edge = (first + 1) // BLOCK_N * BLOCK_N
     result, top, total = _advance(
         q, result, top, total, 0, edge, end, first + token, head, place, room, keys, values, scales, softcap,
-        ROWS, D, BLOCK_N, SOFTCAP, FP8, TURNED, STAGES, False,
+        ROWS, D, BLOCK_N, SOFTCAP, FP8, TURNED, LATER, STAGES, False,
     )  # fmt: skip
     result, top, total = _advance(
         q, result, top, total, edge, end, end, first + token, head, place, room, keys, values, scales, softcap,
-        ROWS, D, BLOCK_N, SOFTCAP, FP8, TURNED, STAGES, True,
+        ROWS, D, BLOCK_N, SOFTCAP, FP8, TURNED, LATER, STAGES, True,
     )  # fmt: skip
     if SINKS:  # rows of nobody have seen nothing
         sink = add_sink(sinks, head * G + r % G, tl.where(total == 0.0, 0.0, top / LOG2_E))
@@ -308,7 +317,8 @@ def attend_gathered(
         out, out if in_scale is None else in_scale,
         scale * cache.k_scale, cache.v_scale, softcap or 1.0,
         num_heads, kv_heads, size, tile.rows, tile.block, softcap is not None, sinks is not None,
-        plan.fp8, scratch.turned, dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
+        plan.fp8, scratch.turned, scratch.turned and not tile.registers,
+        dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
         **tile.launch,
     )  # fmt: skip
 

@@ -177,6 +177,8 @@ class Order:
     """Of a step of single tokens: no row sees more than :data:`SHORT` keys."""
     plain: bool = True
     """Nothing but the likeliest tokens is asked for."""
+    searches: bool = False
+    """Whether a row ``Sequence.searches``."""
 
 
 class Computed(NamedTuple):
@@ -189,39 +191,44 @@ class Computed(NamedTuple):
 class Captured:
     """A forward pass on static inputs and the choice of its tokens: a CUDA graph each, or themselves (in tests).
 
-    They are two so that something which depends on the last token may come between them.
+    They are apart so that something which depends on the last token may come between them. The choice has two graphs,
+    with and without what only some requests want.
     """
 
     def __init__(
-        self, forward: Callable[[], Computed], choose: Callable[[Computed], None], pool: Any, mode: str
+        self, forward: Callable[[], Computed], choose: Callable[[Computed, bool], None], pool: Any, mode: str
     ) -> None:
         """``pool`` is the memory that graphs share; None: do not capture. ``mode`` is ``capture_error_mode``."""
         self._forward, self._choose = forward, choose
-        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._graphs: tuple[torch.cuda.CUDAGraph, ...] = ()
         if pool is not None:
-            choose(forward())  # compiles the kernels and warms the libraries up outside of the capture
+            choose(forward(), True)  # compiles the kernels and warms the libraries up outside of the capture
             torch.cuda.synchronize()
-            graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            graphs = tuple(torch.cuda.CUDAGraph() for _ in range(3))
             with torch.cuda.graph(graphs[0], pool=pool, capture_error_mode=mode):
                 self._computed = forward()
-            with torch.cuda.graph(graphs[1], pool=pool, capture_error_mode=mode):
-                choose(self._computed)
+            for searches in (False, True):
+                with torch.cuda.graph(graphs[1 + searches], pool=pool, capture_error_mode=mode):
+                    choose(self._computed, searches)
             self._graphs = graphs
 
     def replay(self) -> Computed:
         """Queues the pass on the current inputs."""
-        if self._graphs is None:
+        if not self._graphs:
             self._computed = self._forward()
         else:
             self._graphs[0].replay()
         return self._computed
 
-    def choose(self) -> None:
-        """Queues the choice of tokens for requests of every kind; greedy ones alone have theirs from the pass."""
-        if self._graphs is None:
-            self._choose(self._computed)
+    def choose(self, searches: bool) -> None:
+        """Queues the choice of tokens for requests of every kind; greedy ones alone have theirs from the pass.
+
+        ``searches``: one of them is one that ``Sequence.searches``.
+        """
+        if self._graphs:
+            self._graphs[1 + searches].replay()
         else:
-            self._graphs[1].replay()
+            self._choose(self._computed, searches)
 
 
 class Fork(NamedTuple):
@@ -464,7 +471,7 @@ class CudaRunner:
         columns[1], columns[2] = self.spare, np.arange(count)
         tiles = self._tiles(0, count, 0, self.spare, tile)
         sampled = [(count - 1, self.spare, 0)]
-        self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])()
+        self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])(True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -546,7 +553,7 @@ class CudaRunner:
         )
         return Computed(step, logits)
 
-    def _choose(self, computed: Computed) -> None:
+    def _choose(self, computed: Computed, searches: bool) -> None:
         """Queues the choice of all rows' tokens, as their slots' requests ask."""
         step, logits = computed
         logits = self._gathered(logits)
@@ -554,7 +561,7 @@ class CudaRunner:
         if self.group.rank == 0:
             sample(
                 logits, self._scales, self.model.spec.logit_softcap, step.logit_rows, step.logit_slots,
-                step.attention.positions, self.sampling.tables, self.last, self.choice,
+                step.attention.positions, self.sampling.tables, self.last, self.choice, searches,
             )  # fmt: skip
         self.group.told(tokens)
         if self.group.rank > 0:
@@ -587,7 +594,8 @@ class CudaRunner:
             order = self._order_decodes(chunks)
         else:
             order = self._order_mixed(chunks)
-        order = dataclasses.replace(order, plain=plain)
+        searches = any(sequence.searches for sequence in sampling)
+        order = dataclasses.replace(order, plain=plain, searches=searches)
         self.ranks.tell(order)
         with self._together():
             choose = self._carry_out(order, staging)
@@ -604,7 +612,7 @@ class CudaRunner:
                 self.sampling.flush()
                 self._fork()
                 self._mask()
-                choose()
+                choose(searches)
             staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
             if asks:
                 for name in ("log_probs", "top_ids", "top_log_probs"):
@@ -653,7 +661,7 @@ class CudaRunner:
             staging.event.synchronize()
         choose = self._carry_out(told, staging)
         if not told.plain:
-            choose()
+            choose(told.searches)
         if staging.event is not None:
             staging.event.record()
 
@@ -666,8 +674,8 @@ class CudaRunner:
             self.ranks.lost(error)
             raise
 
-    def _carry_out(self, order: Order, staging: Staging) -> Callable[[], None]:
-        """Queues the forward pass; returns what queues the choice of the tokens."""
+    def _carry_out(self, order: Order, staging: Staging) -> Callable[[bool], None]:
+        """Queues the forward pass; returns what queues the choice of the tokens (:meth:`Captured.choose`)."""
         placed = self._upload(staging, order.parts, order.updates)
         if isinstance(order.graph, MixedShape):
             captured = self.mixed[order.graph]

@@ -72,7 +72,9 @@ class Rows:
             self.sampling.assign(slot, each)
         self.sampling.flush()
 
-    def draw(self, logits: np.ndarray | torch.Tensor, positions: list[int] | None = None) -> Choice:
+    def draw(
+        self, logits: np.ndarray | torch.Tensor, positions: list[int] | None = None, searches: bool = True
+    ) -> Choice:
         count = len(self.sequences)
         choice = Choice.empty(count, DEVICE)
         places = positions or [len(each.tokens) for each in self.sequences]
@@ -80,7 +82,7 @@ class Rows:
             torch.as_tensor(logits, device=DEVICE), None, None, None,
             torch.arange(count, dtype=torch.int32, device=DEVICE),
             torch.tensor(places, dtype=torch.int32, device=DEVICE) - 1,
-            self.sampling.tables, torch.zeros(count + 1, dtype=torch.int32, device=DEVICE), choice,
+            self.sampling.tables, torch.zeros(count + 1, dtype=torch.int32, device=DEVICE), choice, searches,
         )  # fmt: skip
         return choice
 
@@ -254,6 +256,38 @@ class TestKernels:
         if ON_GPU:
             logits = oracle.tail(20_000)
             oracle.check_tail(draws(logits, params, 400_000), oracle.probabilities(logits, params))
+
+    def test_who_leaves_no_token_out_needs_two_kernels(self) -> None:
+        """And draws what all of them draw, also when others of its kind are noted in the tables."""
+        kinds = [
+            SamplingParams(),
+            SamplingParams(top_p=1.0),
+            SamplingParams(temperature=0.3, top_p=1.0),
+            SamplingParams(repetition_penalty=1.4, frequency_penalty=0.3, top_p=1.0),
+            SamplingParams(logit_bias=((5, 4.0), (9, -math.inf)), top_p=1.0),
+        ]
+        vocab, chance = 1100, np.random.default_rng(5)
+        asked = [{}, {}, {}, {}, {"bad_ids": ((7,),), "return_log_probs": True}]
+        sequences = [
+            [sequence(params, [1, 2], [3, 3], 7 + row, **asked[row]) for row, params in enumerate(kinds)]
+            for _ in range(2)
+        ]
+        assert not any(each.searches for each in sequences[0])
+        brief, whole = (Rows(each, vocab) for each in sequences)
+        for step in range(4):
+            logits = oracle.bfloat16(chance.standard_normal((len(kinds), vocab)).astype(np.float32) * 3)
+            places = [4 + step] * len(kinds)
+            some, every = brief.draw(logits, places, searches=False), whole.draw(logits, places)
+            assert torch.equal(some.tokens, every.tokens)
+            assert some.log_probs[-1] == every.log_probs[-1]
+        for params, more in (
+            (SamplingParams(top_k=7), {}),
+            (SamplingParams(top_p=0.9), {}),
+            (SamplingParams(min_p=0.1), {}),
+            (SamplingParams(), {"bad_ids": ((5, 6),)}),
+            (SamplingParams(), {"top_log_probs": 1, "return_log_probs": True}),
+        ):
+            assert sequence(params, [1], [], 3, **more).searches
 
     def test_a_row_is_drawn_the_same_in_every_company(self) -> None:
         """Alone, and among others, whatever these ask for."""

@@ -819,7 +819,7 @@ class TestEngine:
         expected = [output.token_ids for output in plain.generate(requests)]
         assert len(expected[0]) >= 3 and len(expected[1]) == 4
         engine = make_engine(folder, kernels="cuda", device=DEVICE.type)
-        monkeypatch.setattr(engine.runner, "_choose", lambda computed: pytest.fail("another launch"))
+        monkeypatch.setattr(engine.runner, "_choose", lambda *computed: pytest.fail("another launch"))
         assert [output.token_ids for output in engine.generate(requests)] == expected
 
     def test_the_accuracy_gate_sees_the_engines_logits(self, tmp_path) -> None:

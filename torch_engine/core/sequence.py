@@ -48,6 +48,8 @@ class Sequence:
     samples_on_device: bool = field(init=False)
     """The next token is the argmax of the untouched logits, the model's end ids left out while the output is too short,
     and nothing else is asked about it."""
+    searches: bool = field(init=False)
+    """Its next token wants more than the sums of all probabilities: tokens are left out, or told, or make words."""
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
@@ -99,6 +101,13 @@ class Sequence:
             (params.repetition_penalty != 1.0, params.presence_penalty, params.frequency_penalty)
         ) or any(len(word) > 1 for word in request.bad_ids)
         """What is said changes what may follow, by more than the model: a device keeps account of it."""
+        self.searches = (
+            (params.top_k or 0) > 0
+            or (params.top_p or 1.0) < 1
+            or (params.min_p or 0.0) > 0
+            or self.num_told > 0
+            or any(len(word) > 1 for word in request.bad_ids)
+        )
         self.samples_on_device = (
             request.sampling.plain_greedy
             and request.guide is None

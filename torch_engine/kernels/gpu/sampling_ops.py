@@ -323,6 +323,7 @@ def sample(
     tables: Tables,
     last: torch.Tensor,
     choice: Choice,
+    searches: bool = True,
 ) -> None:
     """Chooses a token for each row of ``logits`` [R, N], as its slot's request asks, and notes it in ``tables``.
 
@@ -333,6 +334,8 @@ def sample(
         positions: of the step's rows, int32: of the tokens that went in; the chosen ones stand one further.
         last: [S] int32: gets the tokens by slot.
         choice: gets the tokens by row, and what is told about them.
+        searches: whether a row may leave tokens out, have its likeliest tokens told, or bad words of several tokens.
+            Without, two of the kernels do.
     """
     rows, size = logits.shape
     parts = cdiv(size, PART)
@@ -350,41 +353,54 @@ def sample(
     padded = max(next_power_of_2(parts), 2)
     padding = max(next_power_of_2(splits), 2)
     interval = (made.arrived, made.ends, made.masses)
-    _words_kernel[(rows,)](
-        *where, tables.integers, tables.word_tokens, tables.word_ends, tables.ring, tables.matched, made.kept,
-        made.arrived, logit_rows is not None, 64, **LAUNCH,
-    )  # fmt: skip
+    if searches:
+        _words_kernel[(rows,)](
+            *where, tables.integers, tables.word_tokens, tables.word_ends, tables.ring, tables.matched, made.kept,
+            made.arrived, logit_rows is not None, 64, **LAUNCH,
+        )  # fmt: skip
     _scan_kernel[grid](
         logits, scales, *where, *said, made.tops, made.lows, made.places, made.sums, made.raw_tops, made.raw_sums,
         *interval, *shape, span, padded, splits, **LAUNCH,
     )  # fmt: skip
-    for number in range(ROUNDS):
-        round_kernel[grid](
-            logits, scales, *where, *said, made.tops, *interval, made.partials,
-            *shape, span, padded, splits, padding, CANDIDATES, number == 0, **LAUNCH,  # the others are one kernel
+    if searches:
+        for number in range(ROUNDS):
+            round_kernel[grid](
+                logits, scales, *where, *said, made.tops, *interval, made.partials,
+                *shape, span, padded, splits, padding, CANDIDATES, number == 0, **LAUNCH,  # the others are one kernel
+            )  # fmt: skip
+        gather_kernel[grid](
+            logits, scales, *where, *said, made.tops, made.ends, made.masses, made.buffers, made.buffer_ids, made.kept,
+            *shape, span, CANDIDATES, **LAUNCH,
         )  # fmt: skip
-    gather_kernel[grid](
-        logits, scales, *where, *said, made.tops, made.ends, made.masses, made.buffers, made.buffer_ids, made.kept,
-        *shape, span, CANDIDATES, **LAUNCH,
-    )  # fmt: skip
-    settle_kernel[(rows,)](
-        *where, tables.integers, tables.floats, made.tops, made.ends, made.masses, made.buffers, made.buffer_ids,
-        made.kept, made.bounds, made.cuts, made.unsettled, size, parts,
-        logit_rows is not None, CANDIDATES, padded, num_warps=8, **LAUNCH,
-    )  # fmt: skip
-    width = min(8, next_power_of_2(parts))
-    search_kernel[(rows,)](
-        logits, scales, *where, *said, made.tops, made.lows, made.buffers, made.bounds, made.cuts, made.unsettled,
-        *shape, width, CANDIDATES, padded, 4, num_warps=16 if width == 8 else 4, **LAUNCH,
-    )  # fmt: skip
-    _sum_kernel[grid](
-        logits, scales, *where, *said, made.tops, made.bounds, made.cuts, made.sums, *shape, span, **LAUNCH
-    )
+        settle_kernel[(rows,)](
+            *where, tables.integers, tables.floats, made.tops, made.ends, made.masses, made.buffers, made.buffer_ids,
+            made.kept, made.bounds, made.cuts, made.unsettled, size, parts,
+            logit_rows is not None, CANDIDATES, padded, num_warps=8, **LAUNCH,
+        )  # fmt: skip
+        width = min(8, next_power_of_2(parts))
+        search_kernel[(rows,)](
+            logits, scales, *where, *said, made.tops, made.lows, made.buffers, made.bounds, made.cuts, made.unsettled,
+            *shape, width, CANDIDATES, padded, 4, num_warps=16 if width == 8 else 4, **LAUNCH,
+        )  # fmt: skip
+        _sum_kernel[grid](
+            logits,
+            scales,
+            *where,
+            *said,
+            made.tops,
+            made.bounds,
+            made.cuts,
+            made.sums,
+            *shape,
+            span,
+            **LAUNCH,
+        )
     _draw_kernel[(rows,)](
         logits, scales, *where, *said, tables.ring, made.tops, made.places, made.sums, made.raw_sums, made.bounds,
         made.cuts, last, choice.tokens, choice.log_probs, *shape, padded, **LAUNCH,
     )  # fmt: skip
-    _top_kernel[(rows,)](
-        logits, scales, *where, tables.integers, made.raw_tops, made.raw_sums, choice.top_ids,
-        choice.top_log_probs, *shape, padded, **LAUNCH,
-    )  # fmt: skip
+    if searches:
+        _top_kernel[(rows,)](
+            logits, scales, *where, tables.integers, made.raw_tops, made.raw_sums, choice.top_ids,
+            choice.top_log_probs, *shape, padded, **LAUNCH,
+        )  # fmt: skip

@@ -383,18 +383,8 @@ def sample(
             *shape, width, CANDIDATES, padded, 4, num_warps=16 if width == 8 else 4, **LAUNCH,
         )  # fmt: skip
         _sum_kernel[grid](
-            logits,
-            scales,
-            *where,
-            *said,
-            made.tops,
-            made.bounds,
-            made.cuts,
-            made.sums,
-            *shape,
-            span,
-            **LAUNCH,
-        )
+            logits, scales, *where, *said, made.tops, made.bounds, made.cuts, made.sums, *shape, span, **LAUNCH,
+        )  # fmt: skip
     _draw_kernel[(rows,)](
         logits, scales, *where, *said, tables.ring, made.tops, made.places, made.sums, made.raw_sums, made.bounds,
         made.cuts, last, choice.tokens, choice.log_probs, *shape, padded, **LAUNCH,

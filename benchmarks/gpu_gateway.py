@@ -24,6 +24,7 @@ hpack==4.2.0 hyperframe==6.1.0 llguidance==1.9.1 prometheus_client==0.26.0 gguf=
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -104,13 +107,45 @@ def load(options: argparse.Namespace, side: str, url: str, model: str) -> list[d
     """vLLM's client in its own environment."""
     command = [sys.executable, str(ROOT / "benchmarks/peer_load.py"), "--url", url, "--model", model]
     command += ["--tokenizer", str(model_folder(options)), "--levels", options.levels]
-    command += ["--temperatures", options.temperatures]
+    command += ["--temperatures", options.temperatures, "--repeats", str(options.repeats)]
     with subprocess.Popen(command, env=peers(options), stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         found = [say({"side": side} | json.loads(line)) for line in client.stdout if line.startswith("{")]
     if client.returncode:
         raise SystemExit(f"the client of {side} ended with status {client.returncode}")
-    return found
+    return medians(found)
+
+
+def medians(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line a case, of those of all its repeats."""
+    cases: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    for line in found:
+        cases.setdefault((line["level"], line["temperature"]), []).append(line)
+    made = []
+    for same in cases.values():
+        line = same[0] | {"rates": [each["output_throughput"] for each in same]}
+        for name in same[0].keys() - {"side", "level", "temperature"}:
+            line[name] = statistics.median(each[name] for each in same)
+        made.append(line)
+    return made
+
+
+def processor_seconds() -> dict[str, float]:
+    """What each kind of process of our server has used so far."""
+    names = {
+        "flightline.supervisor": "supervisor",
+        "flightline.gateway": "gateway",
+        "triton_python_backend_stub": "stubs",
+        "tritonserver": "Triton",
+        "torch_engine": "engine",
+    }
+    used = dict.fromkeys(names.values(), 0.0)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline()[:4])
+            if name := next((name for part, name in names.items() if part in command), ""):
+                used[name] += sum(process.cpu_times()[:2])
+    return used
 
 
 def peers(options: argparse.Namespace) -> dict[str, str]:
@@ -137,7 +172,11 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
         if "ours" in options.parts:
             with urllib.request.urlopen(f"{url}/v1/models") as answer:
                 name = json.load(answer)["data"][0]["id"]
+            before, began = processor_seconds(), time.monotonic()
             found += load(options, "ours", url, name)
+            took = time.monotonic() - began
+            used = {kind: seconds - before[kind] for kind, seconds in processor_seconds().items()}
+            say({"part": "processor seconds, with the client's start", "seconds": took} | used)
     return found
 
 
@@ -240,7 +279,7 @@ def main() -> None:
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
-    parser.add_argument("--repeats", type=int, default=2, help="of the engine alone and of our own client")
+    parser.add_argument("--repeats", type=int, default=2, help="of each part but the build")
     parser.add_argument("--out", type=Path, help="results as JSON; those of other parts stay")
     parser.add_argument(
         "--shape", default="8b", choices=SHAPES, help="of the model; tiny: on the CPU, without vLLM"

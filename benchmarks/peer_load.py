@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -80,19 +81,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder")
     parser.add_argument("--levels", default="1,32,64,256", help="requests in flight")
     parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--repeats", type=int, default=1, help="of all cases, one after the other")
     options = parser.parse_args()
-    seed = 0
-    for temperature in options.temperatures.split(","):
-        for level in map(int, options.levels.split(",")):
-            seed += 1  # other prompts: those of a case before would come from a prefix cache
-            with tempfile.TemporaryDirectory() as folder:
-                found = case(options, level, temperature, seed, folder)
-            line = {
-                "level": level,
-                "temperature": float(temperature),
-                "total_output_tokens": found["total_output_tokens"],
-            }
-            print(json.dumps(line | {name: found.get(name) for name in TOLD}), flush=True)
+    cases = itertools.product(
+        range(options.repeats), options.temperatures.split(","), map(int, options.levels.split(","))
+    )
+    for seed, (_, temperature, level) in enumerate(cases, 1):
+        # Other prompts each time: those of a case before would come from a prefix cache.
+        with tempfile.TemporaryDirectory() as folder:
+            found = case(options, level, temperature, seed, folder)
+        line = {"level": level, "temperature": float(temperature)}
+        print(json.dumps(line | {name: found.get(name) for name in TOLD}), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from flightline.gateway import engine_metrics, errors, job, metrics, passage, responses, tokens
+from flightline.gateway import engine_metrics, errors, forms, job, metrics, passage, responses, tokens
 from flightline.gateway.errors import ApiError
 from flightline.gateway.exchange import SSE, ClientGone, Exchange, Receive, Send, good_id
 from flightline.gateway.forms import ChatStream, ChatWhole, CompletionStream, CompletionWhole, Stream, Whole
@@ -258,7 +258,7 @@ class Gateway:
     def hold(self, exchange: Exchange) -> None:
         """Somebody tells its client if this process is killed."""
         error = errors.killed()
-        exchange.hold(self._channel, error, enveloped(exchange, error))
+        exchange.hold(self._channel, error, enveloped(exchange, error), last_event(exchange, error))
 
     async def _answer(self, exchange: Exchange, body: Any, kind: Kind) -> None:
         loop = asyncio.get_running_loop()
@@ -330,12 +330,18 @@ def enveloped(exchange: Exchange, error: ApiError) -> bytes:
     return passage.envelope(error) if exchange.path.startswith("/v2") else error.body()
 
 
+def last_event(exchange: Exchange, error: ApiError) -> bytes:
+    """What ends a stream of the endpoint, whoever writes it."""
+    if exchange.path.startswith("/v2"):
+        return b"data: " + passage.envelope(error) + b"\n\n"
+    return responses.last_event(error) if exchange.path == "/v1/responses" else forms.last_event(error)
+
+
 async def _stream(
     exchange: Exchange, answers: Answers, form: Stream, names: Mapping[str, str], proved: Callable[[], None]
 ) -> ApiError | None:
     """What Triton has said at once is one write; nothing is waited for. Returns what the stream has failed of."""
     pieces = await answers.next()
-    exchange.hold_stream(form.last_words(errors.killed()))
     await exchange.start(200, SSE)
     await exchange.write(form.open() + form.feed(pieces))
     try:

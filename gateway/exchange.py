@@ -28,6 +28,8 @@ SSE: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 _MOST_DISCARDED_BYTES = 1 << 28
+_AT_ONCE_BYTES = 1 << 14
+"""An answer of so many is in the kernel's hands as soon as it is written."""
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -155,32 +157,25 @@ class Exchange:
         self.writing_since = 0.0
 
     async def respond(self, body: bytes, status: int = 200, headers: Headers = JSON) -> None:
-        self.hold_whole()
+        if len(body) > _AT_ONCE_BYTES:
+            self.let_go()
         length = (b"content-length", str(len(body)).encode())
         await self.start(status, [*headers, length])
         await self.write(body, more=False)
 
     # -- if this process is killed -------------------------------------------------------------------
 
-    def hold(self, channel: Channel, error: ApiError, body: bytes) -> None:
-        """Until ``let_go``: the client is told ``error`` all the same, now as a response with ``body``."""
+    def hold(self, channel: Channel, error: ApiError, body: bytes, event: bytes) -> None:
+        """Until ``let_go``: the client is told ``error`` all the same, as a response with ``body`` or, once that has
+        begun, by ``event`` as a stream's last chunk (RFC 9112, 7.1)."""
         headers = [*_of_error(error), (b"content-length", str(len(body)).encode()), *self._own()]
         head = b"".join(b"%s: %s\r\n" % header for header in headers)
         status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
-        self._held = channel.hold(self._connection, status.encode() + head + b"\r\n" + body)
-
-    def hold_stream(self, words: bytes) -> None:
-        """Before ``start``: from the status on, ``words`` would be the stream's last chunk (RFC 9112, 7.1)."""
-        if self._held is not None:
-            self._held.say(b"%x\r\n%s\r\n0\r\n\r\n" % (len(words), words))
-
-    def hold_whole(self) -> None:
-        """Before ``start``: what comes is written at once, and nobody can end it but by closing."""
-        if self._held is not None:
-            self._held.say(b"")
+        chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
+        self._held = channel.hold(self._connection, status.encode() + head + b"\r\n" + body, chunk)
 
     def let_go(self) -> None:
-        """The answer is written, or nobody waits for it."""
+        """The answer is written, or nobody can end it any more but by closing."""
         if self._held is not None:
             self._held.release()
 

@@ -39,9 +39,6 @@ class Stream(Protocol):
     def fail(self, error: ApiError) -> bytes:
         """Ends a stream that cannot go on."""
 
-    def last_words(self, error: ApiError) -> bytes:
-        """What another may end it with at any moment."""
-
 
 class Whole(Protocol):
     def feed(self, pieces: Sequence[Piece]) -> None: ...
@@ -51,6 +48,11 @@ class Whole(Protocol):
 
 def event(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def last_event(error: ApiError) -> bytes:
+    """Ends a stream that cannot go on, wherever it is."""
+    return event({"error": error.inner}) + DONE
 
 
 class ThoughtCount:
@@ -165,9 +167,7 @@ class _SseBase(_Base):
         return self.chunk([], {"usage": self.counts.usage()}) + DONE
 
     def fail(self, error: ApiError) -> bytes:
-        return event({"error": error.inner}) + DONE
-
-    last_words = fail
+        return last_event(error)
 
 
 class ChatChoice:

@@ -5,8 +5,9 @@ bytes that would end the answer, its *last words*: some for an answer of which n
 stream. Where a process ends without having let go, it writes those that fit (``supervisor/last_words.py``); the kernel
 knows how much was written. Over TLS nobody else can speak: such a connection is not held, and breaks.
 
-A message on the channel (a SOCK_SEQPACKET pair): the number of a hold, from how many written bytes of its connection on
-the words fit (-1: it is let go), and the words. The first of a number brings the descriptor (SCM_RIGHTS, unix(7)).
+A message on the channel (a SOCK_SEQPACKET pair) with a descriptor (SCM_RIGHTS, unix(7)) is a hold: its number, the
+bytes that its connection was given before, the length of the words for an answer that has not begun, these, and the
+others. One without is the numbers of holds that are let go.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import asyncio
 import itertools
 import socket
 import struct
-from collections import deque
 
-HEAD = struct.Struct("<Qq")
+NUMBER = struct.Struct("<Q")
+HOLD = struct.Struct("<QQI")
+MOST_NUMBERS = 512
+"""In a message."""
 CONNECTION = "flightline.connection"
 """Extension of an ASGI scope: {"socket": the connection's, None where nobody else can speak on it}."""
 _SENT, _SENT_AGAIN, _NOT_SENT = 200, 208, 144
@@ -41,23 +44,16 @@ def written(connection: socket.socket) -> int:
 class Held:
     """A connection that the supervisor has, too."""
 
-    def __init__(self, channel: Channel, number: int, before: int) -> None:
-        """``before``: bytes that were written before the answer."""
+    def __init__(self, channel: Channel, number: int) -> None:
         self._channel = channel
         self._number = number
-        self._before = before
         self._held = True
-
-    def say(self, words: bytes) -> None:
-        """Last words as soon as anything of the answer is written; none: it is written whole."""
-        if self._held:
-            self._channel.send(HEAD.pack(self._number, self._before + 1) + words)
 
     def release(self) -> None:
         """In the event loop's next turn: by then all that was written is on its way. A second time is nothing."""
         if self._held:
             self._held = False
-            asyncio.get_running_loop().call_soon(self._channel.send, HEAD.pack(self._number, -1))
+            self._channel.release(self._number)
 
 
 class Channel:
@@ -66,33 +62,48 @@ class Channel:
     def __init__(self, fd: int = -1) -> None:
         self._socket = socket.socket(fileno=fd) if fd >= 0 else None
         self._numbers = itertools.count()
-        self._late: deque[bytes] = deque()
-        """What the supervisor has had no time for."""
+        self._released: list[int] = []
+        """What the supervisor was not told yet."""
+        self._tells = False
         if self._socket is not None:
             self._socket.setblocking(False)
 
-    def hold(self, connection: socket.socket | None, words: bytes) -> Held | None:
-        """``words``: as long as nothing is written. None: it cannot be held, or the supervisor has no time."""
+    def hold(self, connection: socket.socket | None, before: bytes, begun: bytes) -> Held | None:
+        """
+        Args:
+            connection: None: nobody else can speak on it.
+            before: last words of an answer of which nothing is written.
+            begun: those of one that was begun.
+
+        Returns:
+            None: it is not held, or the supervisor has no time; it is answered all the same.
+        """
         if self._socket is None or connection is None:
             return None
         number = next(self._numbers)
         try:
-            before = written(connection)
-            message = HEAD.pack(number, before) + words
+            message = HOLD.pack(number, written(connection), len(before)) + before + begun
             socket.send_fds(self._socket, [message], [connection.fileno()])
         except OSError:
             return None
-        return Held(self, number, before)
+        return Held(self, number)
 
-    def send(self, message: bytes) -> None:
-        """In order; what does not go now goes with the next."""
+    def release(self, number: int) -> None:
+        """All of a turn in one message: each wakes the supervisor."""
+        self._released.append(number)
+        if not self._tells:
+            self._tells = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
         assert self._socket is not None
-        self._late.append(message)
+        self._tells = False
         try:
-            while self._late:
-                self._socket.send(self._late[0])
-                self._late.popleft()
-        except BlockingIOError:
+            while self._released:
+                some = self._released[:MOST_NUMBERS]
+                self._socket.send(b"".join(map(NUMBER.pack, some)))
+                del self._released[:MOST_NUMBERS]
+        except BlockingIOError:  # with the next
             pass
         except OSError:  # the supervisor has ended
-            self._late.clear()
+            self._released.clear()

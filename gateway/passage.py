@@ -13,7 +13,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
-from flightline.gateway.errors import ApiError, invalid, killed
+from flightline.gateway.errors import ApiError, invalid
 from flightline.gateway.exchange import Exchange, Headers, parse_json
 
 MODEL = r"/v2/models/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(/versions/[0-9]{1,9})?"
@@ -78,10 +78,8 @@ class Passage:
         url = self._url + quote(exchange.path)
         try:
             async with self._session.request(method, url, data=body or None, headers=headers) as answer:
-                if answer.content_type == "text/event-stream":
-                    exchange.hold_stream(b"data: " + envelope(killed()) + b"\n\n")
-                else:
-                    exchange.hold_whole()
+                if answer.content_type != "text/event-stream":
+                    exchange.let_go()
                 await exchange.start(answer.status, _headers(answer))
                 async for part in answer.content.iter_any():
                     await exchange.write(part)

@@ -90,11 +90,6 @@ class EventStream(_Told):
     def fail(self, error: ApiError) -> bytes:
         return _bytes(self._response.fail(error.inner))
 
-    def last_words(self, error: ApiError) -> bytes:
-        """The event alone, which SDKs raise; nobody knows the place among the others that it will have."""
-        fields = {"code": error.code, "message": error.message, "param": error.param}
-        return _bytes([("error", {"type": "error", **fields, "sequence_number": 0})])
-
 
 class WholeResponse(_Told):
     """The response object."""
@@ -108,6 +103,12 @@ class WholeResponse(_Told):
 
     def body(self) -> bytes:
         return orjson.dumps(self._response.response())
+
+
+def last_event(error: ApiError) -> bytes:
+    """Of a stream, by somebody who does not know where it is: the error, without a place among the others."""
+    fields = {"code": error.code, "message": error.message, "param": error.param}
+    return _bytes([("error", {"type": "error", **fields, "sequence_number": 0})])
 
 
 def _bytes(events: Sequence[Event]) -> bytes:

@@ -13,8 +13,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def default_processes() -> int:
-    """One for every four cores, up to eight: a stream costs it a small part of what a token costs the engine."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+    """One for every two cores, up to eight: many requests that begin together wait for one another in each."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
 def _file(text: str) -> str:
@@ -30,7 +30,7 @@ class GatewaySettings:
     """Limits and habits of each gateway process."""
 
     processes: int = setting(
-        0, "gateway processes; 0: one for four cores, 8 at most", least=0, most=64, variable="GATEWAY_PROCESSES",
+        0, "gateway processes; 0: one for two cores, 8 at most", least=0, most=64, variable="GATEWAY_PROCESSES",
         flag="--gateway-processes",
     )  # fmt: skip
     api_keys_file: str = setting("", "file with one API key a line; without it nobody needs one", parse=_file)

@@ -6,9 +6,9 @@ import resource
 import socket
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from flightline.gateway.last_words import HEAD, written
+from flightline.gateway.last_words import HOLD, NUMBER, written
 
 _MOST_BYTES = 1 << 16
 _OWN_FILES = 1024
@@ -17,15 +17,16 @@ _OWN_FILES = 1024
 @dataclass
 class _Held:
     connection: socket.socket
-    words: dict[int, bytes] = field(default_factory=dict)
-    """By the written bytes from which on they fit."""
+    given: int
+    """Bytes that it was given to send before this answer."""
+    before: bytes
+    begun: bytes
 
     def speak(self) -> None:
         """To a client that takes it now; what it has sent meanwhile is read, else the kernel would take it back."""
         with self.connection as connection, suppress(OSError):
-            there = written(connection)
             connection.setblocking(False)
-            connection.send(self.words[max(since for since in self.words if since <= there)])
+            connection.send(self.begun if written(connection) > self.given else self.before)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(_MOST_BYTES):
                 pass
@@ -68,17 +69,15 @@ class LastWords:
         return None
 
     def _note(self, data: bytes, files: list[int]) -> None:
-        number, since = HEAD.unpack_from(data)
         if files:
-            self._held[number] = _Held(socket.socket(fileno=files[0]))
-        held = self._held.get(number)
-        if held is None:  # its descriptor was one too many for this process
+            number, given, length = HOLD.unpack_from(data)
+            words = data[HOLD.size :]
+            connection = socket.socket(fileno=files[0])
+            self._held[number] = _Held(connection, given, words[:length], words[length:])
             return
-        if since >= 0:
-            held.words[since] = data[HEAD.size :]
-        else:
-            del self._held[number]
-            held.connection.close()
+        for (number,) in NUMBER.iter_unpack(data):
+            if (held := self._held.pop(number, None)) is not None:
+                held.connection.close()
 
 
 def allow_connections(count: int) -> None:

@@ -33,6 +33,7 @@ class TritonStream(http.server.BaseHTTPRequestHandler):
     """An event, and then nothing more."""
 
     def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()

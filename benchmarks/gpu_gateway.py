@@ -4,12 +4,13 @@
 
 Writes the random FP8 checkpoint of ``gpu_served.py`` (the shape of Llama-3.1-8B, or ``--shape 70b``) and builds from
 it, unless the folder has them; puts the load on the engine alone; starts our server as ``make serve`` does and loads it
-with our own client through gRPC, then through the gateway (``peer_load.py``: vLLM's client); stops it; starts vLLM's
-server on the same shape (FP8 weights and KV cache, prefix cache off, random weights) and loads it in the same way.
-128/128 tokens, streaming, 1, 32, 64 and 256 in flight, temperature 0 and 1. Prints a line of JSON a case, then a table
-of all with their ratios. ``--parts`` takes ``build``, ``engine``, ``grpc``, ``ours`` and ``peer`` one by one; ``--out``
-keeps what other parts have found. About 9 minutes on an H200: build 1.5, engine 1.5, ours 2.5, vLLM's start 2, vLLM
-1.5.
+with our own client of several processes, over gRPC and through the gateway, then through the gateway with vLLM's
+(``peer_load.py``), which is one process; stops it; starts vLLM's server on the same shape (FP8 weights and KV cache,
+prefix cache off, random weights) and loads it with vLLM's client, too. 128/128 tokens, streaming, 1, 32, 64 and 256 in
+flight, temperature 0 and 1. Prints a line of JSON a case, then a table of all with their ratios. ``--parts`` takes
+``build``, ``engine``, ``grpc``, ``http`` (our client through the gateway), ``ours`` and ``peer`` one by one; ``--out``
+keeps what other parts have found. On an H200 the parts engine, grpc, ours and peer took 8.6 minutes with a new cache of
+kernels.
 
 ``--site`` is a folder with vLLM and what it needs, in its own versions, numpy 2 among them; only the peer and its
 client see it. Ours needs these wheels (Python 3.12) in the interpreter's own folder, since Triton's stub reads no
@@ -47,7 +48,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 # Not where it is used: client processes import this file at their start, and must not import that at their first load.
 from gpu_served import SHAPES, WARM_UP, WAVES, Clients, Prompts, engine_alone  # noqa: E402
 
-PARTS = ("build", "engine", "grpc", "ours", "peer")
+PARTS = ("build", "engine", "grpc", "http", "ours", "peer")
 KIND_OF = {"0": "greedy", "1": "temp1"}
 """Temperature -> kind of ``kinds.py``."""
 START_S = 300.0
@@ -168,10 +169,12 @@ def ours(options: argparse.Namespace) -> list[dict[str, Any]]:
     url, found = f"http://127.0.0.1:{http}", []
     with running([*serve, "--no-baseline"], f"{url}/ready", options.folder / "ours.log", quiet):
         if "grpc" in options.parts:
-            found += over_grpc(options, f"127.0.0.1:{grpc}")
+            found += by_our_client(options, "ours over gRPC", f"127.0.0.1:{grpc}", "text_generation")
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            name = json.load(answer)["data"][0]["id"]
+        if "http" in options.parts:
+            found += by_our_client(options, "ours, our client", url, name)
         if "ours" in options.parts:
-            with urllib.request.urlopen(f"{url}/v1/models") as answer:
-                name = json.load(answer)["data"][0]["id"]
             before, began = processor_seconds(), time.monotonic()
             found += load(options, "ours", url, name)
             took = time.monotonic() - began
@@ -197,22 +200,22 @@ def engine(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def over_grpc(options: argparse.Namespace, url: str) -> list[dict[str, Any]]:
-    """``text_generation``, streaming; it also warms the engine up."""
+def by_our_client(options: argparse.Namespace, side: str, url: str, model: str) -> list[dict[str, Any]]:
+    """Streaming, in as many processes whatever the endpoint; it also warms the engine up."""
     prompts, clients = Prompts(SHAPES[options.shape][1]), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):
-        clients.load("text_generation", prompts(count), count, True)
+        clients.load(model, prompts(count), count, True)
     cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(options.repeats):
         for temperature in options.temperatures.split(","):
             for level in levels:
                 kind = KIND_OF[temperature]
-                case = clients.load("text_generation", prompts(max(4, WAVES * level)), level, True, kind)
+                case = clients.load(model, prompts(max(4, WAVES * level)), level, True, kind)
                 cases.setdefault((temperature, level), []).append(case)
     found = []
     for (temperature, level), same in cases.items():
-        line = {"side": "ours over gRPC", "level": level, "temperature": float(temperature)}
+        line = {"side": side, "level": level, "temperature": float(temperature)}
         line["rates"] = [case["tok_s"] for case in same]
         line["output_throughput"] = statistics.median(line["rates"])
         for name in ("ttft_ms", "tpot_ms"):
@@ -275,7 +278,7 @@ def main() -> None:
         "--tp", type=int, default=1, help="GPUs that share each layer of our engine, and of vLLM's"
     )
     parser.add_argument("--site", type=Path, help="folder with vLLM")
-    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; of a tiny shape build,engine,grpc)")
+    parser.add_argument("--parts", help=f"of {','.join(PARTS)} (all; of a tiny shape build,engine,grpc,http)")
     parser.add_argument("--levels", default="1,32,64,256")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--clients", type=int, default=4, help="most processes of our own client")
@@ -286,7 +289,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.parts = (
-        options.parts.split(",") if options.parts else PARTS[: 3 if options.shape == "tiny" else None]
+        options.parts.split(",") if options.parts else PARTS[: 4 if options.shape == "tiny" else None]
     )
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(unknown)}: it must be of {', '.join(PARTS)}")
@@ -296,7 +299,9 @@ def main() -> None:
     if "build" in options.parts:
         build(options)
     found = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
-    every = (({"engine"}, ("engine",), engine), ({"ours", "grpc"}, ("ours", "ours over gRPC"), ours))
+    served = {"grpc": "ours over gRPC", "http": "ours, our client", "ours": "ours"}
+    loaded = tuple(side for part, side in served.items() if part in options.parts)
+    every = (({"engine"}, ("engine",), engine), (set(served), loaded, ours))
     for parts, sides, part in (*every, ({"peer"}, ("vLLM",), peer)):
         if parts & set(options.parts):
             found = [line for line in found if line["side"] not in sides] + part(options)

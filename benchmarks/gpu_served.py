@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -31,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import torch
 from safetensors.torch import save_file
 
@@ -167,10 +170,30 @@ async def ask(client: AsyncClient, prompt: str, stream: bool, kind: str = "greed
     return Answer("".join(texts), tokens, first, took, len(texts), time.time())
 
 
+async def ask_openai(session: aiohttp.ClientSession, url: str, model: str, prompt: str, kind: str) -> Answer:
+    """The same of a server with OpenAI's ``/v1/completions``, streamed; ``kind`` is greedy or temp1."""
+    started = time.perf_counter()
+    body = {"model": model, "prompt": prompt, "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
+    body |= {"temperature": {"greedy": 0, "temp1": 1}[kind], "stream_options": {"include_usage": True}}
+    texts, first, last, tokens = [], 0.0, 0.0, 0
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                if event["choices"]:
+                    texts.append(event["choices"][0]["text"])
+                    last = time.perf_counter() - started
+                    first = first or last
+    return Answer("".join(texts), tokens, first, last, len(texts), time.time())
+
+
 class Clients:
     """Client processes that put a load on together: a single one is the limit before the server is."""
 
     def __init__(self, url: str, most: int) -> None:
+        """``url``: of gRPC, or, with http://, of OpenAI's endpoints."""
         self._url = url
         self._most = most
         spawn = multiprocessing.get_context("spawn")
@@ -213,11 +236,18 @@ async def _put(
 ) -> list[Answer]:
     queue = iter(prompts)
     answers: list[Answer] = []
-    async with AsyncClient(url, model, timeout_s=120) as client:
+    async with contextlib.AsyncExitStack() as stack:
+        if url.startswith("http://"):
+            connector = aiohttp.TCPConnector(limit=0)
+            session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+            one = functools.partial(ask_openai, session, url, model, kind=kind)
+        else:
+            client = await stack.enter_async_context(AsyncClient(url, model, timeout_s=120))
+            one = functools.partial(ask, client, stream=stream, kind=kind)
 
         async def user() -> None:
             for prompt in queue:
-                answers.append(await ask(client, prompt, stream, kind))
+                answers.append(await one(prompt))
 
         late = time.time() - start
         if late > 0:

@@ -27,6 +27,8 @@ SSE: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What uvicorn sends when the body of a request with ``expect: 100-continue`` is read."""
 _MOST_DISCARDED_BYTES = 1 << 28
 _AT_ONCE_BYTES = 1 << 14
 """An answer of so many is in the kernel's hands as soon as it is written."""
@@ -172,7 +174,9 @@ class Exchange:
         head = b"".join(b"%s: %s\r\n" % header for header in headers)
         status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nconnection: close\r\n"
         chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(event), event)
-        self._held = channel.hold(self._connection, status.encode() + head + b"\r\n" + body, chunk)
+        waits = self.headers.get(b"expect", b"").lower() == b"100-continue"
+        ahead = len(CONTINUE) if waits else 0
+        self._held = channel.hold(self._connection, ahead, status.encode() + head + b"\r\n" + body, chunk)
 
     def let_go(self) -> None:
         """The answer is written, or nobody can end it any more but by closing."""

@@ -5,9 +5,9 @@ bytes that would end the answer, its *last words*: some for an answer of which n
 stream. Where a process ends without having let go, it writes those that fit (``supervisor/last_words.py``); the kernel
 knows how much was written. Over TLS nobody else can speak: such a connection is not held, and breaks.
 
-A message on the channel (a SOCK_SEQPACKET pair) with a descriptor (SCM_RIGHTS, unix(7)) is a hold: its number, the
-bytes that its connection was given before, the length of the words for an answer that has not begun, these, and the
-others. One without is the numbers of holds that are let go.
+A message on the channel (a SOCK_SEQPACKET pair) is a hold, with a descriptor (SCM_RIGHTS, unix(7)): ``HOLDS``, its
+number, the bytes that its connection was given before the answer, the length of the words for one that has not begun,
+these, and the others; or ``LETS_GO`` and the numbers of holds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import struct
 
 NUMBER = struct.Struct("<Q")
 HOLD = struct.Struct("<QQI")
+HOLDS, LETS_GO = b"h", b"g"
 MOST_NUMBERS = 512
 """In a message."""
 CONNECTION = "flightline.connection"
@@ -68,10 +69,11 @@ class Channel:
         if self._socket is not None:
             self._socket.setblocking(False)
 
-    def hold(self, connection: socket.socket | None, before: bytes, begun: bytes) -> Held | None:
+    def hold(self, connection: socket.socket | None, ahead: int, before: bytes, begun: bytes) -> Held | None:
         """
         Args:
             connection: None: nobody else can speak on it.
+            ahead: bytes that will be written before the answer.
             before: last words of an answer of which nothing is written.
             begun: those of one that was begun.
 
@@ -82,8 +84,8 @@ class Channel:
             return None
         number = next(self._numbers)
         try:
-            message = HOLD.pack(number, written(connection), len(before)) + before + begun
-            socket.send_fds(self._socket, [message], [connection.fileno()])
+            head = HOLDS + HOLD.pack(number, written(connection) + ahead, len(before))
+            socket.send_fds(self._socket, [head + before + begun], [connection.fileno()])
         except OSError:
             return None
         return Held(self, number)
@@ -101,7 +103,7 @@ class Channel:
         try:
             while self._released:
                 some = self._released[:MOST_NUMBERS]
-                self._socket.send(b"".join(map(NUMBER.pack, some)))
+                self._socket.send(LETS_GO + b"".join(map(NUMBER.pack, some)))
                 del self._released[:MOST_NUMBERS]
         except BlockingIOError:  # with the next
             pass

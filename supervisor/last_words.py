@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 
-from flightline.gateway.last_words import HOLD, NUMBER, written
+from flightline.gateway.last_words import HOLD, HOLDS, NUMBER, written
 
 _MOST_BYTES = 1 << 16
 _OWN_FILES = 1024
@@ -38,7 +38,7 @@ class LastWords:
     def __init__(self) -> None:
         self._ours, self.channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._held: dict[int, _Held] = {}
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="last-words", daemon=True)
         self._thread.start()
 
     @property
@@ -69,11 +69,13 @@ class LastWords:
         return None
 
     def _note(self, data: bytes, files: list[int]) -> None:
-        if files:
+        kind, data = data[:1], data[1:]
+        if kind == HOLDS:
             number, given, length = HOLD.unpack_from(data)
             words = data[HOLD.size :]
-            connection = socket.socket(fileno=files[0])
-            self._held[number] = _Held(connection, given, words[:length], words[length:])
+            if files:  # else the supervisor has as many open files as it may
+                connection = socket.socket(fileno=files[0])
+                self._held[number] = _Held(connection, given, words[:length], words[length:])
             return
         for (number,) in NUMBER.iter_unpack(data):
             if (held := self._held.pop(number, None)) is not None:

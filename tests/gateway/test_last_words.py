@@ -17,6 +17,8 @@ import openai
 import pytest
 
 from flightline.gateway.alone import Alone, alone
+from flightline.gateway.exchange import CONTINUE
+from flightline.gateway.last_words import HOLD, HOLDS, LETS_GO, NUMBER
 from flightline.gateway.settings import GatewaySettings, Upstream
 from flightline.loadtest.null_server import NullServer, Timing
 from flightline.supervisor.last_words import LastWords
@@ -147,6 +149,32 @@ def test_before_the_status_it_is_a_503(start: Start, streaming: bool) -> None:
     assert error.response.headers["x-request-id"]
 
 
+def test_who_waited_for_a_continue_gets_the_503_after_it(start: Start) -> None:
+    gateway, words = start(NEVER)
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 9}).encode()
+    connection = asked(gateway, "/v1/completions", body, "Expect: 100-continue", sends_body=False)
+    assert connection.recv(100) == CONTINUE
+    connection.sendall(body)
+    assert eventually(lambda: words.held == 1)
+    kill(gateway)
+    assert until_closed(connection).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+
+
+def test_a_connection_that_does_not_fit_in_is_not_held() -> None:
+    """The kernel leaves a descriptor out that would be one too many; the others are held all the same."""
+    words, ours = LastWords(), socket.socketpair()
+    message = HOLDS + HOLD.pack(1, 0, 1) + b"ab"
+    words.channel.send(message)
+    socket.send_fds(words.channel, [HOLDS + HOLD.pack(2, 0, 1) + b"ab"], [ours[0].fileno()])
+    assert eventually(lambda: words.held == 1)
+    words.channel.send(LETS_GO + NUMBER.pack(1) + NUMBER.pack(2))
+    assert eventually(lambda: words.held == 0)
+    words.given()
+    words.join(30)
+    for end in ours:
+        end.close()
+
+
 def test_tritons_own_stream_ends_with_an_error_as_triton_tells_it(start: Start) -> None:
     with answering(TritonStream) as url:
         gateway, _ = start(SLOW, http_url=url)
@@ -180,10 +208,12 @@ def test_who_has_its_answer_or_left_is_held_no_longer(start: Start) -> None:
     assert len(os.listdir("/proc/self/fd")) < files  # its end of the channel, and nothing of anybody's
 
 
-def asked(gateway: Alone, path: str, body: bytes, header: str = "Accept: */*") -> socket.socket:
+def asked(
+    gateway: Alone, path: str, body: bytes, header: str = "Accept: */*", sends_body: bool = True
+) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", gateway.port), timeout=30)
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n{header}\r\n"
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body * sends_body)
     return connection
 
 

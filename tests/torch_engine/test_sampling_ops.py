@@ -264,10 +264,13 @@ class TestKernels:
             SamplingParams(top_p=1.0),
             SamplingParams(temperature=0.3, top_p=1.0),
             SamplingParams(repetition_penalty=1.4, frequency_penalty=0.3, top_p=1.0),
+            SamplingParams(top_k=1),
+            SamplingParams(top_k=1, presence_penalty=2.0),
+            SamplingParams(temperature=0.0, top_p=0.5, min_p=0.2),
             SamplingParams(logit_bias=((5, 4.0), (9, -math.inf)), top_p=1.0),
         ]
         vocab, chance = 1100, np.random.default_rng(5)
-        asked = [{}, {}, {}, {}, {"bad_ids": ((7,),), "return_log_probs": True}]
+        asked = [*({} for _ in kinds[1:]), {"bad_ids": ((7,),), "return_log_probs": True}]
         sequences = [
             [sequence(params, [1, 2], [3, 3], 7 + row, **asked[row]) for row, params in enumerate(kinds)]
             for _ in range(2)
@@ -284,7 +287,7 @@ class TestKernels:
             (SamplingParams(top_k=7), {}),
             (SamplingParams(top_p=0.9), {}),
             (SamplingParams(min_p=0.1), {}),
-            (SamplingParams(), {"bad_ids": ((5, 6),)}),
+            (SamplingParams(top_k=1), {"bad_ids": ((5, 6),)}),
             (SamplingParams(), {"top_log_probs": 1, "return_log_probs": True}),
         ):
             assert sequence(params, [1], [], 3, **more).searches

@@ -101,10 +101,9 @@ class Sequence:
             (params.repetition_penalty != 1.0, params.presence_penalty, params.frequency_penalty)
         ) or any(len(word) > 1 for word in request.bad_ids)
         """What is said changes what may follow, by more than the model: a device keeps account of it."""
+        leaves_out = (params.top_k or 0) > 0 or (params.top_p or 1.0) < 1 or (params.min_p or 0.0) > 0
         self.searches = (
-            (params.top_k or 0) > 0
-            or (params.top_p or 1.0) < 1
-            or (params.min_p or 0.0) > 0
+            (leaves_out and not params.greedy)
             or self.num_told > 0
             or any(len(word) > 1 for word in request.bad_ids)
         )

@@ -262,7 +262,7 @@ class _Connection(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        data = self._unread + data
+        data = self._unread + data if self._unread else data
         at = begin = 0
         """What is before has been read; from ``begin`` on it is for h2."""
         while len(data) - at >= FRAME_HEADER:
@@ -284,7 +284,6 @@ class _Connection(asyncio.Protocol):
         self._unread = data[at:]
         if begin < at:
             self._note_all(data[begin:at])
-        self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(f"the connection ended{f': {exc}' if exc else ''}")
@@ -358,6 +357,7 @@ class _Connection(asyncio.Protocol):
                 self._note(event)
         except H2Error as error:
             self._lose(f"the server broke HTTP/2: {error}")
+        self._flush()
 
     def _note(self, event: Event) -> None:
         if isinstance(event, DataReceived):

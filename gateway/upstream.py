@@ -75,13 +75,13 @@ def read(message: service_pb2.ModelStreamInferResponse, first_choice: int) -> Pi
     Raises:
         ApiError: the message is an error.
     """
-    if message.error_message:
-        raise errors.of_triton(message.error_message)
     response = message.infer_response
-    piece = Piece(first_choice)
     outputs = response.outputs
     if not outputs:
+        if message.error_message:
+            raise errors.of_triton(message.error_message)
         return None
+    piece = Piece(first_choice)
     for output, raw in zip(outputs, response.raw_output_contents, strict=True):
         name = output.name
         if name == "text_output":

@@ -10,7 +10,7 @@ prefix cache off, random weights) and loads it with vLLM's client, too. 128/128 
 flight, temperature 0 and 1. Prints a line of JSON a case, then a table of all with their ratios. ``--parts`` takes
 ``build``, ``engine``, ``grpc``, ``http`` (our client through the gateway), ``ours`` and ``peer`` one by one; ``--out``
 keeps what other parts have found. On an H200 the parts engine, grpc, ours and peer took 8.6 minutes with a new cache of
-kernels.
+kernels and vLLM's client run once; now each part runs as often as ``--repeats`` says.
 
 ``--site`` is a folder with vLLM and what it needs, in its own versions, numpy 2 among them; only the peer and its
 client see it. Ours needs these wheels (Python 3.12) in the interpreter's own folder, since Triton's stub reads no

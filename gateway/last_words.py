@@ -20,6 +20,8 @@ import struct
 NUMBER = struct.Struct("<Q")
 HOLD = struct.Struct("<QQI")
 HOLDS, LETS_GO = b"h", b"g"
+RETRY_S = 0.05
+"""Where the supervisor has had no time to listen."""
 MOST_NUMBERS = 512
 """In a message."""
 CONNECTION = "flightline.connection"
@@ -105,7 +107,8 @@ class Channel:
                 some = self._released[:MOST_NUMBERS]
                 self._socket.send(LETS_GO + b"".join(map(NUMBER.pack, some)))
                 del self._released[:MOST_NUMBERS]
-        except BlockingIOError:  # with the next
-            pass
+        except BlockingIOError:  # the connections stay open as long as nobody is told
+            self._tells = True
+            asyncio.get_running_loop().call_later(RETRY_S, self._tell)
         except OSError:  # the supervisor has ended
             self._released.clear()

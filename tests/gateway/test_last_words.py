@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import http.server
 import json
@@ -18,7 +19,7 @@ import pytest
 
 from flightline.gateway.alone import Alone, alone
 from flightline.gateway.exchange import CONTINUE
-from flightline.gateway.last_words import HOLD, HOLDS, LETS_GO, NUMBER
+from flightline.gateway.last_words import HOLD, HOLDS, LETS_GO, NUMBER, RETRY_S, Channel
 from flightline.gateway.settings import GatewaySettings, Upstream
 from flightline.loadtest.null_server import NullServer, Timing
 from flightline.supervisor.last_words import LastWords
@@ -173,6 +174,39 @@ def test_a_connection_that_does_not_fit_in_is_not_held() -> None:
     words.join(30)
     for end in ours:
         end.close()
+
+
+def test_who_is_let_go_while_the_supervisor_does_not_listen_is_let_go_later() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def fill_and_let_go() -> set[int]:
+        channel = Channel(theirs.detach())
+        connection = socket.create_connection(listener.getsockname())
+        held = []
+        while (one := channel.hold(connection, 0, b"a" * 1000, b"b")) is not None:
+            held.append(one)
+        for one in held:
+            one.release()
+        await asyncio.sleep(2 * RETRY_S)  # nobody could be told
+        connection.close()
+        ours.setblocking(False)
+        told: set[int] = set()
+        while len(told) < len(held):
+            try:
+                data, files, *_ = socket.recv_fds(ours, 1 << 16, 1)
+            except BlockingIOError:
+                await asyncio.sleep(0.01)
+                continue
+            for file in files:
+                os.close(file)
+            if data[:1] == LETS_GO:
+                told |= {number for (number,) in NUMBER.iter_unpack(data[1:])}
+        assert held
+        return told
+
+    with ours, socket.create_server(("127.0.0.1", 0)) as listener:
+        told = asyncio.run(asyncio.wait_for(fill_and_let_go(), 30))
+    assert told == set(range(len(told)))
 
 
 def test_tritons_own_stream_ends_with_an_error_as_triton_tells_it(start: Start) -> None:

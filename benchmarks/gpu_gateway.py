@@ -202,7 +202,7 @@ def engine(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def by_our_client(options: argparse.Namespace, side: str, url: str, model: str) -> list[dict[str, Any]]:
     """Streaming, in as many processes whatever the endpoint; it also warms the engine up."""
-    prompts, clients = Prompts(SHAPES[options.shape][1]), Clients(url, options.clients)
+    prompts, clients = Prompts(SHAPES[options.shape][1], side), Clients(url, options.clients)
     levels = [int(level) for level in options.levels.split(",")]
     for count in sorted({*WARM_UP, *levels}):
         clients.load(model, prompts(count), count, True)

@@ -33,8 +33,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
+import uvloop
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,8 @@ from flightline.client.aio import AsyncClient  # noqa: E402
 from flightline.deployment import Deployment  # noqa: E402
 from flightline.engine_build.build import Build  # noqa: E402
 from flightline.engine_build.settings import parse  # noqa: E402
+from flightline.loadtest.http_client import HttpAnswer, HttpClient  # noqa: E402
+from flightline.loadtest.openai_api import events  # noqa: E402
 from flightline.model_repository.shared.vocabulary import Vocabulary  # noqa: E402
 from flightline.torch_engine.core.config import EngineConfig  # noqa: E402
 from flightline.torch_engine.core.request import GenerationRequest  # noqa: E402
@@ -170,23 +172,27 @@ async def ask(client: AsyncClient, prompt: str, stream: bool, kind: str = "greed
     return Answer("".join(texts), tokens, first, took, len(texts), time.time())
 
 
-async def ask_openai(session: aiohttp.ClientSession, url: str, model: str, prompt: str, kind: str) -> Answer:
-    """The same of a server with OpenAI's ``/v1/completions``, streamed; ``kind`` is greedy or temp1."""
-    started = time.perf_counter()
+async def ask_openai(client: HttpClient, prompt: str, model: str, kind: str) -> Answer:
+    """The same of a server with OpenAI's ``/v1/completions``, streamed; ``kind`` is greedy or temp1. The events are
+    read when the last one has come."""
     body = {"model": model, "prompt": prompt, "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
     body |= {"temperature": {"greedy": 0, "temp1": 1}[kind], "stream_options": {"include_usage": True}}
-    texts, first, last, tokens = [], 0.0, 0.0, 0
-    async with session.post(f"{url}/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.content:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-                if event["choices"]:
-                    texts.append(event["choices"][0]["text"])
-                    last = time.perf_counter() - started
-                    first = first or last
-    return Answer("".join(texts), tokens, first, last, len(texts), time.time())
+    request, answer = client.request("POST", "/v1/completions", json.dumps(body).encode()), HttpAnswer()
+    started = time.monotonic_ns()
+    await client.send(request, answer)
+    ended = time.time()
+    if answer.status != 200:
+        raise RuntimeError(f"HTTP {answer.status}: {answer.body.decode()[:300]}")
+    texts, times, tokens = [], [], 0
+    for arrived, data in events(answer.pieces):
+        if data == b"[DONE]":
+            continue
+        event = json.loads(data)
+        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+        if event["choices"]:
+            texts.append(event["choices"][0]["text"])
+            times.append((arrived - started) / 1e9)
+    return Answer("".join(texts), tokens, times[0], times[-1], len(texts), ended)
 
 
 class Clients:
@@ -228,7 +234,8 @@ def put(
     url: str, model: str, prompts: list[str], users: int, stream: bool, kind: str, start: float
 ) -> list[Answer]:
     """One process's part, from the time ``start`` on."""
-    return asyncio.run(_put(url, model, prompts, users, stream, kind, start))
+    part = _put(url, model, prompts, users, stream, kind, start)
+    return uvloop.run(part) if url.startswith("http://") else asyncio.run(part)  # gRPC polls by itself
 
 
 async def _put(
@@ -238,9 +245,8 @@ async def _put(
     answers: list[Answer] = []
     async with contextlib.AsyncExitStack() as stack:
         if url.startswith("http://"):
-            connector = aiohttp.TCPConnector(limit=0)
-            session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
-            one = functools.partial(ask_openai, session, url, model, kind=kind)
+            http = stack.enter_context(contextlib.closing(HttpClient(url)))
+            one = functools.partial(ask_openai, http, model=model, kind=kind)
         else:
             client = await stack.enter_async_context(AsyncClient(url, model, timeout_s=120))
             one = functools.partial(ask, client, stream=stream, kind=kind)
@@ -304,11 +310,11 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[int, int, int, str]]:
 
 
 class Prompts:
-    """New ones at every call: a second time they would come from the prefix cache."""
+    """New ones at every call, and others of another seed: a second time they would come from the prefix cache."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, seed: str = "") -> None:
         self._words = range(FIRST, spec.vocab_size)
-        self._chance = random.Random(0)
+        self._chance = random.Random(seed)
 
     def __call__(self, count: int) -> list[str]:
         return ["".join(map(word, self._chance.choices(self._words, k=LENGTH))) for _ in range(count)]

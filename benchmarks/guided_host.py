@@ -31,7 +31,7 @@ from benchmarks.random_checkpoint import LLAMA_8B, RandomCheckpoint
 from benchmarks.words import pieces
 from flightline.torch_engine import cuda_runner
 from flightline.torch_engine.core.config import EngineConfig
-from flightline.torch_engine.core.request import GenerationRequest, SamplingParams
+from flightline.torch_engine.core.request import GenerationRequest, RequestOutput, SamplingParams
 from flightline.torch_engine.engine import Engine, freeze_garbage_collector
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -58,15 +58,15 @@ class HostOnly(cuda_runner.CudaRunner):
         """Spent on what the device would do."""
         self._chance = np.random.default_rng(0)
 
-    def _carry_out(self, order: cuda_runner.Order, staging: cuda_runner.Staging) -> Callable[[], None]:
+    def _carry_out(self, order: cuda_runner.Order, staging: cuda_runner.Staging) -> Callable[[bool], None]:
         self._upload(staging, order.parts, [])
         return self._pick
 
-    def _pick(self) -> None:
+    def _pick(self, searches: bool) -> None:
         began = clock()
         self.tokens[:] = 300
         masks = self.sampling._masks[0]
-        rows = masks.parts(masks.host, len(self.guided))[1].numpy().view(np.uint32)
+        rows = masks.parts(len(self.guided))[1]
         for mask, slot in zip(rows, self.guided, strict=True):
             word = int(self._chance.choice(np.flatnonzero(mask)))
             bits = np.flatnonzero(np.unpackbits(mask[word : word + 1].view(np.uint8), bitorder="little"))
@@ -121,6 +121,13 @@ def timed(runner: HostOnly, owner: Any, name: str, spent: dict[str, list[Any]]) 
     setattr(owner, name, call)
 
 
+def fail_on_errors(outputs: list[tuple[Any, RequestOutput]]) -> None:
+    """Steps of requests that failed take no time."""
+    for _, output in outputs:
+        if output.error is not None:
+            raise output.error
+
+
 def measure(engine: Engine, rows: int, plain: int, steps: int) -> dict[str, Any]:
     """Microseconds: of the first steps together, and of each of those after them.
 
@@ -136,11 +143,12 @@ def measure(engine: Engine, rows: int, plain: int, steps: int) -> dict[str, Any]
         sampling = SamplingParams(0.8, top_p=0.95, seed=number)
         engine.add(number, GenerationRequest(prompt, steps + 100, sampling, end_id=-1, guide=guide))
     while len(engine.guided) or any(sequence.num_generated < 2 for sequence in engine.sequences.values()):
-        engine.step()
+        fail_on_errors(engine.step())
     for _ in range(steps):
         began = clock() - runner.elsewhere
-        engine.step()
+        outputs = engine.step()
         spent.append(clock() - runner.elsewhere - began)
+        fail_on_errors(outputs)
     for key in list(engine.sequences):
         engine.cancel(key)
     return summary(spent)

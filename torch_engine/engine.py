@@ -11,8 +11,9 @@ A step with guesses (``core/speculation.py``) needs the tokens before it, and ho
 only when it has ended: before and after it the host waits.
 
 What a grammar (``core/grammar.py``) allows next depends on the token before. Such a step is launched in two parts: the
-forward pass as ever; then the tokens of step n are fetched, and while the device computes, their masks are made; and
-only then the choice of tokens is queued (:meth:`Runner.finish`).
+forward pass as ever; then the tokens of step n are fetched, and while the device computes and the host tells what has
+become of them and plans step n + 2, their masks are made. Before that step is launched, the choice of step n + 1's
+tokens is queued (:meth:`Runner.finish`).
 """
 
 from __future__ import annotations
@@ -212,6 +213,8 @@ class Engine:
         if sequence is None:
             return None
         self._retire(sequence)
+        if not self.busy:
+            self._finish()  # nobody will ask for another step
         return sequence.end(FinishReason.CANCELLED)
 
     def step(self) -> Outputs:
@@ -222,9 +225,13 @@ class Engine:
         """
         outputs = self._expire() + self._guide()
         if self._flight is not None and self._awaits(self._flight):
-            outputs += self._fetch()
+            outputs += self._finish() + self._fetch()
         self.scheduler.waiting.extendleft(reversed(self.siblings.release()))
         chunks = self.scheduler.schedule()
+        if failed := self._finish():
+            return (
+                outputs + failed
+            )  # some of them may have been in this step, too: the next call plans it again
         self._count(chunks)
         launched = None
         if chunks:
@@ -238,9 +245,12 @@ class Engine:
         elif self._flight is None and self.guided and not outputs:
             self.guided.wait(IDLE_S)
         outputs += self._fetch()
-        if launched is not None:
-            outputs += self._finish(launched)
-        return outputs if self.runner.lags else outputs + self._fetch()
+        self._flight = launched
+        if not self.runner.lags:
+            outputs += self._fetch()
+        elif not self.busy:
+            self._finish()  # nobody will ask for another step
+        return outputs
 
     def _awaits(self, flight: Flight) -> bool:
         """Whether the tokens in flight have to be known before the next step is launched."""
@@ -276,16 +286,16 @@ class Engine:
             self.blocks.forget_all()
             raise MovesFailed(f"KV blocks could not be copied: {type(error).__name__}: {error}") from error
 
-    def _finish(self, launched: Flight) -> Outputs:
-        """Queues what of a step depends on the tokens of the step before, which have been fetched."""
+    def _finish(self) -> Outputs:
+        """Queues what of the step in flight depends on the tokens of the step before, which have been fetched."""
         try:
             self.runner.finish()
         except RankLost:
             raise
         except Exception as error:
+            flight, self._flight = self._flight, None
             self.failed_steps += 1
-            return self._fail(launched.chunks, error)
-        self._flight = launched
+            return self._fail(flight.chunks if flight else [], error)
         return []
 
     def _guide(self) -> Outputs:

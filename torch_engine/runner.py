@@ -85,7 +85,7 @@ class StepRunner(Protocol):
         """Begins what :meth:`finish` will do: the tokens of the step before are known. Their texts are not yet."""
 
     def finish(self) -> None:
-        """Queues what of the launched step had to wait for the tokens of the step before."""
+        """Queues what of the launched step had to wait for the tokens of the step before, if it has not been."""
 
     def check(self, sequence: Sequence) -> None:
         """Raises RequestError: INVALID_ARG if the device cannot do what a request asks of its tokens."""

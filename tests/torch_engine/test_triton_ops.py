@@ -1154,9 +1154,56 @@ class TestEngine:
         assert told(engine) == expected
         assert all(re.fullmatch(guide.text, text) for _, text, _ in expected[::2])
         # Masks are begun before the fetched tokens' texts are made: the second "prepare" finds them under way.
-        steady = ["launch", "_fetch", "prepare", "finish", "prepare", "allow"]
+        steady = ["finish", "prepare", "allow", "launch", "_fetch", "prepare"]
         assert sum(order[at : at + 6] == steady for at in range(len(order))) >= 2
         assert order.count("allow") < order.count("launch"), "steps of plain rows alone need no masks"
+        engine.audit()
+
+    def test_a_choice_that_waits_for_masks_is_queued_when_nobody_is_left(self, tmp_path, make_engine) -> None:
+        """Other ranks, and the device, have been told of its step."""
+        engine = make_engine(
+            tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1), kernels="cuda", device=DEVICE.type
+        )
+        guide = Guide("regex", "[a-c]{20}z")
+        engine.guided.grammars.compile(guide)
+        engine.add("first", GenerationRequest([5, 6, 7], 8, guide=guide))
+        engine.step()
+        engine.step()
+        assert engine.runner._unfinished is not None
+        engine.cancel("first")
+        assert engine.runner._unfinished is None
+        (output,) = engine.generate([GenerationRequest([5, 6, 7], 8, guide=guide)])
+        assert re.fullmatch("[a-c]{8}", output.text)
+        engine.audit()
+
+    def test_a_choice_that_fails_fails_its_requests_only(self, tmp_path, make_engine, monkeypatch) -> None:
+        """The step that was planned meanwhile is planned again, without them."""
+        engine = make_engine(
+            tiny_checkpoint(tmp_path / "llama", num_hidden_layers=1), kernels="cuda", device=DEVICE.type
+        )
+        guide = Guide("regex", "[a-c]{20}z")
+        engine.guided.grammars.compile(guide)
+        request = GenerationRequest([5, 6, 7], 8, guide=guide)
+        (expected,) = engine.generate([request])
+        engine.add("first", request)
+        engine.step()
+        engine.step()
+        engine.add("second", request)  # planned with what fails
+
+        def fails(slots):
+            raise RuntimeError("no room")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.runner.sampling, "allow", fails)
+            outputs = dict(engine.step())
+        assert outputs["first"].error is not None and "no room" in outputs["first"].error.message
+        assert list(engine.sequences) == ["second"] and engine.failed_steps == 1
+        tokens: list[int] = []
+        while engine.busy:
+            for key, output in engine.step():
+                assert key == "second" and output.error is None
+                tokens += output.token_ids
+        assert tokens == list(expected.token_ids) and engine.failed_steps == 0
         engine.audit()
 
     def test_cancelling_in_flight(self, tmp_path, make_engine) -> None:

@@ -29,17 +29,33 @@ class Masks:
 
     def __init__(self, count: int, words: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self.most, self.words = count, words
-        self.host = torch.empty(count * (2 + words), dtype=torch.int32, pin_memory=on_gpu)
-        self.there = torch.empty_like(self.host, device=device)
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
-        if self.stream is not None:  # what had this memory before may still be computed with
-            self.stream.wait_stream(torch.cuda.current_stream())
+        self.most, self._words = count, words
+        self._host = torch.empty(count * (2 + words), dtype=torch.int32, pin_memory=on_gpu)
+        self._there = torch.empty_like(self._host, device=device)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        if self._stream is not None:  # what had this memory before may still be computed with
+            self._stream.wait_stream(torch.cuda.current_stream())
 
-    def parts(self, where: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of ``host`` or ``there``: slots int64 [count], and masks int32 [count, words]."""
-        slots, masks = where[: count * (2 + self.words)].split([2 * count, count * self.words])
-        return slots.view(torch.int64), masks.view(count, self.words)
+    def parts(self, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Here, to be written: slots int64 [count], and masks uint32 [count, words]."""
+        slots, masks = self._parts(self._host, count)
+        return slots.numpy(), masks.numpy().view(np.uint32)
+
+    def put(self, count: int, table: torch.Tensor) -> None:
+        """Queues that they are in their slots' rows of ``table`` [slots, words or fewer] when the device has computed
+        what is queued so far. They get there on a stream of their own, meanwhile: whoever has read these rows before
+        must have done so."""
+        size = count * (2 + self._words)
+        with torch.cuda.stream(self._stream):  # None: no other than the current one
+            self._there[:size].copy_(self._host[:size], non_blocking=True)
+            slots, masks = self._parts(self._there, count)
+            table.index_copy_(0, slots, masks[:, : table.shape[1]])
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _parts(self, where: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        slots, masks = where[: count * (2 + self._words)].split([2 * count, count * self._words])
+        return slots.view(torch.int64), masks.view(count, self._words)
 
 
 class DeviceSampling:
@@ -124,24 +140,13 @@ class DeviceSampling:
         self._masks.reverse()
         if self._masks[0].most < count:
             self._masks[0] = Masks(1 << (count - 1).bit_length(), Grammar.words(self._vocab), self._device)
-        masks = self._masks[0]
-        rows: NDArray[Any] = masks.parts(masks.host, count)[1].numpy().view(np.uint32)
-        return rows
+        return self._masks[0].parts(count)[1]
 
     def allow(self, slots: list[int]) -> None:
-        """Queues that only what the new masks say may come next, one mask a slot.
-
-        They travel on a stream of their own, while the device computes.
-        """
-        masks, count = self._masks[0], len(slots)
-        masks.parts(masks.host, count)[0].numpy()[:] = slots
-        size = count * (2 + masks.words)
-        with torch.cuda.stream(masks.stream):  # None: no other than the current one
-            masks.there[:size].copy_(masks.host[:size], non_blocking=True)
-        if masks.stream is not None:
-            torch.cuda.current_stream().wait_stream(masks.stream)
-        where, rows = masks.parts(masks.there, count)
-        self.tables.allowed.index_copy_(0, where, rows[:, : self.tables.allowed.shape[1]])
+        """Queues that only what the new masks say may come next, one mask a slot. All tokens that were chosen by older
+        masks have been fetched."""
+        self._masks[0].parts(len(slots))[0][:] = slots
+        self._masks[0].put(len(slots), self.tables.allowed)
 
     def fork(self, moves: list[Move]) -> None:
         """Queues that slots become what others will be when some tokens more have been said there."""

@@ -11,7 +11,9 @@ the right answers could only be what they were: so many steps could be saved by 
 compares, in turns, output tokens/s of so many plain requests with as many guided ones, and of twice as many plain ones
 with half of them guided: what plain streams lose beside guided ones. (``benchmarks/gpu.py --parts guided`` does the
 same on a GPU, with an 8B model's shape and 128,256 tokens.) All are drawn in the same way and have the same numbers of
-tokens; only the ratios of one run mean anything on a machine that others use.
+tokens; only the ratios of one run mean anything on a machine that others use. On a CPU, where a forward pass is the
+same for all and differs more from round to round than guides cost, a second ratio is of the time outside of it: as if
+each pass had taken the median of both sides.
 """
 
 from __future__ import annotations
@@ -160,11 +162,15 @@ def compare(engine: Engine, prompts: list[list[int]], options: argparse.Namespac
         options: ``rows``, ``rounds``, ``tokens`` and ``greedy`` of the command line.
     """
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
+    passes: dict[str, list[float]] = {name: [] for name in SIDES}
+    forward = Forward(engine)
     for name in SIDES:
         rate(engine, prompts, options, name, 4)  # compiles the grammar and warms up
     for number in range(options.rounds):
         for name in turned(list(SIDES), number):
+            forward.seconds = 0.0
             rates[name].append(rate(engine, prompts, options, name, options.tokens))
+            passes[name].append(forward.seconds)
             print(
                 json.dumps({"round": number, "side": name, "output_tokens_per_s": round(rates[name][-1], 1)})
             )
@@ -177,7 +183,39 @@ def compare(engine: Engine, prompts: list[list[int]], options: argparse.Namespac
             f"{what}: {statistics.median(ratios):.3f} of the rate without guides "
             f"({ratios[0]:.3f}-{ratios[-1]:.3f}); {statistics.median(rates[first]):.0f} tokens/s without"
         )
+        if not engine.runner.lags:
+            made = options.tokens * options.rows * sum(SIDES[first])
+            passing = statistics.median(passes[first] + passes[second])
+            without, beside = (
+                statistics.median(
+                    made / fast - passed for fast, passed in zip(rates[side], passes[side], strict=True)
+                )
+                for side in (first, second)
+            )
+            print(
+                f"{what}, by the time outside of forward passes: {(passing + without) / (passing + beside):.3f} "
+                f"({passing:.2f} s in them, {without:.3f} and {beside:.3f} s outside)"
+            )
+    forward.restore()
     return rates
+
+
+class Forward:
+    """Seconds in an engine's forward passes, where the host waits for them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._model, self._real, self.seconds = engine.model, engine.model.forward, 0.0
+        self._model.forward = self._timed  # type: ignore[method-assign]
+
+    def _timed(self, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._real(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def restore(self) -> None:
+        del self._model.forward  # type: ignore[method-assign]
 
 
 def rate(

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol
 import torch
 
 from flightline.torch_engine.core.blocks import Moves
+from flightline.torch_engine.core.grammar import know
 from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.core.sampling import (
     Sampled,
@@ -152,6 +153,7 @@ class Runner(Generic[LinearT, CacheT, StepT]):
                 choosing, telling = split_rows(chunks)
                 told = told_scores(score(logits[telling], asked), asked)
                 logits = logits[choosing]
+            know([sequence.grammar for sequence in sampling if sequence.grammar is not None])
             sampled = sample(logits, rows_of(chunks), self.kernels) if sampling else []
         except Exception as error:
             raise SamplingFailed(f"{type(error).__name__}: {error}") from error

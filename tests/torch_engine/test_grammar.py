@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flightline.torch_engine.core import grammar as module
-from flightline.torch_engine.core.grammar import Grammar, Grammars, check, fill, take
+from flightline.torch_engine.core.grammar import Grammar, Grammars, check, fill, know, take
 from flightline.torch_engine.core.request import Guide, InvalidField
 from flightline.torch_engine.text.stream import TokenBytes
 
@@ -303,28 +303,33 @@ def test_several_answers_at_once_are_as_each_alone() -> None:
     """Their tokens and their masks, from the first to the last: where they may end, must, and cannot go on."""
     rng = np.random.default_rng(0)
     least = [0, 5] * len(WALKED)
-    alone, together = (
+    alone, together, known = (
         [
             grammar(*guide, ends=(END, spell("b")[0]), min_tokens=tokens)
             for guide, tokens in zip(WALKED * 2, least, strict=True)
         ]
-        for _ in range(2)
+        for _ in range(3)
     )
     ended = 0
     for _ in range(40):
         rows = np.full((len(alone), Grammar.words(VOCAB)), 0xFFFFFFFF, dtype=np.uint32)
         fill(together, rows)()
         assert rows.tolist() == [one.mask().tolist() for one in alone]
+        assert not any(one._known for one in known)
+        know(known)
+        assert all(one._known for one in known)
+        assert rows.tolist() == [one.mask().tolist() for one in known]
         choices = [sorted(allowed(one) - {END, spell("b")[0]}) for one in alone]
         # Every answer goes on with something, right or wrong, until it has ended.
         wild = rng.random() < 0.1
         tokens = [int(rng.choice(spell("xyz") if wild or not choice else choice)) for choice in choices]
         for one, token in zip(alone, tokens, strict=True):
             one.take(token)
-        take(list(zip(together, tokens, strict=True)))
-        assert [(one.finished, one.problem) for one in together] == [
-            (one.finished, one.problem) for one in alone
-        ]
+        for several in (together, known):
+            take(list(zip(several, tokens, strict=True)))
+            assert [(one.finished, one.problem) for one in several] == [
+                (one.finished, one.problem) for one in alone
+            ]
         ended += sum(bool(one.finished or one.problem) for one in alone)
     assert 0 < ended < 40 * len(alone)
 

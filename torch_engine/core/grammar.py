@@ -538,9 +538,13 @@ class Grammar:
 
     def fill(self, row: NDArray[Any]) -> None:
         """Writes the mask into ``row``, contiguous uint32 [words]."""
+        self._write(row)
+        _complete([self], row[None])
+
+    def _write(self, row: NDArray[Any]) -> None:
+        """The library's mask, if the grammar can go on."""
         if not self.problem:
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        _complete([self], row[None])
 
     def _end(self, row: NDArray[Any], accepting: bool, goes_on: bool) -> None:
         """Says in a mask which ends are allowed.
@@ -575,6 +579,23 @@ def take(taken: list[tuple[Grammar, int]]) -> None:
     accepted = _executor().consume_token_par([(grammar._matcher, token) for grammar, token in taken])
     for (grammar, _), each in zip(taken, accepted, strict=True):
         grammar._took(each)
+
+
+def know(grammars: list[Grammar]) -> None:
+    """Makes the masks of several at once: :meth:`Grammar.mask` then knows them.
+
+    By this thread alone: on two cores, of which the kernels' threads have just had both, several took half as much again.
+    """
+    unknown = [grammar for grammar in grammars if not grammar._known]
+    if len(unknown) < 2:
+        return  # it makes one by itself, sooner
+    rows = np.empty((len(unknown), Grammar.words(unknown[0]._vocab)), dtype=np.uint32)
+    for grammar, row in zip(unknown, rows, strict=True):
+        grammar._write(row)
+    _complete(unknown, rows)
+    for grammar, row in zip(unknown, rows, strict=True):
+        grammar._row[0] = row
+        grammar._known = True
 
 
 @cache

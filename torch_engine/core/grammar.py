@@ -584,7 +584,8 @@ def take(taken: list[tuple[Grammar, int]]) -> None:
 def know(grammars: list[Grammar]) -> None:
     """Makes the masks of several at once: :meth:`Grammar.mask` then knows them.
 
-    By this thread alone: on two cores, of which the kernels' threads have just had both, several took half as much again.
+    By this thread alone: on two cores, of which the kernels' threads have just had both, several took half as much
+    again.
     """
     unknown = [grammar for grammar in grammars if not grammar._known]
     if len(unknown) < 2:

@@ -229,9 +229,8 @@ class Engine:
         self.scheduler.waiting.extendleft(reversed(self.siblings.release()))
         chunks = self.scheduler.schedule()
         if failed := self._finish():
-            return (
-                outputs + failed
-            )  # some of them may have been in this step, too: the next call plans it again
+            # Some of them may be in the planned step, too: the next call plans it again.
+            return outputs + failed
         self._count(chunks)
         launched = None
         if chunks:

@@ -45,6 +45,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 48,
         "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
     },
+    "gpt-oss-20b": SHAPE | {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880,
+        "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "max_position_embeddings": 131072, "sliding_window": 128, "attention_bias": True, "swiglu_limit": 7.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+    },
 }  # fmt: skip
 CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 SCHEME = {
@@ -58,6 +69,11 @@ STORED: dict[str, dict[str, Any]] = {
     },
     "fp8-blocks": {
         "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3",
+    },
+    "mxfp4": {
+        "quant_method": "mxfp4", "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
     },
     "int4": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
 }  # fmt: skip
@@ -80,6 +96,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--precision", choices=["fp8", *STORED, "bf16"], default="fp8")
+    parser.add_argument("--kv", choices=["fp8", "auto"], default="fp8", help="auto: bf16")
     parser.add_argument(
         "--flashinfer", action="store_true", help="vLLM's FlashInfer sampler (compiles at first use)"
     )
@@ -98,7 +115,7 @@ def main() -> None:
     Path(folder, "config.json").write_text(json.dumps(config))
     llm = vllm.LLM(
         folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=512, max_logprobs=20,
-        gpu_memory_utilization=0.88, enable_prefix_caching=False, kv_cache_dtype="fp8",
+        gpu_memory_utilization=0.88, enable_prefix_caching=False, kv_cache_dtype=options.kv,
         quantization="fp8" if options.precision == "fp8" else None,
         **several,
     )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flightline.torch_engine.core.config import EngineConfig
 from flightline.torch_engine.core.layer_groups import LayerGroups
 from flightline.torch_engine.kernels.choice import choose
-from flightline.torch_engine.kernels.cpu.native import NativeKernels
+from flightline.torch_engine.kernels.cpu.native import NativeCache, NativeKernels
+from flightline.torch_engine.kernels.cpu.pages import take
 from flightline.torch_engine.kernels.reference.pytorch import PyTorchKernels
 from flightline.torch_engine.model.decoder import Model
 from flightline.torch_engine.model.shard import Shard
@@ -52,7 +55,9 @@ def load_runner(config: EngineConfig, checkpoint: Checkpoint, ranks: Ranks) -> S
     if isinstance(kernels, PyTorchKernels):
         return Runner(Model(checkpoint, kernels, longest), kernels, *room)
     if isinstance(kernels, NativeKernels):
-        return Runner(Model(checkpoint, kernels, longest), kernels, *room)
+        runner: Runner[Any, NativeCache, Any] = Runner(Model(checkpoint, kernels, longest), kernels, *room)
+        take([tensor for cache in runner.caches for tensor in kernels.cache_tensors(cache)])
+        return runner
     from flightline.torch_engine.cuda_runner import CudaRunner  # needs Triton's language
 
     return CudaRunner(Model(checkpoint, kernels, longest), kernels, config, ranks, groups)

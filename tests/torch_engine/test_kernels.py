@@ -202,6 +202,28 @@ def test_a_row_does_not_depend_on_its_neighbours(make: Make, bits: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("bits", [4, 7, 8, 16])
+def test_a_weight_is_packed_in_pieces(make: Make, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    kernels, weight = make(), torch.randn(203, 70).bfloat16()
+    packed = []
+    for at_once in (1 << 12, 64):
+        monkeypatch.setattr(native_module, "PACKED_AT_ONCE", at_once)
+        room = kernels.room(bits, 1, *weight.shape)
+        kernels.pack(bits, weight, room)
+        packed.append(room)
+    assert packed[0].any() and torch.equal(*packed)
+
+
+@needs_compiler
+def test_embeddings_in_bfloat16_are_those_in_float32(native: NativeKernels) -> None:
+    table, step = torch.randn(50, 70).bfloat16(), SimpleNamespace(token_ids=torch.tensor([3, 49, 0, 3]))
+    for factor in (torch.tensor(1.0), torch.tensor(8.5)):
+        found = native.embed(step, table, factor)
+        assert torch.equal(found, table.float()[step.token_ids] * factor)
+        assert torch.equal(native.embed(step, table.float(), factor), found)
+
+
+@needs_compiler
 @pytest.mark.parametrize("size", [1, 16, 77, 576])
 def test_norm_and_gate(native, reference, size: int) -> None:
     x, delta, weight, post = (
@@ -389,6 +411,7 @@ def test_the_whole_decoder_is_its_operations_one_by_one(
     folder = tiny_checkpoint(tmp_path, family)
     engine = make_engine(folder, kernel_dir=library, weight_precision=precision, num_threads=2)
     model = engine.model
+    assert model.embedding.dtype == torch.bfloat16, "as the file has it"
     for step in steps_of(random.Random(3), 4, 64):
         step.token_ids = torch.randint(3, 250, step.positions.shape)
         step.logit_rows = torch.arange(step.positions.shape[0])[1::2]

@@ -15,6 +15,7 @@ from flightline.torch_engine.model.kernel_interface import (
     LinearT,
 )
 from flightline.torch_engine.model.spec import ModelSpec
+from flightline.torch_engine.model.weights import Checkpoint
 from flightline.torch_engine.parallel.group import Alone, Group
 
 
@@ -118,6 +119,10 @@ class Operations(ABC, Generic[LinearT, HiddenT, CacheT, RowsT]):
             share = None if share is None else share.index_select(-2, step.logit_rows)
         h, _ = self.add_shares(x, share, post, model.norm, eps, model.lm_head)
         return model.lm_head(h)
+
+    def embedding(self, checkpoint: Checkpoint, module: str) -> torch.Tensor:
+        """The rows [vocab, N] that ``embed`` picks from: here in the compute dtype."""
+        return checkpoint.weight(module, self.dtype).to(self.device)
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight. Gemma's is applied in float32 as ``1 + weight``, the others' in ``dtype``."""

@@ -35,7 +35,7 @@ class Model(Generic[LinearT, CacheT, StepT]):
         self.spec = spec
         self.kernels = kernels
         dtype, device = kernels.dtype, kernels.device
-        self.embedding = checkpoint.weight("model.embed_tokens", dtype).to(device)
+        self.embedding = kernels.embedding(checkpoint, "model.embed_tokens")
         # Read on the host.
         rounded = dtype if spec.rounds_embedding_scale else torch.float32
         self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=rounded)
@@ -101,7 +101,7 @@ class Model(Generic[LinearT, CacheT, StepT]):
         groups = groups or LayerGroups.one(len(self.layers))
         try:
             return self._new_caches(num_blocks, block_size, groups)
-        except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
+        except (MemoryError, RuntimeError) as error:  # torch has no exception of its own for a CPU's memory
             if "memory" not in str(error) and "overflow" not in str(error):
                 raise
             raise MemoryError(

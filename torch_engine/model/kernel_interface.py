@@ -92,7 +92,7 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
     """As ``EngineConfig.kernels`` has it."""
     device: torch.device
     dtype: torch.dtype
-    """Of activations and embeddings."""
+    """Of activations."""
     group: Group
     """The ranks that share the model."""
     stride: int
@@ -111,6 +111,9 @@ class Kernels(Protocol[LinearT, CacheT, StepT]):
         self, checkpoint: Checkpoint, mixture: MixtureSpec, layer: str, activation: str
     ) -> RoutedMlp[LinearT]:
         """The routed MLP of ``layer``, which is a module's name like ``model.layers.0``."""
+
+    def embedding(self, checkpoint: Checkpoint, module: str) -> torch.Tensor:
+        """The rows [vocab, N] that :meth:`embed` picks from, in a dtype that it reads."""
 
     def norm_weight(self, weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
         """Prepares a norm's weight; Gemma's is applied as ``1 + weight``."""

@@ -235,12 +235,20 @@ void fl_noise(uint64_t seed, int64_t position, int64_t stream, int64_t count, ui
     for (int64_t i = 0; i < count; i++) noise[i] = source.of(i), words[i] = source.word(i);
 }
 
-// Rows `ids` [count] of table [.., n], times factor -> out [count, n].
-void fl_embed(const int64_t* ids, int64_t count, const float* table, int64_t n, float factor, float* out) {
+// Rows `ids` [count] of table [.., n], float32 or bfloat16 by its element's size, times factor -> out [count, n].
+void fl_embed_rows(const int64_t* ids, int64_t count, const void* table, int64_t element_bytes, int64_t n, float factor,
+                   float* out) {
     for (int64_t r = 0; r < count; r++) {
-        const float* row = table + ids[r] * n;
+        const int64_t first = ids[r] * n;
+        if (element_bytes == 2) {
+            const uint16_t* row = static_cast<const uint16_t*>(table) + first;
 #pragma omp simd
-        for (int64_t c = 0; c < n; c++) out[r * n + c] = row[c] * factor;
+            for (int64_t c = 0; c < n; c++) out[r * n + c] = from_bfloat16(row[c]) * factor;
+        } else {
+            const float* row = static_cast<const float*>(table) + first;
+#pragma omp simd
+            for (int64_t c = 0; c < n; c++) out[r * n + c] = row[c] * factor;
+        }
     }
 }
 

@@ -23,6 +23,7 @@ from flightline.torch_engine.core.config import ConfigError, EngineConfig
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepInput, TensorSequence
+from flightline.torch_engine.kernels.cpu.pages import zeros
 from flightline.torch_engine.kernels.cpu.toolchain import available_isas, is_whole, library
 from flightline.torch_engine.kernels.operations import Operations, computed_in
 from flightline.torch_engine.model.coded import Coded
@@ -52,12 +53,14 @@ SIGNATURES = {
     "fl_sample": (POINTER, I64, I64, *[POINTER] * 4, I64, POINTER, POINTER),
     "fl_kept": (POINTER, I64, POINTER, POINTER),
     "fl_noise": (ctypes.c_uint64, I64, I64, I64, POINTER, POINTER),
-    "fl_embed": (POINTER, I64, POINTER, I64, F32, POINTER),
+    "fl_embed_rows": (POINTER, I64, POINTER, I64, I64, F32, POINTER),
     "fl_step": (POINTER, I64, POINTER, I64, I64, I64, I64, POINTER),
     "fl_decode": (POINTER, POINTER, POINTER, POINTER, I64, POINTER),
 }
 GROUP = 32
 """Inputs that share a scale."""
+PACKED_AT_ONCE = 1 << 12
+"""Outputs, a whole number of panels."""
 WEIGHT_BITS = {"auto": 16, "int8": 8, "int4": 4}
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -434,6 +437,14 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         computed = computed_in(spec, self.dtype)
         return f"{computed}, compiled CPU kernels ({weights}, {self.kv} KV cache, {self.isa})"
 
+    def embedding(self, checkpoint: Checkpoint, module: str) -> torch.Tensor:
+        """In bfloat16 as the file has it, whose pages then are read as they are used; else in float32."""
+        if checkpoint.coded(module) is None:
+            stored = checkpoint.raw(f"{module}.weight")
+            if stored.dtype == torch.bfloat16:
+                return stored.contiguous()
+        return checkpoint.weight(module, self.dtype)
+
     def load_linear(self, checkpoint: Checkpoint, modules: list[str]) -> NativeLinear:
         head = modules == ["lm_head"]
         stored = None if head else self.stored_codes(checkpoint, modules)
@@ -479,15 +490,21 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
                 *(*codes.shape, weight.group, into.data_ptr()),
             )
             return
-        weight = weight.float().contiguous()
         outputs, inputs = weight.shape
-        if bits < 16:
-            self.library.fl_pack_ints(bits, weight.data_ptr(), outputs, inputs, into.data_ptr())
-        elif bits == 16:
-            self.library.fl_pack(weight.data_ptr(), outputs, inputs, into.data_ptr())
-        else:  # panels of neighbouring columns, input after input
-            padded = F.pad(weight, (0, 0, 0, -outputs % self.panel))
+        if bits > 16:  # panels of neighbouring columns, input after input
+            padded = F.pad(weight.float(), (0, 0, 0, -outputs % self.panel))
             into.copy_(padded.view(-1, self.panel, inputs).transpose(1, 2).reshape(into.shape))
+            return
+        for start in range(
+            0, outputs, PACKED_AT_ONCE
+        ):  # an output head in float32 would be the largest thing here
+            rows = weight[start : start + PACKED_AT_ONCE].float().contiguous()
+            if bits < 16:
+                to = into.data_ptr() + self.library.fl_int_bytes(bits, start, inputs)
+                self.library.fl_pack_ints(bits, rows.data_ptr(), len(rows), inputs, to)
+            else:
+                to = into.data_ptr() + start * inputs * into.element_size()
+                self.library.fl_pack(rows.data_ptr(), len(rows), inputs, to)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
         """The output head: 7 bits at the least, since int4 there costs more accuracy than time it saves."""
@@ -535,8 +552,8 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         kv_scales: tuple[float, float] = (1.0, 1.0),
     ) -> NativeCache:
         shape, dtype = (num_blocks, num_kv_heads, 2, block_size), CACHE_DTYPES[self.kv]
-        codes = torch.zeros(*shape[:3], block_size * head_dim, dtype=dtype)
-        return NativeCache(codes, torch.zeros(shape) if dtype == torch.int8 else None, block_size)
+        codes = zeros((*shape[:3], block_size * head_dim), dtype)
+        return NativeCache(codes, zeros(shape, torch.float32) if dtype == torch.int8 else None, block_size)
 
     def same_cache(self, cache: NativeCache, kv_scales: tuple[float, float]) -> NativeCache:
         return NativeCache(cache.codes, cache.scales, cache.block_size)
@@ -575,8 +592,9 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
     def embed(self, step: StepInput | NativeStep, table: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         ids = step.token_ids if isinstance(step, NativeStep) else step.token_ids.numpy()
         out = torch.empty(len(ids), table.shape[1])
-        self.library.fl_embed(
-            _address(ids), len(ids), table.data_ptr(), table.shape[1], factor.item(), out.data_ptr()
+        self.library.fl_embed_rows(
+            *(_address(ids), len(ids), table.data_ptr(), table.element_size(), table.shape[1], factor.item()),
+            out.data_ptr(),
         )
         return out
 

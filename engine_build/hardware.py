@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flightline.torch_engine.core.host_memory import host_memory
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -82,14 +83,14 @@ def _cuda() -> Hardware | None:
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=_version("tensorrt_llm"),
         count=torch.cuda.device_count(),
-        host_memory_free=free_host_memory(),
+        host_memory_free=host_memory()[1],
     )
 
 
 def cpu(note: str = "") -> Hardware:
     """Describes the CPU."""
     name, flags = _cpu_description()
-    total, free = _host_memory()
+    total, free = host_memory()
     return Hardware(
         device="cpu",
         name=name,
@@ -110,22 +111,6 @@ def _cpu_description() -> tuple[str, tuple[str, ...]]:
         facts.setdefault(key.strip(), value.strip())
     present = (facts.get("flags") or facts.get("Features") or "").split()
     return facts.get("model name", "CPU"), tuple(flag for flag in CPU_FLAGS if flag in present)
-
-
-def free_host_memory() -> int:
-    """Bytes that the host, or this container, has left."""
-    return _host_memory()[1]
-
-
-def _host_memory() -> tuple[int, int]:
-    """Total and available bytes, within the container's limit if it has one."""
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in _read("/proc/meminfo").splitlines()}
-    total, free = kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit():
-        total = min(total, int(limit))
-        free = min(free, int(limit) - int(used or 0))
-    return total, free
 
 
 def _read(path: str) -> str:

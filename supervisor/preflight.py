@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flightline.engine_build.errors import BuildError
-from flightline.engine_build.hardware import Hardware, cpu, free_host_memory
+from flightline.engine_build.hardware import Hardware, cpu
 from flightline.engine_build.memory import fp8_build_cost
 from flightline.engine_build.plan import AUTO, LANES, ModelShape, Plan, available_precisions, make_plan
 from flightline.engine_build.settings import Settings, parse
@@ -26,6 +26,7 @@ from flightline.engine_build.speed import expected
 from flightline.engine_build.trtllm import containers, host, versions
 from flightline.supervisor.errors import ServeError
 from flightline.supervisor.settings import ServeSettings
+from flightline.torch_engine.core.host_memory import host_memory
 
 GIB = 1 << 30
 COMFORTABLE_SEQUENCES = 8
@@ -83,7 +84,7 @@ def _hardware(gpus: list[host.Gpu]) -> Hardware:
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=versions.installed(),
         count=len(gpus),
-        host_memory_free=free_host_memory(),
+        host_memory_free=host_memory()[1],
     )
 
 
@@ -254,7 +255,7 @@ def _host_memory(model: Model, chosen: Verdict) -> str:
         return ""
     on_gpu = chosen.plan.device == "cuda"
     cost = fp8_build_cost(model.shape.parameters, model.shape.linear_parameters, on_gpu)
-    free = free_host_memory()
+    _, free = host_memory()
     if free >= cost.host_bytes:
         return ""
     return (

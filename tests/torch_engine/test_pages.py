@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from flightline.torch_engine.core import host_memory as host
+from flightline.torch_engine.core.host_memory import host_memory
+from flightline.torch_engine.kernels.cpu import native
 from flightline.torch_engine.kernels.cpu.pages import take, zeros
+from tests.torch_engine.test_kernels import needs_compiler
 
 MIB = 1 << 20
 
@@ -48,3 +52,48 @@ def test_more_than_there_is_is_refused() -> None:
     for size in (1 << 55, 1 << 80):
         with pytest.raises(MemoryError, match=f"{size} bytes of memory are not to be had"):
             zeros((size,), torch.int8)
+
+
+@needs_compiler
+def test_caches_that_do_not_fit_together_are_refused(
+    make_engine, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would fit, and nothing of the first ones is taken when the next is asked for."""
+    settings = {"kernel_dir": library, "num_kv_blocks": 64}
+    engine = make_engine(**settings)
+    needed = engine.model.kernels.reserved
+    assert needed == sum(
+        tensor.nbytes
+        for cache in engine.runner.caches
+        for tensor in engine.model.kernels.cache_tensors(cache)
+    )
+    monkeypatch.setattr(native, "host_memory", lambda: (2 * needed, needed))
+    make_engine(**settings)
+    monkeypatch.setattr(native, "host_memory", lambda: (2 * needed, needed - 1))
+    with pytest.raises(
+        MemoryError, match=r"num_kv_blocks=64 blocks .* do not fit the memory of cpu: lower num_kv"
+    ):
+        make_engine(**settings)
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ({}, (4000, 3000)),
+        ({"max": "max\n", "current": "900"}, (4000, 3000)),
+        (
+            {"max": "2048000", "current": "1024000", "stat": "anon 5\ninactive_file 100\nactive_file 24\n"},
+            (2000, 1000),
+        ),
+        ({"max": "9999999999", "current": "0"}, (4000, 3000)),
+    ],
+)
+def test_memory_of_a_container(
+    group: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{host.GROUP}{name}": text for name, text in group.items()}
+    files["/proc/meminfo"] = "MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable: 3000 kB\nHugePages_Total: 0\n"
+    monkeypatch.setattr(host, "_read", lambda path: files.get(path, ""))
+    total, free = expected
+    given_back = 124 if "stat" in group else 0
+    assert host_memory() == (1024 * total, 1024 * free + given_back)

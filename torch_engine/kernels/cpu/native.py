@@ -10,6 +10,7 @@ the CPU has is taken.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from flightline.torch_engine.core.config import ConfigError, EngineConfig
+from flightline.torch_engine.core.host_memory import host_memory
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepInput, TensorSequence
@@ -426,6 +428,8 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         self.library.fl_set_threads(threads)
         torch.set_num_threads(1)
         self.panel = self.library.fl_panel()
+        self.reserved = 0
+        """Bytes of KV caches, whose pages are not taken yet: what they need must be free."""
         self.rounded = 0
         """Linears of 4-bit codes that are kept in 8 bits."""
         self.group_bytes = self.library.fl_group_bytes()
@@ -552,6 +556,12 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         kv_scales: tuple[float, float] = (1.0, 1.0),
     ) -> NativeCache:
         shape, dtype = (num_blocks, num_kv_heads, 2, block_size), CACHE_DTYPES[self.kv]
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        self.reserved += math.prod(shape) * (head_dim * dtype.itemsize + scale)
+        if self.reserved > (free := host_memory()[1]):
+            raise MemoryError(
+                f"{self.reserved >> 20} MiB of memory or more are wanted, {free >> 20} are free"
+            )
         codes = zeros((*shape[:3], block_size * head_dim), dtype)
         return NativeCache(codes, zeros(shape, torch.float32) if dtype == torch.int8 else None, block_size)
 

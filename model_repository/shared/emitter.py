@@ -35,6 +35,9 @@ MIDDLE_SHARE = 0.5
 """Of the thread's time, for what is between the beginning and the end of answers."""
 CHECK_SHARE = 0.02
 """Of the thread's time, for asking whether clients have gone: 40 us each."""
+LONGEST_UNASKED_S = 0.5
+"""Whatever that costs: a check that was kept from running, on a busy machine, says nothing of what the next will cost,
+and who has gone away is to be noticed within a second."""
 
 
 class Engine(Protocol):
@@ -212,10 +215,14 @@ class Emitter:
             if began >= next_check:
                 self._check()
                 now = time.monotonic()
-                next_check = now + max(self._check_period_s, (now - began) / CHECK_SHARE)
+                next_check = now + self._unasked(now - began)
         closing = RequestError(Code.UNAVAILABLE, "the server is stopping")
         for generation in list(self._active):
             self._send(generation, RequestOutput(finish_reason=FinishReason.ERROR, error=closing))
+
+    def _unasked(self, took_s: float) -> float:
+        """Seconds until the next check, after one that took ``took_s``."""
+        return max(self._check_period_s, min(took_s / CHECK_SHARE, LONGEST_UNASKED_S))
 
     def _take(self) -> tuple[Generation, RequestOutput] | None:
         """The next generation with output that may go, and all the output that waits for it; under the lock."""

@@ -232,6 +232,15 @@ def test_checks_that_fail_do_not_end_the_emitter(capsys: pytest.CaptureFixture[s
     emitter.close()
 
 
+def test_a_check_that_took_long_delays_the_next_by_half_a_second_at_most() -> None:
+    """It may only have been kept from running: a client that goes away is to be noticed within a second."""
+    emitter = Emitter(triton(), Answering(), check_period_s=0.1)
+    assert emitter._unasked(0.0001) == 0.1
+    assert emitter._unasked(0.004) == pytest.approx(0.2)
+    assert emitter._unasked(3.0) == 0.5
+    emitter.close()
+
+
 class Held(Sender):
     """Its first send waits, and all senders write down the order in one list."""
 

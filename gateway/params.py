@@ -62,6 +62,8 @@ class Parameter:
     """The input of ``text_generation`` that has its value."""
     neutral: tuple = ()
     """Of a refused one: the values that ask for nothing."""
+    like: str = ""
+    """And a field whose value, in the same request, does so too."""
     what: str = ""
 
 
@@ -69,8 +71,10 @@ def _inert(*names: str, what: str = "", endpoints: tuple[str, ...] = BOTH) -> li
     return [Parameter(name, Kind.ANY, Rule.INERT, endpoints, what=what) for name in names]
 
 
-def _refused(name: str, *neutral: Any, what: str, endpoints: tuple[str, ...] = BOTH) -> Parameter:
-    return Parameter(name, Kind.ANY, Rule.REFUSED, endpoints, neutral=neutral, what=what)
+def _refused(
+    name: str, *neutral: Any, what: str, endpoints: tuple[str, ...] = BOTH, like: str = ""
+) -> Parameter:
+    return Parameter(name, Kind.ANY, Rule.REFUSED, endpoints, neutral=neutral, like=like, what=what)
 
 
 _KINDS = {"FP32": Kind.NUMBER, "INT32": Kind.INTEGER, "UINT64": Kind.INTEGER, "BOOL": Kind.BOOLEAN}
@@ -152,7 +156,7 @@ TABLE: tuple[Parameter, ...] = (
     *_inert("verbosity", endpoints=_C, what="a wish that no template knows"),
     *_inert("guided_decoding_backend", what="llguidance"),
     _refused("service_tier", "auto", "default", what="there is one tier"),
-    _refused("best_of", 1, what="choose among `n` answers yourself", endpoints=_T),
+    _refused("best_of", 1, like="n", what="choose among `n` answers yourself", endpoints=_T),
     _refused("suffix", "", what="models that fill in the middle are not served", endpoints=_T),
     _refused("functions", [], what="use `tools`", endpoints=_C),
     _refused("function_call", "none", "auto", what="use `tool_choice`", endpoints=_C),
@@ -208,7 +212,8 @@ def parse(body: Any, endpoint: str, defaults: Mapping[str, Any] = MappingProxyTy
         if value is None or parameter.rule is Rule.INERT:
             continue
         if parameter.rule is Rule.REFUSED:
-            if not any(_same(value, neutral) for neutral in parameter.neutral):
+            passing = (*parameter.neutral, body.get(parameter.like))
+            if not any(_same(value, neutral) for neutral in passing):
                 raise invalid(f"{name} is not supported: {parameter.what}", name, "unsupported_parameter")
             continue
         values[name] = _CHECKS[parameter.kind](parameter, value)

@@ -38,7 +38,8 @@ def _honoured(parameter: Parameter) -> str:
 
 
 def _refused(parameter: Parameter) -> str:
-    passing = ", ".join(f"`{_json(value)}`" for value in parameter.neutral)
+    values = [f"`{_json(value)}`" for value in parameter.neutral]
+    passing = ", ".join([*values, f"that of `{parameter.like}`"] if parameter.like else values)
     return f"| `{parameter.name}` | {_where(parameter)} | {passing} | {parameter.what} |"
 
 

@@ -72,6 +72,8 @@ class ChatTemplate:
             source = override.read_text(encoding="utf-8") if override else None
         except (OSError, ValueError) as error:
             raise invalid(f"the chat template {override} cannot be read: {error}") from None
+        if source is not None and not source.strip():
+            raise invalid(f"the chat template {override} is empty: give another file, or leave it out")
         try:
             template = chat_template.ChatTemplate.from_dir(tokenizer_dir, source)
         except chat_template.NoChatTemplate:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from flightline.gateway.chat import grammars
 from flightline.gateway.chat.errors import invalid, shown
-from flightline.gateway.chat.guides import Guide, Reasoning, response_format
+from flightline.gateway.chat.guides import FIELDS, Guide, Reasoning, response_format
 from flightline.gateway.chat.parsers import FORMATS, OutputParser
 from flightline.gateway.chat.template import ChatTemplate
 from flightline.torch_engine.core.grammar import MOST_BYTES
@@ -80,7 +80,8 @@ class ToolPlan:
 def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
     """The plan of a chat request.
 
-    A guide of ``response_format`` and tools that may be called are put together: the answer is calls or that.
+    A guide of ``response_format`` and tools that may be called are put together: the answer is calls or that. Where a
+    call is demanded there is no other answer.
 
     Raises:
         RequestError: names the field; also where the template has no place for tools or writes calls in an
@@ -113,10 +114,10 @@ def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
     answer = response_format(body)
     guide: Guide | None
     if choice != "auto":
-        if answer is not None:
+        if answer is not None and not _is_of_content(body):
             raise invalid(
                 f"tool_choice {shown(body['tool_choice'])} asks for a call: "
-                "leave out what says that the answer looks otherwise (response_format and the like)"
+                "leave out what says that the answer looks otherwise (structured_outputs and the like)"
             )
         guide = calls.required()
     else:
@@ -139,6 +140,13 @@ def parse_tools(body: Mapping[str, Any], template: ChatTemplate) -> ToolPlan:
         keep_special_tokens=tool_format in MARKED_BY_SPECIAL_TOKENS,
         calls=calls,
     )
+
+
+def _is_of_content(body: Mapping[str, Any]) -> bool:
+    """Whether only OpenAI's ``response_format`` says what the answer is to look like: it means the content, which a
+    message of calls has not. Libraries send it along with the tool that they demand."""
+    others = [field for field in FIELDS if field != "response_format" and body.get(field) is not None]
+    return not others and body["response_format"]["type"] != "structural_tag"
 
 
 def _parameters(function: Mapping[str, Any]) -> Guide:

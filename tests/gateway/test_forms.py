@@ -51,6 +51,7 @@ def test_every_parameter_is_handled(endpoint: str) -> None:
         {"logit_bias": {"9" * 5000: 1}},
         {"logit_bias": {"²": 1}},
         {"best_of": True},
+        {"best_of": 2},
         {"stream": 1},
         {"seed": 2**64},
         {"model": 5},
@@ -63,6 +64,13 @@ def test_wrong_values(body: dict[str, Any]) -> None:
         parse(body, COMPLETIONS)
     assert (refused.value.status, refused.value.param) == (400, name)
     assert len(refused.value.message) <= errors.MOST_SHOWN
+
+
+def test_best_of_as_many_as_there_are_passes() -> None:
+    """LangChain sends it along with ``n``."""
+    assert parse({"n": 3, "best_of": 3}, COMPLETIONS) == parse({"n": 3}, COMPLETIONS)
+    with pytest.raises(errors.ApiError, match=r"^best_of is not supported"):
+        parse({"n": 2, "best_of": 3}, COMPLETIONS)
 
 
 def test_a_models_own_defaults_come_before_ours() -> None:

@@ -138,6 +138,9 @@ def test_no_template_and_a_file_instead(tmp_path):
     assert ChatTemplate.load(tmp_path, file).render(SIMPLE) == "<s>" + SIMPLE[0]["content"]
     with pytest.raises(RequestError, match="cannot be read"):
         ChatTemplate.load(tmp_path, tmp_path / "absent")
+    file.write_text(" \n")
+    with pytest.raises(RequestError, match=r"mine\.jinja is empty"):
+        ChatTemplate.load(tmp_path, file)
     file.write_text("{% for %}")
     with pytest.raises(RequestError, match="not valid"):
         ChatTemplate.load(tmp_path, file)

@@ -135,6 +135,13 @@ def test_choices():
     assert (told(deltas), parser.finish("stop")) == (("hm", "", [("ping", "{}")]), ([], "stop"))
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "ping"}}])
+def test_a_form_of_the_content_says_nothing_about_a_call_that_is_demanded(choice):
+    """instructor sends both, the tool and its schema."""
+    layout = {"type": "json_schema", "json_schema": {"name": "ping", "schema": {"type": "object"}}}
+    assert plan(tool_choice=choice, response_format=layout) == plan(tool_choice=choice)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -168,9 +175,14 @@ def test_choices():
         ({"tool_choice": allowed("auto", "ping", "h")}, "names 'h': it must be one of get_weather, ping"),
         ({"tool_choice": allowed("auto", 5)}, "allowed_tools.tools[0] is {"),
         (
-            {"tool_choice": "required", "response_format": {"type": "json_object"}},
+            {"tool_choice": "required", "structured_outputs": {"json_object": True}},
             "tool_choice 'required' asks",
         ),
+        (
+            {"tool_choice": "required", "response_format": {"type": "structural_tag", "format": {}}},
+            "tool_choice 'required' asks",
+        ),
+        ({"tool_choice": "required", "response_format": {"type": "xml"}}, "response_format.type is 'xml'"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls is 'no'"),
         ({"functions": []}, "functions is not supported"),
         ({"tools": None, "tool_choice": "auto"}, "but there are no tools"),

@@ -503,7 +503,7 @@ def _weights_bytes(
             return int(each * shape.linear_parameters / tp) + largest * wide // tp + rest
         stored = "int8_sq" if precision in INTEGERS else precision
         return weight_bytes(shape.linear_parameters, shape.linear_parameters, stored, wide, tp) + rest
-    if precision in INTEGERS:  # with scales; the rest is the head in 7 bits and the embedding in float32
+    if precision in INTEGERS:  # with scales; the rest: the head in 7 bits, the embedding in float32 or less
         each = 1.07 if precision == "int8" or FP4 in shape.stored else 0.63
         linear = each * shape.linear_parameters
         return int(linear + (shape.parameters - shape.linear_parameters) * (1.07 + wide))

@@ -499,9 +499,8 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
             padded = F.pad(weight.float(), (0, 0, 0, -outputs % self.panel))
             into.copy_(padded.view(-1, self.panel, inputs).transpose(1, 2).reshape(into.shape))
             return
-        for start in range(
-            0, outputs, PACKED_AT_ONCE
-        ):  # an output head in float32 would be the largest thing here
+        # In pieces: an output head in float32 would be the largest thing here.
+        for start in range(0, outputs, PACKED_AT_ONCE):
             rows = weight[start : start + PACKED_AT_ONCE].float().contiguous()
             if bits < 16:
                 to = into.data_ptr() + self.library.fl_int_bytes(bits, start, inputs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flightline.torch_engine.core.host_memory import host_memory
+from flightline.torch_engine.core.host_memory import free_host_memory, host_memory
 from flightline.torch_engine.kernels.cpu.toolchain import compiler
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -83,7 +83,7 @@ def _cuda() -> Hardware | None:
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=_version("tensorrt_llm"),
         count=torch.cuda.device_count(),
-        host_memory_free=host_memory()[1],
+        host_memory_free=free_host_memory(),
     )
 
 

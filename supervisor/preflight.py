@@ -26,7 +26,7 @@ from flightline.engine_build.speed import expected
 from flightline.engine_build.trtllm import containers, host, versions
 from flightline.supervisor.errors import ServeError
 from flightline.supervisor.settings import ServeSettings
-from flightline.torch_engine.core.host_memory import host_memory
+from flightline.torch_engine.core.host_memory import free_host_memory
 
 GIB = 1 << 30
 COMFORTABLE_SEQUENCES = 8
@@ -84,7 +84,7 @@ def _hardware(gpus: list[host.Gpu]) -> Hardware:
         cores=len(os.sched_getaffinity(0)),
         tensorrt_llm=versions.installed(),
         count=len(gpus),
-        host_memory_free=host_memory()[1],
+        host_memory_free=free_host_memory(),
     )
 
 
@@ -255,7 +255,7 @@ def _host_memory(model: Model, chosen: Verdict) -> str:
         return ""
     on_gpu = chosen.plan.device == "cuda"
     cost = fp8_build_cost(model.shape.parameters, model.shape.linear_parameters, on_gpu)
-    _, free = host_memory()
+    free = free_host_memory()
     if free >= cost.host_bytes:
         return ""
     return (

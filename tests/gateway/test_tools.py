@@ -64,10 +64,18 @@ def arguments_of(call: Any) -> dict[str, Any]:
 
 def test_a_named_tool(llm: openai.OpenAI) -> None:
     named: Any = {"type": "function", "function": {"name": "weather"}}
-    choice = llm.chat.completions.create(tool_choice=named, **ASKED).choices[0]
-    (call,) = choice.message.tool_calls
-    assert (call.function.name, choice.finish_reason, choice.message.content) == ("weather", "stop", None)
-    assert set(arguments_of(call)) == {"city", "now"}
+    schema = {
+        "name": "other",
+        "schema": {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]},
+    }
+    beside: Any = {
+        "response_format": {"type": "json_schema", "json_schema": schema}
+    }  # of a content, which it has not
+    for more in ({}, beside):
+        choice = llm.chat.completions.create(tool_choice=named, **ASKED, **more).choices[0]
+        (call,) = choice.message.tool_calls
+        assert (call.function.name, choice.finish_reason, choice.message.content) == ("weather", "stop", None)
+        assert set(arguments_of(call)) == {"city", "now"}
 
 
 def test_required_whole_and_streamed(llm: openai.OpenAI) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from flightline.torch_engine.kernels.cpu.pages import take, zeros
 from tests.torch_engine.test_kernels import needs_compiler
 
 MIB = 1 << 20
+KERNEL = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 
 def taken(tensor: torch.Tensor) -> int:
@@ -39,12 +42,16 @@ def test_zeros_are_taken_when_they_are_touched(dtype: torch.dtype) -> None:
     assert torch.equal(tensor[1, 2], torch.full((MIB,), 7, dtype=dtype)) and not tensor[1, 3].any()
 
 
+@pytest.mark.skipif(
+    KERNEL < (5, 14), reason="this kernel cannot be asked to take pages: they come when touched"
+)
 def test_all_of_it_is_taken_before_long_and_stays_what_it_is() -> None:
     tensors = [zeros((16, MIB), torch.int8), zeros((1000,), torch.float32)]
     tensors[0][5, :100] = 3
-    thread = take(tensors)
-    thread.join()
-    assert taken(tensors[0]) >= 16 * MIB
+    before = taken(tensors[0])
+    take(tensors).join()
+    # Of what was there before, its neighbours' pages perhaps, only the one that was written to is its own.
+    assert taken(tensors[0]) - before >= 16 * MIB - mmap.PAGESIZE
     assert tensors[0].sum() == 300 and tensors[0][5, :100].eq(3).all()
 
 
@@ -67,9 +74,9 @@ def test_caches_that_do_not_fit_together_are_refused(
         for cache in engine.runner.caches
         for tensor in engine.model.kernels.cache_tensors(cache)
     )
-    monkeypatch.setattr(native, "host_memory", lambda: (2 * needed, needed))
+    monkeypatch.setattr(native, "free_host_memory", lambda: needed)
     make_engine(**settings)
-    monkeypatch.setattr(native, "host_memory", lambda: (2 * needed, needed - 1))
+    monkeypatch.setattr(native, "free_host_memory", lambda: needed - 1)
     with pytest.raises(
         MemoryError, match=r"num_kv_blocks=64 blocks .* do not fit the memory of cpu: lower num_kv"
     ):

@@ -24,6 +24,11 @@ def host_memory() -> tuple[int, int]:
     return total, free
 
 
+def free_host_memory() -> int:
+    """Bytes that the host, or this container, has left."""
+    return host_memory()[1]
+
+
 def _facts(path: str) -> list[tuple[str, str]]:
     lines = [line.split() for line in _read(path).splitlines()]
     return [(line[0], line[1]) for line in lines]

@@ -104,10 +104,11 @@ class Model(Generic[LinearT, CacheT, StepT]):
         except (MemoryError, RuntimeError) as error:  # torch has no exception of its own for a CPU's memory
             if "memory" not in str(error) and "overflow" not in str(error):
                 raise
+            known = f" ({error})" if isinstance(error, MemoryError) else ""
             raise MemoryError(
                 f"num_kv_blocks={num_blocks * groups.size // len(self.layers)} blocks of {block_size} tokens for "
                 f"{len(self.layers)} layers do not fit the memory of {self.kernels.device}: lower num_kv_blocks, or "
-                "build with a smaller MAX_SEQ_LEN"
+                f"build with a smaller MAX_SEQ_LEN{known}"
             ) from None
 
     def _new_caches(self, num_blocks: int, block_size: int, groups: LayerGroups) -> list[CacheT]:

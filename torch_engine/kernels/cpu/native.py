@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from flightline.torch_engine.core.config import ConfigError, EngineConfig
-from flightline.torch_engine.core.host_memory import host_memory
+from flightline.torch_engine.core.host_memory import free_host_memory
 from flightline.torch_engine.core.sampling import Sampled
 from flightline.torch_engine.core.sampling_state import SamplingState
 from flightline.torch_engine.core.steps import SequenceSteps, StepBuilder, StepInput, TensorSequence
@@ -557,9 +557,9 @@ class NativeKernels(Operations[NativeLinear, torch.Tensor, NativeCache, StepInpu
         shape, dtype = (num_blocks, num_kv_heads, 2, block_size), CACHE_DTYPES[self.kv]
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         self.reserved += math.prod(shape) * (head_dim * dtype.itemsize + scale)
-        if self.reserved > (free := host_memory()[1]):
+        if self.reserved > (free := free_host_memory()):
             raise MemoryError(
-                f"{self.reserved >> 20} MiB of memory or more are wanted, {free >> 20} are free"
+                f"{self.reserved >> 20} MiB of memory or more are needed, {free >> 20} MiB are free"
             )
         codes = zeros((*shape[:3], block_size * head_dim), dtype)
         return NativeCache(codes, zeros(shape, torch.float32) if dtype == torch.int8 else None, block_size)

@@ -61,7 +61,8 @@ def random_experts(count: int, outputs: int, inputs: int, codes: str) -> mixture
         values = torch.randn(count, tiles, outputs, tile, device=DEVICE).to(torch.float8_e4m3fn)
         scales = torch.rand(count, inputs // group, outputs, device=DEVICE)
         return mixture.Experts(values, outputs, inputs, scales, None, cut, nothing)
-    values = torch.randint(0, 256, (count, tiles, outputs, tile // 2), dtype=torch.uint8, device=DEVICE)
+    words = (count, tiles, outputs, tile // 4)
+    values = torch.randint(-(2**15), 2**15, words, dtype=torch.int16, device=DEVICE)
     exponents = torch.randint(-8, -2, (count, inputs // group, outputs), device=DEVICE)
     return mixture.Experts(values, outputs, inputs, (2.0**exponents).to(DTYPE), None, cut, nothing)
 

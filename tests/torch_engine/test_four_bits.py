@@ -7,6 +7,7 @@ which test_triton_ops.py compares with PyTorch. On a GPU the same tests run the 
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 
 import pytest
@@ -28,7 +29,7 @@ def numbers(register: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([register & 0xFFFF, register >> 16]).to(torch.uint16).view(dtype)
 
 
-def lop3(a: torch.Tensor, b: int, c: int, table: int) -> torch.Tensor:
+def lop3(a: torch.Tensor, b: int, c: int | torch.Tensor, table: int) -> torch.Tensor:
     """PTX's logic of three operands: bit 4 a + 2 b + c of the table, for each of their bits."""
     result = torch.zeros_like(a)
     for bit in range(32):
@@ -48,19 +49,13 @@ def carried_out(text: str, inputs: dict[str, torch.Tensor], dtype: torch.dtype) 
         target, *read = operands
         values = [registers[each] if each in registers else int(each, 0) for each in read]
         if name == "mov.b32":
-            registers[target] = torch.full_like(next(iter(inputs.values())), values[0])
+            registers[target] = torch.zeros_like(next(iter(inputs.values()))) + values[0]
         elif name == "shr.b32":
             registers[target] = values[0] >> values[1]
-        elif name == "mul.lo.u32":
-            registers[target] = values[0] * values[1] & 0xFFFFFFFF
+        elif name == "shl.b32":
+            registers[target] = values[0] << values[1] & 0xFFFFFFFF
         elif name == "and.b32":
             registers[target] = values[0] & values[1]
-        elif name == "prmt.b32":  # bytes 0 to 3 are the first operand's, which the second's 0 follow
-            assert values[1] == 0
-            picked = [values[2] >> 4 * at & 15 for at in range(4)]
-            registers[target] = sum(
-                (values[0] >> 8 * byte & 0xFF if byte < 4 else 0) << 8 * at for at, byte in enumerate(picked)
-            )
         elif name == "lop3.b32":
             registers[target] = lop3(*values)
         else:
@@ -89,25 +84,35 @@ def test_assembly_takes_every_word_apart(dtype: torch.dtype) -> None:
         assert torch.equal(high, (others >> 4 * quarter & 15) - (15 - zeros))
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_assembly_scales_every_pair_of_floats(half: int) -> None:
-    """Each byte in each of its four places, with scales of all sizes that MXFP4 has where the product is a number."""
-    from flightline.torch_engine.kernels.gpu import grouped
+def test_assembly_scales_every_word_of_floats() -> None:
+    """As whoever arranges the codes lays them, with scales of all sizes that MXFP4 may have here."""
+    from flightline.torch_engine.kernels.gpu import float_codes
 
     floats = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    floats = torch.cat([floats, -floats])
-    codes = torch.arange(2**16)
-    places = [codes & 0xFF, codes >> 8, 255 - (codes & 0xFF), (codes + 77) & 0xFF]
-    word = sum(byte << 8 * at for at, byte in enumerate(places))
-    scales = [2.0 ** (codes // (13 + at) % 240 - 120) for at in range(4)]
-    bits = [scale.to(torch.bfloat16).view(torch.int16).long() for scale in scales]
-    inputs = {"$2": word, "$3": pairs(*bits[:2]), "$4": pairs(*bits[2:])}
-    registers = carried_out([grouped.LOWER, grouped.UPPER][half].value, inputs, torch.bfloat16)
-    made = [*numbers(registers["$0"], torch.bfloat16), *numbers(registers["$1"], torch.bfloat16)]
-    for got, byte, scale in zip(made, places, scales, strict=True):
-        expected = (floats[byte >> 4 * half & 15].double() * scale).to(torch.bfloat16)
-        assert torch.equal(got, expected)
-        assert torch.equal(got.signbit(), expected.signbit())
+    floats = torch.cat([floats, -floats]).double()
+    every = torch.arange(2**16)
+    codes = torch.stack([every >> 4 * at & 15 for at in range(4)]).to(torch.uint8)
+    # A tile of 64 inputs, of which all but the first of each quarter are 0.
+    tiles = torch.zeros(2**16, 4, 16, dtype=torch.uint8)
+    tiles[:, :, 0] = codes.t()
+    words = float_codes.arrange(tiles.flatten(1), 64)[0, :, 0].long() & 0xFFFF
+    assert len(words.unique()) == 2**16, "no two of them are the same"
+    exponents = [every // (13 + at) % 150 - 120 for at in range(4)]
+    assert max(exponent.max() for exponent in exponents) < 30 == math.log2(float_codes.LARGEST)
+    scales = [2.0**exponent for exponent in exponents]
+    bits = [(scale * 2.0**94).to(torch.bfloat16).view(torch.int16).long() for scale in scales]
+    assert float_codes._MORE.value == 2.0**94
+    names = {f"${5 + at}": pairs(each, each.flip(0)) for at, each in enumerate(bits)}
+    registers = carried_out(
+        float_codes.SCALED.value, {"$4": pairs(words, words.flip(0)), **names}, torch.bfloat16
+    )
+    for at in range(4):
+        low, high = numbers(registers[f"${at}"], torch.bfloat16)
+        expected = floats[codes[at].int()] * scales[at]
+        # What is smaller than the smallest number is 0 then: 2^-101 after all.
+        expected = (expected / float_codes._LEFT.value).to(torch.bfloat16)
+        assert torch.equal(low, expected) and torch.equal(high, expected.flip(0))
+        assert torch.equal(low.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize(
@@ -121,3 +126,21 @@ def test_tiles(group: int, inputs: int, tile: int | None) -> None:
 
     codes = torch.zeros(16, inputs, dtype=torch.uint8)
     assert tile_of(Coded(codes, torch.ones(16, -(-inputs // group)), group, bits=4)) == tile
+
+
+@pytest.mark.parametrize(
+    ("group", "inputs", "largest", "tile"),
+    [
+        *((32, 256, 1.0, 128), (32, 2880, 2.0**29, 64), (16, 256, 1.0, 64), (32, 96, 1.0, 64)),
+        *((24, 96, 1.0, None), (32, 256, 2.0**30, None), (32, 256, torch.inf, None)),
+    ],
+)
+def test_tiles_of_floats(group: int, inputs: int, largest: float, tile: int | None) -> None:
+    """The last tile may end beyond the inputs; scales that would overflow are left to whoever dequantises."""
+    from flightline.torch_engine.kernels.gpu.grouped import tile_of
+    from flightline.torch_engine.model.coded import Coded
+
+    scales = torch.ones(16, -(-inputs // group), dtype=torch.bfloat16)
+    scales[3, -1] = largest
+    codes = torch.zeros(16, inputs, dtype=torch.uint8)
+    assert tile_of(Coded(codes, scales, group, bits=4, e2m1=True)) == tile

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from flightline.torch_engine.kernels.gpu import float_codes
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form
+from flightline.torch_engine.kernels.gpu.float_codes import float_product, numbers_of, scale_of
 from flightline.torch_engine.kernels.gpu.launch import (
-    INTERPRETED,
     LAUNCH,
     OVERLAPS,
     begin_kernel,
@@ -39,7 +40,6 @@ WIDEST = 128
 """Most inputs of a tile."""
 
 _OVERLAPS = tl.constexpr(OVERLAPS)
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 class Kind(IntEnum):
@@ -51,7 +51,7 @@ class Kind(IntEnum):
     PAIR = 2
     """Two codes of 4 bits, the lower one of the first half of a tile's inputs."""
     FLOATS = 3
-    """The same, of e2m1."""
+    """Not a byte but a word of four codes of e2m1 (``float_codes.py``)."""
 
 
 class Offsets(IntEnum):
@@ -117,8 +117,6 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
     """Codes as numbers of the compute dtype, which holds each of them; pairs are moved up by :func:`_moved`."""
     if KIND == E4M3:
         numbers = codes.to(tl.float32).to(like)
-    elif KIND == FLOATS:
-        numbers = _from_e2m1(codes, half, like)
     elif KIND == PAIR:
         numbers = (codes >> (4 * half)) & 15
         # A power of two whose last bits are the code: converting would cost more than all else done to a weight.
@@ -133,68 +131,17 @@ def _numbers(codes, half: tl.constexpr, KIND: tl.constexpr, like: tl.constexpr):
     return numbers
 
 
-@triton.jit
-def _from_e2m1(codes, half: tl.constexpr, like: tl.constexpr):
-    """Codes of sign, two bits of exponent and one of mantissa, the lower or upper half of a byte, as numbers of the
-    compute dtype.
-
-    Their bits are moved to where a 16-bit type has its own. Its exponent's zero lies elsewhere, which a product with a
-    power of two puts right, also of 0.5: a subnormal number on either side.
-    """
-    KIND: tl.constexpr = tl.float16 if like == tl.float32 else like
-    LAST: tl.constexpr = 6 if tl.bfloat16 == KIND else 9  # the mantissa's first bit
-    MORE: tl.constexpr = 2.0**126 if tl.bfloat16 == KIND else 2.0**14
-    codes = codes.to(tl.int16)
-    size = ((codes << LAST - 4 * half) if 4 * half < LAST else (codes >> 4 * half - LAST)) & (7 << LAST)
-    sign = (codes << 12 - 4 * half) & -0x8000
-    return ((size | sign).to(KIND, bitcast=True) * MORE).to(like)
-
-
-def assembly(half: int) -> str:
-    """PTX that turns a half of each of four bytes, $2, into numbers in bfloat16, times the scales $3 and $4.
-
-    As :func:`_from_e2m1`, but for two codes in one instruction, which are first moved to words of their own. One
-    multiplication moves copies of a code to where its size and its sign belong.
-    """
-    mask, copies = ("0x000f000f", "0x1040") if half == 0 else ("0x00f000f0", "0x0104")
-    scaled = [
-        f"prmt.b32 codes, $2, 0, {picked}; and.b32 codes, codes, {mask}; mul.lo.u32 codes, codes, {copies}; "
-        f"and.b32 codes, codes, 0x81c081c0; fma.rn.bf16x2 codes, codes, more, nothing; "
-        f"fma.rn.bf16x2 ${word}, codes, ${3 + word}, nothing;"
-        for word, picked in enumerate(("0x4140", "0x4342"))
-    ]
-    registers = ".reg .b32 codes, more, nothing; mov.b32 more, 0x7e807e80; mov.b32 nothing, 0x80008000;"
-    return f"{{ {registers} {' '.join(scaled)} }}"
-
-
-LOWER, UPPER = tl.constexpr(assembly(0)), tl.constexpr(assembly(1))
-
-
-@triton.jit
-def _scaled_numbers(codes, half: tl.constexpr, KIND: tl.constexpr, scale, like: tl.constexpr):
-    """Codes that are floats, of rows with a ``scale`` each, as numbers of the compute dtype, rounded once: as the
-    weight that is written out for the library has them."""
-    if KIND == E4M3:
-        numbers = codes.to(tl.float32) * scale.to(tl.float32)[:, None]
-    elif _ASSEMBLY and like == tl.bfloat16 and scale.dtype == tl.bfloat16:
-        scales = tl.broadcast_to(scale[:, None], codes.shape)
-        numbers = tl.inline_asm_elementwise(
-            LOWER if half == 0 else UPPER,
-            "=r,=r,r,r,r",
-            [codes, scales],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        numbers = _from_e2m1(codes, half, like) * scale[:, None]
-    return numbers.to(like)
-
-
 @triton.constexpr_function
 def halves_of(kind: int) -> int:
     """Codes in a byte."""
-    return 2 if kind in (Kind.PAIR, Kind.FLOATS) else 1
+    return 2 if kind == Kind.PAIR else 1
+
+
+@triton.constexpr_function
+def size_of(kind: int, outputs: int, inputs: int, tile: int) -> int:
+    """Elements of a whole weight's codes."""
+    row: int = -(-inputs // tile) * tile // 4 if kind == Kind.FLOATS else inputs // halves_of(kind)
+    return outputs * row
 
 
 @triton.constexpr_function
@@ -223,7 +170,7 @@ def _of_halves(
 @triton.jit
 def rows_product(
     source, reads, codes, scales, offsets, n, owned, first,
-    N: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
     OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows of inputs, which begin at the pointers ``source`` [BLOCK_M], times rows ``n`` of a weight, over TILES tiles
@@ -234,37 +181,43 @@ def rows_product(
     before the product, which then adds up all tiles by itself, and whose operands, scales among them, the compiler asks
     for several tiles ahead. Others are scaled after it, together with their offset.
     """
-    HALVES: tl.constexpr = halves_of(KIND)
-    WIDTH: tl.constexpr = TILE // HALVES
-    MOVED: tl.constexpr = _moved(KIND, source.dtype.element_ty)
-    FLOAT: tl.constexpr = (KIND == E4M3) | (KIND == FLOATS)
-    NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
-    w = tl.arange(0, WIDTH)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for tile in range(first, first + TILES):
-        byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
-        lower, upper = _of_halves(scales, tile, n, owned, N, GROUP, TILE, HALVES)
-        if OFFSETS > 0:
-            lower_offset, upper_offset = _of_halves(offsets, tile, n, owned, N, GROUP, TILE, HALVES)
-        for half in tl.static_range(HALVES):
-            scale = lower if half == 0 else upper
-            a = tl.load(source[:, None] + (tile * TILE + half * WIDTH) + w[None, :], reads[:, None], 0.0)
-            if FLOAT:
-                numbers = _scaled_numbers(byte, half, KIND, scale, source.dtype.element_ty)
-                total = tl.dot(numbers, tl.trans(a), total, input_precision="ieee")
-            else:
-                numbers = _numbers(byte, half, KIND, source.dtype.element_ty)
-                part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
-                if OFFSETS > 0 or MOVED > 0:
-                    sums = tl.sum(a.to(tl.float32), 1)[None, :]
-                if OFFSETS == ZEROS:
-                    part -= (_column(lower_offset if half == 0 else upper_offset) + MOVED) * sums
-                elif MOVED > 0:
-                    part -= MOVED * sums
-                part *= _column(scale)
-                if OFFSETS == MINIMA:
-                    part += _column(lower_offset if half == 0 else upper_offset) * sums
-                total += part
+    if KIND == FLOATS:
+        total = float_product(
+            source, reads, codes, scales, n, owned, first, N, K, TILES, GROUP, TILE, BLOCK_M, BLOCK_N
+        )
+    else:
+        HALVES: tl.constexpr = halves_of(KIND)
+        WIDTH: tl.constexpr = TILE // HALVES
+        MOVED: tl.constexpr = _moved(KIND, source.dtype.element_ty)
+        NOTHING: tl.constexpr = 0.0 if KIND == E4M3 else 0
+        w = tl.arange(0, WIDTH)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for tile in range(first, first + TILES):
+            byte = tl.load(codes + (tile * N + n)[:, None] * WIDTH + w[None, :], owned[:, None], NOTHING)
+            lower, upper = _of_halves(scales, tile, n, owned, N, GROUP, TILE, HALVES)
+            if OFFSETS > 0:
+                lower_offset, upper_offset = _of_halves(offsets, tile, n, owned, N, GROUP, TILE, HALVES)
+            for half in tl.static_range(HALVES):
+                scale = lower if half == 0 else upper
+                a = tl.load(source[:, None] + (tile * TILE + half * WIDTH) + w[None, :], reads[:, None], 0.0)
+                if KIND == E4M3:
+                    numbers = (byte.to(tl.float32) * scale.to(tl.float32)[:, None]).to(
+                        source.dtype.element_ty
+                    )
+                    total = tl.dot(numbers, tl.trans(a), total, input_precision="ieee")
+                else:
+                    numbers = _numbers(byte, half, KIND, source.dtype.element_ty)
+                    part = tl.dot(numbers, tl.trans(a), input_precision="ieee")
+                    if OFFSETS > 0 or MOVED > 0:
+                        sums = tl.sum(a.to(tl.float32), 1)[None, :]
+                    if OFFSETS == ZEROS:
+                        part -= (_column(lower_offset if half == 0 else upper_offset) + MOVED) * sums
+                    elif MOVED > 0:
+                        part -= MOVED * sums
+                    part *= _column(scale)
+                    if OFFSETS == MINIMA:
+                        part += _column(lower_offset if half == 0 else upper_offset) * sums
+                    total += part
     return total
 
 
@@ -281,7 +234,7 @@ def _product_kernel(
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
-    TILES: tl.constexpr = K // TILE // SPLITS
+    TILES: tl.constexpr = (K + TILE - 1) // TILE // SPLITS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -289,7 +242,7 @@ def _product_kernel(
         cuda.gdc_wait()
     total = rows_product(
         x + m * K, m < rows, codes, scales, offsets, n, n < N, split * TILES,
-        N, TILES, GROUP, TILE, KIND, OFFSETS, ROWS, BLOCK_N,
+        N, K, TILES, GROUP, TILE, KIND, OFFSETS, ROWS, BLOCK_N,
     )  # fmt: skip
     if BIASED and split == 0:
         total += tl.load(bias + n).to(tl.float32)[:, None]
@@ -304,22 +257,32 @@ def _write_out_kernel(
     OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin_kernel()
-    HALVES: tl.constexpr = halves_of(KIND)
-    WIDTH: tl.constexpr = TILE // HALVES
     tile = tl.program_id(0)
-    n, w = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
-    byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
-    for half in tl.static_range(HALVES):
-        k = tile * TILE + half * WIDTH
-        values = _numbers(byte, half, KIND, tl.float32)
-        at = (k // GROUP) * N + n
-        scale = tl.load(scales + at).to(tl.float32)[:, None]
-        if OFFSETS == ZEROS:
-            values -= tl.load(offsets + at).to(tl.float32)[:, None]
-        values *= scale
-        if OFFSETS == MINIMA:
-            values += tl.load(offsets + at).to(tl.float32)[:, None]
-        tl.store(out + n.to(tl.int64)[:, None] * K + k + w[None, :], values.to(out.dtype.element_ty))
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = out + n.to(tl.int64)[:, None] * K
+    if KIND == FLOATS:
+        w = tl.arange(0, TILE // 4)
+        words = tl.load(codes + (tile * N + n)[:, None] * (TILE // 4) + w[None, :])
+        for quarter in tl.static_range(4):
+            k = tile * TILE + quarter * (TILE // 4) + w[None, :]
+            scale = scale_of(scales, tile, quarter, n, n < N, N, K, GROUP, TILE)
+            tl.store(target + k, numbers_of(words, quarter, scale, out.dtype.element_ty), k < K)
+    else:
+        HALVES: tl.constexpr = halves_of(KIND)
+        WIDTH: tl.constexpr = TILE // HALVES
+        w = tl.arange(0, WIDTH)
+        byte = tl.load(codes + tile * N * WIDTH + n[:, None] * WIDTH + w[None, :])
+        for half in tl.static_range(HALVES):
+            k = tile * TILE + half * WIDTH
+            values = _numbers(byte, half, KIND, tl.float32)
+            at = (k // GROUP) * N + n
+            scale = tl.load(scales + at).to(tl.float32)[:, None]
+            if OFFSETS == ZEROS:
+                values -= tl.load(offsets + at).to(tl.float32)[:, None]
+            values *= scale
+            if OFFSETS == MINIMA:
+                values += tl.load(offsets + at).to(tl.float32)[:, None]
+            tl.store(target + k + w[None, :], values.to(out.dtype.element_ty))
 
 
 class Scratch:
@@ -343,6 +306,8 @@ class Scratch:
 def tile_of(coded: Coded) -> int | None:
     """Inputs of a tile, which lies in one group (each of its halves, if two codes share a byte); None if none fits."""
     outputs, inputs = coded.codes.shape
+    if coded.e2m1:
+        return float_codes.tile_for(coded) if outputs % 16 == 0 else None
     halves = 2 if coded.bits == 4 else 1
     tiles = [WIDEST >> shift for shift in range(4) if WIDEST >> shift >= 16 * halves]
     fitting = [tile for tile in tiles if inputs % tile == 0 and coded.group % (tile // halves) == 0]
@@ -354,7 +319,7 @@ class GroupedCodes:
     """A weight as the kernels read it."""
 
     codes: torch.Tensor
-    """[K / tile, N, bytes of a tile's row]."""
+    """[K / tile, N, bytes of a tile's row], or words of it."""
     scales: torch.Tensor
     """[G, N]."""
     offsets: torch.Tensor
@@ -469,7 +434,7 @@ class GroupedLinear(CodedLinear):
 
     def plans(self, rows: int) -> list[GroupedPlan]:
         shapes = ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4))
-        return plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (2, 4))
+        return plans_of(shapes, self.outputs, cdiv(self.inputs, self.tile), self.multiprocessors, (2, 4))
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
         _product_kernel[(self.outputs // plan.block_n, plan.splits, cdiv(len(x), at_once))](
@@ -480,7 +445,7 @@ class GroupedLinear(CodedLinear):
         )  # fmt: skip
 
     def write_out(self, out: torch.Tensor, block_n: int) -> None:
-        _write_out_kernel[(self.inputs // self.tile, self.outputs // block_n)](
+        _write_out_kernel[(cdiv(self.inputs, self.tile), self.outputs // block_n)](
             self.codes, self.scales, self.offsets, out,
             self.outputs, self.inputs, self.group, self.tile, int(self.kind), int(self.offset_kind), block_n,
             num_warps=4, **LAUNCH,
@@ -489,6 +454,8 @@ class GroupedLinear(CodedLinear):
 
 def _tiled(codes: torch.Tensor, tile: int, kind: Kind) -> torch.Tensor:
     """[N, K] to [K / tile, N, bytes of a tile's row]: what a program reads at once lies together."""
+    if kind == Kind.FLOATS:
+        return float_codes.arrange(codes, tile)
     outputs, inputs = codes.shape
     tiles = codes.view(torch.uint8).view(outputs, inputs // tile, tile).transpose(0, 1)
     if halves_of(kind) == 2:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from flightline.torch_engine.kernels.gpu.activation import Activation, Form, parts_of, sum_parts, to_fp8
-from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, Kind, halves_of, rows_product
+from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, Kind, rows_product, size_of
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, begin_kernel, cdiv, kernel, next_power_of_2
 from flightline.torch_engine.kernels.gpu.linear import CudaLinear, PlainLinear, quantise
 from flightline.torch_engine.kernels.gpu.norm import gate
@@ -207,19 +207,14 @@ def _row_of_codes(
     KIND: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """As :func:`_row_product`, of an expert's codes, whose tiles are as many in each piece."""
-    TILES: tl.constexpr = K // TILE // SPLITS
+    TILES: tl.constexpr = (K + TILE - 1) // TILE // SPLITS
     m = tl.arange(0, 16)
     one, at = (m == 0) & lives, expert * tl.cdiv(K, GROUP) * N
     sums = rows_product(
-        x + m * 0, one, _codes_at(codes, expert, N, K, KIND), scales + at, offsets + at, n, (n < N) & lives,
-        split * TILES, N, TILES, GROUP, TILE, KIND, OFFSETS, 16, BLOCK_N,
+        x + m * 0, one, codes + expert * size_of(KIND, N, K, TILE), scales + at, offsets + at, n, (n < N) & lives,
+        split * TILES, N, K, TILES, GROUP, TILE, KIND, OFFSETS, 16, BLOCK_N,
     )  # fmt: skip
     return tl.sum(tl.where(one[None, :], sums, 0.0), 1)
-
-
-@triton.jit
-def _codes_at(codes, expert, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr):
-    return codes + expert * N * (K // halves_of(KIND))
 
 
 @kernel()
@@ -393,8 +388,8 @@ def _blocks_kernel(
         if TILE > 0:
             at = tl.maximum(expert, 0) * tl.cdiv(K, GROUP) * N
             tall = rows_product(
-                source, reads, _codes_at(weight, tl.maximum(expert, 0), N, K, KIND), weight_scales + at, offsets + at,
-                n, owned, 0, N, K // TILE, GROUP, TILE, KIND, OFFSETS, BLOCK_M, BLOCK_N,
+                source, reads, weight + tl.maximum(expert, 0) * size_of(KIND, N, K, TILE), weight_scales + at,
+                offsets + at, n, owned, 0, N, K, (K + TILE - 1) // TILE, GROUP, TILE, KIND, OFFSETS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             sums = tl.trans(tall)
         elif BLOCK_M < 64:  # the weight as the tall operand: the tensor cores of Hopper want 64 rows
@@ -607,7 +602,7 @@ class CudaMixture:
     def _pieces(self, programs: int, linear: Experts, block_k: int, most: int) -> int:
         """Into how many pieces the inputs of so many programs are cut, so that the device has enough of them."""
         tile = linear.cut[1]
-        tiles = linear.inputs // tile if tile else cdiv(linear.inputs, block_k)
+        tiles = cdiv(linear.inputs, tile or block_k)
         pieces = 1
         for more in range(2, min(most, tiles) + 1):
             if programs * pieces >= 3 * self.multiprocessors:

@@ -4,8 +4,9 @@
     TRITON_INTERPRET=1 python3 benchmarks/gpu_mixture.py --tiny     # tries it, on a CPU, where times mean nothing
 
 Random codes of two models' experts in their real sizes, and random routes: microseconds of ``_blocks_kernel`` alone in
-a graph, the codes of the experts that were hit a second, and the operations of all pairs a second. Every shape's result
-is compared with the one's that ``mixture.block_plan`` says, which is marked. One line of JSON a figure, a table last.
+a graph, the codes of the experts that were hit a second, and the operations of all pairs a second; blocks of as many
+rows as the engine takes, of half and of twice as many. Every shape's result is compared with the one's that
+``mixture.block_plan`` says, which is marked. One line of JSON a figure, a table last.
 """
 
 from __future__ import annotations
@@ -75,19 +76,26 @@ def product(name: str, model: Model, linear: tuple[str, int, int], rows: int) ->
     routes = torch.rand(rows, model.experts, device=DEVICE).topk(model.chosen).indices.to(torch.int32)
     shares = torch.rand(rows, model.chosen, device=DEVICE)
     x = torch.randn(pairs if down else rows, inputs, dtype=DTYPE, device=DEVICE)
-    blocks = mixture.sort_pairs(routes, model.experts, mixture.block_rows(pairs, model.experts))
+    taken = mixture.block_rows(pairs, model.experts)
+    sizes = (taken, *(size for size in (taken // 2, taken * 2) if 16 <= size <= 128))
     hit = len(routes.unique())
     weights = outputs * inputs
-    usual = mixture.block_plan(experts, blocks.size)
     spec = MixtureSpec(model.experts, model.chosen, inputs)
     routed = mixture.CudaMixture(spec, torch.empty(0), None, experts, experts, None, "silu", DTYPE, None, 132)
     figures: list[dict[str, Any]] = []
     expected: torch.Tensor | None = None
     planned = mixture.block_plan
-    for shape in (usual, *(each for each in SHAPES if each != usual)):
+    tried = []
+    for size in sizes:
+        usual = mixture.block_plan(experts, size)
+        tried += [
+            (size, shape, shape == usual) for shape in (usual, *(each for each in SHAPES if each != usual))
+        ]
+    for size, shape, is_usual in tried:
+        blocks = mixture.sort_pairs(routes, model.experts, size)
         out = torch.full((pairs, outputs), torch.nan, dtype=DTYPE, device=DEVICE)
 
-        def run(out: torch.Tensor = out) -> None:
+        def run(out: torch.Tensor = out, blocks: mixture.Sorted = blocks) -> None:
             for _ in range(IN_A_GRAPH):
                 routed._blocks(x, experts, blocks, shares, out, rows, down)
 
@@ -103,7 +111,7 @@ def product(name: str, model: Model, linear: tuple[str, int, int], rows: int) ->
         figures.append(
             {
                 "model": name, "linear": title, "rows": rows, "experts_hit": hit, "block_rows": blocks.size,
-                "outputs": shape[0], "warps": shape[1], "stages": shape[2], "chosen": shape == usual,
+                "outputs": shape[0], "warps": shape[1], "stages": shape[2], "chosen": is_usual and size == taken,
                 "us": round(seconds * 1e6, 1), "gb_per_s": round(hit * weights * CODES[model.codes][3] / seconds / 1e9),
                 "tflops": round(2 * pairs * weights / seconds / 1e12, 1), "difference": difference(out, expected),
             }
@@ -127,6 +135,7 @@ def main() -> None:
     )
     rows = {"type": lambda text: [int(part) for part in text.split(",")], "default": [32, 256, 4096]}
     parser.add_argument("--rows", **rows)  # type: ignore[arg-type]
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write all results there, as JSON")
     parser.add_argument("--tiny", action="store_true", help="small sizes without a GPU")
     options = parser.parse_args()
@@ -134,16 +143,20 @@ def main() -> None:
         make_tiny(options)
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for name, model in MODELS.items():
+        for name in options.models.split(","):
+            model = MODELS[name]
             for linear in model.linears:
                 for count in options.rows:
                     results += product(name, model, linear, count)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print("\n| model | linear | rows | outputs, warps, stages | us | GB/s | TFLOP/s | difference |")
+    print(
+        "\n| model | linear | rows | rows of a block; outputs, warps, stages | us | GB/s | TFLOP/s | difference |"
+    )
     print("|---|---|--:|---|--:|--:|--:|--:|")
     for one in results:
-        shape = f"{one['outputs']}, {one['warps']}, {one['stages']}{' (taken)' if one['chosen'] else ''}"
+        shape = f"{one['block_rows']}; {one['outputs']}, {one['warps']}, {one['stages']}"
+        shape += " (taken)" if one["chosen"] else ""
         cells = [one[key] for key in ("us", "gb_per_s", "tflops")]
         print(
             f"| {one['model']} | {one['linear']} | {one['rows']} | {shape} | {' | '.join(map(str, cells))} | ",

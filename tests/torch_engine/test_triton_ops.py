@@ -725,14 +725,16 @@ class TestLinears:
         """Few rows, several pieces of rows, and so many that the weight is written out."""
         # bf16 is what the interpreter cannot do; fp16 goes the same way.
         dtype = torch.float16 if INTERPRETED and rows % 2 else LINEAR_DTYPE
-        coded = coded_weight(kind, 192, 384)
+        coded = coded_weight(kind, 256, 384)
         x = torch.randn(rows, 384, device=DEVICE).to(dtype)
-        bias = torch.randn(192, device=DEVICE).to(dtype)
+        bias = torch.randn(256, device=DEVICE).to(dtype)
         made = FourBitLinear if four_bits.tile_of(coded) is not None else GroupedLinear
         linear = made(coded, bias, dtype, Scratch(dtype, DEVICE), 1)
         expected = x.float() @ coded.values(torch.float32).t() + bias.float()
         plans = linear.plans(rows)[:: 3 if INTERPRETED else 1] if rows <= FEW_ROWS else [None]
-        for plan in plans + linear.many_plans()[:: 3 if INTERPRETED else 1]:
+        many = linear.many_plans()
+        assert any(plan.scaled for plan in many) == (made is FourBitLinear)
+        for plan in plans + many[:: 3 if INTERPRETED else 1]:
             linear.choose(max(rows, FEW_ROWS), plan)
             self.error(linear, x, expected, tolerance_of(dtype))
 

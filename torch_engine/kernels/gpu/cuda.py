@@ -83,7 +83,7 @@ MOST_TRIED = 512
 """Rows of the output head that are tried at load: logits of more take memory that only full steps have a use for."""
 FEWEST = 8
 """Rows at which products for few rows are timed."""
-TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256)
+TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256, 512)
 """And those of weights in groups, whose kernels are others for more rows."""
 EXCHANGED_ROWS = (1, 4, 16, 32, 64, 128, 256)
 """Of sums that are timed in one kernel with the norm, and apart."""

@@ -37,6 +37,9 @@ SHAPES = ((64, 4, 5), (64, 2, 5), (128, 4, 4), (32, 2, 5), (16, 1, 4))
 WIDE_SHAPES = ((128, 4, 4), (256, 8, 3), (64, 4, 4), (32, 2, 5), (16, 1, 4))
 MANY_SHAPES = ((128, 8, 3), (128, 8, 4), (64, 4, 4))
 """Outputs of a program, warps and stages: for up to ``MOST_OF_FEW`` rows, for more, and for ``MANY_ROWS`` a program."""
+SCALED_SHAPES = ((128, 8, 3), (128, 8, 2), (256, 8, 3))
+"""For ``MANY_ROWS``, or twice as many where outputs are not more, of weights that are scaled before the product: more
+work for each weight, which so many rows share, and one sum that nobody has to wait for."""
 MOST_OF_FEW = 16
 MANY_ROWS = 128
 PREFETCHED = 4
@@ -123,6 +126,7 @@ def _four_bit_product_kernel(
     x, words, marks, bias, out, rows,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr,
     MINIMA: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     if _OVERLAPS:
         cuda.gdc_launch_dependents()
@@ -148,17 +152,25 @@ def _four_bit_product_kernel(
             group = (split * EACH + k + begin * WIDTH) // GROUP
             scale, offset = _halves(tl.load(marks + group * N + n), SCALE)
             quarters = _numbers(word, tl.zeros([BLOCK_N], tl.int16) if MINIMA else offset.to(tl.int16), like)
-            part = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            for quarter in tl.static_range(begin, begin + RUN):
-                a = tl.trans(tl.load(inputs + k + quarter * WIDTH, mask=mask, other=0.0))
-                part = tl.dot(quarters[quarter], a, part, input_precision="ieee")
+            if SCALED:
+                for quarter in tl.static_range(begin, begin + RUN):
+                    a = tl.trans(tl.load(inputs + k + quarter * WIDTH, mask=mask, other=0.0))
+                    numbers = quarters[quarter].to(tl.float32) * scale[:, None]
+                    if MINIMA:
+                        numbers += offset.to(SCALE, bitcast=True).to(tl.float32)[:, None]
+                    total = tl.dot(numbers.to(like), a, total, input_precision="ieee")
+            else:
+                part = tl.zeros([BLOCK_N, ROWS], tl.float32)
+                sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+                for quarter in tl.static_range(begin, begin + RUN):
+                    a = tl.trans(tl.load(inputs + k + quarter * WIDTH, mask=mask, other=0.0))
+                    part = tl.dot(quarters[quarter], a, part, input_precision="ieee")
+                    if MINIMA:
+                        sums = tl.dot(tl.full([BLOCK_N, WIDTH], 1.0, like), a, sums, input_precision="ieee")
+                # The scale is applied to the sums, which are fewer than the weights.
+                total += part * scale[:, None]
                 if MINIMA:
-                    sums = tl.dot(tl.full([BLOCK_N, WIDTH], 1.0, like), a, sums, input_precision="ieee")
-            # The scale is applied to the sums, which are fewer than the weights.
-            total += part * scale[:, None]
-            if MINIMA:
-                total += sums * offset.to(SCALE, bitcast=True).to(tl.float32)[:, None]
+                    total += sums * offset.to(SCALE, bitcast=True).to(tl.float32)[:, None]
     if BIASED and split == 0:
         total += tl.load(bias + n).to(tl.float32)[:, None]
     target = out + (split * rows + m).to(tl.int64)[None, :] * N + n[:, None]
@@ -241,14 +253,21 @@ class FourBitLinear(CodedLinear):
         )
 
     def many_plans(self) -> list[GroupedPlan]:
-        plans = plans_of(MANY_SHAPES, self.outputs, self.inputs // self.tile, self.multiprocessors, (1,))
-        return [dataclasses.replace(plan, rows=MANY_ROWS) for plan in plans]
+        many, scaled = (
+            plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (1,))
+            for shapes in (MANY_SHAPES, SCALED_SHAPES)
+        )
+        plans = [dataclasses.replace(plan, rows=MANY_ROWS) for plan in many]
+        for plan in scaled:
+            rows = MANY_ROWS * 2 if plan.block_n <= MANY_ROWS else MANY_ROWS
+            plans.append(dataclasses.replace(plan, rows=rows, scaled=True))
+        return plans
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
         _four_bit_product_kernel[(self.outputs // plan.block_n, plan.splits, cdiv(len(x), at_once))](
             x, self.words, self.marks, out if self.bias is None else self.bias, out, len(x),
             self.outputs, self.inputs, self.group, self.tile, self.scale, self.minima,
-            self.bias is not None, at_once, plan.block_n, plan.splits,
+            self.bias is not None, at_once, plan.block_n, plan.splits, plan.scaled,
             num_warps=plan.warps, num_stages=plan.stages, **LAUNCH,
         )  # fmt: skip
 

@@ -80,6 +80,8 @@ class GroupedPlan:
     stages: int
     rows: int = ROWS_AT_ONCE
     """The most of a program: its codes become numbers once for all of them."""
+    scaled: bool = False
+    """Weights are scaled before the product, not sums after it."""
 
 
 def plans_of(

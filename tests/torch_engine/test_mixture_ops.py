@@ -33,7 +33,7 @@ if RUNS:
     from flightline.torch_engine.kernels.gpu.activation import Activation
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.grouped import GroupedLinear, Scratch
-    from flightline.torch_engine.kernels.gpu.mixture import route, sort_pairs
+    from flightline.torch_engine.kernels.gpu.mixture import COUNTED, route, router_logits, sort_pairs
 
 IDLE = 3
 """Slot of the rows that fill up a batch."""
@@ -202,6 +202,28 @@ class TestExperts:
             seen += real
         assert sorted(seen) == list(range(len(flat)))
         assert done.experts.tolist()[:6] == [0, 2, 4, 4, 5, -1]
+
+    def test_many_pairs_are_sorted_by_several_programs(self) -> None:
+        ids = torch.randint(-1, 40, (301, 2), dtype=torch.int32, device=DEVICE)
+        done = sort_pairs(ids, 40, 16)
+        flat, owners = ids.flatten().cpu(), done.experts.tolist()
+        assert len(owners) > 2 * COUNTED
+        used = -(-torch.bincount(flat + 1, minlength=41) // 16)
+        expected = [expert for expert in [*range(40), -1] for _ in range(used[expert + 1])]
+        assert owners == expected + [-2] * (len(owners) - len(expected))
+        places = done.order.cpu().view(-1, 16)
+        pairs = places[places < len(flat)]
+        assert sorted(pairs.tolist()) == list(range(len(flat))) and places.max() == len(flat)
+        for expert, place in zip(owners, places, strict=True):
+            assert (flat[place[place < len(flat)]] == expert).all()
+
+    @pytest.mark.parametrize("count", [3, 16, 17, 70])
+    def test_routers_of_any_number_of_rows(self, count: int) -> None:
+        """In partial sums, as many as fill the device."""
+        x, weight = torch.randn(count, 600, device=DEVICE), torch.randn(40, 600, device=DEVICE)
+        logits = router_logits(x, weight)
+        assert logits.shape == (2, count, 40)
+        close(logits.sum(0), x @ weight.t(), 1e-5)
 
     def test_greedy_tokens_equal(self, tmp_path, make_engine) -> None:
         """An engine whose steps have few rows and many, padded ones too where there are graphs."""

@@ -73,7 +73,9 @@ if RUNS:
         SkinnyPlan,
         dequantise,
         quantise,
+        scale_rows,
         skinny_linear,
+        skinny_plans,
     )
     from flightline.torch_engine.kernels.gpu.norm import add_norm, gate
     from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
@@ -243,7 +245,28 @@ class TestKernels:
         parts = skinny_linear(x, weight, *scales, plan)
         assert parts.shape == (splits, rows, 192)
         # The tensor cores of Hopper keep fewer bits of FP8 sums than float32 has.
-        close(parts.sum(0), x.float() @ weight.float().t() / 8, 1e-5 if INTERPRETED else 2e-3)
+        expected = x.float() @ weight.float().t() / 8
+        close(parts.sum(0), expected, 1e-5 if INTERPRETED else 2e-3)
+        bias = torch.randn(192, device=DEVICE).to(LINEAR_DTYPE)
+        biased = skinny_linear(x, weight, *scales, plan, bias).sum(0)
+        close(biased, expected + bias.float(), 1e-5 if INTERPRETED else 2e-3)
+
+    @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (5120, 2880), (2880, 4096)])
+    def test_skinny_plans_fill_the_device(self, outputs: int, inputs: int) -> None:
+        plans = skinny_plans(outputs, inputs, 132)
+        assert plans
+        for plan in plans:
+            assert outputs % plan.block_n == 0 and inputs % (plan.block_k * plan.splits) == 0
+            tiles = inputs // plan.block_k
+            assert outputs // plan.block_n * plan.splits >= 2 * 132 or plan.splits == max(
+                splits for splits in range(1, 10) if tiles % splits == 0
+            )
+
+    @pytest.mark.parametrize("size", [40, 5000])
+    def test_rows_are_scaled_in_place(self, size: int) -> None:
+        x, scales = torch.randn(3, size, device=DEVICE, dtype=DTYPES[1]), torch.rand(3, device=DEVICE)
+        expected = (x.float() * scales[:, None]).to(x.dtype)
+        assert scale_rows(x, scales) is x and torch.equal(x, expected)
 
     def test_readers_add_partial_sums(self) -> None:
         dtype = DTYPES[1]

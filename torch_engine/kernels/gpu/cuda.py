@@ -560,7 +560,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             plans = [one.plan_of(ROWS_AT_ONCE), *one.many_plans(), None]
             if rows <= ROWS_AT_ONCE:
                 plans = [*one.plans(rows)]
-        elif isinstance(one, Fp8Linear | Fp8RowLinear) and all(linear.bias is None for linear in linears):
+        elif isinstance(one, Fp8Linear | Fp8RowLinear):
             outputs, inputs = one.weight.shape
             scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None
             x = Activation(ones.expand(rows, inputs).to(torch.float8_e4m3fn), scales)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -36,6 +36,9 @@ FEW_ROWS = 128
 """Most rows of our own products where nothing was timed. An estimate by bytes: up to here the codes are read at most
 twice, half a byte each, and writing a weight out and reading it again is 4.5 bytes."""
 ROWS_AT_ONCE = 64
+MANY_SHAPES = ((128, 8, 2), (64, 4, 3))
+"""Outputs of a program, warps and stages, with ``MANY_ROWS`` a program."""
+MANY_ROWS = 256
 WIDEST = 128
 """Most inputs of a tile."""
 
@@ -437,6 +440,14 @@ class GroupedLinear(CodedLinear):
     def plans(self, rows: int) -> list[GroupedPlan]:
         shapes = ((64, 4, 5), (128, 4, 4), (64, 4, 3), (32, 4, 5), (16, 4, 4))
         return plans_of(shapes, self.outputs, cdiv(self.inputs, self.tile), self.multiprocessors, (2, 4))
+
+    def many_plans(self) -> list[GroupedPlan]:
+        """Codes that are floats are scaled before the product, whose only sum leaves registers for many rows."""
+        if self.kind not in (Kind.E4M3, Kind.FLOATS):
+            return []
+        tiles = cdiv(self.inputs, self.tile)
+        plans = plans_of(MANY_SHAPES, self.outputs, tiles, self.multiprocessors, (1, 2))
+        return [replace(plan, rows=MANY_ROWS) for plan in plans]
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
         _product_kernel[(self.outputs // plan.block_n, plan.splits, cdiv(len(x), at_once))](

@@ -59,14 +59,18 @@ def _router_kernel(
     tl.store(target, sums, (m < rows)[:, None] & (e < E)[None, :])
 
 
+MOST_ROUTERS = 256
+"""Programs of a router's product that its inputs are cut up for."""
+
+
 def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x`` [T, N] times the router's ``weight`` [E, N]: partial sums [S, T, E] in float32."""
     rows, size = x.shape
     experts = weight.shape[0]
-    few = rows <= 16
-    splits = max(1, min(8, size // 256)) if few else 1
+    block_m, block_e = (16, 16) if rows <= 16 else (32, 32)
+    programs = cdiv(rows, block_m) * cdiv(experts, block_e)
+    splits = max(1, min(8, size // 256, MOST_ROUTERS // programs))
     out = torch.empty(splits, rows, experts, dtype=torch.float32, device=x.device)
-    block_m, block_e = (16, 16) if few else (32, 32)
     _router_kernel[(cdiv(rows, block_m), cdiv(experts, block_e), splits)](
         x, weight, out, rows, experts, size, block_m, block_e, min(128, next_power_of_2(size)), splits,
         num_warps=4, num_stages=4, **LAUNCH,
@@ -289,12 +293,14 @@ def _rows_out_kernel(
 # Many rows: blocks of pairs of one expert ----------------------------------------------------------------------------
 
 
-@kernel(do_not_specialize=["pairs", "blocks", "capacity"])
+@kernel(do_not_specialize=["pairs", "blocks"])
 def _count_kernel(
-    ids, cursors, experts, order, pairs, blocks, capacity,
-    E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    ids, cursors, experts, order, pairs, blocks,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
+    """Every program counts all pairs, and says whose ``EACH`` blocks are, whose places it empties."""
     begin_kernel()
+    part = tl.program_id(0)
     b, c = tl.arange(0, BINS), tl.arange(0, CHUNK)
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, pairs, CHUNK):
@@ -302,16 +308,15 @@ def _count_kernel(
         counts += tl.histogram(tl.where(expert < 0, E, expert), BINS)
     padded = tl.where(b <= E, (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M, 0)
     ends = tl.cumsum(padded, 0)
-    tl.store(cursors + b, ends - padded)
-    total = tl.sum(padded, 0)
-    for start in range(0, blocks, 32):
-        block = start + tl.arange(0, 32)
-        first = block * BLOCK_M
-        expert = tl.sum((ends[None, :] <= first[:, None]).to(tl.int32), 1)
-        expert = tl.where(first >= total, PAST, tl.where(expert == E, -1, expert))
-        tl.store(experts + block, expert, block < blocks)
-    for start in range(0, capacity, CHUNK):
-        tl.store(order + start + c, pairs + tl.zeros([CHUNK], tl.int32), start + c < capacity)
+    if part == 0:
+        tl.store(cursors + b, ends - padded)
+    block = part * EACH + tl.arange(0, EACH)
+    first = block * BLOCK_M
+    expert = tl.sum((ends[None, :] <= first[:, None]).to(tl.int32), 1)
+    expert = tl.where(first >= tl.sum(padded, 0), PAST, tl.where(expert == E, -1, expert))
+    tl.store(experts + block, expert, block < blocks)
+    places = part * EACH * BLOCK_M + tl.arange(0, EACH * BLOCK_M)
+    tl.store(order + places, pairs + tl.zeros([EACH * BLOCK_M], tl.int32), places < blocks * BLOCK_M)
 
 
 @kernel(do_not_specialize=["pairs"])
@@ -323,6 +328,10 @@ def _place_kernel(ids, cursors, order, pairs, E: tl.constexpr, CHUNK: tl.constex
     # Which pair comes first within an expert changes no result: each row is computed by itself.
     where = tl.atomic_add(cursors + tl.where(expert < 0, E, expert), 1, mask)
     tl.store(order + where, pair, mask)
+
+
+COUNTED = 32
+"""Blocks of a program of ``_count_kernel``."""
 
 
 @dataclass(frozen=True)
@@ -345,20 +354,8 @@ def sort_pairs(ids: torch.Tensor, experts: int, size: int) -> Sorted:
     order, owners, cursors = (
         torch.empty(count, dtype=torch.int32, device=ids.device) for count in (blocks * size, blocks, bins)
     )
-    _count_kernel[(1,)](
-        ids,
-        cursors,
-        owners,
-        order,
-        pairs,
-        blocks,
-        blocks * size,
-        experts,
-        bins,
-        size,
-        1024,
-        num_warps=8,
-        **LAUNCH,
+    _count_kernel[(cdiv(blocks, COUNTED),)](
+        ids, cursors, owners, order, pairs, blocks, experts, bins, size, 1024, COUNTED, num_warps=8, **LAUNCH
     )
     _place_kernel[(cdiv(pairs, 256),)](ids, cursors, order, pairs, experts, 256, num_warps=4, **LAUNCH)
     return Sorted(order, owners, size)

@@ -35,7 +35,12 @@ from benchmarks.kernel_groups import microseconds_by_kernel  # noqa: E402
 from flightline.torch_engine.core.shared_prefixes import Group  # noqa: E402
 from flightline.torch_engine.kernels.gpu import attention  # noqa: E402
 from flightline.torch_engine.kernels.gpu.attention import DecodePlan, PrefillPlan  # noqa: E402
-from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, gathered_plans  # noqa: E402
+from flightline.torch_engine.kernels.gpu.gathered import (  # noqa: E402
+    GatheredPlan,
+    GatheredScratch,
+    ahead_plans,
+    gathered_plans,
+)
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, rotate_write  # noqa: E402
 from flightline.torch_engine.kernels.gpu.launch import INTERPRETED  # noqa: E402
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan  # noqa: E402
@@ -114,6 +119,7 @@ def prompts(options: argparse.Namespace, spec: Any, kind: str) -> None:
     for turned in (False, True) if fp8 else (False,):
         scratch = GatheredScratch.new(cache, DTYPE, max(options.lengths), turned)
         plans += [GatheredPlan(tile, scratch) for tile in gathered_plans(DTYPE, spec.head_dim)]
+        plans += ahead_plans(scratch, spec.attention_softcap, False)
     apart = {named(plan): checked(plan, plans[0], spec, cache) for plan in plans}
     for length in options.lengths:
         for plan in plans:

@@ -54,7 +54,9 @@ from flightline.torch_engine.kernels.gpu.activation import Activation, Form
 from flightline.torch_engine.kernels.gpu.attention import attend, decode_plan, usual_prefill_plans
 from flightline.torch_engine.kernels.gpu.exchange import Exchange
 from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
-from flightline.torch_engine.kernels.gpu.gathered import GatheredPlan, GatheredScratch, attend_gathered, gathered_plans
+from flightline.torch_engine.kernels.gpu.gathered import (
+    GatheredPlan, GatheredScratch, ahead_plans, attend_gathered, gathered_plans,
+)
 from flightline.torch_engine.kernels.gpu.grouped import GroupedCodes, GroupedLinear, Scratch
 from flightline.torch_engine.kernels.gpu.kv_cache import (
     AttentionInput, KVCache, SharedPrefixes, rotate_write, row_means, scatter,
@@ -115,6 +117,9 @@ if hopper:
         laid = GatheredScratch.new(cache, bf16, 128, turned)
         for tile in gathered_plans(bf16, 128):
             gathered = GatheredPlan(tile, laid)
+            attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
+        if turned:
+            (gathered,) = ahead_plans(laid, None, False)
             attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)
@@ -185,7 +190,7 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(shared <= shared_limit for kernels in found.values() for shared, *_ in kernels)
-    gathers = ["_gathered_kernel"] if capability == 90 else []
+    gathers = ["_gathered_kernel", "_ahead_kernel"] if capability == 90 else []
     for name in ("_prefill_kernel", "_prefix_kernel", *gathers):
         used = {unit for _, units, *_ in found[name] for unit in units}
         assert used == ({"wgmma.mma_async"} if capability == 90 else {"mma.sync"})

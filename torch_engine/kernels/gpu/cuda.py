@@ -29,6 +29,7 @@ from flightline.torch_engine.kernels.gpu.gathered import (
     STEPS,
     GatheredPlan,
     GatheredScratch,
+    ahead_plans,
     attend_gathered,
     gathered_plans,
 )
@@ -656,7 +657,9 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         qkv = random_qkv(spec, tokens, self.dtype, cache.values.device)
         expected = prompt_attention(usual, spec, cache, context, qkv)()
         found = []
-        for plan in (GatheredPlan(tile, scratch) for scratch in scratches for tile in tiles):
+        plans = [GatheredPlan(tile, scratch) for scratch in scratches for tile in tiles]
+        plans += ahead_plans(scratches[-1], spec.attention_softcap, spec.sinks)
+        for plan in plans:
             seconds = prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
             if math.isinf(seconds):
                 continue

@@ -65,6 +65,8 @@ STEPS = 2
 """Whole steps of prompts that it has room for besides the longest prompt, of which a step may have the end."""
 FETCHES = INTERPRETED or OVERLAPS
 """Whether the device has the copy engine: both came with Hopper."""
+WAITS_LATER = OVERLAPS and torch.cuda.get_device_capability()[0] == 9
+"""Whether products are asked for and waited for apart (wgmma)."""
 LIFT = tl.constexpr(8)
 """Of weights in FP8: their largest is 2 ** 8."""
 SIZES = (64, 128, 256)
@@ -123,6 +125,8 @@ class GatheredPlan:
 
     tile: PrefillPlan
     scratch: GatheredScratch
+    ahead: bool = False
+    """By ``gathered_ahead``."""
 
     @property
     def keys(self) -> int:
@@ -135,7 +139,7 @@ class GatheredPlan:
 
     def __str__(self) -> str:
         both = ", scores and weights in FP8" if self.scratch.turned else ", scores in FP8" if self.fp8 else ""
-        return f"{self.tile}{both}"
+        return f"{self.tile}{', scores ahead' if self.ahead else ''}{both}"
 
 
 @triton.jit
@@ -305,6 +309,15 @@ def attend_gathered(
     assert step.tiles is not None and step.offsets is not None
     scratch, tile = plan.scratch, plan.tile
     gather(cache, step, scratch)
+    if plan.ahead:
+        from flightline.torch_engine.kernels.gpu.gathered_ahead import attend_ahead
+
+        assert softcap is None and sinks is None
+        sizes = (tile.rows, tile.block, tile.stages, tile.warps)
+        attend_ahead(
+            qkv, cache, step, num_heads, scale, scratch.keys, scratch.values, *sizes, out, form, in_scale
+        )
+        return
     kv_heads, room, size = scratch.keys.shape
     rows, turned = [kv_heads * room, size], [kv_heads * size, room]
     keys = TensorDescriptor(scratch.keys, rows, [size, 1], [tile.block, size])
@@ -321,6 +334,12 @@ def attend_gathered(
         dot_type(qkv.dtype, cache.values.dtype), int(form), tile.stages,
         **tile.launch,
     )  # fmt: skip
+
+
+def ahead_plans(scratch: GatheredScratch, softcap: float | None, sinks: bool) -> list[GatheredPlan]:
+    """Candidates of ``gathered_ahead``, on a device with Hopper's tensor cores."""
+    fits = scratch.turned and scratch.keys.shape[2] == 128 and softcap is None and not sinks
+    return [GatheredPlan(PrefillPlan(64, 64, 4, 4), scratch, ahead=True)] if fits and WAITS_LATER else []
 
 
 def gathered_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:

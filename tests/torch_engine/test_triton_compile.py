@@ -118,8 +118,7 @@ if hopper:
         for tile in gathered_plans(bf16, 128):
             gathered = GatheredPlan(tile, laid)
             attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
-        if turned:
-            (gathered,) = ahead_plans(laid, None, False)
+        for gathered in ahead_plans(laid, None, False):
             attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
     codes = torch.zeros(6144, 4096, dtype=torch.float8_e4m3fn)
     plans = skinny_plans(6144, 4096, 132)

@@ -534,6 +534,7 @@ class TestKernels:
             (4, 1, 64, "int8", None, False, (32, 64, 4, 2), False),
             (8, 2, 128, "scaled fp8", None, True, (64, 64, 4, 4), True),
             (6, 2, 128, "fp8", None, True, (64, 64, 4, 4), True),
+            (6, 2, 128, "fp8", None, True, (128, 64, 8, 4), True),
         ],
     )
     def test_prompts_over_gathered_keys(

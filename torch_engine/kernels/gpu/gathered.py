@@ -339,7 +339,8 @@ def attend_gathered(
 def ahead_plans(scratch: GatheredScratch, softcap: float | None, sinks: bool) -> list[GatheredPlan]:
     """Candidates of ``gathered_ahead``, on a device with Hopper's tensor cores."""
     fits = scratch.turned and scratch.keys.shape[2] == 128 and softcap is None and not sinks
-    return [GatheredPlan(PrefillPlan(64, 64, 4, 4), scratch, ahead=True)] if fits and WAITS_LATER else []
+    tiles = [PrefillPlan(64, 64, 4, 4), PrefillPlan(128, 64, 8, 4)] if fits and WAITS_LATER else []
+    return [GatheredPlan(tile, scratch, ahead=True) for tile in tiles]
 
 
 def gathered_plans(dtype: torch.dtype, size: int) -> list[PrefillPlan]:

@@ -52,7 +52,7 @@ from flightline.torch_engine.core.sequence import Sequence
 from flightline.torch_engine.core.shared_prefixes import Ints, find_groups
 from flightline.torch_engine.core.speculation import MOST_ROWS
 from flightline.torch_engine.kernels.gpu.attention import BATCH_SIZES, LONG, prefill_plan
-from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
+from flightline.torch_engine.kernels.gpu.cuda import LONG_GATHERED, CudaKernels
 from flightline.torch_engine.kernels.gpu.device_sampling import DeviceSampling, Move
 from flightline.torch_engine.kernels.gpu.gathered import LEAST_PAIRS, LEAST_TOKENS, LONGEST_BESIDE, padded
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache, SharedPrefixes, scatter
@@ -461,15 +461,24 @@ class CudaRunner:
         if self.long_tile:
             self._try_prompt(count, self.long_tile, True)
         if spans := self._spans([(0, count, 0, self.spare)]):
-            self._try_prompt(count, self.gathered_tile, spans=spans)
+            self._try_prompt(count, self._gathered_tile(count), spans=spans)
+            if self.kernels.gathered_long is not None:
+                first = LONG_GATHERED - count
+                spans = self._spans([(0, count, first, self.spare)])
+                self._try_prompt(count, self._gathered_tile(LONG_GATHERED), spans=spans, first=first)
 
     def _try_prompt(
-        self, count: int, tile: int = 0, long: bool = False, spans: list[Ints] | None = None
+        self,
+        count: int,
+        tile: int = 0,
+        long: bool = False,
+        spans: list[Ints] | None = None,
+        first: int = 0,
     ) -> None:
-        """A step with a prompt of so many tokens that is nobody's."""
+        """A step with a prompt of so many tokens, behind ``first`` others, that is nobody's."""
         columns = np.zeros((3, count), dtype=np.int32)
-        columns[1], columns[2] = self.spare, np.arange(count)
-        tiles = self._tiles(0, count, 0, self.spare, tile)
+        columns[1], columns[2] = self.spare, first + np.arange(count)
+        tiles = self._tiles(0, count, first, self.spare, tile)
         sampled = [(count - 1, self.spare, 0)]
         self._carry_out(self._loose(columns, tiles, sampled, [], 0, long, spans), self.staging[0])(True)
         if self.device.type == "cuda":
@@ -870,8 +879,9 @@ class CudaRunner:
             shape = None
         if shape is not None and not shape.decodes:
             tiles += [(at, 1, position, slot) for at, (_, slot, position, _) in enumerate(singles)]
-        long = shape is None and max((each[1] + each[2] for each in prompts), default=0) >= LONG
-        tile = self.gathered_tile if spans else self.long_tile
+        longest = max((each[1] + each[2] for each in prompts), default=0)
+        long = shape is None and longest >= LONG
+        tile = self._gathered_tile(longest) if spans else self.long_tile
         if long and tile:
             tiles = [piece for each in prompts for piece in self._tiles(*each, tile)]
         # The longest tiles first: they take the most time.
@@ -881,10 +891,9 @@ class CudaRunner:
         long &= bool(self.long_tile) and not spans
         return self._loose(step, tiles, sampled, updates, len(singles), long, spans)
 
-    @property
-    def gathered_tile(self) -> int:
-        """Tokens of a tile of prompts whose keys are gathered; 0: none are."""
-        plan = self.kernels.gathered
+    def _gathered_tile(self, longest: int) -> int:
+        """Tokens of a tile of prompts whose keys are gathered, so many of the longest; 0: none are."""
+        plan = self.kernels.gathered_plan(longest)
         return plan.tile.tokens(self.model.spec.num_groups) if plan else 0
 
     @staticmethod

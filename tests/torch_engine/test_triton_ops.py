@@ -1078,9 +1078,16 @@ class TestEngine:
         runner, kernels = engine.runner, engine.kernels
         scratch = GatheredScratch.new(runner.caches[0], kernels.dtype, 200)
         kernels.gathered = GatheredPlan(PrefillPlan(32, 32, 4, 2), scratch)
+        kernels.gathered_long = GatheredPlan(PrefillPlan(64, 32, 4, 2), scratch)  # from 50 keys on
+        monkeypatch.setattr(cuda, "LONG_GATHERED", 50)
+        monkeypatch.setattr(cuda_runner, "LONG_GATHERED", 50)
         monkeypatch.setattr(cuda_runner, "LONG", 8)
         monkeypatch.setattr(cuda_runner, "LEAST_TOKENS", 8)
         gathered, carry_out = [], runner._carry_out
+        rows, attend = set(), cuda.attend_gathered
+        monkeypatch.setattr(
+            cuda, "attend_gathered", lambda *args: (rows.add(args[6].tile.rows), attend(*args))
+        )
 
         def watched(order, staging):
             if order.graph is None:
@@ -1089,12 +1096,13 @@ class TestEngine:
 
         monkeypatch.setattr(runner, "_carry_out", watched)
         assert [output.token_ids for output in engine.generate(requests)] == expected
-        assert gathered.count(True) >= 2
+        assert gathered.count(True) >= 2 and rows == {32, 64}
         engine.audit()
         gathered.clear()
+        rows.clear()
         with torch.inference_mode():
             runner._warm_up(8)
-            assert gathered == [False, True]
+            assert gathered == [False, True, True] and rows == {32, 64}
             runner.capture([4], [MixedShape.of(32, runner.tile)])
         # A step that a graph could run goes without it where that saves enough.
         for pairs, keys, gathers in ((10**9, 10**9, False), (1, 10**9, True), (10**9, 50, True)):
@@ -1290,6 +1298,13 @@ class TestTuning:
         assert kernels.long_prefill is None and kernels.gathered.tile == PrefillPlan(64, 64, 4, 2)
         assert kernels.gathered.keys == padded(80 + 2 * 20) and kernels.prefix is not None
         assert "over gathered keys: 10 -> 8 us" in said and "shared prefixes: 50 -> 30 us" in said
+
+    def test_very_long_prompts_have_a_plan_of_their_own(self, engine, monkeypatch) -> None:
+        monkeypatch.setattr(cuda, "LONG_GATHERED", 64)
+        said = self.tune(engine, monkeypatch, 10e-6, 9e-6, 8e-6, 11e-6, 13e-6, 50e-6, 30e-6)
+        kernels = engine.kernels
+        assert [kernels.gathered_plan(keys).tile.rows for keys in (63, 64)] == [64, 32]
+        assert "from 64 on: 13 -> 11 us" in said
 
     def test_shared_prefixes_take_the_fastest_plan(self, engine, monkeypatch) -> None:
         usual = engine.kernels.prefix_plan(engine.model.spec, engine.runner.caches[0])

@@ -86,6 +86,9 @@ FEWEST = 8
 """Rows at which products for few rows are timed."""
 TUNED_ROWS = (FEWEST, 32, ROWS_AT_ONCE, 128, 256, 512)
 """And those of weights in groups, whose kernels are others for more rows."""
+LONG_GATHERED = 49_152
+"""Keys of a prompt from which on the plan over gathered keys is chosen anew: they no longer lie in the L2 together, and
+tiles of more queries read them less often."""
 EXCHANGED_ROWS = (1, 4, 16, 32, 64, 128, 256)
 """Of sums that are timed in one kernel with the norm, and apart."""
 EXCHANGES = 32
@@ -124,6 +127,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         """How long prompts are cut up, where that was timed; None: as all are."""
         self.gathered: GatheredPlan | None = None
         """How they are computed over gathered keys, where that was faster; None: never."""
+        self.gathered_long: GatheredPlan | None = None
+        """The same from ``LONG_GATHERED`` keys on, where that is another one."""
         self.prefix: PrefixPlan | None = None
         """How keys that several decodes share are computed, where that was timed; None: by each for itself."""
         self.exchange: Exchange | None = None
@@ -397,13 +402,18 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             plan, form, reader.input_scale, prefill, layer.sinks, prefix,
         )  # fmt: skip
         if where.spans is not None:
-            assert self.gathered is not None
+            gathered = self.gathered_plan(where.longest)
+            assert gathered is not None
             attend_gathered(
-                qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, self.gathered, out,
+                qkv, cache, where, spec.num_heads, spec.attention_scale, spec.attention_softcap, gathered, out,
                 form, reader.input_scale, layer.sinks,
             )  # fmt: skip
         # A scale for each token spans heads that different programs compute: a pass of its own.
         return Activation(out) if form == reader.form else quantise(out, reader.form)
+
+    def gathered_plan(self, longest: int) -> GatheredPlan | None:
+        """Of a step's prompts, of which the longest has so many keys."""
+        return self.gathered_long if self.gathered_long and longest >= LONG_GATHERED else self.gathered
 
     def decode_plan(self, spec: ModelSpec, rows: int, longest: int) -> DecodePlan:
         """Of a step's decodes, of which the longest has so many keys."""
@@ -595,16 +605,20 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         has ``step`` tokens at the most.
 
         Each computes the last tokens of a long prompt over ``cache``. Where keys are laid side by side first, the
-        results have to be those of the others.
+        results have to be those of the others, and what is best of very long ones is found out by itself.
         """
         block_size = cache.values.shape[3]
-        context = min(longest, 16384, cache.values.shape[0] * block_size)
+        most = min(longest, cache.values.shape[0] * block_size)
+        context = min(most, 16384)
         if context < attention.LONG:
             return
         tokens = min(context, 2048)
         with random_content(cache, -(-context // block_size)):
             plans = attention.long_prefill_plans(self.dtype, spec.head_dim)
-            seen = [prefill_seconds(plan, spec, cache, context, tokens, self.dtype) for plan in plans]
+            seen = [
+                prefill_seconds(plan, spec, cache, context, tokens, self.dtype, in_graph=True)
+                for plan in plans
+            ]
             # All ranks decide by the same figures: rank 0 cuts up the prompts for all of them.
             total = self.group.sum(torch.tensor(seen, dtype=torch.float32, device=self.device))
             times = dict(zip(plans, (total / self.group.size).tolist(), strict=True))
@@ -622,15 +636,40 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if not gathered:
             return
         plan, seconds = min(gathered, key=lambda each: each[1])
-        if seconds < 0.95 * min(times.values()):
-            self.gathered = plan
-            self._tuning += (
-                f"; prompts of up to {plan.keys} tokens over gathered keys: "
-                f"{times[usual] * 1e6:.0f} -> {seconds * 1e6:.0f} us with {plan}"
-            )
         self.tuned["prefill attention over gathered keys"] = {
             str(plan): round(seconds * 1e6, 1) for plan, seconds in gathered
         }
+        if seconds >= 0.95 * min(times.values()):
+            return
+        self.gathered = plan
+        self._tuning += (
+            f"; prompts of up to {plan.keys} tokens over gathered keys: "
+            f"{times[usual] * 1e6:.0f} -> {seconds * 1e6:.0f} us with {plan}"
+        )
+        if min(most, plan.keys) > LONG_GATHERED:
+            self._tune_long_gathered(spec, cache, [each for each, _ in gathered], min(most, plan.keys))
+
+    def _tune_long_gathered(
+        self, spec: ModelSpec, cache: KVCache, plans: list[GatheredPlan], context: int
+    ) -> None:
+        """Of the ``plans`` that have the chosen one's scratch memory, which is best of ``context`` keys."""
+        assert self.gathered is not None
+        with random_content(cache, -(-context // cache.values.shape[3])):
+            times = {
+                plan: prefill_seconds(plan, spec, cache, context, 2048, self.dtype, repeats=3, in_graph=True)
+                for plan in plans
+                if plan.scratch is self.gathered.scratch
+            }
+        best = min(times, key=lambda plan: times[plan])
+        self.tuned[f"prefill attention over {context} gathered keys"] = {
+            str(plan): round(seconds * 1e6, 1) for plan, seconds in times.items()
+        }
+        if times[best] < 0.99 * times[self.gathered]:
+            self.gathered_long = best
+            self._tuning += (
+                f"; from {LONG_GATHERED} on: {times[self.gathered] * 1e6:.0f} -> {times[best] * 1e6:.0f} us "
+                f"with {best}"
+            )
 
     def _time_gathered(
         self,
@@ -660,7 +699,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         plans = [GatheredPlan(tile, scratch) for scratch in scratches for tile in tiles]
         plans += ahead_plans(scratches[-1], spec.attention_softcap, spec.sinks)
         for plan in plans:
-            seconds = prefill_seconds(plan, spec, cache, context, tokens, self.dtype)
+            seconds = prefill_seconds(plan, spec, cache, context, tokens, self.dtype, in_graph=True)
             if math.isinf(seconds):
                 continue
             apart = difference(prompt_attention(plan, spec, cache, context, qkv)(), expected)

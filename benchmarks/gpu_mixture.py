@@ -76,12 +76,12 @@ def product(name: str, model: Model, linear: tuple[str, int, int], rows: int) ->
     routes = torch.rand(rows, model.experts, device=DEVICE).topk(model.chosen).indices.to(torch.int32)
     shares = torch.rand(rows, model.chosen, device=DEVICE)
     x = torch.randn(pairs if down else rows, inputs, dtype=DTYPE, device=DEVICE)
-    taken = mixture.block_rows(pairs, model.experts)
+    spec = MixtureSpec(model.experts, model.chosen, inputs)
+    routed = mixture.CudaMixture(spec, torch.empty(0), None, experts, experts, None, "silu", DTYPE, None, 132)
+    taken = routed.rows_of_block(pairs)
     sizes = (taken, *(size for size in (taken // 2, taken * 2) if 16 <= size <= 128))
     hit = len(routes.unique())
     weights = outputs * inputs
-    spec = MixtureSpec(model.experts, model.chosen, inputs)
-    routed = mixture.CudaMixture(spec, torch.empty(0), None, experts, experts, None, "silu", DTYPE, None, 132)
     figures: list[dict[str, Any]] = []
     expected: torch.Tensor | None = None
     planned = mixture.block_plan

@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from tests.torch_engine import machine_code
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -21,7 +23,8 @@ pytestmark = [
 ]
 
 COMPILE = """
-import json, sys
+import hashlib, json, sys
+from pathlib import Path
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -45,6 +48,9 @@ def compile_only(self, grid):
         loop = kernel.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
         between = loop.count("ttg.convert_layout")
         found.setdefault(self.__name__, []).append([kernel.metadata.shared, units, bytewise, between])
+        if "wgmma.mma_async" in units:
+            code = kernel.asm["cubin"]
+            Path(sys.argv[2], f"{self.__name__}-{hashlib.sha256(code).hexdigest()[:16]}.cubin").write_bytes(code)
     return run
 
 JITFunction.__getitem__ = compile_only
@@ -139,7 +145,7 @@ mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, N
 mixture.few_outputs = 128
 mixture.try_few()
 mixture.few_outputs = 64
-for rows in (1, 64):
+for rows in (1, 64, 256, 1024):
     where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
     mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
@@ -150,6 +156,9 @@ linears = [GroupedLinear(coded, None, bf16, scratch, 132) for coded in stored]
 for linear in (FourBitLinear(stored[0], None, bf16, scratch, 132), *linears):
     for rows in (1, 64):
         linear(Activation(torch.zeros(rows, 4096, dtype=bf16)))
+    for plan in linear.many_plans() if hopper else ():
+        linear.choose(512, plan)
+        linear(Activation(torch.zeros(512, 4096, dtype=bf16)))
     linear.weight()
 
 def experts_like(coded, outputs, inputs):
@@ -183,8 +192,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(("capability", "shared_limit"), [(90, 227 * 1024), (80, 163 * 1024)])
-def test_kernels_compile(capability: int, shared_limit: int) -> None:
-    command = [sys.executable, "-c", COMPILE, str(capability)]
+def test_kernels_compile(capability: int, shared_limit: int, tmp_path) -> None:
+    command = [sys.executable, "-c", COMPILE, str(capability), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
@@ -206,3 +215,37 @@ def test_kernels_compile(capability: int, shared_limit: int) -> None:
     # The tensor cores' operands come in whole words: byte by byte would cost more than the product.
     attention = found["_decode_kernel"] + found["_prefill_kernel"] + found["_prefix_kernel"]
     assert not any(bytewise for _, _, bytewise, _ in attention)
+    for cubin in sorted(tmp_path.glob("*.cubin")):
+        assert not machine_code.overwritten(machine_code.disassembled(cubin)), cubin.name
+    assert len(list(tmp_path.glob("_blocks_kernel-*.cubin"))) >= (10 if capability == 90 else 0)
+
+
+SASS = """
+.L_x_0:
+        /*0000*/                   LDSM.16.M88.4 R{loaded}, [R12] ;
+        /*0010*/                   WARPGROUP.ARRIVE ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R56, R96, gdesc[UR16], R56 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, R100, gdesc[UR16], R24, gsb0 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, {left} ;
+        /*0050*/              @!P1 LDS.U16 R{between}, [R9] ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("loaded", "left", "between", "faults"),
+    [
+        (4, "0x0", 96, []),  # waited for before
+        (4, "0x1", 8, []),
+        (4, "0x1", 96, ["0020"]),
+        (100, "0x1", 8, ["0030"]),  # in the next turn
+        (98, "0x1", 8, ["0020", "0030"]),
+    ],
+)
+def test_registers_that_are_written_too_early_are_found(
+    loaded: int, left: str, between: int, faults: list[str]
+) -> None:
+    sass = SASS.format(loaded=loaded, left=left, between=between)
+    assert machine_code.register_products(sass) == 2
+    assert [fault.split()[0] for fault in machine_code.overwritten(sass)] == faults

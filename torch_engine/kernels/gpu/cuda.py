@@ -57,7 +57,7 @@ from flightline.torch_engine.kernels.gpu.linear import (
     quantise,
     skinny_plans,
 )
-from flightline.torch_engine.kernels.gpu.mixture import FEW_OUTPUTS, CudaMixture, Experts, Shared
+from flightline.torch_engine.kernels.gpu.mixture import BLOCK_ROWS, FEW_OUTPUTS, CudaMixture, Experts, Shared
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.gpu.timing import (
@@ -510,9 +510,10 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         if chosen:
             self._tuning += f"; few rows: {', '.join(chosen)}"
         if mixtures := [layer.mlp for layer in layers if isinstance(layer.mlp, CudaMixture)]:
-            self._tune_experts(mixtures)
+            self._tune_few_experts(mixtures)
+            self._tune_blocks(mixtures)
 
-    def _tune_experts(self, mixtures: list[CudaMixture]) -> None:
+    def _tune_few_experts(self, mixtures: list[CudaMixture]) -> None:
         """How many outputs a program has where one row meets its experts, by timing all layers in a graph."""
 
         def run() -> None:
@@ -536,6 +537,38 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         }
         if best != FEW_OUTPUTS[0] and FEW_OUTPUTS[0] in times:
             self._tuning += f"; experts of one row: {times[FEW_OUTPUTS[0]]:.1f} -> {times[best]:.1f} us"
+
+    def _tune_blocks(self, mixtures: list[CudaMixture]) -> None:
+        """Whether blocks of twice as many rows are faster, for each number of pairs that experts have on average, by
+        timing all layers in a graph. Routes are random: real ones are less even, which speaks for larger blocks."""
+        shape = mixtures[0].mixture
+        draws = torch.Generator(device=self.device).manual_seed(0)
+        for each, usual in BLOCK_ROWS.items():
+            count = max(1, each * shape.experts // shape.chosen)
+            drawn = torch.rand(count, shape.experts, generator=draws, device=self.device)
+            routes = drawn.topk(shape.chosen).indices.to(torch.int32)
+
+            def run(routes: torch.Tensor = routes) -> None:
+                for mixture in mixtures:
+                    mixture.try_many(routes)
+
+            times: dict[int, float] = {}
+            for rows in (usual, 2 * usual):
+                for mixture in mixtures:
+                    mixture.block_rows[each] = rows
+                try:
+                    run()
+                except OutOfResources:
+                    continue
+                times[rows] = graph_seconds(run) / len(mixtures) * 1e6
+            best = min(times, key=lambda rows: times[rows], default=usual)
+            for mixture in mixtures:
+                mixture.block_rows[each] = best
+            self.tuned[f"experts of {count} rows"] = {
+                f"blocks of {rows}": round(us, 2) for rows, us in times.items()
+            }
+            if best != usual and usual in times:
+                self._tuning += f"; of {count} rows: {times[usual]:.1f} -> {times[best]:.1f} us"
 
     def load_products(
         self, layers: list[Layer[CudaLinear]], head: CudaLinear, tokens: int, samples: int

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flightline.torch_engine.kernels.gpu.launch import INTERPRETED
+from flightline.torch_engine.kernels.gpu.launch import INTERPRETED, settled
 from flightline.torch_engine.model.coded import Coded
 
 QUARTERS = 4
@@ -186,6 +186,7 @@ def float_product(
                 wanted = wanted & (k < K)[None, :]
             a = tl.load(source[:, None] + k[None, :], wanted, 0.0)
             total = tl.dot(quarters[quarter], tl.trans(a), total, input_precision="ieee")
+        total = settled(total)
     if in_assembly(like, scales.dtype.element_ty):
         total *= _LEFT
     return total

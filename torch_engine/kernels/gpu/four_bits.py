@@ -25,6 +25,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     cdiv,
     kernel,
     prefetch,
+    settled,
 )
 from flightline.torch_engine.model.coded import Coded
 
@@ -171,6 +172,8 @@ def _four_bit_product_kernel(
                 total += part * scale[:, None]
                 if MINIMA:
                     total += sums * offset.to(SCALE, bitcast=True).to(tl.float32)[:, None]
+        if SCALED:
+            total = settled(total)
     if BIASED and split == 0:
         total += tl.load(bias + n).to(tl.float32)[:, None]
     target = out + (split * rows + m).to(tl.int64)[None, :] * N + n[:, None]

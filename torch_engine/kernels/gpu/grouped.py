@@ -29,6 +29,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     cdiv,
     kernel,
     next_power_of_2,
+    settled,
 )
 from flightline.torch_engine.model.coded import Coded
 
@@ -223,6 +224,8 @@ def rows_product(
                     if OFFSETS == MINIMA:
                         part += _column(lower_offset if half == 0 else upper_offset) * sums
                     total += part
+            if KIND == E4M3:
+                total = settled(total)
     return total
 
 

@@ -21,7 +21,7 @@ OVERLAPS = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_devi
 """Whether a kernel may start while the one before it ends (programmatic dependent launch, CUDA's guide §"PDL")."""
 LAUNCH = {"launch_pdl": True} if OVERLAPS else {}
 
-_OVERLAPS = tl.constexpr(OVERLAPS)
+_OVERLAPS, _ON_GPU = tl.constexpr(OVERLAPS), tl.constexpr(not INTERPRETED)
 
 
 class Kernel(JITFunction):  # type: ignore[misc]  # Triton tells no types
@@ -90,6 +90,20 @@ def begin_in_order():
     if _OVERLAPS:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def settled(sums):
+    """``sums`` [M, N] float32, which all products before this line have been added to.
+
+    Stands at the end of a loop over products whose left operand is made in registers. Without it Triton 3.6 lets the
+    last product of a turn be computed while the next turn writes into these registers: it waits for that product first
+    behind the next one (triton-lang/triton#9433), and ptxas 12.9 gives the registers to others as soon as it is asked
+    for (fixed in CUDA 13.3). Then sums are wrong, rarely.
+    """
+    if _ON_GPU:
+        sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
+    return sums
 
 
 @triton.jit

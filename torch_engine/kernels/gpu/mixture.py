@@ -165,6 +165,11 @@ def route(
     return ids, weights
 
 
+BLOCK_ROWS = {8: 16, 16: 16, 32: 32, 96: 64}
+"""Rows of a block where an expert has up to so many pairs on average; ``MOST_BLOCK_ROWS`` where it has more. About as
+many as the average, so that little is padded; whether twice as many are faster, with which half of the experts do not
+read their weights twice, is timed at load."""
+MOST_BLOCK_ROWS = 128
 FEW_OUTPUTS = (64, 128)
 """Of a program, of few rows: more take fewer instructions a weight, and fill the device worse."""
 MOST_PARTS = 12
@@ -532,6 +537,7 @@ class CudaMixture:
         self.activation, self.dtype, self.multiprocessors = activation, dtype, multiprocessors
         self.few_outputs = FEW_OUTPUTS[0]
         """Of a program that computes a pair by itself."""
+        self.block_rows = dict(BLOCK_ROWS)
 
     def __call__(self, x: Activation, step: CudaStep) -> torch.Tensor:
         """``[T, N]`` -> partial sums [S, T, N], in a fixed order."""
@@ -565,6 +571,11 @@ class CudaMixture:
         ids = torch.arange(chosen, dtype=torch.int32, device=device)[None]
         self._few(x, ids, torch.ones(1, chosen, device=device))
 
+    def try_many(self, routes: torch.Tensor) -> None:
+        """Computes rows of zeros with the experts ``routes`` [T, C] int32, to be timed."""
+        x = torch.zeros(len(routes), self.gate_up.inputs, dtype=self.dtype, device=routes.device)
+        self._many(x, routes, torch.ones(routes.shape, device=routes.device))
+
     def _few(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         rows, chosen = ids.shape
         one, two = self.gate_up, self.down
@@ -596,6 +607,11 @@ class CudaMixture:
         )  # fmt: skip
         return out
 
+    def rows_of_block(self, pairs: int) -> int:
+        """Where there are so many pairs of a row and an expert."""
+        each = pairs / self.mixture.experts
+        return next((rows for most, rows in self.block_rows.items() if each <= most), MOST_BLOCK_ROWS)
+
     def _pieces(self, programs: int, linear: Experts, block_k: int, most: int) -> int:
         """Into how many pieces the inputs of so many programs are cut, so that the device has enough of them."""
         tile = linear.cut[1]
@@ -613,7 +629,7 @@ class CudaMixture:
         one, two = self.gate_up, self.down
         wide_n, size = one.outputs, one.inputs
         pairs = ids.numel()
-        sorted_ = sort_pairs(ids, self.mixture.experts, block_rows(pairs, self.mixture.experts))
+        sorted_ = sort_pairs(ids, self.mixture.experts, self.rows_of_block(pairs))
         read = quantise(x, Form.FP8_STATIC, one.input_scale).values if one.fp8 else x
         wide = torch.empty(pairs, wide_n, dtype=self.dtype, device=x.device)
         self._blocks(read, one, sorted_, shares, wide, rows, False)
@@ -665,14 +681,8 @@ def block_plan(linear: Experts, size: int) -> tuple[int, int, int]:
     if tile and kind == Kind.E4M3:
         return (64, 2, 4) if few else (128, 8, 3)
     if tile and kind == Kind.FLOATS and not few:
-        return 256, 8, 3
+        return (128, 4, 4) if size == 64 else (256, 8, 3)
     return 128, 4 if few else 8, 4
-
-
-def block_rows(pairs: int, experts: int) -> int:
-    """Rows of a block: about what an expert has on average, so that little is padded and weights are read few times."""
-    each = pairs / experts
-    return 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 96 else 128
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -252,12 +252,12 @@ class FourBitLinear(CodedLinear):
             self.outputs,
             self.inputs // self.tile,
             self.multiprocessors,
-            (2, 4) if few else (2,),
+            (2, 4, 8) if few else (2,),
         )
 
     def many_plans(self) -> list[GroupedPlan]:
         many, scaled = (
-            plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (1,))
+            plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (0.75, 1))
             for shapes in (MANY_SHAPES, SCALED_SHAPES)
         )
         plans = [dataclasses.replace(plan, rows=MANY_ROWS) for plan in many]

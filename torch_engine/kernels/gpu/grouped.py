@@ -73,6 +73,10 @@ FLOATS = tl.constexpr(int(Kind.FLOATS))
 ZEROS, MINIMA = tl.constexpr(int(Offsets.ZEROS)), tl.constexpr(int(Offsets.MINIMA))
 
 
+MOST_SPLITS, MANY_TILES = 8, 6
+"""Pieces of the inner dimension, each of which costs whoever adds them up."""
+
+
 @dataclass(frozen=True)
 class GroupedPlan:
     """How a weight is cut up among programs."""
@@ -93,12 +97,13 @@ def plans_of(
     outputs: int,
     tiles: int,
     multiprocessors: int,
-    waves: tuple[int, ...],
+    waves: tuple[float, ...],
 ) -> list[GroupedPlan]:
     """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess.
 
     ``shapes`` are outputs of a program, warps and stages; few outputs are only for weights that more do not fit. Each
-    shape comes with so many splits that every multiprocessor has ``waves`` programs.
+    shape comes with so many splits that every multiprocessor has ``waves`` programs: ``MOST_SPLITS``, or twice as many
+    of a weight with so many inputs that each still has ``MANY_TILES``.
     """
     plans: list[GroupedPlan] = []
     for block_n, warps, stages in shapes:
@@ -107,7 +112,8 @@ def plans_of(
         for each in waves:
             splits = 1
             while (
-                splits < 8
+                (splits < MOST_SPLITS or tiles // (2 * splits) >= MANY_TILES)
+                and splits < 2 * MOST_SPLITS
                 and tiles % (2 * splits) == 0
                 and outputs // block_n * splits < each * multiprocessors
             ):
@@ -396,7 +402,10 @@ class CodedLinear(ABC):
         if plan is None:
             return F.linear(values, self.weight(), self.bias)
         at_once = min(plan.rows, max(self.least_rows, next_power_of_2(rows)))
-        out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
+        if plan.splits == 1 and plan.rows > ROWS_AT_ONCE:  # as the library's
+            out = torch.empty(rows, self.outputs, dtype=self.dtype, device=values.device)
+        else:
+            out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
         self.product(values, out, plan, at_once)
         return out
 
@@ -416,7 +425,8 @@ class CodedLinear(ABC):
 
     @abstractmethod
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
-        """Partial sums into ``out`` [S, T, N], in a fixed order; a program has ``at_once`` rows."""
+        """Partial sums into ``out`` [S, T, N], in a fixed order, or the only ones into [T, N]; a program has
+        ``at_once`` rows."""
 
     @abstractmethod
     def write_out(self, out: torch.Tensor, block_n: int) -> None:

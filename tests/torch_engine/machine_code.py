@@ -1,8 +1,8 @@
 """What a compiled kernel may do wrong that no interpreter shows: SASS, read for registers written too early.
 
-A product of Hopper's tensor cores (HGMMA, QGMMA) reads its left operand from registers some time after it was asked for.
-Until the wait for its group (``WARPGROUP.DEPBAR``) nothing may be written there. Triton and ptxas see to that, with known
-faults (``launch.settled`` names them).
+A product of Hopper's tensor cores (HGMMA, QGMMA) reads its left operand from registers some time after it was asked
+for. Until the wait for its group (``WARPGROUP.DEPBAR``) nothing may be written there. Triton and ptxas see to that,
+with known faults (``launch.settled`` names them).
 """
 
 from __future__ import annotations

@@ -51,7 +51,6 @@ if RUNS:
     from flightline.torch_engine.kernels.gpu.cuda import CudaKernels
     from flightline.torch_engine.kernels.gpu.four_bits import FourBitLinear
     from flightline.torch_engine.kernels.gpu.gathered import (
-        WAITS_LATER,
         GatheredPlan,
         GatheredScratch,
         attend_gathered,
@@ -66,6 +65,7 @@ if RUNS:
         row_means,
         scatter,
     )
+    from flightline.torch_engine.kernels.gpu.launch import WAITS_LATER
     from flightline.torch_engine.kernels.gpu.linear import (
         Fp8Head,
         Fp8Linear,
@@ -772,6 +772,45 @@ class TestLinears:
         for plan in plans + many[:: 3 if INTERPRETED else 1]:
             linear.choose(max(rows, FEW_ROWS), plan)
             self.error(linear, x, expected, tolerance_of(dtype))
+
+    @pytest.mark.parametrize("kind", ["int4-zeros-128", "int4-minima-64", "int4-none-256"])
+    @pytest.mark.parametrize(
+        ("rows", "inputs"), [(70, 256), (130, 1024), (256, 768), (300, 2304), (257, 4096)]
+    )
+    def test_numbers_made_ahead(self, rows: int, inputs: int, kind: str) -> None:
+        """Fewer tiles than a ring has, and several turns of it; pieces of the inputs and of the rows."""
+        if not WAITS_LATER:
+            pytest.skip("a kernel for Hopper, in a language that has no interpreter")
+        coded, bias = coded_weight(kind, 512, inputs), torch.randn(512, device=DEVICE).to(LINEAR_DTYPE)
+        x = torch.randn(rows, inputs, device=DEVICE).to(LINEAR_DTYPE)
+        expected = x.float() @ coded.values(torch.float32).t() + bias.float()
+        tried = set()
+        for multiprocessors in (1, 10):
+            linear = FourBitLinear(coded, bias, LINEAR_DTYPE, Scratch(LINEAR_DTYPE, DEVICE), multiprocessors)
+            for plan in linear.many_plans():
+                if plan.ahead and plan not in tried:
+                    tried.add(plan)
+                    linear.choose(rows, plan)
+                    self.error(linear, x, expected, tolerance_of(LINEAR_DTYPE))
+        assert len({(plan.block_n, plan.rows) for plan in tried}) == 3 and len(tried) > 3
+
+    @pytest.mark.parametrize("kind", ["int4-zeros-128", "e2m1-none-32", "fp8-none-128"])
+    def test_sums_are_the_same_each_time(self, kind: str) -> None:
+        """Of a full device, whose tensor cores read their operands late (``launch.settled``)."""
+        if not ON_GPU:
+            pytest.skip("only what runs side by side can come in each other's way")
+        coded = coded_weight(kind, 4096, 4096)
+        if coded.e2m1:
+            coded = dataclasses.replace(coded, scales=coded.scales.bfloat16())
+        made = FourBitLinear if four_bits.tile_of(coded) is not None else GroupedLinear
+        linear = made(coded, None, LINEAR_DTYPE, Scratch(LINEAR_DTYPE, DEVICE), 132)
+        x = torch.randn(256, 4096, device=DEVICE).to(LINEAR_DTYPE)
+        expected = x.float() @ coded.values(torch.float32).t()
+        for plan in (*linear.plans(64), *linear.many_plans()):
+            linear.choose(256, plan)
+            self.error(linear, x, expected, tolerance_of(LINEAR_DTYPE))
+            first = linear(Activation(x))
+            assert all(bool((linear(Activation(x)) == first).all()) for _ in range(50)), plan
 
     def test_groups_are_tuned_by_rows(self, monkeypatch) -> None:
         """For few rows and for more the plan that was fastest there; the library from where that was."""

@@ -604,6 +604,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             plans = [one.plan_of(ROWS_AT_ONCE), *one.many_plans(), None]
             if rows <= ROWS_AT_ONCE:
                 plans = [*one.plans(rows)]
+            plans = [plan for plan in plans if self._agrees(one, rows, plan)]
         elif isinstance(one, Fp8Linear | Fp8RowLinear):
             outputs, inputs = one.weight.shape
             scales = ones[:, 0].contiguous() if one.form == Form.FP8_TOKEN else None
@@ -612,6 +613,24 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         else:
             return {}
         return {plan: time_all(linears, x, plan) for plan in plans}
+
+    def _agrees(self, linear: CodedLinear, rows: int, plan: SkinnyPlan | GroupedPlan | None) -> bool:
+        """Whether a plan in the language without an interpreter gives what the library does, on this device."""
+        if not isinstance(plan, GroupedPlan) or not plan.ahead:
+            return True
+        x = Activation(torch.randn(rows, linear.inputs, dtype=self.dtype, device=self.device))
+        results = []
+        for each in (None, plan):
+            linear.choose(rows, each)
+            try:
+                result = linear(x)
+            except OutOfResources:
+                return False
+            results.append(result.sum(0) if result.dim() == 3 else result)
+        apart = difference(*results)
+        if not apart <= MOST_APART:
+            self._tuning += f"; {plan} is not used: results differ by {apart:.2g}"
+        return apart <= MOST_APART
 
     def tune_usual_prefill(self, spec: ModelSpec, cache: KVCache, longest: int) -> None:
         """Chooses how many keys at a time prompts meet that are neither short nor ``long_prefill``'s, by timing the

@@ -21,6 +21,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     INTERPRETED,
     LAUNCH,
     OVERLAPS,
+    WAITS_LATER,
     begin_kernel,
     cdiv,
     kernel,
@@ -41,6 +42,8 @@ MANY_SHAPES = ((128, 8, 3), (128, 8, 4), (64, 4, 4))
 SCALED_SHAPES = ((128, 8, 3), (128, 8, 2), (256, 8, 3))
 """For ``MANY_ROWS``, or twice as many where outputs are not more, of weights that are scaled before the product: more
 work for each weight, which so many rows share, and one sum that nobody has to wait for."""
+AHEAD_SHAPES = ((128, 256, 8, 3), (256, 128, 8, 4), (128, 128, 4, 2))
+"""Outputs, rows, warps and stages of a program of ``four_bits_ahead``: one a multiprocessor, or two of the last."""
 MOST_OF_FEW = 16
 MANY_ROWS = 128
 PREFETCHED = 4
@@ -264,9 +267,31 @@ class FourBitLinear(CodedLinear):
         for plan in scaled:
             rows = MANY_ROWS * 2 if plan.block_n <= MANY_ROWS else MANY_ROWS
             plans.append(dataclasses.replace(plan, rows=rows, scaled=True))
+        return plans + (self._ahead_plans() if self._goes_ahead() else [])
+
+    def _goes_ahead(self) -> bool:
+        """Whether the weight is one that ``four_bits_ahead`` reads, on a device that it is for."""
+        fits = self.tile == WIDEST and self.group % (WIDEST // 2) == 0 and self.marks.dtype == torch.int32
+        return WAITS_LATER and fits and self.dtype == torch.bfloat16
+
+    def _ahead_plans(self) -> list[GroupedPlan]:
+        plans = []
+        for block_n, rows, warps, stages in AHEAD_SHAPES:
+            shape = [(block_n, warps, stages)]
+            for plan in plans_of(
+                shape, self.outputs, self.inputs // self.tile, self.multiprocessors, (0.75, 1, 2)
+            ):
+                plans.append(dataclasses.replace(plan, rows=rows, ahead=True))
         return plans
 
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
+        if plan.ahead:
+            from flightline.torch_engine.kernels.gpu.four_bits_ahead import product_ahead
+
+            how = (self.group, self.scale, self.minima, at_once)
+            shape = (plan.block_n, plan.splits, plan.stages, plan.warps)
+            product_ahead(x, self.words, self.marks, self.bias, out, *how, *shape)
+            return
         _four_bit_product_kernel[(self.outputs // plan.block_n, plan.splits, cdiv(len(x), at_once))](
             x, self.words, self.marks, out if self.bias is None else self.bias, out, len(x),
             self.outputs, self.inputs, self.group, self.tile, self.scale, self.minima,

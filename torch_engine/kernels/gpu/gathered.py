@@ -40,6 +40,7 @@ from flightline.torch_engine.kernels.gpu.launch import (
     INTERPRETED,
     LAUNCH,
     OVERLAPS,
+    WAITS_LATER,
     begin_kernel,
     cdiv,
     kernel,
@@ -65,8 +66,6 @@ STEPS = 2
 """Whole steps of prompts that it has room for besides the longest prompt, of which a step may have the end."""
 FETCHES = INTERPRETED or OVERLAPS
 """Whether the device has the copy engine: both came with Hopper."""
-WAITS_LATER = OVERLAPS and torch.cuda.get_device_capability()[0] == 9
-"""Whether products are asked for and waited for apart (wgmma)."""
 LIFT = tl.constexpr(8)
 """Of weights in FP8: their largest is 2 ** 8."""
 SIZES = (64, 128, 256)

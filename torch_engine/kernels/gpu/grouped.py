@@ -90,6 +90,8 @@ class GroupedPlan:
     """The most of a program: its codes become numbers once for all of them."""
     scaled: bool = False
     """Weights are scaled before the product, not sums after it."""
+    ahead: bool = False
+    """By ``four_bits_ahead``."""
 
 
 def plans_of(

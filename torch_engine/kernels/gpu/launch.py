@@ -19,6 +19,8 @@ from triton.runtime.jit import JITFunction
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OVERLAPS = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """Whether a kernel may start while the one before it ends (programmatic dependent launch, CUDA's guide §"PDL")."""
+WAITS_LATER = OVERLAPS and torch.cuda.get_device_capability()[0] == 9
+"""Whether products are asked for and waited for apart (wgmma), which kernels in Gluon need."""
 LAUNCH = {"launch_pdl": True} if OVERLAPS else {}
 
 _OVERLAPS, _ON_GPU = tl.constexpr(OVERLAPS), tl.constexpr(not INTERPRETED)
@@ -102,7 +104,9 @@ def settled(sums):
     for (fixed in CUDA 13.3). Then sums are wrong, rarely.
     """
     if _ON_GPU:
-        sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
+        sums = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1
+        )
     return sums
 
 

@@ -97,12 +97,20 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--precision", choices=["fp8", *STORED, "bf16"], default="fp8")
     parser.add_argument("--kv", choices=["fp8", "auto"], default="fp8", help="auto: bf16")
+    parser.add_argument("--kv-gib", type=float, help="KV cache, where several share the GPU; else 0.88 of it")
+    parser.add_argument(
+        "--after", type=Path, metavar="FILE",
+        help="says that it is ready, and waits for FILE: several may load at once, and be measured one by one",
+    )  # fmt: skip
     parser.add_argument(
         "--flashinfer", action="store_true", help="vLLM's FlashInfer sampler (compiles at first use)"
     )
     options = parser.parse_args()
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = str(int(options.flashinfer))
     several: dict[str, Any] = {}
+    room: dict[str, Any] = {"gpu_memory_utilization": 0.88}
+    if options.kv_gib:
+        room = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": int(options.kv_gib * 2**30)}
     if options.tp > 1:
         os.environ.update(WITHOUT_MULTICAST)
         several = {"tensor_parallel_size": options.tp, "compilation_config": UNFUSED}
@@ -115,10 +123,14 @@ def main() -> None:
     Path(folder, "config.json").write_text(json.dumps(config))
     llm = vllm.LLM(
         folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=512, max_logprobs=20,
-        gpu_memory_utilization=0.88, enable_prefix_caching=False, kv_cache_dtype=options.kv,
+        enable_prefix_caching=False, kv_cache_dtype=options.kv,
         quantization="fp8" if options.precision == "fp8" else None,
-        **several,
+        **several, **room,
     )  # fmt: skip
+    if options.after:
+        print(json.dumps({"ready": True}), flush=True)
+        while not options.after.exists():
+            time.sleep(0.2)
     chance = random.Random(0)
 
     def run(kind: str, count: int, inputs: int, outputs: int) -> float:

@@ -792,7 +792,7 @@ class TestLinears:
                     tried.add(plan)
                     linear.choose(rows, plan)
                     self.error(linear, x, expected, tolerance_of(LINEAR_DTYPE))
-        assert len({(plan.block_n, plan.rows) for plan in tried}) == 3 and len(tried) > 3
+        assert len({(plan.block_n, plan.rows) for plan in tried}) == 2 and len(tried) > 2
 
     @pytest.mark.parametrize("kind", ["int4-zeros-128", "e2m1-none-32", "fp8-none-128"])
     def test_sums_are_the_same_each_time(self, kind: str) -> None:

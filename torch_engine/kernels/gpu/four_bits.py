@@ -37,13 +37,13 @@ NARROWEST = 64
 """A quarter has at least the 16 inputs of one instruction of the tensor cores."""
 SHAPES = ((64, 4, 5), (64, 2, 5), (128, 4, 4), (32, 2, 5), (16, 1, 4))
 WIDE_SHAPES = ((128, 4, 4), (256, 8, 3), (64, 4, 4), (32, 2, 5), (16, 1, 4))
-MANY_SHAPES = ((128, 8, 3), (128, 8, 4), (64, 4, 4))
+MANY_SHAPES = ((128, 8, 3), (64, 4, 4))
 """Outputs of a program, warps and stages: for up to ``MOST_OF_FEW`` rows, for more, and for ``MANY_ROWS`` a program."""
-SCALED_SHAPES = ((128, 8, 3), (128, 8, 2), (256, 8, 3))
+SCALED_SHAPES = ((128, 8, 3), (256, 8, 3))
 """For ``MANY_ROWS``, or twice as many where outputs are not more, of weights that are scaled before the product: more
 work for each weight, which so many rows share, and one sum that nobody has to wait for."""
-AHEAD_SHAPES = ((128, 256, 8, 3), (256, 128, 8, 4), (128, 128, 4, 2))
-"""Outputs, rows, warps and stages of a program of ``four_bits_ahead``: one a multiprocessor, or two of the last."""
+AHEAD_SHAPES = ((128, 256, 8, 3), (256, 128, 8, 4))
+"""Outputs, rows, warps and stages of a program of ``four_bits_ahead``, of which a multiprocessor has one."""
 MOST_OF_FEW = 16
 MANY_ROWS = 128
 PREFETCHED = 4
@@ -260,7 +260,7 @@ class FourBitLinear(CodedLinear):
 
     def many_plans(self) -> list[GroupedPlan]:
         many, scaled = (
-            plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (0.75, 1))
+            plans_of(shapes, self.outputs, self.inputs // self.tile, self.multiprocessors, (0.7, 1))
             for shapes in (MANY_SHAPES, SCALED_SHAPES)
         )
         plans = [dataclasses.replace(plan, rows=MANY_ROWS) for plan in many]
@@ -279,7 +279,7 @@ class FourBitLinear(CodedLinear):
         for block_n, rows, warps, stages in AHEAD_SHAPES:
             shape = [(block_n, warps, stages)]
             for plan in plans_of(
-                shape, self.outputs, self.inputs // self.tile, self.multiprocessors, (0.75, 1, 2)
+                shape, self.outputs, self.inputs // self.tile, self.multiprocessors, (0.7, 1)
             ):
                 plans.append(dataclasses.replace(plan, rows=rows, ahead=True))
         return plans

@@ -86,7 +86,7 @@ def _ask_rows(x, row, column, slot, there, bars, ring):
 
 @gluon.jit
 def _four_bit_ahead_kernel(
-    x, words, marks, bias, out, rows,
+    x, words, marks, bias, out, apart,
     N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, SCALE: gl.constexpr, MINIMA: gl.constexpr,
     BIASED: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
@@ -139,12 +139,16 @@ def _four_bit_ahead_kernel(
         word = w_ring.index(after).load(A)
         a = _numbers(word, lower, SCALE, MINIMA, _LOWER)
         sums, b = warpgroup_mma_wait(0, deps=(sums, b))
-    n = at_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
-    m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, SUMS))
     if BIASED and split == 0:
+        n = at_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
         sums += gl.load(bias + n).to(gl.float32)[:, None]
-    target = out + (split * rows).to(gl.int64) * N
-    gl.store(target + (m[None, :] * N + n[:, None]), sums.to(out.dtype.element_ty), mask=(m < rows)[None, :])
+    gl.thread_barrier()  # the rings are read no more: this may lie where they did
+    turned = gl.allocate_shared_memory(out.dtype, [ROWS, BLOCK_N], out.layout)
+    turned.permute((1, 0)).store(sums.to(out.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(out, [split * apart + row, at_n], turned)
+    tma.store_wait(0)
 
 
 def product_ahead(
@@ -163,15 +167,20 @@ def product_ahead(
     warps: int,
 ) -> None:
     """``x`` [T, K] in bfloat16 times a weight [N, K], as ``four_bits.FourBitLinear`` has it in tiles of ``TILE`` inputs
-    and groups of whole halves of that; a program has ``rows`` rows. Into ``out`` [T, N], or partial sums [S, T, N]."""
+    and groups of whole halves of that. A program has ``rows`` rows, and ``out`` has room for all of all programs: [R, N],
+    or [S, R, N] of partial sums."""
     tiles, outputs, width = words.shape
     inputs = tiles * TILE
     of_rows = gl.NVMMASharedLayout.get_default_for([rows, TILE // 2], gl.bfloat16)
     of_words = gl.NVMMASharedLayout.get_default_for([block_n, width], gl.int16)
+    flat = out.view(-1, outputs)
+    kind = gl.bfloat16 if out.dtype == torch.bfloat16 else gl.float32
+    of_out = gl.NVMMASharedLayout.get_default_for([rows, block_n], kind)
     _four_bit_ahead_kernel[(outputs // block_n, splits, cdiv(len(x), rows))](
         TensorDescriptor(x, [len(x), inputs], [inputs, 1], [rows, TILE // 2], of_rows),
         TensorDescriptor(words, [tiles * outputs, width], [width, 1], [block_n, width], of_words),
-        marks, out if bias is None else bias, out, len(x),
+        marks, flat if bias is None else bias,
+        TensorDescriptor(flat, [*flat.shape], [outputs, 1], [rows, block_n], of_out), len(flat) // splits,
         outputs, inputs, group, scale, minima, bias is not None, rows, block_n, splits, stages,
         num_warps=warps, **LAUNCH,
     )  # fmt: skip

@@ -404,12 +404,12 @@ class CodedLinear(ABC):
         if plan is None:
             return F.linear(values, self.weight(), self.bias)
         at_once = min(plan.rows, max(self.least_rows, next_power_of_2(rows)))
-        if plan.splits == 1 and plan.rows > ROWS_AT_ONCE:  # as the library's
-            out = torch.empty(rows, self.outputs, dtype=self.dtype, device=values.device)
-        else:
-            out = torch.empty(plan.splits, rows, self.outputs, dtype=torch.float32, device=values.device)
+        alone = plan.splits == 1 and plan.rows > ROWS_AT_ONCE  # then the result is as the library's
+        room = cdiv(rows, at_once) * at_once if plan.ahead else rows
+        shape = (room, self.outputs) if alone else (plan.splits, room, self.outputs)
+        out = torch.empty(shape, dtype=self.dtype if alone else torch.float32, device=values.device)
         self.product(values, out, plan, at_once)
-        return out
+        return out.narrow(-2, 0, rows)
 
     def weight(self) -> torch.Tensor:
         """[N, K], written out into the scratch memory."""
@@ -428,7 +428,7 @@ class CodedLinear(ABC):
     @abstractmethod
     def product(self, x: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, at_once: int) -> None:
         """Partial sums into ``out`` [S, T, N], in a fixed order, or the only ones into [T, N]; a program has
-        ``at_once`` rows."""
+        ``at_once`` rows, and those that go ahead write them all, whether there are so many or not."""
 
     @abstractmethod
     def write_out(self, out: torch.Tensor, block_n: int) -> None:

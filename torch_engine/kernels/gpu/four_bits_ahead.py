@@ -167,8 +167,8 @@ def product_ahead(
     warps: int,
 ) -> None:
     """``x`` [T, K] in bfloat16 times a weight [N, K], as ``four_bits.FourBitLinear`` has it in tiles of ``TILE`` inputs
-    and groups of whole halves of that. A program has ``rows`` rows, and ``out`` has room for all of all programs: [R, N],
-    or [S, R, N] of partial sums."""
+    and groups of whole halves of that. A program has ``rows`` rows, and ``out`` has room for those of all programs:
+    [R, N], or [S, R, N] of partial sums."""
     tiles, outputs, width = words.shape
     inputs = tiles * TILE
     of_rows = gl.NVMMASharedLayout.get_default_for([rows, TILE // 2], gl.bfloat16)

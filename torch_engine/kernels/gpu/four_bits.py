@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from flightline.torch_engine.kernels.gpu.grouped import CodedLinear, GroupedPlan, Scratch, plans_of
+from flightline.torch_engine.kernels.gpu.grouped import (
+    MOST_SPLITS,
+    CodedLinear,
+    GroupedPlan,
+    Scratch,
+    plans_of,
+)
 from flightline.torch_engine.kernels.gpu.launch import (
     INTERPRETED,
     LAUNCH,
@@ -256,6 +262,7 @@ class FourBitLinear(CodedLinear):
             self.inputs // self.tile,
             self.multiprocessors,
             (2, 4, 8) if few else (2,),
+            2 * MOST_SPLITS if few else MOST_SPLITS,
         )
 
     def many_plans(self) -> list[GroupedPlan]:

@@ -73,8 +73,8 @@ FLOATS = tl.constexpr(int(Kind.FLOATS))
 ZEROS, MINIMA = tl.constexpr(int(Offsets.ZEROS)), tl.constexpr(int(Offsets.MINIMA))
 
 
-MOST_SPLITS, MANY_TILES = 8, 6
-"""Pieces of the inner dimension, each of which costs whoever adds them up."""
+MOST_SPLITS, FEWEST_TILES = 8, 6
+"""Pieces of the inner dimension, each of which costs whoever adds them up; tiles that each of more pieces has."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,13 @@ def plans_of(
     tiles: int,
     multiprocessors: int,
     waves: tuple[float, ...],
+    most: int = MOST_SPLITS,
 ) -> list[GroupedPlan]:
     """Plans worth timing for a weight of so many tiles along its inputs; the first is a fair guess.
 
     ``shapes`` are outputs of a program, warps and stages; few outputs are only for weights that more do not fit. Each
-    shape comes with so many splits that every multiprocessor has ``waves`` programs: ``MOST_SPLITS``, or twice as many
-    of a weight with so many inputs that each still has ``MANY_TILES``.
+    shape comes with so many splits that every multiprocessor has ``waves`` programs: up to ``MOST_SPLITS``, or ``most``
+    of a weight with so many inputs that each still has ``FEWEST_TILES``.
     """
     plans: list[GroupedPlan] = []
     for block_n, warps, stages in shapes:
@@ -114,8 +115,7 @@ def plans_of(
         for each in waves:
             splits = 1
             while (
-                (splits < MOST_SPLITS or tiles // (2 * splits) >= MANY_TILES)
-                and splits < 2 * MOST_SPLITS
+                splits < (MOST_SPLITS if tiles < 2 * splits * FEWEST_TILES else most)
                 and tiles % (2 * splits) == 0
                 and outputs // block_n * splits < each * multiprocessors
             ):

@@ -38,14 +38,18 @@ def arrange(codes: torch.Tensor, tile: int) -> torch.Tensor:
     """[N, K] uint8 to int16 [tiles, N, tile / 4]: what a program reads at once lies together; zeros fill the last."""
     outputs, inputs = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -inputs % tile))
-    quarters = padded.view(outputs, -1, QUARTERS, tile // QUARTERS).permute(2, 1, 0, 3).to(torch.int32)
-    sizes, signs = quarters & 7, quarters >> 3
-    words = (sizes[3] & 3) << LAST_LOW | (sizes[3] >> 2) << LAST_HIGH
-    for size, at in zip(sizes, SIZES, strict=True):
-        words |= 0 if at is None else size << at
-    for sign, at in zip(signs, SIGNS, strict=True):
-        words |= sign << at
-    return words.to(torch.int16).contiguous()
+    quarters = padded.view(outputs, -1, QUARTERS, tile // QUARTERS).permute(2, 1, 0, 3)
+    words = torch.zeros(quarters.shape[1:], dtype=torch.int16, device=codes.device)
+    for number, (size, sign) in enumerate(
+        zip(SIZES, SIGNS, strict=True)
+    ):  # one by one: they are wider than codes
+        quarter = quarters[number].to(torch.int16)
+        words |= (quarter >> 3) << sign
+        if size is not None:
+            words |= (quarter & 7) << size
+        else:
+            words |= (quarter & 3) << LAST_LOW | (quarter >> 2 & 1) << LAST_HIGH
+    return words
 
 
 def assembly() -> str:

@@ -122,7 +122,7 @@ if hopper:
     step.spans, step.offsets = torch.zeros(1, 4, dtype=torch.int32), ints
     for turned in (False, True) if cache.values.dtype == torch.float8_e4m3fn else (False,):
         laid = GatheredScratch.new(cache, bf16, 128, turned)
-        for tile in gathered_plans(bf16, 128):
+        for tile in gathered_plans(bf16, 128)[0 if turned else -1 :]:
             gathered = GatheredPlan(tile, laid)
             attend_gathered(qkv, cache, step, 32, 0.1, None, gathered, torch.zeros(4, 4096, dtype=bf16), Form.PLAIN)
         for gathered in ahead_plans(laid, None, False):
@@ -146,7 +146,7 @@ mixture = CudaMixture(spec, torch.zeros(32, 2880, dtype=bf16), None, *experts, N
 mixture.few_outputs = 128
 mixture.try_few()
 mixture.few_outputs = 64
-for rows in (1, 64, 256, 1024):
+for rows in (1, 64, 1024) if hopper else (1, 64):
     where = SimpleNamespace(slots=torch.zeros(rows, dtype=torch.int32))
     mixture(Activation(torch.zeros(rows, 2880, dtype=bf16)), SimpleNamespace(attention=where, idle=9))
 zeros = torch.zeros(6144, 4096, dtype=torch.uint8)
@@ -157,8 +157,11 @@ linears = [GroupedLinear(coded, None, bf16, scratch, 132) for coded in stored]
 for linear in (FourBitLinear(stored[0], None, bf16, scratch, 132), *linears):
     for rows in (1, 64):
         linear(Activation(torch.zeros(rows, 4096, dtype=bf16)))
-    plans = linear.many_plans() if hopper else []
-    for plan in (plan for plan in plans if plan.ahead or plan.scaled or plan == plans[0]):
+    seen = set()  # pieces of the inputs change nothing
+    for plan in linear.many_plans() if hopper else ():
+        if (shape := (plan.rows, plan.block_n, plan.ahead)) in seen or not (plan.ahead or plan.scaled or not seen):
+            continue
+        seen.add(shape)
         linear.choose(512, plan)
         linear(Activation(torch.zeros(512, 4096, dtype=bf16)))
     linear.weight()
@@ -222,7 +225,7 @@ def test_kernels_compile(capability: int, shared_limit: int, tmp_path) -> None:
         for cubin, sass in zip(cubins, pool.map(machine_code.disassembled, cubins), strict=True):
             assert machine_code.register_products(sass), cubin.name
             assert not machine_code.overwritten(sass), cubin.name
-    assert len(list(tmp_path.glob("_blocks_kernel-*.cubin"))) >= (10 if capability == 90 else 0)
+    assert len(list(tmp_path.glob("_blocks_kernel-*.cubin"))) >= (8 if capability == 90 else 0)
 
 
 SASS = """

@@ -794,6 +794,31 @@ class TestLinears:
                     self.error(linear, x, expected, tolerance_of(LINEAR_DTYPE))
         assert len({(plan.block_n, plan.rows) for plan in tried}) == 2 and len(tried) > 2
 
+    def test_what_no_interpreter_runs_is_compared_at_load(self, monkeypatch) -> None:
+        """A plan whose results differ, or whose language is another release's, is not used, and that is said."""
+        config = EngineConfig(model_dir="none", kernels="cuda", device=DEVICE.type)
+        kernels = cuda.CudaKernels(config, DEVICE, LINEAR_DTYPE)
+        coded = coded_weight("int4-zeros-128", 256, 256)
+        linear = FourBitLinear(coded, None, LINEAR_DTYPE, Scratch(LINEAR_DTYPE, DEVICE), 1)
+        usual = linear.many_plans()[0]
+        plan = dataclasses.replace(usual, ahead=True)
+        done: list = [None]
+
+        def product(x: torch.Tensor, out: torch.Tensor, chosen: object, at_once: int) -> None:
+            if isinstance(done[0], Exception):
+                raise done[0]
+            whole = x.float() @ coded.values(torch.float32).t() * (done[0] or 1.0)
+            out.copy_(torch.nn.functional.pad(whole, (0, 0, 0, out.shape[-2] - len(x))))
+
+        monkeypatch.setattr(linear, "product", product)
+        assert kernels._agrees(linear, 100, plan) and not kernels._tuning
+        done[0] = 0.8
+        assert not kernels._agrees(linear, 100, plan) and "results differ by 0.25" in kernels._tuning
+        done[0] = AttributeError("no such name")
+        assert not kernels._agrees(linear, 100, plan)
+        assert "is not used: AttributeError with this release of Triton" in kernels._tuning
+        assert kernels._agrees(linear, 100, usual), "the others are tested beforehand"
+
     @pytest.mark.parametrize("kind", ["int4-zeros-128", "e2m1-none-32", "fp8-none-128"])
     def test_sums_are_the_same_each_time(self, kind: str) -> None:
         """Of a full device, whose tensor cores read their operands late (``launch.settled``)."""

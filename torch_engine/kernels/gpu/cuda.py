@@ -61,6 +61,7 @@ from flightline.torch_engine.kernels.gpu.mixture import BLOCK_ROWS, FEW_OUTPUTS,
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.kernels.gpu.steps import CudaSequence, CudaStep
 from flightline.torch_engine.kernels.gpu.timing import (
+    OTHER_GLUON,
     difference,
     graph_seconds,
     prefill_seconds,
@@ -615,7 +616,8 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
         return {plan: time_all(linears, x, plan) for plan in plans}
 
     def _agrees(self, linear: CodedLinear, rows: int, plan: SkinnyPlan | GroupedPlan | None) -> bool:
-        """Whether a plan in the language without an interpreter gives what the library does, on this device."""
+        """Whether a plan in the language without an interpreter gives what the library does, on this device and with
+        this release of Triton."""
         if not isinstance(plan, GroupedPlan) or not plan.ahead:
             return True
         x = Activation(torch.randn(rows, linear.inputs, dtype=self.dtype, device=self.device))
@@ -625,6 +627,9 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
             try:
                 result = linear(x)
             except OutOfResources:
+                return False
+            except OTHER_GLUON as error:
+                self._tuning += f"; {plan} is not used: {type(error).__name__} with this release of Triton"
                 return False
             results.append(result.sum(0) if result.dim() == 3 else result)
         apart = difference(*results)

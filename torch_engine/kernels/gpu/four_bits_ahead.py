@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flightline.torch_engine.kernels.gpu.hopper import barrier
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH, cdiv
 
 TILE = 128
@@ -104,7 +105,7 @@ def _four_bit_ahead_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     line = first // _TILE * N + at_n
     for i in gl.static_range(STAGES):
         _ask_words(words, line + i * N, i, i < COUNT, BYTES, bars, w_ring)
@@ -121,7 +122,7 @@ def _four_bit_ahead_kernel(
     for t in range(COUNT):
         slot = t % STAGES
         sums = warpgroup_mma(a, x_ring.index(2 * slot).permute((1, 0)), sums, is_async=True)
-        gl.thread_barrier()  # all warps have read the tile before this
+        barrier()  # all warps have read the tile before this
         ahead = t - 1 + STAGES
         there = (t > 0) & (ahead < COUNT)
         _ask_words(words, line + ahead * N, ahead % STAGES, there, BYTES, bars, w_ring)
@@ -142,11 +143,11 @@ def _four_bit_ahead_kernel(
     if BIASED and split == 0:
         n = at_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
         sums += gl.load(bias + n).to(gl.float32)[:, None]
-    gl.thread_barrier()  # the rings are read no more: this may lie where they did
+    barrier()  # the rings are read no more: this may lie where they did
     turned = gl.allocate_shared_memory(out.dtype, [ROWS, BLOCK_N], out.layout)
     turned.permute((1, 0)).store(sums.to(out.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     tma.async_copy_shared_to_global(out, [split * apart + row, at_n], turned)
     tma.store_wait(0)
 

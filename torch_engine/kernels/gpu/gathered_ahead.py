@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flightline.torch_engine.kernels.gpu import activation, gathered
 from flightline.torch_engine.kernels.gpu.activation import Form
+from flightline.torch_engine.kernels.gpu.hopper import barrier
 from flightline.torch_engine.kernels.gpu.kv_cache import AttentionInput, KVCache
 from flightline.torch_engine.kernels.gpu.launch import LAUNCH
 
@@ -114,7 +115,7 @@ def _ahead_kernel(
         mbarrier.init(k_bars.index(i), count=1)
         mbarrier.init(v_bars.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     for i in gl.static_range(STAGES):
         _fetch(keys, k_row + i * BLOCK_N, 0, k_bars, k_ring, i, count, STAGES)
         _fetch(values, v_row, place + i * BLOCK_N, v_bars, v_ring, i, count, STAGES)
@@ -129,7 +130,7 @@ def _ahead_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], gl.float8e4nv)
     q = gl.allocate_shared_memory(gl.float8e4nv, [ROWS, D], layout, x)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     factor = gl.convert_layout(unit, R) * (scale * _LOG2_E)
     positions = first + gl.arange(0, ROWS, layout=R) // G
     result = gl.zeros([ROWS, D], gl.float32, OUT)
@@ -152,7 +153,7 @@ def _ahead_kernel(
         part = _part(p, v_ring, v_bars, t + 1, OUT, STAGES)
         scores, part = warpgroup_mma_wait(0, deps=(third, part))
         result = result * later[:, None] + part
-        gl.thread_barrier()  # all warps have read these tiles
+        barrier()  # all warps have read these tiles
         for i in gl.static_range(2):
             ahead = t + i + STAGES
             _fetch(keys, k_row + ahead * BLOCK_N, 0, k_bars, k_ring, ahead, count, STAGES)
@@ -163,7 +164,7 @@ def _ahead_kernel(
         part = _part(p, v_ring, v_bars, t, OUT, STAGES)
         scores, part = warpgroup_mma_wait(0, deps=(following, part))
         result = result * fade[:, None] + part
-        gl.thread_barrier()
+        barrier()
         ahead = t + STAGES
         _fetch(keys, k_row + ahead * BLOCK_N, 0, k_bars, k_ring, ahead, count, STAGES)
         _fetch(values, v_row, place + ahead * BLOCK_N, v_bars, v_ring, ahead, count, STAGES)

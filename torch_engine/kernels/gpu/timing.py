@@ -24,6 +24,9 @@ from flightline.torch_engine.kernels.gpu.launch import INTERPRETED
 from flightline.torch_engine.kernels.gpu.shared_prefix import PrefixPlan, attend_prefixes
 from flightline.torch_engine.model.spec import ModelSpec
 
+OTHER_GLUON = (ImportError, AttributeError, TypeError, ValueError, CompilationError)
+"""What a kernel in Gluon ends in on a release of Triton whose Gluon is another."""
+
 
 def device_seconds(run: Callable[[], object], repeats: int = 5) -> float:
     """Median of what the device takes for it; in the interpreter, where that means nothing, the host's time once."""
@@ -128,9 +131,12 @@ def prefill_seconds(
     """What one layer's attention takes of the last ``tokens`` of a prompt of ``context``; infinite if the plan does not
     fit this device. ``in_graph`` leaves out the host's part, which counts where there are few tokens."""
     run = prompt_attention(plan, spec, cache, context, random_qkv(spec, tokens, dtype, cache.values.device))
+    unfit: tuple[type[Exception], ...] = (OutOfResources, CompilationError, RuntimeError)
+    if isinstance(plan, GatheredPlan) and plan.ahead:
+        unfit += OTHER_GLUON
     try:
         run()
-    except (OutOfResources, CompilationError, RuntimeError) as error:
+    except unfit as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         return float("inf")

@@ -569,7 +569,7 @@ class CudaKernels(Operations[CudaLinear, Activation, KVCache, CudaStep]):
                 f"blocks of {rows}": round(us, 2) for rows, us in times.items()
             }
             if best != usual and usual in times:
-                self._tuning += f"; of {count} rows: {times[usual]:.1f} -> {times[best]:.1f} us"
+                self._tuning += f"; experts of {count} rows: {times[usual]:.1f} -> {times[best]:.1f} us"
 
     def load_products(
         self, layers: list[Layer[CudaLinear]], head: CudaLinear, tokens: int, samples: int

@@ -168,6 +168,7 @@ class TestExperts:
             return 1e-6 if mlp.few_outputs == other.few_outputs == faster else 2e-6
 
         monkeypatch.setattr(cuda, "_by_kind", lambda layers: {})
+        monkeypatch.setattr(cuda, "BLOCK_ROWS", {8: 16})  # blocks of more rows take seconds each
         monkeypatch.setattr(cuda, "graph_seconds", seconds)
         kernels.tune([SimpleNamespace(mlp=mlp), SimpleNamespace(mlp=other)])
         assert mlp.few_outputs == other.few_outputs == faster

@@ -175,6 +175,28 @@ class TestExperts:
         assert ("experts of one row: 1.0 -> 0.5 us" in kernels._tuning) == (faster == 128)
         close(seen[128], seen[64], 1e-5)
 
+    def test_rows_of_a_block_are_timed(self, monkeypatch) -> None:
+        """For each number of pairs that an expert has; what is faster is taken by all layers, and said."""
+        kernels, mlp = on_gpu(CODED, DrawnCodes(CODED, "e2m1-32", 96))
+        _, other = on_gpu(CODED, DrawnCodes(CODED, "e2m1-32", 96))
+        usual, asked = dict(mlp.block_rows), []
+        faster = usual | {16: 32, 96: 128}
+        for each in (mlp, other):
+            monkeypatch.setattr(each, "try_many", lambda routes: asked.append(len(routes)))
+
+        def seconds(tried) -> float:
+            assert mlp.block_rows == other.block_rows
+            tried()
+            pairs = asked[-1] * CODED.chosen // CODED.experts
+            return 1e-6 if mlp.block_rows[pairs] == faster[pairs] else 2e-6
+
+        monkeypatch.setattr(cuda, "graph_seconds", seconds)
+        kernels._tune_blocks([mlp, other])
+        assert mlp.block_rows == other.block_rows == faster
+        assert {pairs: mlp.rows_of_block(pairs * CODED.experts) for pairs in usual} == faster
+        assert mlp.rows_of_block(97 * CODED.experts) == 128
+        assert kernels._tuning == "".join(f"; experts of {rows} rows: 1.0 -> 0.5 us" for rows in (48, 288))
+
     def test_experts_of_several_kinds_are_refused(self) -> None:
         checkpoint = DrawnCodes(CODED, "zeros-32", 96)
         for module in [module for module in checkpoint.codes if ".experts.4." in module]:
